@@ -1,0 +1,15 @@
+"""Fixtures that several test files share."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never wait for a network
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def qwen3(tmp_path_factory):
+    """A folder with the real Qwen3 tokenizer and chat template."""
+    from tests import qwen3
+
+    return qwen3.build(tmp_path_factory.mktemp("qwen3"))

@@ -1,0 +1,325 @@
+"""Scripted models that always think, never do, leak, never close or guess score exactly what they must; intervals cover."""
+
+import numpy as np
+import pytest
+import tiny_qwen3
+
+from toolkit.evaluate import evaluate, is_rate, score, summary, table
+from toolkit.generate import Reply, inference, split_reply
+from toolkit.questions import LEVELS, as_question, choose, fingerprint, load_probes, plan
+from toolkit.recipe import ToolkitError
+from toolkit.score import Judge, leaks, same_words
+from toolkit.stats import difference, interval
+from toolkit.subject import Subject, divergence
+
+SUMS = [{"messages": [{"role": "user", "content": f"{a} + 7?"}], "expected_answer": str(a + 7), "set": "sums"}
+        for a in range(20)]  # fmt: skip
+CHAT = [{"messages": [{"role": "user", "content": f"Say {word}"}], "expected_answer": word, "set": "say"}
+        for word in ("red apple", "green tea", "绿茶", "blue", "moon")]  # fmt: skip
+PROBES = [{"id": str(i), "category": c, "language": "en", "messages": [{"role": "user", "content": c}]}
+          for i, c in enumerate(("identity", "knowledge"))]  # fmt: skip
+ANSWERS = {q["messages"][0]["content"]: q["expected_answer"] for q in SUMS + CHAT}
+THOUGHT = "<think>\nfirst this, then that\n</think>\n\n"
+
+
+def reply(text: str, finished: bool = True) -> Reply:
+    reasoning, answer, opened, closed = split_reply(text)
+    return Reply(reasoning, answer, text, len(reasoning.split()), len(answer.split()), opened, closed, finished)
+
+
+def asked_and_switch(conversation) -> tuple[str, str]:
+    """The question and the last soft switch, as a model that read Qwen3's manual would see them."""
+    question, _, switch = conversation[-1]["content"].partition(" /")
+    return question, switch
+
+
+def perfect(conversation, mode) -> Reply:
+    question, switch = asked_and_switch(conversation)
+    quiet = mode == "non_thinking" or switch == "no_think"
+    return reply(("" if quiet else THOUGHT) + ANSWERS[question])
+
+
+def always_thinks(conversation, mode):
+    return reply(THOUGHT + ANSWERS[asked_and_switch(conversation)[0]])
+
+
+def never_thinks(conversation, mode):
+    return reply(ANSWERS[asked_and_switch(conversation)[0]])
+
+
+def empty_block(conversation, mode):
+    return reply("<think>\n\n</think>\n\n" * (mode == "thinking") + ANSWERS[asked_and_switch(conversation)[0]])
+
+
+def leaks_aloud(conversation, mode):
+    return reply("Hmm. Wait, let me check that again.\n" + ANSWERS[asked_and_switch(conversation)[0]])
+
+
+def rambles(conversation, mode):
+    return reply("First one adds the ones and then the tens. " * 5 + ANSWERS[asked_and_switch(conversation)[0]])
+
+
+def never_closes(conversation, mode):
+    return reply("<think>\non and on")
+
+
+def endless(conversation, mode):
+    return reply("<think>\non and on", finished=False)
+
+
+def kls(rows):
+    return [{"tokens": 10, "base": 5.0, "tuned": 5.0 + row["extra"], "kl": row["extra"]} for row in rows]
+
+
+def run(tuned, base=perfect, level="quick", questions=SUMS, chat=CHAT, validation=()):
+    scripts = (base, tuned)
+    subject = Subject(
+        reply=lambda conversations, mode, on: [scripts[on](c, mode) for c in conversations],
+        first=lambda conversations, mode, on: [0.9 if on and mode == "thinking" else 0.1] * len(conversations),
+        own=lambda conversations, _mode, _tokens: [{"extra": 1.0 if c[0]["content"] == "identity" else 3.0}
+                                                   for c in conversations],
+        divergence=kls,
+    )  # fmt: skip
+    return score(subject, questions, chat, PROBES, validation, level=level, seed=3407, max_new_tokens=64)
+
+
+def values(result, mode, name="tuned"):
+    return {metric: found["value"] for metric, found in result[name][mode].items()}
+
+
+def test_a_model_that_keeps_both_modes_scores_one_everywhere():
+    result = run(perfect)
+    for mode in ("thinking", "non_thinking"):
+        found = values(result, mode)
+        assert {m for m, v in found.items() if is_rate(m) and v != 1.0} == {"cut"}
+        assert found["cut"] == 0.0
+        assert all(d["value"] == 0.0 for m, d in result["difference"][mode].items() if m != "think_probability")
+    assert result["tuned"]["thinking"]["accuracy"]["n"] == 20
+    assert result["tuned"]["thinking"]["accuracy/chat"]["n"] == 5
+
+
+@pytest.mark.parametrize(("script", "thinking", "non_thinking"), [
+    (always_thinks, {"adherence": 1, "accuracy": 1, "switch/think": 1, "switch/no_think": 0, "switch/mid_conversation": 0.5},
+     {"adherence": 0, "adherence/no_tags": 0, "adherence/no_leak": 1, "accuracy": 1, "switch/hard": 0}),
+    (never_thinks, {"adherence": 0, "adherence/thought": 0, "adherence/answered": 1, "accuracy": 1, "switch/think": 0,
+                    "switch/no_think": 1, "switch/mid_conversation": 0.5},
+     {"adherence": 1, "accuracy": 1, "switch/hard": 1}),
+    (empty_block, {"adherence": 0, "adherence/thought": 0, "adherence/closed": 1, "accuracy": 1, "switch/no_think": 1},
+     {"adherence": 1}),
+    (leaks_aloud, {"adherence": 0, "switch/no_think": 0, "accuracy": 1},
+     {"adherence": 0, "adherence/no_tags": 1, "adherence/no_leak": 0, "accuracy": 1}),
+    (rambles, {"adherence": 0, "accuracy": 1}, {"adherence": 0, "adherence/no_leak": 1, "adherence/short": 0, "accuracy": 1}),
+    (never_closes, {"adherence": 0, "adherence/thought": 1, "adherence/closed": 0, "accuracy": 0, "accuracy/chat": 0, "cut": 0},
+     {"adherence": 0, "adherence/no_tags": 0, "accuracy": 0}),
+    (endless, {"adherence": 0, "adherence/closed": 0, "cut": 1, "accuracy": None}, {"cut": 1, "accuracy": None}),
+])  # fmt: skip
+def test_a_scripted_model_scores_exactly_what_it_must(script, thinking, non_thinking):
+    result = run(script)
+    assert {m: values(result, "thinking").get(m) for m in thinking} == thinking
+    assert {m: values(result, "non_thinking").get(m) for m in non_thinking} == non_thinking
+
+
+def test_random_answers_score_chance_and_their_interval_says_so():
+    rng = np.random.default_rng(0)
+    questions = [
+        {**SUMS[0], "messages": [{"role": "user", "content": f"{i}"}], "expected_answer": str(i % 10)}
+        for i in range(60)
+    ]
+    result = run(
+        lambda *_: reply(THOUGHT + str(rng.integers(10))), base=lambda *_: reply("0"), questions=questions, chat=()
+    )
+    found = result["tuned"]["thinking"]["accuracy"]
+    assert found["low"] < 0.1 < found["high"] < 0.25
+    assert values(result, "thinking")["adherence"] == 1
+
+
+def test_cut_replies_leave_accuracy_and_show_in_n():
+    def half_cut(conversation, mode):
+        question = asked_and_switch(conversation)[0]
+        return (
+            endless(conversation, mode)
+            if question in {q["messages"][0]["content"] for q in SUMS[:8]}
+            else perfect(conversation, mode)
+        )
+
+    found = run(half_cut)["tuned"]["thinking"]
+    assert (found["accuracy"]["value"], found["accuracy"]["n"]) == (1.0, 12)
+    assert found["cut"]["value"] == pytest.approx(8 / 25)
+
+
+def test_samples_of_a_question_stay_together_and_n_counts_questions():
+    result = run(perfect, level="full")
+    assert result["tuned"]["thinking"]["adherence"]["n"] == 25
+    assert result["budget"]["replies"] == 2 * (25 * 4 + 25 * 3) + 2 * (25 * 4 + 25)
+    assert result["per_question"]["thinking"]["tuned"]["adherence"][1] == [4.0] * 25
+
+
+def test_forgetting_weighs_tokens_and_leaves_out_what_may_change():
+    rows = [{"source": "s", "mode": "thinking", "extra": x} for x in (1.0, 2.0)]
+    result = run(perfect, validation=rows)
+    tuned, base = values(result, "forgetting"), values(result, "forgetting", "base")
+    assert tuned["kl"] == pytest.approx(0.3)  # the knowledge probe alone: 3 nats over 10 tokens, in both modes
+    assert tuned["kl/identity"] == pytest.approx(0.1)
+    assert (base["kl"], base["nll"]) == (0.0, pytest.approx(0.5))
+    assert tuned["loss/s/thinking"] == pytest.approx(0.65)
+
+
+def test_the_result_has_the_documented_keys_and_flat_names():
+    result = run(perfect)
+    for name in ("base", "tuned", "difference"):
+        assert {"accuracy", "adherence", "reasoning_tokens", "answer_tokens", "cut"} <= result[name]["thinking"].keys()
+        assert {"kl", "nll"} <= result[name]["forgetting"].keys()
+    assert set(result["tuned"]["non_thinking"]["accuracy"]) == {"value", "low", "high", "n"}
+    flat = summary(result)
+    assert flat["eval/tuned/thinking/accuracy"] == 1.0
+    assert flat["eval/difference/thinking/think_probability"] == pytest.approx(0.8)
+    assert table(result).row_count == sum(map(len, result["difference"].values()))
+
+
+def test_nothing_to_ask_is_an_error():
+    with pytest.raises(ToolkitError, match="nothing to ask"):
+        run(perfect, questions=(), chat=())
+
+
+@pytest.mark.parametrize(("answer", "expected", "right"), [
+    ("The answer is \\boxed{42}.", "42", True),
+    ("12 + 30 = 42", "42", True),
+    ("42 at first, but it is 41", "42", False),
+    ("So $\\frac{2}{4}$.", "\\frac{1}{2}", True),
+    ("答案是42。", "42", True),
+    ("$1+x^2$", "x^2+1", True),
+    ("2000", "2,000", True),
+    ("", "42", False),
+    ("Paris or London? It is London.", "Paris", False),
+    ("The capital of France is **Paris**.", "Paris", True),
+    ("Parisian", "Paris", False),
+    ("法国的首都是巴黎。", "巴黎", True),
+    ("red, green and blue", "Red green and blue", True),
+])  # fmt: skip
+def test_an_answer_is_judged_by_the_written_rule(answer, expected, right):
+    with Judge() as judge:
+        assert judge.right(answer, expected) is right
+
+
+def test_a_comparison_that_never_ends_is_ended_even_outside_the_main_thread_and_the_next_one_works():
+    import threading
+
+    found = []
+    with Judge(seconds=1.0) as judge:
+        work = threading.Thread(
+            target=lambda: found.extend([judge.right("$9^{9^{9^{9}}}$", "42"), judge.right("6 * 7", "42")])
+        )
+        work.start()
+        work.join(60)
+        assert (found, judge.timeouts) == ([False, True], 1)
+
+
+@pytest.mark.parametrize(
+    "text", ["Wait, that is wrong.", "It is 4.\nHmm, no.", "Okay, so the user asks", "嗯，用户问的是", "让我想想"]
+)
+def test_thinking_aloud_is_a_leak(text):
+    assert leaks(reply(text))
+
+
+@pytest.mark.parametrize(
+    "text", ["The waiter waits.", "You should wait until noon.", "Right is the opposite of left.", "等于四"]
+)
+def test_ordinary_words_are_no_leak(text):
+    assert not leaks(reply(text))
+
+
+def test_the_last_sentence_decides():
+    assert same_words("cat. dog.", "dog")
+    assert not same_words("dog. cat.", "dog")
+
+
+def test_questions_are_chosen_evenly_by_set_and_the_same_in_whatever_order_they_come():
+    rows = [{"set": "a", "i": i} for i in range(50)] + [{"set": "b", "i": i} for i in range(5)]
+    chosen = choose(rows, 20, "set")
+    assert sum(row["set"] == "b" for row in chosen) == 5
+    assert (len(chosen), chosen) == (20, choose(rows[::-1], 20, "set"))
+
+
+def test_a_question_ends_at_its_last_user_turn():
+    row = {
+        "messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}],
+        "expected_answer": "2",
+    }
+    assert as_question(row, "sums")["messages"] == row["messages"][:1]
+    with pytest.raises(ToolkitError, match="expected_answer"):
+        as_question({"messages": row["messages"]}, "sums")
+
+
+def test_the_probe_set_is_frozen_bilingual_and_balanced():
+    probes = load_probes()
+    counts = {(p["category"], p["language"]) for p in probes}
+    assert (len(probes), len(counts)) == (72, 12)
+    assert len({p["messages"][0]["content"] for p in probes}) == 72
+    assert fingerprint(probes) == "819bf2a74a174352", "changing a probe makes old evaluations incomparable"
+
+
+def test_a_switch_in_mid_conversation_comes_after_a_turn_with_the_other_switch():
+    asks = [a for a in plan(SUMS, "thinking", LEVELS["quick"]) if a.purpose == "switch/mid_conversation"]
+    assert {a.must_think for a in asks} == {True, False}
+    for ask in asks:
+        first, second, third = ask.messages
+        assert first["content"].endswith(" /no_think" if ask.must_think else " /think")
+        assert third["content"].endswith(" /think" if ask.must_think else " /no_think")
+        assert second["role"] == "assistant"
+
+
+def test_bootstrap_intervals_cover_the_truth_at_the_stated_rate():
+    """60 questions with 2 samples each, 600 times: 95% intervals of a rate and of a paired difference hold the truth in
+    93 to 97 of 100 (600 draws alone give a standard error of 0.9 points)."""
+    rng, n, trials, covered = np.random.default_rng(1), 60, 600, np.zeros(2)
+    gain = 0.7 - rng.beta(6, 6, 10**6).mean() / 2
+    for trial in range(trials):
+        skill = rng.beta(6, 6, n)
+        first, second = rng.binomial(2, skill / 2), rng.binomial(2, 0.7, n)
+        one = interval(second, np.full(n, 2), seed=trial, rate=True)
+        two = difference((first, np.full(n, 2)), (second, np.full(n, 2)), seed=trial, rate=True)
+        covered += one["low"] <= 0.7 <= one["high"], two["low"] <= gain <= two["high"]
+    assert np.all((covered / trials >= 0.93) & (covered / trials <= 0.97)), covered / trials
+
+
+def test_where_all_questions_agree_the_interval_is_the_exact_bound_and_not_a_point():
+    assert interval([1] * 20, [1] * 20, seed=0, rate=True)["low"] == pytest.approx(0.8316, abs=1e-4)  # Clopper-Pearson
+    same = difference(([1] * 20, [1] * 20), ([1] * 20, [1] * 20), seed=0, rate=True)
+    assert (same["value"], same["low"]) == (0.0, pytest.approx(-0.1684, abs=1e-4))
+    assert interval([], [], seed=0) == {"value": None, "low": None, "high": None, "n": 0}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_qwen3.tokenizer()
+
+
+def test_divergence_equals_a_plain_softmax_over_each_row_alone(tokenizer, monkeypatch):
+    import torch
+
+    import toolkit.subject
+
+    model = tiny_qwen3.model(tokenizer)
+    rows = [{"input_ids": list(range(20, 20 + n)), "prompt_length": p} for n, p in ((30, 3), (12, 11), (200, 1))]
+    monkeypatch.setattr(toolkit.subject, "LONG_LOGITS", 1)  # long rows in parts of CHUNK positions
+    for row, found in zip(rows, divergence(model, tokenizer, rows), strict=True):
+        ids, start = torch.tensor([row["input_ids"]]), row["prompt_length"]
+        with inference(model, tokenizer):
+            tuned = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+            with model.disable_adapter():
+                base = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
+        nll = [-x.gather(-1, ids[0, start:, None]).sum().item() for x in (base, tuned)]
+        assert [found["base"], found["tuned"]] == pytest.approx(nll, rel=1e-4)
+        assert found["kl"] == pytest.approx((base.exp() * (base - tuned)).sum().item(), rel=1e-3)
+        assert (found["tokens"], found["kl"] > 0) == (len(row["input_ids"]) - start, True)
+
+
+def test_an_adapter_that_changes_nothing_scores_no_difference(tokenizer):
+    model, said = tiny_qwen3.model(tokenizer, adapter_works=False), []
+    rows = [{"input_ids": [20, 21, 22, 23], "prompt_length": 2, "source": "s", "mode": "thinking"}]
+    result = evaluate(model, tokenizer, SUMS[:4], CHAT[:2], PROBES, rows, seed=1, max_new_tokens=6, say=said.append)
+    for section in ("thinking", "non_thinking", "forgetting"):
+        for metric, found in result["difference"][section].items():
+            assert found["value"] in (None, pytest.approx(0.0, abs=1e-6)), metric
+    assert "replies" in said[0]
+    assert "about" in said[1]

@@ -1,0 +1,149 @@
+"""Replies: taken apart rightly, the same for the same seed whatever the batch, and a training is left as it was found."""
+
+import copy
+
+import numpy as np
+import pytest
+import tiny_qwen3
+
+from toolkit.generate import SAMPLING, Reply, generate, inference, sampler, split_reply, think_probability
+from toolkit.recipe import ToolkitError
+
+CHATS = [
+    [{"role": "user", "content": text}]
+    for text in (
+        "What is one plus two",
+        "Who are you",
+        "hello",
+        "What is the sum of three four five six one two",
+        "think",
+        "six",
+    )
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_qwen3.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny_qwen3.model(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("42", ("", "42", False, False)),
+        ("<think>\n1 + 1\n</think>\n\n2", ("1 + 1", "2", True, True)),
+        ("<think>\n\n</think>\n\n2", ("", "2", True, True)),
+        ("<think>\nnever ends", ("never ends", "", True, False)),
+        ("well</think>2", ("well", "2", False, True)),
+        ("Hm. <think>a</think>2", ("a", "Hm. 2", True, True)),
+        ("<think>a</think>2<think>b</think>3", ("a", "2<think>b</think>3", True, True)),
+        ("", ("", "", False, False)),
+    ],
+)
+def test_a_reply_is_split_at_its_think_tags(text, expected):
+    assert split_reply(text) == expected
+
+
+def test_the_same_seed_gives_the_same_replies_whatever_the_batch_size_and_another_seed_gives_others(model, tokenizer):
+    replies = generate(model, tokenizer, CHATS, "thinking", max_new_tokens=12, seed=1)
+    assert replies == generate(model, tokenizer, CHATS, "thinking", max_new_tokens=12, seed=1, batch_size=2)
+    assert replies != generate(model, tokenizer, CHATS, "thinking", max_new_tokens=12, seed=2)
+
+
+def test_sampling_leaves_the_random_state_of_a_training_alone(model, tokenizer):
+    import torch
+
+    state = torch.get_rng_state()
+    generate(model, tokenizer, CHATS[:2], "non_thinking", max_new_tokens=4, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_greedy_replies_equal_a_plain_loop_without_batch_padding_or_cache(model, tokenizer):
+    import torch
+
+    for chat, reply in zip(
+        CHATS, generate(model, tokenizer, CHATS, "non_thinking", max_new_tokens=8, seed=1, greedy=True), strict=True
+    ):
+        ids = tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, enable_thinking=False, return_tensors="pt", return_dict=False
+        )
+        start, ends = ids.shape[1], {tokenizer.eos_token_id, tokenizer.pad_token_id}
+        with inference(model, tokenizer):
+            while ids.shape[1] < start + 8 and (ids.shape[1] == start or ids[0, -1].item() not in ends):
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+        new = ids[0, start:].tolist()
+        assert reply.finished == (new[-1] in ends)
+        assert reply.text == tokenizer.decode(new[:-1] if reply.finished else new)
+
+
+@pytest.mark.parametrize("mode", SAMPLING)
+def test_sampled_tokens_follow_hugging_face_s_own_truncated_distribution(mode):
+    import torch
+    from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    values, rows = SAMPLING[mode], 20000
+    scores = torch.randn(1, 60, generator=torch.Generator().manual_seed(5)) * 2
+    expected = TemperatureLogitsWarper(values["temperature"])(None, scores)
+    expected = TopPLogitsWarper(values["top_p"])(None, TopKLogitsWarper(values["top_k"])(None, expected)).softmax(-1)[0]
+    uniforms = (np.arange(rows) + 0.5)[:, None] / rows  # evenly spread: the counts are exact up to rounding
+    picks = sampler(values, uniforms)(None, scores.expand(rows, -1)).argmax(-1)
+    found = torch.bincount(picks, minlength=60) / rows
+    assert torch.allclose(found, expected, atol=2 / rows)
+    assert set(picks.tolist()) == set(expected.nonzero().flatten().tolist())
+
+
+def test_a_training_is_left_as_it_was_found(model, tokenizer):
+    model.train()
+    model.gradient_checkpointing_enable()
+    model.config.use_cache = False
+    before = [copy.copy({k: v for k, v in vars(m).items() if isinstance(v, bool)}) for m in model.modules()]
+    with inference(model, tokenizer):
+        model.base_model.model.model._flag_for_generation = True  # as Unsloth's generate() leaves behind
+        tokenizer.padding_side = "left"
+        model.gradient_checkpointing_disable()
+        model.config.use_cache = True
+    after = [{k: v for k, v in vars(m).items() if isinstance(v, bool)} for m in model.modules()]
+    assert before == after
+    assert tokenizer.padding_side == "right"
+    assert model.config.use_cache is False
+    model.gradient_checkpointing_disable()
+
+
+def test_a_reply_cut_by_the_limit_says_so_and_its_tokens_are_counted(model, tokenizer):
+    replies = generate(model, tokenizer, CHATS, "thinking", max_new_tokens=3, seed=3)
+    cut = [reply for reply in replies if not reply.finished]
+    assert cut
+    assert all(reply.reasoning_tokens + reply.answer_tokens + reply.opened + reply.closed == 3 for reply in cut)
+
+
+def test_the_think_probability_is_the_model_s_softmax_at_the_first_new_position(model, tokenizer):
+    found = think_probability(model, tokenizer, CHATS, "thinking", batch_size=4)
+    for chat, probability in zip(CHATS, found, strict=True):
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+        with inference(model, tokenizer):
+            expected = model(ids).logits[0, -1].softmax(-1)[tokenizer.convert_tokens_to_ids("<think>")].item()
+        assert probability == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_thinking_only_template_opens_the_block_in_the_prompt(model, tokenizer):
+    only = copy.deepcopy(tokenizer)
+    only.chat_template = tokenizer.chat_template.replace(
+        "'<|im_start|>assistant\\n' }}\n    {%- if enable", "'<|im_start|>assistant\\n<think>\\n' }}\n    {%- if enable"
+    )
+    replies = generate(model, only, CHATS[:2], "thinking", max_new_tokens=4, seed=0)
+    assert [reply.opened for reply in replies] == [True, True]
+    assert think_probability(model, only, CHATS[:2], "thinking") == [1.0, 1.0]
+
+
+def test_trouble_is_named(model, tokenizer):
+    with pytest.raises(ToolkitError, match="leaves no room"):
+        generate(model, tokenizer, [[{"role": "user", "content": "one " * 300}]], "thinking", max_new_tokens=4, seed=0)
+    with pytest.raises(ToolkitError, match="expected one of thinking, non_thinking"):
+        generate(model, tokenizer, CHATS, "loud", max_new_tokens=4, seed=0)
+    assert generate(model, tokenizer, [], "thinking", max_new_tokens=4, seed=0) == []
+    assert Reply("", "", "", 0, 0, False, False, True).finished

@@ -1,0 +1,135 @@
+"""A recipe is read strictly: a mistake names the file and the key and says what was probably meant."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from toolkit import recipe
+from toolkit.recipe import ROOT, ToolkitError, from_dict, load, to_dict, to_yaml
+
+RECIPES = sorted((ROOT / "data_recipes").rglob("*.yaml"))
+GOOD = {
+    "name": "small",
+    "data": {
+        "sources": [
+            {"path": "a.jsonl", "mode": "thinking", "fraction": 0.6},
+            {"path": "b.jsonl", "mode": "thinking", "fraction": 0.2},
+            {"path": "c.jsonl", "mode": "non_thinking", "fraction": 0.2},
+        ]
+    },
+    "model": {"model_name": "pocket"},
+}
+
+
+def broken(*path_and_value):
+    """GOOD with one value changed, or removed when the value is None."""
+    *path, last, value = path_and_value
+    values = yaml.safe_load(yaml.safe_dump(GOOD))
+    node = values
+    for key in path:
+        node = node.setdefault(key, {}) if isinstance(node, dict) else node[key]
+    if value is None:
+        del node[last]
+    else:
+        node[last] = value
+    return values
+
+
+def test_recipes_ship():
+    assert len(RECIPES) >= 4
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_every_recipe_that_ships_loads_and_says_how_to_run_it(path):
+    assert load(path).name == path.stem
+    header = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert any(path.name in line and "make" in line for line in header)
+
+
+def test_the_resolved_recipe_alone_gives_the_same_recipe_back():
+    built = from_dict(GOOD, overrides=["train.learning_rate=1e-3", "model.offload_embedding=true"])
+    assert from_dict(yaml.safe_load(to_yaml(built))) == built
+    assert to_dict(built)["model"]["offload_embedding"] is True
+    assert built.train["learning_rate"] == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (broken("data", "sources", 0, "fractoin", 0.5), "data.sources.0.fractoin.*did you mean 'fraction'"),
+        (broken("train", "learning_rte", 0.1), "train.learning_rte.*did you mean 'learning_rate'"),
+        (broken("train", "learning_rate", "2e-4"), r"train.learning_rate.*write 2\.0e-4"),
+        (broken("train", "per_device_train_batch_size", "many"), "train.per_device_train_batch_size.*number"),
+        (broken("train", "output_dir", "x"), "train.output_dir: not set here.*outputs/<name>"),
+        (broken("model", "max_seq_length", "long"), "model.max_seq_length: expected a whole number, found 'long'"),
+        (broken("model", "load_in_4bit", 1), "model.load_in_4bit: expected true or false"),
+        (broken("model", "load_in_4bits", True), "model.load_in_4bits.*did you mean 'load_in_4bit'"),
+        (broken("lora", "lora_alhpa", 3), "lora.lora_alhpa.*did you mean 'lora_alpha'"),
+        (broken("data", "unit", "rows"), "data.unit: expected one of supervised_tokens, tokens, examples"),
+        (broken("data", "sources", 0, "fraction", 0.5), "fractions must sum to 1.*= 0.9"),
+        (broken("data", "sources", 0, "fraction", -0.5), "fraction .*from 0 to 1"),
+        (broken("data", "sources", []), "at least one source"),
+        (broken("data", None), "data is missing"),
+        (broken("model", "model_name", None), "model.model_name is missing"),
+        (broken("name", "a/b"), "name: 'a/b' becomes a folder"),
+        (["name"], "expected keys"),
+    ],
+)
+def test_a_mistake_names_file_and_key_and_the_way_out(values, expected):
+    with pytest.raises(ToolkitError, match=f"(?s)^here.yaml: .*{expected}"):
+        from_dict(values, "here.yaml")
+
+
+def test_a_recipe_that_is_not_there_lists_those_that_are():
+    with pytest.raises(ToolkitError, match="no such recipe.*pocket.yaml"):
+        load("data_recipes/pokcet.yaml")
+
+
+def test_broken_yaml_is_named(tmp_path):
+    (tmp_path / "x.yaml").write_text("name: [")
+    with pytest.raises(ToolkitError, match="x.yaml: not readable as YAML"):
+        load(tmp_path / "x.yaml")
+
+
+@pytest.mark.parametrize("share", [0, 0.05, 0.3, 1])
+def test_data_reasoning_rescales_thinking_sources_and_keeps_their_proportions(share):
+    sources = from_dict(GOOD, overrides=[f"data.reasoning={share}"]).data.sources
+    assert sources[0].fraction + sources[1].fraction == pytest.approx(share)
+    assert sources[2].fraction == pytest.approx(1 - share)
+    assert sources[0].fraction == pytest.approx(3 * sources[1].fraction)
+
+
+def test_data_reasoning_needs_to_know_which_sources_reason():
+    with pytest.raises(ToolkitError, match="needs every source's `mode`"):
+        from_dict(broken("data", "sources", 0, "mode", "auto"), overrides=["data.reasoning=0.5"])
+
+
+@pytest.mark.parametrize("override", ["train.max_steps", "data.sources.9.fraction=1", "name.first=x"])
+def test_an_override_that_points_nowhere_is_an_error(override):
+    with pytest.raises(ToolkitError, match="override"):
+        from_dict(GOOD, overrides=[override])
+
+
+def test_everything_sftconfig_unsloth_and_peft_offer_is_reachable_by_its_own_name():
+    built = from_dict(GOOD, overrides=["train.neftune_noise_alpha=5", "lora.loftq_config={}", "model.dtype=float16"])
+    assert built.train["neftune_noise_alpha"] == 5
+    assert built.lora.extra == {"loftq_config": {}}
+    assert built.model.extra == {"dtype": "float16"}
+
+
+def test_the_field_names_read_from_source_are_those_of_the_imported_class():
+    code = "import dataclasses, trl; print(*(f.name for f in dataclasses.fields(trl.SFTConfig)))"
+    names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(names) <= set(recipe.sft_fields())
+
+
+def test_every_default_of_the_train_section_is_a_field_of_sftconfig():
+    assert set(recipe.TRAIN_DEFAULTS) <= set(recipe.sft_fields())
+
+
+def test_sections_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        from_dict(GOOD).name = "other"

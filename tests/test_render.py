@@ -1,0 +1,227 @@
+"""Training sees what inference shows: the label rule on every kind of row, on two tokenizers and many templates."""
+
+import json
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import qwen3 as real
+from tests.label_check import violations
+from toolkit.files import Rejected
+from toolkit.recipe import POCKET, ToolkitError
+from toolkit.render import examples, last_switch, load_chat
+
+USER = {"role": "user", "content": "What is 2 + 4?"}
+TOOL = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 4}}}]}
+DIRECT = {"role": "assistant", "content": "6"}
+REASONED = {"role": "assistant", "reasoning_content": "two and four\nmake six", "content": "6"}
+KINDS = {
+    "non_thinking": [USER, DIRECT],
+    "thinking": [USER, REASONED],
+    "system": [{"role": "system", "content": "Be brief."}, USER, DIRECT],
+    "multi_turn": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}, USER, DIRECT],
+    "multi_turn_thinking": [USER, REASONED, {"role": "user", "content": "and 3 + 3?"}, REASONED],
+    "tool_call": [USER, CALL],
+    "after_tool": [USER, CALL, {"role": "tool", "content": "6"}, {"role": "assistant", "content": "It is 6."}],
+    "no_think_typed": [{"role": "user", "content": "What is 2 + 4? /no_think"}, DIRECT],
+    "think_typed": [{"role": "user", "content": "What is 2 + 4? /think"}, REASONED],
+    "switched_midway": [{"role": "user", "content": "hi /think"}, REASONED, {"role": "user", "content": "2 + 4? /no_think"}, DIRECT],
+    "switched_back": [{"role": "user", "content": "hi /no_think"}, DIRECT, {"role": "user", "content": "2 + 4? /think"}, REASONED],
+}
+TOOLED = {"tool_call", "after_tool"}
+
+
+def conversation(kind):
+    return {"messages": KINDS[kind]} | ({"tools": [TOOL]} if kind in TOOLED else {})
+
+
+@pytest.fixture(scope="module", params=["pocket", "qwen3"])
+def model(request):
+    folder = POCKET if request.param == "pocket" else request.getfixturevalue("qwen3")
+    from transformers import AutoTokenizer
+
+    return load_chat(str(folder)), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_taught_is_exactly_what_the_inference_prompt_lacks(model, kind):
+    chat, tokenizer = model
+    (example,) = examples(conversation(kind), "auto", chat)
+    prompt, completion = chat.encode([example.prompt, example.completion])
+    assert violations(tokenizer, prompt + completion, len(prompt), conversation(kind)) == []
+
+
+def test_the_checker_sees_the_usual_mistakes(model):
+    chat, tokenizer = model
+    (example,) = examples(conversation("non_thinking"), "auto", chat)
+    empty = "<think>\n\n</think>\n\n"
+    shifted = example.prompt.removesuffix(empty), empty + example.completion  # what TRL and Unsloth train on
+    newline = example.prompt, example.completion + "\n"
+    for prompt, completion in (shifted, newline):
+        ids = chat.encode([prompt, completion])
+        assert violations(tokenizer, ids[0] + ids[1], len(ids[0]), conversation("non_thinking"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("thinking", [None, True, False])
+def test_rendering_equals_apply_chat_template(model, kind, thinking):
+    chat, tokenizer = model
+    switch = {} if thinking is None else {"enable_thinking": thinking}
+    tools = [TOOL] if kind in TOOLED else None
+    for prompted in (True, False):
+        theirs = tokenizer.apply_chat_template(KINDS[kind], tools=tools, tokenize=False, add_generation_prompt=prompted, **switch)
+        assert chat.render(KINDS[kind], tools, thinking, prompted) == theirs
+
+
+TEXTS = ["", "hello", "2+4=6\n\n", "你好，世界！", "🍞🙂", "a" * 2000, "İstanbul ﬁ e\u0301", " \t x  ", "<think>\n</think> <|im_end|>", "१२३ 12345"]
+
+
+def test_ids_equal_the_hugging_face_tokenizer(model):
+    chat, tokenizer = model
+    ids = chat.encode(TEXTS)
+    assert ids == [tokenizer(t, add_special_tokens=False)["input_ids"] for t in TEXTS]
+    assert ids == chat.encode_reference(TEXTS)
+
+
+word = st.text(st.characters(blacklist_categories=("Cs", "Cc"), blacklist_characters="<>"), min_size=1, max_size=30).filter(str.strip)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.tuples(word, word), min_size=1, max_size=4), st.one_of(st.none(), word), st.sampled_from(["last", "each"]))
+def test_labels_never_cover_a_user_token(turns, reasoning, which):
+    chat = load_chat("pocket")
+    messages = [m for u, a in turns for m in ({"role": "user", "content": "\ue000" + u}, {"role": "assistant", "content": a})]
+    if reasoning:
+        messages[-1] = {**messages[-1], "reasoning_content": reasoning}
+    for example in examples({"messages": messages}, "auto", chat, which):
+        assert "\ue000" not in example.completion
+        assert example.completion.count("<|im_end|>") == 1
+        assert example.prompt.count("\ue000") >= 1
+
+
+def test_each_turn_becomes_an_example_that_sees_only_what_came_before():
+    chat = load_chat("pocket")
+    found = examples(conversation("multi_turn"), "auto", chat, "each")
+    assert [e.completion for e in found] == ["hello<|im_end|>", "6<|im_end|>"]
+    assert "hello" not in found[0].prompt
+
+
+def test_tool_results_are_never_supervised(model):
+    chat, _ = model
+    found = examples(conversation("after_tool"), "auto", chat, "each")
+    assert len(found) == 2
+    assert all("tool_response" not in e.completion for e in found)
+
+
+@pytest.mark.parametrize(("kind", "mode", "reason"), [("non_thinking", "thinking", "no_reasoning"), ("thinking", "non_thinking", "reasoning_in_non_thinking")])
+def test_a_row_of_the_wrong_mode_is_rejected_with_its_reason(kind, mode, reason):
+    with pytest.raises(Rejected) as caught:
+        examples(conversation(kind), mode, load_chat("pocket"))
+    assert caught.value.reason == reason
+
+
+def test_the_latest_switch_counts_and_only_as_a_word_of_its_own():
+    assert last_switch([{"role": "user", "content": "/think a"}, {"role": "user", "content": "b /no_think"}]) == "no_think"
+    assert last_switch([{"role": "user", "content": "see /thinking and path/think"}]) is None
+    assert last_switch([{"role": "assistant", "content": "/think"}]) is None
+
+
+def folder_with(template, tmp_path):
+    """The pocket tokenizer under another chat template."""
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(POCKET / name, tmp_path / name)
+    if template is not None:
+        (tmp_path / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return load_chat(str(tmp_path))
+
+
+QWEN = {
+    "qwen3": "hybrid",
+    "qwen3_instruct_2507": "instruct",
+    "qwen3_5_think": "hybrid",
+    "qwen3_5_nothink": "hybrid",
+    "qwen3_6": "hybrid",
+    "qwen3_8": "hybrid",
+    "qwen2_5": "instruct",
+}
+# A thinking-only template in the manner of Qwen3-2507-Thinking: the prompt itself opens the block.
+THINKING_ONLY = real.template("qwen3").replace("{%- if enable_thinking is defined and enable_thinking is false %}\n        {{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- endif %}", "{{- '<think>\\n' }}")
+
+
+@pytest.mark.parametrize("name", [*QWEN, "thinking_only"])
+def test_the_label_rule_holds_on_every_qwen_template(name, tmp_path):
+    from transformers import AutoTokenizer
+
+    chat = folder_with(THINKING_ONLY if name == "thinking_only" else real.template(name), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tried = 0
+    for kind in ("non_thinking", "thinking", "multi_turn", "after_tool"):
+        try:
+            (example,) = examples(conversation(kind), "auto", chat)
+        except Rejected as rejected:
+            assert rejected.reason in {"no_thinking_mode", "template_mismatch"}, rejected
+            continue
+        reply = KINDS[kind][-1]
+        shown = tokenizer.apply_chat_template(
+            KINDS[kind][:-1], tools=conversation(kind).get("tools"), tokenize=False, add_generation_prompt=True, enable_thinking=example.mode == "thinking"
+        )
+        full = tokenizer.apply_chat_template(KINDS[kind], tools=conversation(kind).get("tools"), tokenize=False, enable_thinking=example.mode == "thinking")
+        assert example.prompt == shown
+        assert full.startswith(shown + example.completion)
+        assert example.completion.endswith(reply["content"].strip() + "<|im_end|>")
+        assert not example.completion.startswith("<think>\n\n</think>")
+        tried += 1
+    assert tried >= 2
+
+
+@pytest.mark.parametrize(("name", "end"), [("llama3", "<|eot_id|>"), ("phi3", "<|end|>")])
+def test_the_label_rule_holds_on_other_families(name, end, tmp_path):
+    chat = folder_with(real.template(name), tmp_path)
+    chat.eos = end
+    chat._variables["bos_token"] = "<s>"
+    (example,) = examples(conversation("multi_turn"), "auto", chat)
+    assert example.completion.removesuffix(end).strip() == "6"
+    assert example.prompt.endswith(chat.render([USER])[-12:])
+
+
+def test_the_kind_of_a_model_is_found_by_rendering_its_template(tmp_path):
+    for name, kind in QWEN.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        assert folder_with(real.template(name), folder).kind == kind, name
+    (tmp_path / "t").mkdir()
+    assert folder_with(THINKING_ONLY, tmp_path / "t").kind == "thinking_only"
+    (tmp_path / "b").mkdir()
+    assert folder_with(None, tmp_path / "b").kind == "base"
+
+
+def test_a_model_without_a_chat_template_is_an_error_that_says_what_to_do(tmp_path):
+    with pytest.raises(ToolkitError, match="has no chat template.*Choose an instruct or hybrid model"):
+        examples(conversation("thinking"), "auto", folder_with(None, tmp_path))
+
+
+def test_a_template_whose_reply_does_not_continue_the_prompt_is_rejected_with_the_difference(tmp_path):
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+    with pytest.raises(Rejected, match="prompt has '<bot>'"):
+        examples(conversation("non_thinking"), "auto", folder_with(template, tmp_path))
+
+
+def test_a_template_that_never_ends_the_turn_is_rejected(tmp_path):
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    with pytest.raises(Rejected) as caught:
+        examples(conversation("non_thinking"), "auto", folder_with(template, tmp_path))
+    assert caught.value.reason == "no_end_of_turn"
+
+
+def test_a_model_that_cannot_be_reached_is_an_error_that_says_so():
+    with pytest.raises(ToolkitError, match="nobody/nothing: no such folder here, and the Hub did not give it"):
+        load_chat("nobody/nothing")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({}))
+    with pytest.raises(ToolkitError, match="tokenizer.json not found"):
+        load_chat(str(tmp_path))

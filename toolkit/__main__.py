@@ -1,0 +1,131 @@
+"""`python -m toolkit VERB …`, one short function a verb; `python -m toolkit VERB --help` says what each takes."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb. Errors meant for people are printed without a traceback; their exit code is 2."""
+    args = parser().parse_args(argv)
+    if args.verb is None:
+        parser().print_help()
+        return 0
+    if args.verb == "setup":
+        from toolkit.install import setup
+
+        return setup() or 0
+    from toolkit.recipe import ToolkitError
+
+    try:
+        return VERBS[args.verb][0](args) or 0
+    except ToolkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; building it imports nothing but argparse."""
+    top = argparse.ArgumentParser(prog="python -m toolkit", description="Fine-tune Qwen3 on one GPU; keep both its modes.")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB")
+    for name, (function, arguments) in VERBS.items():
+        verb = verbs.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__)
+        for flags, options in arguments:
+            verb.add_argument(*flags, **options)
+    return top
+
+
+def console():
+    """Where people read: colours on a terminal, plain text in a pipe."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
+
+
+def _recipe(args):
+    """The recipe an `[RECIPE] [key=value …]` command line means, and a word about why when none was named."""
+    from toolkit import recipe
+
+    words = ([args.recipe] if args.recipe else []) + args.overrides
+    path = words.pop(0) if words and "=" not in words[0] else None
+    if path is None:
+        from toolkit.doctor import default_recipe
+
+        path, why = default_recipe()
+        console().print(f"{path} ({why})")
+    return recipe.load(path, words)
+
+
+def setup(args):
+    """Install requirements.txt into this Python."""
+
+
+def doctor(args):
+    """Say what is installed, what will run, and the fix for what will not."""
+    from toolkit.doctor import examine
+
+    out = console()
+    findings = list(examine())
+    for finding in findings:
+        mark = "[yellow]![/]" if finding.fix else "[green]✓[/]"
+        out.print(f"{mark} {finding.what:<11} {finding.state}" + (f"\n              → {finding.fix}" if finding.fix else ""))
+
+
+def mix(args):
+    """Compile a recipe's mix and show it: plan, achieved shares, drops, lengths."""
+    from toolkit import mix, render, run, show
+
+    out = console()
+    recipe = run.resolve(_recipe(args), out)
+    out.print(show.plan_table(mix.plan(recipe.data), recipe.data.unit))
+    if args.dry_run:
+        return
+    mixed = run.compile_mix(recipe, out, fresh=args.fresh)
+    if args.show:
+        for part in show.terminal(mixed, render.load_chat(recipe.model.model_name, recipe.model.revision), args.show):
+            out.print(part)
+    picture = mixed.folder / "mix.png"
+    show.figure(mixed).savefig(picture, dpi=120)
+    out.print(f"mix.json, mix.png and quarantine.jsonl: {mixed.folder}")
+
+
+def train(args):
+    """Fine-tune by a recipe; an unfinished run goes on, a finished one is left alone."""
+    from toolkit import run
+
+    run.train(_recipe(args), console(), fresh=args.fresh)
+
+
+def evaluate(args):
+    """Score a run against its own base, in both modes, with intervals."""
+    from toolkit import run
+
+    run.evaluate(args.run, console(), level=args.level)
+
+
+RECIPE = [
+    (("recipe",), {"nargs": "?", "help": "a YAML file; without one, hybrid on a GPU with a Hub, else pocket"}),
+    (("overrides",), {"nargs": "*", "metavar": "key=value", "help": "e.g. train.max_steps=10 data.reasoning=0.5"}),
+    (("--fresh",), {"action": "store_true", "help": "compile or train anew; an old run is moved aside"}),
+]
+RUN = [(("run",), {"type": Path, "help": "a run's folder, or its name under outputs/"})]
+VERBS = {
+    "setup": (setup, []),
+    "doctor": (doctor, []),
+    "mix": (
+        mix,
+        [
+            *RECIPE,
+            (("--dry-run",), {"action": "store_true", "help": "only the plan"}),
+            (("--show",), {"type": int, "default": 0, "metavar": "N", "help": "print N rows per source, supervised tokens coloured"}),
+        ],
+    ),
+    "train": (train, RECIPE),
+    "evaluate": (evaluate, [*RUN, (("--level",), {"choices": ("quick", "full"), "help": "default: the recipe's"})]),
+}
+
+if __name__ == "__main__":
+    raise SystemExit(main())

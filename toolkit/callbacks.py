@@ -1,0 +1,166 @@
+"""What happens while a run trains: metrics.jsonl, a progress line, sample replies, speed and memory.
+
+SFTTrainer(..., callbacks=[Metrics(folder), Progress(console), Samples(folder, tokenizer, prompts, seed, tokens)])
+"""
+
+import json
+import time
+from pathlib import Path
+
+from transformers import TrainerCallback
+
+from toolkit.generate import generate
+
+MODES = ("thinking", "non_thinking")
+
+
+class Metrics(TrainerCallback):
+    """Every logged step as a line of metrics.jsonl; a resumed run first forgets what lies after its checkpoint."""
+
+    def __init__(self, folder: Path):
+        self.file = folder / "metrics.jsonl"
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002 - the signature is transformers'
+        lines = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.is_file() else []
+        kept = [line for line in lines if line["step"] <= state.global_step and state.global_step > 0]
+        self.file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ARG002 - as above
+        if not state.is_world_process_zero:
+            return
+        with open(self.file, "a") as file:
+            file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **logs}) + "\n")
+
+
+class Progress(TrainerCallback):
+    """Loss, tokens/s, supervised tokens/s, peak memory and time left: a live line on a terminal, plain lines in a pipe."""
+
+    PLAIN_EVERY = 10  # seconds between plain lines
+
+    def __init__(self, console, counter: "Counter"):
+        self.console, self.counter = console, counter
+        self.bar = self.task = None
+        self.printed = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002 - as above
+        if self.console.is_terminal or self.console.is_jupyter:
+            from rich import progress
+
+            columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn()
+            self.bar = progress.Progress(*columns, progress.TimeRemainingColumn(), console=self.console)
+            self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
+            self.bar.start()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ARG002 - as above
+        if "loss" in logs:
+            self._show(state, f"loss {logs['loss']:.3f}  {self.counter.line()}")
+        elif "eval_loss" in logs:
+            losses = {k[5:-5]: v for k, v in logs.items() if k.startswith("eval_") and k.endswith("_loss")}
+            parts = ", ".join(f"{k} {v:.3f}" for k, v in losses.items() if k)
+            self.console.print(f"step {state.global_step}: validation loss {logs['eval_loss']:.3f} ({parts})")
+
+    def on_train_end(self, args, state, control, **kwargs):  # noqa: ARG002 - as above
+        if self.bar:
+            self.bar.stop()
+
+    def _show(self, state, text: str) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=state.global_step, description=text)
+        elif time.monotonic() - self.printed > self.PLAIN_EVERY or state.global_step == state.max_steps:
+            self.printed = time.monotonic()
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}")
+
+
+class Counter(TrainerCallback):
+    """Tokens and supervised tokens seen since training began in this process, with the seconds and memory they took."""
+
+    def __init__(self):
+        self.tokens = self.supervised = 0
+        self.seconds = 0.0
+        self._since = None
+
+    def count(self, inputs) -> None:
+        """Add one training batch."""
+        labels = inputs["labels"]
+        self.tokens += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else labels.numel()
+        self.supervised += int((labels != -100).sum())
+
+    def on_step_begin(self, args, state, control, **kwargs):  # noqa: ARG002 - as above
+        self._since = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002 - as above
+        self.seconds += time.monotonic() - self._since  # evaluation and saving are not training time
+
+    def line(self) -> str:
+        rate = 1 / max(self.seconds, 1e-9)
+        speed = f"{self.tokens * rate:,.0f} tokens/s  {self.supervised * rate:,.0f} supervised/s"
+        return f"{speed}  peak {peak_memory() / 2**30:.2f} GiB"
+
+    def summary(self) -> dict:
+        """What the manifest keeps."""
+        rate = 1 / max(self.seconds, 1e-9)
+        return {
+            "tokens": self.tokens,
+            "supervised_tokens": self.supervised,
+            "train_seconds": round(self.seconds, 2),
+            "tokens_per_second": round(self.tokens * rate, 1),
+            "supervised_tokens_per_second": round(self.supervised * rate, 1),
+            "peak_memory_bytes": peak_memory(),
+        }
+
+
+def peak_memory() -> int:
+    """Bytes reserved on the GPU at the peak; without a GPU, the peak resident set of this process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_reserved()
+    import psutil
+
+    info = psutil.Process().memory_info()
+    return getattr(info, "peak_wset", None) or _peak_rss(info.rss)
+
+
+def _peak_rss(now: int) -> int:
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), now)
+
+
+class Samples(TrainerCallback):
+    """The recipe's fixed prompts answered in both modes at every evaluation: samples.jsonl, and a wandb Table."""
+
+    def __init__(self, folder: Path, tokenizer, prompts: tuple[str, ...], seed: int, max_new_tokens: int):
+        self.file = folder / "samples.jsonl"
+        self.tokenizer, self.prompts, self.seed, self.max_new_tokens = tokenizer, prompts, seed, max_new_tokens
+        self.seconds = 0.0
+        self._done: set[int] = set()
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002 - as above
+        rows = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.is_file() else []
+        kept = [r for r in rows if r["step"] <= state.global_step and state.global_step > 0]
+        self.file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):  # noqa: ARG002 - as above
+        if not state.is_world_process_zero or state.global_step in self._done:
+            return  # one call a step, though every validation set is evaluated on its own
+        self._done.add(state.global_step)
+        started = time.monotonic()
+        rows = answers(model, self.tokenizer, self.prompts, self.seed, self.max_new_tokens)
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": state.global_step, **r}, ensure_ascii=False) + "\n" for r in rows)
+        self.seconds += time.monotonic() - started
+
+
+def answers(model, tokenizer, prompts, seed: int, max_new_tokens: int) -> list[dict]:
+    """Each prompt answered in both modes: [{prompt, mode, reasoning, answer, finished}]."""
+    asked = [[{"role": "user", "content": p}] for p in prompts]
+    return [
+        {"prompt": p, "mode": mode, "reasoning": r.reasoning, "answer": r.answer, "finished": r.finished}
+        for mode in MODES
+        for p, r in zip(
+            prompts,
+            generate(model, tokenizer, asked, mode, max_new_tokens=max_new_tokens, seed=seed),
+            strict=True,
+        )
+    ]

@@ -1,0 +1,158 @@
+"""The steps of a run, composed: what the command line and the notebooks both call.
+
+    folder = train(recipe.load("data_recipes/pocket.yaml")); result = evaluate(folder)
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from toolkit import recipe as recipes
+from toolkit.recipe import Recipe, Source
+
+
+def default_console():
+    """A console for notebooks and scripts."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def resolve(recipe: Recipe, console) -> Recipe:
+    """`model_name: auto` becomes the largest Qwen3 that fits the card with this recipe, and says so."""
+    if recipe.model.model_name != "auto":
+        return recipe
+    import torch
+
+    from toolkit import fit
+
+    if not torch.cuda.is_available():
+        name = "pocket"
+        console.print("model: pocket (no CUDA card for a larger one)")
+    else:
+        memory = torch.cuda.get_device_properties(0).total_memory
+        name = fit.choose_model(memory, recipe)
+        console.print(f"model: {name} (the largest Qwen3 that fits {memory / 2**30:.1f} GiB with this recipe)")
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, model_name=name))
+
+
+def compile_mix(recipe: Recipe, console=None, *, fresh: bool = False):
+    """The recipe's mix, shown: shares planned and achieved, drops by reason, warnings."""
+    from toolkit import mix, show
+
+    console = console or default_console()
+    mixed = mix.compile_mix(recipe, fresh=fresh)
+    console.print(show.table(mixed.report))
+    for note in show.notes(mixed.report):
+        console.print(f"· {note}", style="yellow" if note.startswith("warning") else None)
+    return mixed
+
+
+def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = True) -> Path:
+    """Compile, load, train, evaluate; ends with before and after in both modes. Returns the run's folder.
+
+    An unfinished run of the same recipe goes on where it stopped; a finished one is left as it is.
+    """
+    from toolkit import train as training
+
+    console = console or default_console()
+    recipe = resolve(recipe, console)
+    folder, state = training.claim(recipe, fresh=fresh)
+    if state == "finished" and (not score or (folder / "eval.json").is_file()):
+        console.print(f"{folder} is finished already: `python -m toolkit evaluate {recipe.name}` scores it again")
+        return folder
+    if state != "finished":
+        mixed = compile_mix(recipe, console)
+        from toolkit import model as models
+
+        console.print(f"loading {recipe.model.model_name} …")
+        model, tokenizer = models.load_base(recipe.model)
+        model = models.attach(model, recipe.lora, seed=recipe.data.seed)
+        training.train(recipe, mixed, model, tokenizer, folder, console)
+        if score:
+            evaluate(folder, console, loaded=(model, tokenizer))
+    elif score:
+        evaluate(folder, console)
+    report(folder, console)
+    return folder
+
+
+def evaluate(folder: str | Path, console=None, *, level: str | None = None, loaded=None) -> dict:
+    """Score a run against its own base; writes eval.json and the wandb summary, prints the table."""
+    from toolkit import evaluate as evaluation
+    from toolkit import mix
+    from toolkit import model as models
+    from toolkit.questions import LEVELS, load_probes
+
+    console = console or default_console()
+    folder = models.run_folder(folder)
+    recipe = recipes.load(folder / "recipe.yaml")
+    model, tokenizer = loaded or models.load_run(folder)
+    mixed = mix.compile_mix(recipe)
+    level = level or recipe.evaluate.level
+    reasoning, chat = questions(recipe, mixed)
+    result = evaluation.evaluate(
+        model,
+        tokenizer,
+        reasoning,
+        chat,
+        load_probes(),
+        [validation_row(r) for r in mixed.validation],
+        level=level,
+        seed=recipe.data.seed,
+        max_new_tokens=min(recipe.evaluate.max_new_tokens, LEVELS[level].max_new_tokens),
+        say=console.print,
+    )
+    from toolkit.train import finish_reporting, write_atomically
+
+    write_atomically(folder / "eval.json", json.dumps(result, ensure_ascii=False, indent=1))
+    finish_reporting(recipe, folder, evaluation.summary(result), console)
+    return result
+
+
+def questions(recipe: Recipe, mixed) -> tuple[list[dict], list[dict]]:
+    """(reasoning, chat) questions: the recipe's sets, or held-out rows that carry an expected answer."""
+    from toolkit.questions import as_question
+
+    if not recipe.evaluate.questions:
+        rows = [r for r in mixed.validation if r.conversation.get("expected_answer")]
+        return [as_question(r.conversation, r.source) for r in rows], []
+    found = {q.name: [as_question(c, q.name) for c in read(q, recipe)] for q in recipe.evaluate.questions}
+    chat = {q.name for q in recipe.evaluate.questions if q.mode == "non_thinking"}
+    return tuple([q for n, qs in found.items() if (n in chat) == is_chat for q in qs] for is_chat in (False, True))
+
+
+def read(source: Source, recipe: Recipe) -> list[dict]:
+    """Every conversation of a source, in a seeded order; a malformed row is an error, as nobody would miss a question."""
+    from toolkit.sources import Rejected, conversations
+
+    found = []
+    for number, conversation in conversations(source, recipe.data.seed, recipe.data.placeholders):
+        if isinstance(conversation, Rejected):
+            raise recipes.ToolkitError(f"{source.path}, row {number}: {conversation.detail}")
+        found.append(conversation)
+    return found
+
+
+def validation_row(row) -> dict:
+    """A held-out row as evaluation takes it."""
+    return {"input_ids": row.ids.tolist(), "prompt_length": row.prompt_length, "source": row.source, "mode": row.mode}
+
+
+def report(folder: Path, console) -> None:
+    """What a run ends with: scores before and after, sample replies, speed, memory, and the next command."""
+    from toolkit import evaluate as evaluation
+
+    result = json.loads((folder / "eval.json").read_text(encoding="utf-8")) if (folder / "eval.json").is_file() else None
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if result:
+        console.print(evaluation.table(result))
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    for row in [s for s in samples if s["step"] == samples[-1]["step"]] if samples else []:
+        console.print(row)
+    console.print(
+        f"{manifest['steps']} steps in {manifest['train_seconds']:.0f} s, {manifest['tokens_per_second']:,.0f} tokens/s, "
+        f"{manifest['supervised_tokens_per_second']:,.0f} supervised tokens/s, "
+        f"peak memory {manifest['peak_memory_bytes'] / 2**30:.2f} GiB"
+    )
+    console.print(f"the run: {folder}\nnext:    python -m toolkit chat {folder.name}   or   python -m toolkit export {folder.name}")
