@@ -74,10 +74,12 @@ def run_folder(folder: Path, base: Path, **lora) -> Path:
     return folder
 
 
-def random_checkpoint(folder: Path, layers: int, tied: bool, hidden: int = 256) -> Path:
+def random_checkpoint(
+    folder: Path, layers: int, tied: bool, hidden: int = 256, vocabulary: int = 512, scale: float = 0.05
+) -> Path:
     """A Qwen3 of any depth, without torch: the same bits on every machine."""
     heads, kv, size, inner = 4, 1, 64, hidden
-    shapes = {"model.embed_tokens.weight": (512, hidden), "model.norm.weight": (hidden,)}
+    shapes = {"model.embed_tokens.weight": (vocabulary, hidden), "model.norm.weight": (hidden,)}
     for i in range(layers):
         layer = f"model.layers.{i}."
         shapes |= {layer + f"{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
@@ -89,11 +91,11 @@ def random_checkpoint(folder: Path, layers: int, tied: bool, hidden: int = 256) 
         shapes |= {layer + f"mlp.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
         shapes |= {layer + "mlp.down_proj.weight": (hidden, inner)}
     if not tied:
-        shapes["lm_head.weight"] = (512, hidden)
+        shapes["lm_head.weight"] = (vocabulary, hidden)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / "model.safetensors", shapes)
-    config = {"architectures": ["Qwen3ForCausalLM"], "vocab_size": 512, "hidden_size": hidden, "num_hidden_layers": layers,
-              "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": size,
+    _write(folder / "model.safetensors", shapes, scale)
+    config = {"architectures": ["Qwen3ForCausalLM"], "vocab_size": vocabulary, "hidden_size": hidden,
+              "num_hidden_layers": layers, "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": size,
               "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": tied,
               "model_type": "qwen3", "attention_bias": False}
     (folder / "config.json").write_text(json.dumps(config))
@@ -101,12 +103,12 @@ def random_checkpoint(folder: Path, layers: int, tied: bool, hidden: int = 256) 
     return folder
 
 
-def _write(file: Path, shapes: dict) -> None:
+def _write(file: Path, shapes: dict, scale: float) -> None:
     """Normal numbers cut to bf16, in the safetensors layout."""
     random = np.random.Generator(np.random.PCG64(3407))
     table, data, end = {}, [], 0
     for name, shape in shapes.items():
-        values = random.standard_normal(int(np.prod(shape)), dtype=np.float32) * 0.05
+        values = random.standard_normal(int(np.prod(shape)), dtype=np.float32) * np.float32(scale)
         data.append((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
         table[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [end, end := end + len(data[-1])]}
     header = json.dumps(table).encode()

@@ -1,6 +1,6 @@
 """The label rule, checked without toolkit.render: transformers' own template and tokenizer, and plain string work.
 
-    wrong = violations(tokenizer, ids, prompt_length, messages, tools)   # [] when the row teaches exactly what inference lacks
+wrong = violations(tokenizer, ids, prompt_length, messages, tools)   # [] when the row teaches exactly what inference lacks
 """
 
 import re

@@ -1,6 +1,6 @@
 """The real Qwen3 tokenizer, rebuilt offline from the token ranks that Qwen's own dashscope package carries.
 
-    folder = build(tmp_path)  # tokenizer.json, tokenizer_config.json, chat_template.jinja: 151,669 tokens, 2 s
+folder = build(tmp_path)  # tokenizer.json, tokenizer_config.json, chat_template.jinja: 151,669 tokens, 2 s
 """
 
 import base64

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import tiny_qwen3
 
+from tests import tiny_qwen3
 from toolkit.evaluate import evaluate, is_rate, score, summary, table
 from toolkit.generate import Reply, inference, split_reply
 from toolkit.questions import LEVELS, as_question, choose, fingerprint, load_probes, plan
@@ -39,11 +39,11 @@ def perfect(conversation, mode) -> Reply:
     return reply(("" if quiet else THOUGHT) + ANSWERS[question])
 
 
-def always_thinks(conversation, mode):
+def always_thinks(conversation, _mode):
     return reply(THOUGHT + ANSWERS[asked_and_switch(conversation)[0]])
 
 
-def never_thinks(conversation, mode):
+def never_thinks(conversation, _mode):
     return reply(ANSWERS[asked_and_switch(conversation)[0]])
 
 
@@ -51,19 +51,19 @@ def empty_block(conversation, mode):
     return reply("<think>\n\n</think>\n\n" * (mode == "thinking") + ANSWERS[asked_and_switch(conversation)[0]])
 
 
-def leaks_aloud(conversation, mode):
+def leaks_aloud(conversation, _mode):
     return reply("Hmm. Wait, let me check that again.\n" + ANSWERS[asked_and_switch(conversation)[0]])
 
 
-def rambles(conversation, mode):
+def rambles(conversation, _mode):
     return reply("First one adds the ones and then the tens. " * 5 + ANSWERS[asked_and_switch(conversation)[0]])
 
 
-def never_closes(conversation, mode):
+def never_closes(_conversation, _mode):
     return reply("<think>\non and on")
 
 
-def endless(conversation, mode):
+def endless(_conversation, _mode):
     return reply("<think>\non and on", finished=False)
 
 
@@ -133,6 +133,12 @@ def test_random_answers_score_chance_and_their_interval_says_so():
     assert values(result, "thinking")["adherence"] == 1
 
 
+def test_accuracy_keeps_its_place_when_every_reply_was_cut():
+    result = run(endless)
+    assert result["tuned"]["thinking"]["accuracy"] == {"value": None, "low": None, "high": None, "n": 0}
+    assert result["difference"]["thinking"]["accuracy"]["n"] == 0
+
+
 def test_cut_replies_leave_accuracy_and_show_in_n():
     def half_cut(conversation, mode):
         question = asked_and_switch(conversation)[0]
@@ -173,7 +179,9 @@ def test_the_result_has_the_documented_keys_and_flat_names():
     flat = summary(result)
     assert flat["eval/tuned/thinking/accuracy"] == 1.0
     assert flat["eval/difference/thinking/think_probability"] == pytest.approx(0.8)
-    assert table(result).row_count == sum(map(len, result["difference"].values()))
+    assert table(result).row_count == sum(
+        "/" not in m or m[:3] in ("acc", "swi") for d in result["difference"].values() for m in d
+    )
 
 
 def test_nothing_to_ask_is_an_error():

@@ -4,8 +4,8 @@ import copy
 
 import numpy as np
 import pytest
-import tiny_qwen3
 
+from tests import tiny_qwen3
 from toolkit.generate import SAMPLING, Reply, generate, inference, sampler, split_reply, think_probability
 from toolkit.recipe import ToolkitError
 

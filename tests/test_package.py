@@ -10,7 +10,7 @@ import pytest
 from toolkit.recipe import ROOT
 
 # The pipeline, left to right: a module uses only modules before it.
-ORDER = """recipe install files tables conversation formats sources render overlap lint mix show fit model generate callbacks train
+ORDER = """recipe install files rows tables conversation formats sources render overlap lint mix show shapes memory gauge fit model generate callbacks train
 stats score questions subject evaluate compare merge gguf_file certificate export serve chat batch doctor run sweep replay
 bench __main__""".split()
 MODULES = sorted((ROOT / "toolkit").glob("*.py"))
@@ -44,7 +44,9 @@ def test_every_module_says_what_it_is_and_shows_one_line_of_use(path):
 
 
 def test_importing_the_package_loads_neither_torch_nor_unsloth():
-    code = "import toolkit, toolkit.recipe, sys; print({'torch', 'unsloth', 'transformers', 'numpy'} & set(sys.modules))"
+    code = (
+        "import toolkit, toolkit.recipe, sys; print({'torch', 'unsloth', 'transformers', 'numpy'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.strip() == "set()"
 

@@ -42,6 +42,6 @@ def model(tokenizer, adapter_works: bool = True):
     )
     base = Qwen3ForCausalLM(config)
     base.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
-    return get_peft_model(base, LoraConfig(r=4, init_lora_weights=not adapter_works, target_modules=["q_proj", "v_proj"]))
-
-
+    return get_peft_model(
+        base, LoraConfig(r=4, init_lora_weights=not adapter_works, target_modules=["q_proj", "v_proj"])
+    )

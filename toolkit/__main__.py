@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line; building it imports nothing but argparse."""
-    top = argparse.ArgumentParser(prog="python -m toolkit", description="Fine-tune Qwen3 on one GPU; keep both its modes.")
+    top = argparse.ArgumentParser(
+        prog="python -m toolkit", description="Fine-tune Qwen3 on one GPU; keep both its modes."
+    )
     verbs = top.add_subparsers(dest="verb", metavar="VERB")
     for name, (function, arguments) in VERBS.items():
         verb = verbs.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__)
@@ -63,7 +65,7 @@ def setup(args):
     """Install requirements.txt into this Python."""
 
 
-def doctor(args):
+def doctor(args):  # noqa: ARG001 - every verb takes its arguments
     """Say what is installed, what will run, and the fix for what will not."""
     from toolkit.doctor import examine
 
@@ -71,7 +73,9 @@ def doctor(args):
     findings = list(examine())
     for finding in findings:
         mark = "[yellow]![/]" if finding.fix else "[green]✓[/]"
-        out.print(f"{mark} {finding.what:<11} {finding.state}" + (f"\n              → {finding.fix}" if finding.fix else ""))
+        out.print(
+            f"{mark} {finding.what:<11} {finding.state}" + (f"\n              → {finding.fix}" if finding.fix else "")
+        )
 
 
 def mix(args):
@@ -120,7 +124,15 @@ VERBS = {
         [
             *RECIPE,
             (("--dry-run",), {"action": "store_true", "help": "only the plan"}),
-            (("--show",), {"type": int, "default": 0, "metavar": "N", "help": "print N rows per source, supervised tokens coloured"}),
+            (
+                ("--show",),
+                {
+                    "type": int,
+                    "default": 0,
+                    "metavar": "N",
+                    "help": "print N rows per source, supervised tokens coloured",
+                },
+            ),
         ],
     ),
     "train": (train, RECIPE),

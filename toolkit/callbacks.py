@@ -128,27 +128,41 @@ def _peak_rss(now: int) -> int:
 
 
 class Samples(TrainerCallback):
-    """The recipe's fixed prompts answered in both modes at every evaluation: samples.jsonl, and a wandb Table."""
+    """The recipe's fixed prompts answered in both modes, before, during and after: samples.jsonl, and a wandb Table."""
 
-    def __init__(self, folder: Path, tokenizer, prompts: tuple[str, ...], seed: int, max_new_tokens: int):
+    def __init__(self, folder: Path, tokenizer, prompts: tuple[str, ...], seed: int, max_new_tokens: int, wandb: bool):
         self.file = folder / "samples.jsonl"
         self.tokenizer, self.prompts, self.seed, self.max_new_tokens = tokenizer, prompts, seed, max_new_tokens
-        self.seconds = 0.0
-        self._done: set[int] = set()
+        self.wandb, self.seconds = wandb, 0.0
+        self._rows: list[dict] = []
 
-    def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002 - as above
-        rows = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.is_file() else []
-        kept = [r for r in rows if r["step"] <= state.global_step and state.global_step > 0]
-        self.file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+    def on_train_begin(self, args, state, control, model=None, **kwargs):  # noqa: ARG002 - as above
+        if state.global_step == 0:
+            self._rows = []
+            self.answer(model, 0, "before")  # a fresh adapter changes nothing: these are the base's answers
+        else:
+            rows = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
+            self._rows = [r for r in rows if r["step"] <= state.global_step and r["when"] != "after"]
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):  # noqa: ARG002 - as above
-        if not state.is_world_process_zero or state.global_step in self._done:
-            return  # one call a step, though every validation set is evaluated on its own
-        self._done.add(state.global_step)
+        if state.is_world_process_zero and all(r["step"] != state.global_step for r in self._rows):
+            self.answer(
+                model, state.global_step, "during"
+            )  # once a step, though each validation set reports on its own
+
+    def answer(self, model, step: int, when: str) -> None:
+        """Ask all prompts now and write the file."""
         started = time.monotonic()
-        rows = answers(model, self.tokenizer, self.prompts, self.seed, self.max_new_tokens)
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": state.global_step, **r}, ensure_ascii=False) + "\n" for r in rows)
+        found = answers(model, self.tokenizer, self.prompts, self.seed, self.max_new_tokens)
+        self._rows += [{"step": step, "when": when, **row} for row in found]
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows]
+        self.file.write_text("".join(lines), encoding="utf-8")
+        if self.wandb:
+            import wandb
+
+            columns = list(self._rows[0])
+            table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in self._rows])
+            wandb.log({"samples": table}, commit=False)
         self.seconds += time.monotonic() - started
 
 

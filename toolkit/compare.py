@@ -20,7 +20,7 @@ GUARDS = (("thinking", "adherence"), ("non_thinking", "adherence"), ("non_thinki
 MARGIN = 0.05
 """Loss against the base, in points of a rate, that a recommended ratio may have in a guard."""
 RULE = (
-    "Ratios that lose more than 0.05 against the base, beyond their 95% interval, in thinking adherence, non-thinking "
+    f"Ratios that lose more than {MARGIN} against the base, beyond their 95% interval, in thinking adherence, non-thinking "
     "adherence or non-thinking chat accuracy are left out: no gain in mathematics pays for a broken mode. Of the rest, the "
     "highest thinking accuracy on the reasoning questions leads; ratios closer to it than the range that chance alone "
     "gives this many ratios (95%, bootstrap over questions, all pairs at once) tie with it, and of the tied ones the lowest "
@@ -70,9 +70,8 @@ def resampled(runs: list[Run], name: str, section: str, metric: str) -> np.ndarr
         found = run.found(name, section, metric)
         if kept:
             sums, counts = np.array(kept)
-            with np.errstate(invalid="ignore"):  # a resample may miss every question that has a finished reply
-                drawn = ratios(sums, counts, draws(len(sums), seed))
-            vectors.append(np.where(np.isnan(drawn), found["value"], drawn))
+            drawn = ratios(sums, counts, draws(len(sums), seed))
+            vectors.append(np.where(np.isnan(drawn), found["value"], drawn))  # all its replies were cut
         else:
             noise = np.random.default_rng([seed, *run.name.encode(), *name.encode(), *metric.encode()])
             vectors.append(noise.normal(found["value"], (found["high"] - found["low"]) / 3.92, RESAMPLES))
@@ -93,11 +92,15 @@ def decide(points: list[Point], unit: str) -> tuple[Point | None, str, list[str]
     notes += [f"{label} is left out of the choice: {why}." for label, why in broken.items()]
     whole = [point for point in points if point.label not in broken]
     if not whole:
-        return None, f"None of the {len(points)} ratios can be recommended: each breaks a mode or the chat.", notes
+        return (
+            None,
+            f"None of the {len(points)} {noun(points)} can be recommended: each breaks a mode or the chat.",
+            notes,
+        )
     values = np.array([point.values[GOAL]["value"] for point in whole])
-    reach = _reach(whole)
-    tied = [point for point, value in zip(whole, values, strict=True) if values.max() - value <= reach]
-    gap = f"differences up to {reach:.2f} between {len(whole)} ratios are chance, 95%"
+    near = reach(whole)
+    tied = [point for point, value in zip(whole, values, strict=True) if values.max() - value <= near]
+    gap = f"differences up to {near:.2f} between {len(whole)} {noun(points)} are chance, 95%"
     if len(tied) == len(points):
         span = f"{values.min():.2f} to {values.max():.2f}"
         return None, f"The differences are within noise: thinking accuracy runs from {span}, and {gap}.", notes
@@ -111,6 +114,13 @@ def decide(points: list[Point], unit: str) -> tuple[Point | None, str, list[str]
         else "the only one that keeps all"
     )
     return best, f"Recommended: {best.label}, {_state(best, unit)} ({tie}).", notes
+
+
+def noun(points: list[Point]) -> str:
+    """What the points are: ratios, or settings at one ratio."""
+    return (
+        "settings" if len({point.label for point in points}) > 1 and len({p.planned for p in points}) == 1 else "ratios"
+    )
 
 
 def _state(point: Point, unit: str) -> str:
@@ -145,7 +155,7 @@ def _change(point: Point, section: str, metric: str) -> np.ndarray:
     return resampled(point.runs, "tuned", section, metric) - resampled(point.runs, "base", section, metric)
 
 
-def _reach(points: list[Point]) -> float:
+def reach(points: list[Point]) -> float:
     """The range of thinking accuracy that equal ratios would show in 19 of 20 cases: the 95% quantile of the range of the
     centred resamples, which bounds all pairs at once (Tukey's range test, by bootstrap)."""
     vectors = np.stack([resampled(point.runs, "tuned", *GOAL) for point in points])

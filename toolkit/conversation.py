@@ -6,14 +6,15 @@ conversation = checked(messages, tools=[], placeholders={"NAME": "Wheat"}, tag="
 import json
 import re
 
-from toolkit.files import Rejected
+from toolkit.rows import Rejected
 
 MAX_TEXT = 500_000
 """Characters of one text: Qwen3's longest context, 131,072 tokens, holds about four characters a token."""
 MAX_TURNS = 1_000
 CONTROLS = bytes(c for c in range(32) if chr(c) not in "\n\t\r")
-TOKEN = re.compile(r"<\|\w{1,40}\|>|</?tool_(?:call|response)>")
-"""What Qwen's tokenizers (and Llama's, Phi's, gpt-oss') read as structure wherever it stands."""
+TOKEN = re.compile(r"<[|｜][\w▁]{1,40}[|｜]>|</?tool_(?:call|response)>")
+"""What Qwen's tokenizers (and Llama's, Phi's, gpt-oss', DeepSeek's) read as structure wherever it stands."""
+THINK = re.compile("</?think>")
 PLACEHOLDER = re.compile(r"{{ *(NAME|AUTHOR|AUTHOER) *}}|{{(name|author|authoer|Name|Author)}}")
 """The self-cognition sets' spellings, AUTHOER included; `{{ name }}` with spaces is somebody's template code."""
 CJK = re.compile("[\u3400-\u9fff]")
@@ -57,13 +58,13 @@ def _next_roles(message: dict) -> tuple[str, ...]:
 
 def _check_texts(messages: list[dict], tools: list[dict]) -> str:
     """All texts of a row, joined, after one look for what no text may hold."""
-    parts = [json.dumps(tools, ensure_ascii=False)] if tools else []
+    parts = [_dumped(tools)] if tools else []
     for message in messages:
         parts.append(message["content"])
         if "reasoning_content" in message:
             parts.append(message["reasoning_content"])
         if "tool_calls" in message:
-            parts.append(json.dumps(message["tool_calls"], ensure_ascii=False))
+            parts.append(_dumped(message["tool_calls"]))
     joined = "\n".join(parts)
     if len(joined) > MAX_TEXT and (longest := max(map(len, parts))) > MAX_TEXT:
         raise Rejected("field_too_long", f"a text of {longest:,} characters; the limit is {MAX_TEXT:,}")
@@ -80,15 +81,22 @@ def _check_texts(messages: list[dict], tools: list[dict]) -> str:
     return joined
 
 
+def _dumped(value: list[dict]) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    if THINK.search(text):
+        raise Rejected("control_token", "a tool or a call holds a think tag, which the model reads as structure")
+    return text
+
+
 def _finish(message: dict, where: str) -> None:
     """Reasoning moves from <think> tags to its own field; content is blank only in calls and their results."""
     content, role = message["content"], message["role"]
     if "think>" in content:
-        if role != "assistant" and ("<think>" in content or "</think>" in content):
+        if role != "assistant" and THINK.search(content):
             raise Rejected("control_token", f"{where} holds a think tag, which the model reads as structure")
         if role == "assistant":
             content = _split_off(message, where)
-    if "think>" in message.get("reasoning_content", "") and re.search("</?think>", message["reasoning_content"]):
+    if THINK.search(message.get("reasoning_content", "")):
         raise Rejected("nested_think", f"{where}: a think tag inside the reasoning")
     if not content.strip() and role != "tool" and "tool_calls" not in message:
         if "reasoning_content" in message:
@@ -109,7 +117,7 @@ def split_think(content: str, where: str = "text") -> tuple[str, str]:
     """(reasoning, answer) of assistant text that may begin with <think>…</think>. Raises Rejected."""
     start = content.lstrip()
     if not start.startswith("<think>"):
-        if "<think>" in content or "</think>" in content:
+        if THINK.search(content):
             raise Rejected("think_in_answer", f"{where}: a think tag that does not open the text")
         return "", content
     reasoning, closed, answer = start[len("<think>") :].partition("</think>")
@@ -117,7 +125,7 @@ def split_think(content: str, where: str = "text") -> tuple[str, str]:
         raise Rejected("unclosed_think", f"{where}: <think> without </think>")
     if "<think>" in reasoning:
         raise Rejected("nested_think", f"{where}: <think> inside <think>")
-    if "<think>" in answer or "</think>" in answer:
+    if THINK.search(answer):
         raise Rejected("think_in_answer", f"{where}: a think tag in the answer")
     return reasoning.strip("\n") if reasoning.strip() else "", answer.lstrip("\n")
 

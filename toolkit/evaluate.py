@@ -24,6 +24,7 @@ MAY_CHANGE = {"identity"}
 """Probe categories a run may mean to change ("who made you?"): reported, but not part of the pooled kl and nll."""
 KEPT = ("accuracy", "accuracy/chat", "adherence", "kl")
 """Metrics whose sums and counts per question are written out, so that `compare` can pair runs question by question."""
+PARTS = ("adherence/", "kl/", "nll/")
 Sums = dict[str, tuple[list[float], list[float]]]
 """Metric → (sums, counts), one entry per question, probe or row: what intervals are made from."""
 
@@ -88,15 +89,7 @@ def score(
     budget = _budget(plans, probes, validation, size, max_new_tokens)
     clock.start(level, budget)
     replies = {(m, on): subject.reply([ask.messages for ask in plans[m]], m, on) for m in MODES for on in (False, True)}
-    with Judge() as judge:
-        sums = {
-            m: [marks(plans[m], replies[m, on], replies[m, False], asked, judge) for on in (False, True)] for m in MODES
-        }
-        timeouts = judge.timeouts
-    for mode in MODES:
-        for on in (False, True):
-            chances = subject.first([q["messages"] for q in asked], mode, on)
-            sums[mode][on]["think_probability"] = (chances, [1] * len(asked))
+    sums, timeouts = _mode_sums(subject, plans, replies, asked)
     sums["forgetting"] = forgetting(subject, probes, validation, size.probe_tokens)
     return {
         "level": level,
@@ -114,6 +107,18 @@ def score(
     }
 
 
+def _mode_sums(subject: Subject, plans: dict, replies: dict, asked: list[dict]) -> tuple[dict[str, list[Sums]], int]:
+    """([base, tuned] sums of each mode, comparisons of answers that took too long)."""
+    sums: dict[str, list[Sums]] = {mode: [] for mode in MODES}
+    with Judge() as judge:
+        for mode in MODES:
+            for on in (False, True):
+                scored = marks(plans[mode], replies[mode, on], replies[mode, False], asked, judge)
+                chances = subject.first([q["messages"] for q in asked], mode, on)
+                sums[mode].append(scored | {"think_probability": (chances, [1] * len(asked))})
+        return sums, judge.timeouts
+
+
 def marks(asks: list[Ask], replies: list[Reply], base: list[Reply], asked: list[dict], judge: Judge) -> Sums:
     """What the replies score, summed up per question; `base` holds the base's replies to the same prompts."""
     lengths = defaultdict(list)
@@ -121,6 +126,8 @@ def marks(asks: list[Ask], replies: list[Reply], base: list[Reply], asked: list[
         lengths[ask.question, ask.purpose].append(reply.answer_tokens)
     typical = median(mean(tokens) for tokens in lengths.values())
     table: dict[str, np.ndarray] = defaultdict(lambda: np.zeros((2, len(asked))))
+    for name in {"accuracy", *(name for question in asked for name in _accuracies(question))}:
+        table[name] += 0  # there, with n = 0, even when every reply was cut
     for ask, reply in zip(asks, replies, strict=True):
         tokens = max(mean(lengths[ask.question, ask.purpose]), typical, 1)
         for metric, value in _marks(ask, reply, asked[ask.question], tokens, judge):
@@ -140,8 +147,11 @@ def _marks(ask: Ask, reply: Reply, question: dict, base_tokens: float, judge: Ju
         yield from _adherence(ask.mode, reply, base_tokens)
         if reply.finished:
             right = judge.right(reply.answer, question["expected_answer"])
-            yield "accuracy/chat" if question["chat"] else "accuracy", right
-            yield f"accuracy/set/{question['set']}", right
+            yield from ((name, right) for name in _accuracies(question))
+
+
+def _accuracies(question: dict) -> tuple[str, str]:
+    return "accuracy/chat" if question["chat"] else "accuracy", f"accuracy/set/{question['set']}"
 
 
 def _adherence(mode: str, reply: Reply, base_tokens: float) -> Iterable[tuple[str, float]]:
@@ -250,14 +260,15 @@ def summary(result: dict) -> dict[str, float]:
 
 
 def table(result: dict):
-    """A rich table: base, tuned and their paired difference with 95% intervals."""
+    """A rich table: base, tuned and their paired difference with 95% intervals; the parts of a metric stay in eval.json."""
     from rich.table import Table
 
     grid = Table(title=f"Evaluation ({result['level']}, seed {result['seed']}); 95% intervals, paired over questions")
     for heading in ("", "metric", "base", "tuned", "tuned - base", "n"):
         grid.add_column(heading, justify="left" if heading in ("", "metric") else "right")
     for section, metrics in result["difference"].items():
-        for i, (metric, change) in enumerate(metrics.items()):
+        whole = {m: change for m, change in metrics.items() if not m.startswith(PARTS)}
+        for i, (metric, change) in enumerate(whole.items()):
             cells = [show(result[name][section][metric]) for name in ("base", "tuned")]
             grid.add_row(section if i == 0 else "", metric, *cells, show(change, sign="+"), str(change["n"]))
         grid.add_section()

@@ -1,161 +1,93 @@
-"""Files of rows: which files a path means, their fingerprint, their plain bytes; what a row that is refused says.
+"""Whole files or none: atomic writing, checksums, and a record that lets an export go on where it stopped.
 
-path = Path("data/chat"); files = data_files(path, split="train"); key = fingerprint_of(path, files)
+    ledger = Ledger(run / "export.json", inputs); ledger.make(path, lambda partial: partial.write_bytes(data))
 """
 
-import gzip
+import contextlib
 import hashlib
-import re
-import tempfile
-import zlib
+import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.recipe import ToolkitError
 
-KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-NOT_ROWS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "configuration.json", "state.json"}
-"""What data sets keep beside their rows."""
-SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}
-BLOCK = 1 << 22
-"""Bytes read at a time while indexing: small enough that the newline mask stays in the processor's cache."""
 
-
-class Rejected(ValueError):
-    """A row that cannot be trained on: `reason` is a slug to count by, `detail` tells people what is wrong where."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Raw rows of one source.
-
-    `draw(seed)` yields every row once as (number from 1, row or Rejected), shuffled by the seed and read only when
-    asked for. `where(number)` says file and line. `fields` are the keys of the first rows; `size` None is unknown.
-    """
-
-    size: int | None
-    fields: list[str]
-    fingerprint: str
-    revision: str | None
-    location: str
-    draw: Callable[[int], Iterator[tuple[int, "dict | Rejected"]]]
-    where: Callable[[int], str]
-
-
-def kind_of(path: Path) -> str | None:
-    """jsonl, json, csv or parquet by the file's name; None for other files."""
-    name = path.name.lower()
-    kind = KINDS.get(Path(name.removesuffix(".gz")).suffix)
-    return None if kind == "parquet" and name.endswith(".gz") else kind
-
-
-def data_files(path: Path, split: str = "train") -> list[Path]:
-    """The data files of a path, sorted. In a folder with files named by split (`train-00000.parquet`) that split's.
-
-    Raises ToolkitError for a path without any, and for links that loop or leave the folder.
-    """
-    if not path.is_dir():
-        if kind_of(path) is None:
-            raise ToolkitError(f"{path}: unknown kind of file: expected {', '.join(KINDS)}, the text kinds also as .gz")
-        _resolved(path)
-        return [path]
-    files = sorted(f for f in _walk(path, path.resolve()) if kind_of(f) and f.name not in NOT_ROWS)
-    first = {f: re.split(r"[-_.]", f.name, maxsplit=1)[0].lower() for f in files}
-    chosen = [f for f in files if first[f] == split] or [f for f in files if first[f] not in SPLITS]
-    if not chosen:
-        found = f"found only {', '.join(f.name for f in files[:5])}" if files else "found none"
-        raise ToolkitError(f"{path}: expected {', '.join(KINDS)} files of the split {split!r}: {found}")
-    return chosen
-
-
-def _walk(folder: Path, root: Path) -> Iterator[Path]:
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        target = _resolved(entry)
-        if entry.is_symlink() and (target.is_dir() or not target.is_relative_to(root)):
-            kind = "a link to a folder" if target.is_dir() else "a link that leaves the folder"
-            raise ToolkitError(f"{entry}: {kind}, which is not followed: put the files themselves there (cp -rL)")
-        if target.is_dir():
-            yield from _walk(entry, root)
-        else:
-            yield entry
-
-
-def _resolved(path: Path) -> Path:
+@contextlib.contextmanager
+def complete(path: Path) -> Iterator[Path]:
+    """Hands out `path`.partial; what is written there gets its name only when it is whole and on the disk."""
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: Python 3.11's word for a loop of links
-        raise ToolkitError(f"{path}: cannot be opened: {error}") from error
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        free = shutil.disk_usage(path.parent).free / 1e9
+        raise ToolkitError(
+            f"{path}: could not be written ({error}). {free:.2f} GB are free there. Nothing half-written was left; "
+            "make room and run the same command again: it goes on where it stopped"
+        ) from error
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            partial.unlink()
 
 
-def fingerprint_of(path: Path, files: list[Path]) -> str:
-    """SHA-256 over the files' names, sizes and bytes.
-
-    Of a file above 64 MiB only head, tail and 64 blocks of 64 KiB at seeded places are read, so that asking is quick:
-    an edit in the middle of such a file that keeps its size may go unseen.
-    """
-    total = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        total.update(f"{file.relative_to(path).as_posix()}\0{size}\0".encode())
-        with open(file, "rb") as handle:
-            if size <= 64 << 20:
-                total.update(hashlib.file_digest(handle, "sha256").digest())
-                continue
-            for place in _places(size):
-                handle.seek(place)
-                total.update(handle.read(1 << 16))
-    return total.hexdigest()
+def write_json(path: Path, value: dict) -> None:
+    with complete(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _places(size: int) -> list[int]:
-    import numpy as np
-
-    middle = np.random.default_rng(size).integers(0, size - (1 << 16), 64)
-    return [0, *sorted(middle.tolist()), size - (1 << 16)]
-
-
-def open_plain(path: Path):
-    """The file's bytes, unpacked to a temporary file where gzipped. Raises ToolkitError for a gz bomb."""
-    if path.stat().st_size == 0:
-        raise ToolkitError(f"{path}: is empty: expected at least one row")
-    if path.suffix.lower() != ".gz":
-        return open(path, "rb", buffering=0)
-    plain = tempfile.TemporaryFile()  # noqa: SIM115 (the caller reads it; it vanishes when closed)
-    unpacked = 0
-    # Text packs about 5 : 1, rarely 20 : 1; deflate's limit is 1,032 : 1, which only empty bytes reach.
-    limit = max(100 << 20, 100 * path.stat().st_size)
+def read_json(path: Path) -> dict:
     try:
-        with gzip.open(path) as packed:
-            while block := packed.read(BLOCK):
-                unpacked += len(block)
-                if unpacked > limit:
-                    raise ToolkitError(f"{path}: unpacks to over {limit >> 20} MiB, more than text can: a gz bomb")
-                plain.write(block)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ToolkitError(f"{path}: not a whole gzip file: {error}") from error
-    plain.flush()
-    return plain
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ToolkitError(f"{path}: expected a JSON file ({error})") from error
 
 
-def decode(raw: bytes, path: Path, line: int) -> str:
-    """UTF-8 bytes as text; `line` is the number of their first line. Raises ToolkitError that says how to convert."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        line += raw.count(b"\n", 0, error.start)
-        guess = "utf-16" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"
-        fix = f"iconv -f {guess} -t utf-8 {path.name} > utf8-{path.name}"
-        raise ToolkitError(f"{path} line {line}: not UTF-8, perhaps {guess}: convert it: {fix}") from error
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def kind_name(value) -> str:
-    """What a JSON value is, in words for an error."""
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
+class Ledger:
+    """What an export has finished, by checksum, for one set of inputs: a second run does only what is missing."""
+
+    def __init__(self, path: Path, inputs: dict):
+        self.path, self.root, self.inputs = path, path.parent, inputs
+        old = read_json(path) if path.is_file() else {"inputs": inputs, "files": {}}
+        self.files: dict[str, dict] = old["files"]
+        if old["inputs"] != inputs:  # another adapter or base: nothing of what lies there may be taken for ours
+            for name in self.files:
+                (self.root / name).unlink(missing_ok=True)
+            self.files = {}
+
+    def has(self, path: Path) -> bool:
+        known = self.files.get(path.relative_to(self.root).as_posix())
+        return known is not None and path.is_file() and known == describe(path)
+
+    def add(self, path: Path) -> None:
+        self.files[path.relative_to(self.root).as_posix()] = describe(path)
+        write_json(self.path, {"inputs": self.inputs, "files": self.files})
+
+    def make(self, path: Path, write: Callable[[Path], object]) -> bool:
+        """Writes `path` through `write(partial)` unless it is there already; True if it was written."""
+        if self.has(path):
+            return False
+        with complete(path) as partial:
+            write(partial)
+        self.add(path)
+        return True
+
+    def make_text(self, path: Path, text: str) -> None:
+        """The same for a small text, written again when it would differ."""
+        if not (self.has(path) and path.read_text(encoding="utf-8") == text):
+            with complete(path) as partial:
+                partial.write_text(text, encoding="utf-8")
+            self.add(path)
+
+
+def describe(path: Path) -> dict:
+    return {"sha256": sha256(path), "bytes": path.stat().st_size}

@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from toolkit.evaluate import is_rate
+
 FILES = ("recipe.yaml", "mix.json", "eval.json", "manifest.json", "metrics.jsonl")
 UNITS = ("examples", "tokens", "supervised_tokens")
 GOAL = ("thinking", "accuracy")
@@ -52,6 +54,9 @@ class Point:
 
     label: str
     variant: str
+    """What else the recipes differ in, "learning_rate=0.0002"; empty when only the share does."""
+    planned: float
+    """Planned reasoning share in the mix's unit."""
     runs: list[Run]
     shares: dict[str, float]
     values: dict[tuple[str, str], dict]
@@ -129,13 +134,15 @@ def group(runs: list[Run], unit: str) -> list[Point]:
     """Points by planned share and by whatever else the recipes differ in, in rising order of the share."""
     flat = [_settings(run.recipe) for run in runs]
     differing = sorted(k for k in set().union(*flat) if len({json.dumps(f.get(k)) for f in flat}) > 1)
+    short = Counter(key.split(".")[-1] for key in differing)
+    names = {key: key.split(".")[-1] if short[key.split(".")[-1]] == 1 else key for key in differing}
     groups = defaultdict(list)
     for run, settings in zip(runs, flat, strict=True):
-        variant = ", ".join(f"{key}={settings.get(key)}" for key in differing)
+        variant = ", ".join(f"{names[key]}={settings.get(key)}" for key in differing)
         groups[variant, round(_share(run.mix, run.mix["planned"], unit), 3)].append(run)
     several = len({share for _, share in groups}) > 1 or len(groups) == 1
     return [
-        _point(_label(share if several else None, variant), variant, members)
+        _point(_label(share if several else None, variant), variant, share, members)
         for (variant, share), members in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0]))
     ]
 
@@ -159,13 +166,13 @@ def _label(share: float | None, variant: str) -> str:
     return ", ".join(part for part in (f"{100 * share:g}% reasoning" if share is not None else "", variant) if part)
 
 
-def _point(label: str, variant: str, runs: list[Run]) -> Point:
+def _point(label: str, variant: str, planned: float, runs: list[Run]) -> Point:
     shares = {unit: float(np.mean([run.share(unit) for run in runs])) for unit in UNITS}
-    values = {key: _average([run.found("tuned", *key) for run in runs]) for key in METRICS}
-    return Point(label, variant, runs, shares, {key: found for key, found in values.items() if found})
+    values = {key: _average(key[1], [run.found("tuned", *key) for run in runs]) for key in METRICS}
+    return Point(label, variant, planned, runs, shares, {key: found for key, found in values.items() if found})
 
 
-def _average(found: list[dict | None]) -> dict | None:
+def _average(metric: str, found: list[dict | None]) -> dict | None:
     """Mean over seeds. All seeds answer the same questions, so their intervals do not shrink by averaging; what the seeds
     themselves scatter is added."""
     if None in found:
@@ -173,7 +180,8 @@ def _average(found: list[dict | None]) -> dict | None:
     each = [f["value"] for f in found]
     value, scatter = float(np.mean(each)), 1.96 * seed_error(each)
     low, high = (math.hypot(np.mean([abs(f["value"] - f[end]) for f in found]), scatter) for end in ("low", "high"))
-    return {"value": value, "low": value - low, "high": value + high, "n": min(f["n"] for f in found), "each": each}
+    low, high = (max(0.0, value - low), min(1.0, value + high)) if is_rate(metric) else (value - low, value + high)
+    return {"value": value, "low": low, "high": high, "n": min(f["n"] for f in found), "each": each}
 
 
 def seed_error(each: list[float]) -> float:

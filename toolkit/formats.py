@@ -7,8 +7,8 @@ import difflib
 import json
 
 from toolkit.conversation import MAX_TURNS, checked, split_think
-from toolkit.files import Rejected, kind_name
 from toolkit.recipe import ToolkitError
+from toolkit.rows import Rejected, kind_name
 
 FORMATS = {
     "alpaca": {"user": "instruction", "assistant": "output", "input": "input"},

@@ -81,12 +81,12 @@ def _legend(worst: tuple[str, dict[str, int]]):
 
 
 def cell(room: tuple[int, int]) -> str:
-    """`4×2k 1×8k`: batch of 2,048-token rows and the longest row alone; `no` when nothing fits."""
+    """`4×2k` over `1×8k`: batch of 2,048-token rows and the longest row alone; `no` when nothing fits."""
     batch, row = room
     if not row:
         return "no"
     alone = f"1×{row // 1024}k" if row >= 1024 else f"1×{row}"
-    return f"{batch}×2k {alone}" if batch else alone
+    return f"{batch}×2k\n{alone}" if batch else alone
 
 
 def show_table(rooms: dict[str, dict[float, tuple[int, int]]]) -> None:
@@ -109,11 +109,11 @@ def figure(title: str, phases: dict[str, dict[str, int]], vram: int):
 
     drawn = Figure(figsize=(8, 0.6 + 0.5 * len(phases)), layout="constrained")
     axes = drawn.subplots()
+    ends = dict.fromkeys(phases, 0.0)
     for part in dict.fromkeys(part for parts in phases.values() for part in parts):
-        left = [sum(s for n, s in parts.items() if list(parts).index(n) < list(parts).index(part)) / GIB if part in parts
-                else 0 for parts in phases.values()]  # fmt: skip
         sizes = [parts.get(part, 0) / GIB for parts in phases.values()]
-        axes.barh(list(phases), sizes, left=left, color=_colour(part), label=part)
+        axes.barh(list(phases), sizes, left=list(ends.values()), color=_colour(part), label=part)
+        ends = {phase: end + size for (phase, end), size in zip(ends.items(), sizes, strict=True)}
     axes.axvline(vram / GIB, color="red")
     axes.invert_yaxis()
     axes.set_xlabel("GiB")

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.merge import Checkpoint, read_json
+from toolkit.files import read_json
+from toolkit.merge import Checkpoint
 from toolkit.recipe import ToolkitError
 
 LLAMA_CPP = "UNSLOTH_LLAMA_CPP_PATH"
@@ -202,7 +203,7 @@ def encode(bits: np.ndarray, kind: str) -> np.ndarray:
 
 @functools.cache
 def _ggml():
-    """llama.cpp as shipped inside xllamacpp. The symbol is exported, not promised: the pinned version goes with the tests."""
+    """llama.cpp inside xllamacpp. The symbol is exported, not promised: the pinned version goes with the tests."""
     library = ctypes.CDLL(importlib.util.find_spec("xllamacpp.xllamacpp").origin)
     function = library.ggml_quantize_chunk
     function.restype = ctypes.c_size_t
@@ -246,7 +247,8 @@ def _metadata(writer, checkpoint: Checkpoint, name: str, file_type) -> None:
 
 def _rope(writer, config: dict) -> None:
     """transformers 5 writes `rope_parameters`, older checkpoints `rope_theta` and `rope_scaling`."""
-    rope = {"rope_theta": config.get("rope_theta"), **(config.get("rope_scaling") or {}), **config.get("rope_parameters", {})}
+    stretched = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope = {"rope_theta": config.get("rope_theta")} | stretched
     writer.add_rope_freq_base(rope["rope_theta"])
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "yarn":
@@ -296,23 +298,24 @@ def _special_ids(writer, settings: dict, ids: dict[str, int], folder: Path) -> N
 def chat_template(folder: Path) -> str:
     """The inference template. TRL's training variants carry {% generation %}, which no other program understands."""
     file = folder / "chat_template.jinja"
-    text = file.read_text(encoding="utf-8") if file.is_file() else read_json(folder / "tokenizer_config.json").get("chat_template")
+    settings = read_json(folder / "tokenizer_config.json")
+    text = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
     if not text or re.search(r"{%-?\s*generation\b", text):
-        raise ToolkitError(f"{folder}: {'a training' if text else 'no'} chat template; expected the model's inference template "
-                           "in chat_template.jinja (copy it from the base model's folder)")
+        raise ToolkitError(f"{folder}: {'a training' if text else 'no'} chat template; expected the model's inference "
+                           "template in chat_template.jinja (copy it from the base model's folder)")
     return text
 
 
-def metadata(path: Path) -> dict:
-    """Every key of a GGUF's header."""
-    import gguf
+class GgufFile:
+    """A GGUF read back, memory-mapped. Opened once: the vocabulary makes opening take seconds."""
 
-    fields = gguf.GGUFReader(path).fields.values()
-    return {f.name: f.contents() for f in fields if not f.name.startswith("GGUF.")}
+    def __init__(self, path: Path):
+        import gguf
 
+        reader = gguf.GGUFReader(path)
+        self.fields = reader.fields
+        self.tensors = {t.name: t for t in reader.tensors}
 
-def tensors_by_name(path: Path) -> dict:
-    """The tensors of a GGUF, memory-mapped."""
-    import gguf
-
-    return {t.name: t for t in gguf.GGUFReader(path).tensors}
+    def value(self, key: str):
+        """A key of the header, None where the file has no such key."""
+        return self.fields[key].contents() if key in self.fields else None

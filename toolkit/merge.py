@@ -3,18 +3,16 @@
     merge(Merged(find_base(manifest["model"], "16bit"), Adapter(run / "adapter")), run / "merged", ledger)
 """
 
-import contextlib
-import hashlib
 import json
 import math
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from toolkit.files import Ledger, read_json
 from toolkit.recipe import POCKET, ToolkitError, find
 
 SHARD_BYTES = 4 * 10**9
@@ -29,78 +27,6 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
                    "added_tokens.json", "vocab.json", "merges.txt")
 
 
-@contextlib.contextmanager
-def complete(path: Path) -> Iterator[Path]:
-    """Hands out `path`.partial; what is written there gets its name only when it is whole and on the disk."""
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        free = shutil.disk_usage(path.parent).free / 1e9
-        raise ToolkitError(
-            f"{path}: could not be written ({error}). {free:.2f} GB are free there. Nothing half-written was left; "
-            "make room and run the same command again: it goes on where it stopped"
-        ) from error
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
-
-
-def write_json(path: Path, value: dict) -> None:
-    with complete(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ToolkitError(f"{path}: expected a JSON file ({error})") from error
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class Ledger:
-    """What an export has finished, by checksum, for one set of inputs: a second run does only what is missing."""
-
-    def __init__(self, path: Path, inputs: dict):
-        self.path, self.root, self.inputs = path, path.parent, inputs
-        old = read_json(path) if path.is_file() else {"inputs": inputs, "files": {}}
-        self.files: dict[str, dict] = old["files"]
-        if old["inputs"] != inputs:  # another adapter or base: nothing of what lies there may be taken for ours
-            for name in self.files:
-                (self.root / name).unlink(missing_ok=True)
-            self.files = {}
-
-    def has(self, path: Path) -> bool:
-        known = self.files.get(path.relative_to(self.root).as_posix())
-        return known is not None and path.is_file() and known == describe(path)
-
-    def add(self, path: Path) -> None:
-        self.files[path.relative_to(self.root).as_posix()] = describe(path)
-        write_json(self.path, {"inputs": self.inputs, "files": self.files})
-
-    def make(self, path: Path, write: Callable[[Path], None]) -> bool:
-        """Writes `path` through `write(partial)` unless it is there already; True if it was written."""
-        if self.has(path):
-            return False
-        with complete(path) as partial:
-            write(partial)
-        self.add(path)
-        return True
-
-
-def describe(path: Path) -> dict:
-    return {"sha256": sha256(path), "bytes": path.stat().st_size}
-
-
 @dataclass(frozen=True)
 class Base:
     """The weights an adapter is merged onto."""
@@ -111,6 +37,15 @@ class Base:
     four_bit: bool
     """Use the NF4 weights the adapter was trained on, dequantized, instead of the 16-bit ones."""
 
+    @property
+    def local(self) -> bool:
+        return self.name == "pocket" or find(self.name) is not None
+
+    @property
+    def label(self) -> str:
+        """The name without where it lies on this machine: what certificates and model cards say."""
+        return Path(self.name).name if self.local else self.name
+
 
 def find_base(model: dict, onto: str, *, local_only: bool = False) -> Base:
     """The base of `manifest.json["model"]`: `onto` "16bit" (the counterpart of a bnb-4bit name) or "4bit"."""
@@ -120,7 +55,7 @@ def find_base(model: dict, onto: str, *, local_only: bool = False) -> Base:
     folder = POCKET if name == "pocket" else find(name)
     suffix = next((s for s in FOUR_BIT_NAMES if name.rstrip("/").endswith(s)), "")
     if onto == "16bit" and suffix and (folder is None or Checkpoint(folder).is_four_bit):
-        name, revision = name.rstrip("/").removesuffix(suffix), None  # a revision of the 4-bit repository is not one here
+        name, revision = name.rstrip("/").removesuffix(suffix), None  # that revision was the 4-bit one's
         folder = find(name)
     folder = folder or _download(name, revision, local_only)
     if onto == "16bit" and Checkpoint(folder).is_four_bit:
@@ -212,8 +147,8 @@ class Adapter:
         self.config = read_json(folder / "adapter_config.json")
         for key, plain in PLAIN_LORA.items():
             if self.config.get(key, plain) not in (plain, None):
-                raise ToolkitError(f"{folder / 'adapter_config.json'}: {key} = {self.config[key]!r} cannot be merged here, "
-                                   f"only {plain!r}; merge it with PEFT's merge_and_unload")
+                raise ToolkitError(f"{folder / 'adapter_config.json'}: {key} = {self.config[key]!r} cannot be merged "
+                                   f"here, only {plain!r}; merge it with PEFT's merge_and_unload")
         rank = self.config["r"]
         self.scaling = self.config["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         stored = load_file(folder / "adapter_model.safetensors")
@@ -235,8 +170,8 @@ class Adapter:
         used = {n.removesuffix("weight") + f"lora_{x}.weight" for n in names for x in "AB"} | set(names)
         stray = sorted(set(self.tensors) - used)
         if stray:
-            raise ToolkitError(f"the adapter holds {stray[0]} ({len(stray)} such), which belongs to no weight of the base: "
-                               "it was trained on another model, or by a method that cannot be merged here")
+            raise ToolkitError(f"the adapter holds {stray[0]} ({len(stray)} such), which belongs to no weight of the "
+                               "base: it was trained on another model, or by a method that cannot be merged here")
 
 
 class Merged:
@@ -250,6 +185,10 @@ class Merged:
         self.config = {k: v for k, v in self.checkpoint.config.items() if k != "quantization_config"}
         self.config |= {"dtype": "bfloat16", "tie_word_embeddings": self.checkpoint.tied and not self.unties}
         self.config.pop("torch_dtype", None)
+
+    @property
+    def tied(self) -> bool:
+        return self.config["tie_word_embeddings"]
 
     def names(self) -> list[str]:
         return self.checkpoint.names() + ([HEAD] if self.unties else [])
@@ -297,12 +236,11 @@ def merge(merged: Merged, out: Path, ledger: Ledger, tokenizer: Path, say: Calla
     if len(shards) > 1:
         index = {"metadata": {"total_size": sum(map(size_of(merged), merged.names()))},
                  "weight_map": {n: file for file, names in shards.items() for n in names}}
-        ledger.make(out / "model.safetensors.index.json", lambda p: p.write_text(json.dumps(index, indent=2)))
-    copies = [(tokenizer / f, f) for f in TOKENIZER_FILES] + [(merged.base.folder / "generation_config.json",) * 2]
-    for source, name in copies:
+        ledger.make_text(out / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+    for source in [tokenizer / f for f in TOKENIZER_FILES] + [merged.base.folder / "generation_config.json"]:
         if source.is_file():
-            ledger.make(out / Path(name).name, lambda p, source=source: shutil.copyfile(source, p))
-    ledger.make(out / "config.json", lambda p: p.write_text(json.dumps(merged.config, indent=2) + "\n"))
+            ledger.make(out / source.name, lambda partial, source=source: shutil.copyfile(source, partial))
+    ledger.make_text(out / "config.json", json.dumps(merged.config, indent=2) + "\n")
 
 
 def size_of(merged: Merged) -> Callable[[str], int]:
@@ -343,7 +281,7 @@ def open_merged(run: Path, onto: str, *, local_only: bool = False) -> Merged:
     model, config = read_json(run / "manifest.json")["model"], read_json(run / "adapter" / "adapter_config.json")
     loaded = str(config.get("base_model_name_or_path"))  # Unsloth swaps a name for its -bnb-4bit twin when it loads
     if onto == "4bit" and not model.get("load_in_4bit"):
-        raise ToolkitError(f"{run}: was trained on 16-bit weights; there is no 4-bit base to merge onto, use --onto 16bit")
+        raise ToolkitError(f"{run}: trained on 16-bit weights: there is no 4-bit base to merge onto, use --onto 16bit")
     if onto == "4bit" and loaded.endswith(FOUR_BIT_NAMES) and "/" in loaded and find(model["name"]) is None:
         model = {"name": loaded, "revision": model.get("revision") if loaded == model["name"] else None}
     return Merged(find_base(model, onto, local_only=local_only), Adapter(run / "adapter"))

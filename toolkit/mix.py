@@ -6,7 +6,6 @@ mixed = compile_mix(recipe.load("data_recipes/hybrid.yaml")); mixed.report["achi
 import hashlib
 import itertools
 import json
-import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -16,19 +15,20 @@ import numpy as np
 
 from toolkit.lint import lint
 from toolkit.overlap import Grams, NearDuplicates, text_key
-from toolkit.recipe import ROOT, Data, Recipe, Source, ToolkitError
+from toolkit.recipe import Data, Recipe, Source, ToolkitError, outputs
 from toolkit.render import SWITCH, Chat, examples, load_chat
-from toolkit.sources import Rejected, conversations, open_rows
+from toolkit.sources import Rejected, conversations, fingerprint
 
 UNITS = ("examples", "tokens", "supervised_tokens")
 BATCH = (
     256  # conversations rendered while the batch before is tokenized; work never overshoots a quota by more than two
 )
 TOLERANCE = 0.01  # an achieved share further than one point from its plan stops the run
+DECIDES = ("mix", "render", "overlap", "sources", "formats", "conversation", "tables", "rows")
 NOT_MALFORMED = {"too_long", "duplicate", "near_duplicate", "validation_prompt", "contaminated"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Row:
     """One training example: `ids` (prompt, then completion), of which the first `prompt_length` are not supervised."""
 
@@ -87,7 +87,7 @@ def compile_mix(recipe: Recipe, *, fresh: bool = False) -> Mix:
     Raises ToolkitError on unreadable sources, too many malformed rows, or an achieved share off its plan.
     """
     chat = load_chat(recipe.model.model_name, recipe.model.revision)
-    fingerprints = {s.name: open_rows(s).fingerprint for s in (*recipe.data.sources, *recipe.evaluate.questions)}
+    fingerprints = {s.name: fingerprint(s) for s in (*recipe.data.sources, *recipe.evaluate.questions)}
     folder = cache_folder() / _key(recipe, chat, fingerprints)
     if fresh or not (folder / "mix.json").is_file():
         _compile(recipe, chat, fingerprints, folder)
@@ -95,8 +95,8 @@ def compile_mix(recipe: Recipe, *, fresh: bool = False) -> Mix:
 
 
 def cache_folder() -> Path:
-    """Where compiled mixes lie: `outputs/.mixes`, or $TOOLKIT_CACHE."""
-    return Path(os.environ.get("TOOLKIT_CACHE", ROOT / "outputs" / ".mixes"))
+    """Where compiled mixes lie."""
+    return outputs() / ".mixes"
 
 
 def plan(data: Data) -> dict[str, dict]:
@@ -118,10 +118,7 @@ def _allot(total: int, fractions: list[float]) -> list[int]:
 
 
 def _key(recipe: Recipe, chat: Chat, fingerprints: dict) -> str:
-    code = [
-        (Path(__file__).parent / f).read_bytes()
-        for f in ("mix.py", "render.py", "overlap.py", "sources.py", "formats.py", "files.py", "conversation.py")
-    ]
+    code = [(Path(__file__).parent / f"{m}.py").read_bytes() for m in DECIDES]
     decides = {
         "data": asdict(recipe.data),
         "questions": [asdict(q) for q in recipe.evaluate.questions],

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from toolkit.recipe import POCKET, ROOT, Lora, Model, ToolkitError, find
+from toolkit.recipe import POCKET, Lora, Model, ToolkitError, find, outputs
 
 VOID = open(os.devnull, "w")  # noqa: SIM115 - stays open: log handlers made while it is in place keep writing to it
 
@@ -19,7 +19,7 @@ def unsloth():
     Its generated sources go under outputs/, it never installs or downloads on its own, and without a network its calls
     to the Hub are switched off, as they would each wait for a time-out.
     """
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(ROOT / "outputs" / ".unsloth"))
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(outputs() / ".unsloth"))
     os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     with quiet():
@@ -86,14 +86,14 @@ def attach(model, lora: Lora, *, seed: int, use_gradient_checkpointing="unsloth"
 
 def load_run(folder: str | Path):
     """(model, tokenizer) of a finished run: its base, with its adapter on; `model.disable_adapter()` gives the base."""
-    from peft import PeftModel
-
     from toolkit import recipe
 
     folder = run_folder(folder)
     resolved = recipe.load(folder / "recipe.yaml")
     model, tokenizer = load_base(resolved.model)
     with quiet():
+        from peft import PeftModel
+
         model = PeftModel.from_pretrained(model, str(folder / "adapter"))
         unsloth().for_inference(model)
     return model, tokenizer
@@ -101,9 +101,9 @@ def load_run(folder: str | Path):
 
 def run_folder(folder: str | Path) -> Path:
     """A run's folder by path or by name under outputs/. Raises ToolkitError when there is no finished run."""
-    found = next((p for p in (Path(folder), ROOT / "outputs" / folder) if (p / "recipe.yaml").is_file()), None)
+    found = next((p for p in (Path(folder), outputs() / folder) if (p / "recipe.yaml").is_file()), None)
     if found is None:
-        runs = sorted(p.parent.name for p in (ROOT / "outputs").glob("*/recipe.yaml"))
+        runs = sorted(p.parent.name for p in (outputs()).glob("*/recipe.yaml"))
         raise ToolkitError(f"{folder}: no run there. Runs in outputs/: {', '.join(runs) or 'none yet (make train)'}")
     if not (found / "adapter" / "adapter_config.json").is_file():
         raise ToolkitError(f"{found}: this run has no adapter yet: finish it with the `train` command that began it")

@@ -1,13 +1,12 @@
-"""Two sets of weights, or a GGUF file, asked for the same next-token probabilities: do they agree?
+"""A run, its merged folder and its GGUF files, asked for the same tokens, prompts and probabilities: do they agree?
 
-    divergence(log_probs(adapter_view(merged), texts), log_probs(merged_view, texts)).mean()
+    divergence(log_probs(adapter_view(merged), texts), log_probs(stored_view(folder), texts)).mean()
 """
 
 import contextlib
+import http.client
 import json
 import os
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,32 @@ HEAD_ROWS = 16384
 TOP = 512
 NEAR_TIE = 1e-2
 """Two tokens this close in log-probability (1% of each other) are both the top one: rounding alone swaps them."""
+
+POSITIONS, PER_TEXT = 200, 50
+USER = {"role": "user", "content": "What is 17 + 25?"}
+ASK = {"role": "user", "content": "Weather in Zürich?"}
+THOUGHT = {"role": "assistant", "reasoning_content": "17 + 25 is 17 + 20 + 5.", "content": "It is 42."}
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": CITY}}]
+CALLS = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}]
+CALL = {"role": "assistant", "content": "", "tool_calls": CALLS}
+CONVERSATIONS: tuple[tuple[list[dict], list | None], ...] = (
+    ([USER], None),
+    ([{"role": "system", "content": "Answer briefly."}, USER], None),
+    ([USER, THOUGHT, {"role": "user", "content": "And doubled?"}], None),
+    ([ASK], TOOLS),
+    ([ASK, CALL, {"role": "tool", "content": '{"sky": "clear"}'}], TOOLS),
+)
+TEXTS = (
+    "Hello, world!  Two  spaces\n\n\tand a tab.", "def f(x):\n    return x**2  # 12345.678", " ", "\r\n\r\n  x",
+    "Größe, naïve, Ελληνικά, русский", "中文字符测试没问题。", "👩‍👩‍👧 🇨🇭 ﬁ ½", "I'll don't WE'RE 007",
+    "<think>\nyes\n</think>\n\nno<|im_end|>\n", "<|im_start|>user\n/no_think<|im_end|>",
+)
+"""No decomposed accents (e + U+0301): Qwen's tokenizer composes them (NFC), llama.cpp does not, in any GGUF of Qwen."""
+REPLIES = (
+    "<think>\nOkay, the user asks for a sum. 17 + 25 = 42.\n</think>\n\nIt is **42**.<|im_end|>",
+    "Water boils at 100 °C at sea level, because its vapour pressure then equals that of the air.<|im_end|>",
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +129,9 @@ class _Layer:
     def heads(self, name: str, x, turn):
         """(heads, tokens, head_dim), queries and keys normalized per head and turned."""
         y = self.linear(f"self_attn.{name}_proj", x).view(len(x), -1, self.config["head_dim"])
-        return y.transpose(0, 1) if turn is None else _turned(self.norm(f"self_attn.{name}_norm", y).transpose(0, 1), *turn)
+        if turn is not None:
+            return _turned(self.norm(f"self_attn.{name}_norm", y).transpose(0, 1), *turn)
+        return y.transpose(0, 1)
 
     def __call__(self, x, turn):
         from torch.nn.functional import scaled_dot_product_attention, silu
@@ -150,11 +177,77 @@ def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.sum(np.exp(reference, dtype=np.float64) * (reference.astype(np.float64) - other), axis=1)
 
 
+def load_tokenizer(folder: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def hf_encode(tokenizer) -> Callable:
+    return lambda text: tokenizer.encode(text, add_special_tokens=False)
+
+
+def hf_render(tokenizer) -> Callable:
+    def render(messages: list, tools: list | None, thinking: bool) -> str:
+        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True,
+                                             enable_thinking=thinking)
+
+    return render
+
+
+def server_encode(post: Callable) -> Callable:
+    return lambda text: post("/tokenize", {"content": text})["tokens"]
+
+
+def server_render(post: Callable) -> Callable:
+    def render(messages: list, tools: list | None, thinking: bool) -> str:
+        body = {"messages": [_openai(m) for m in messages], "chat_template_kwargs": {"enable_thinking": thinking}}
+        return post("/apply-template", body | ({"tools": tools} if tools else {}))["prompt"]
+
+    return render
+
+
+def _openai(message: dict) -> dict:
+    """The API wants a call's arguments as JSON text and its id; the template gets them back as they were."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for i, call in enumerate(message["tool_calls"]):
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append(call | {"id": str(i), "function": call["function"] | {"arguments": arguments}})
+    return message | {"tool_calls": calls}
+
+
+def tokenizer_differences(encode: Callable, render: Callable, tokenizer) -> tuple[int, int]:
+    """(texts, renderings) that differ from the run's own tokenizer: awkward texts, and every kind of conversation in
+    both modes, with the renderings tokenized too."""
+    own_encode, own_render = hf_encode(tokenizer), hf_render(tokenizer)
+    cases = [(messages, tools, thinking) for messages, tools in CONVERSATIONS for thinking in (True, False)]
+    rendered = [own_render(*case) for case in cases]
+    texts = sum(encode(text) != own_encode(text) for text in (*TEXTS, *rendered))
+    return texts, sum(render(*case) != text for case, text in zip(cases, rendered, strict=True))
+
+
+def end_of_turn(tokenizer) -> int:
+    """The token the template closes an assistant turn with, whatever the tokenizer's own settings say."""
+    text = tokenizer.apply_chat_template([USER, {"role": "assistant", "content": "4"}], tokenize=False).rstrip()
+    return tokenizer.encode(text, add_special_tokens=False)[-1]
+
+
+def probe_sequences(tokenizer) -> list[list[int]]:
+    """A few hundred positions of conversation, both modes and both kinds of reply."""
+    render, encode = hf_render(tokenizer), hf_encode(tokenizer)
+    texts = [render([USER], None, True) + REPLIES[0], render([USER], None, False) + REPLIES[1],
+             render(CONVERSATIONS[2][0], None, True) + REPLIES[0], REPLIES[1] + REPLIES[0]]
+    return [encode(text)[-PER_TEXT:] for text in texts[: POSITIONS // PER_TEXT]]
+
+
 @contextlib.contextmanager
-def llama_server(path: Path, context: int) -> Iterator[Callable[[str, dict], dict]]:
+def llama_server(path: Path, context: int = 2048) -> Iterator[Callable[[str, dict], dict]]:
     """The llama-server inside xllamacpp on a free local port; yields `post(route, body)`.
 
-    Weights are memory-mapped. A small model gets one thread: threads that wait for each other cost more than they bring."""
+    Weights are memory-mapped. A small model gets one thread:
+    threads that wait for each other cost more than they bring."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -167,37 +260,40 @@ def llama_server(path: Path, context: int) -> Iterator[Callable[[str, dict], dic
         server = xllamacpp.Server(params)
     except RuntimeError as error:
         raise ToolkitError(f"{path}: llama.cpp cannot load it ({error})") from error
-    address = server.listening_address
+    address = server.listening_address.removeprefix("http://")
 
-    def post(route: str, body: dict) -> dict:
-        request = urllib.request.Request(address + route, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request) as reply:
-                return json.load(reply)
-        except urllib.error.HTTPError as error:
-            raise ToolkitError(f"{path}: llama.cpp answers {error.code} to {route}: {error.read()[:300]!r}") from error
+    def post(route: str, body: dict):
+        connection = http.client.HTTPConnection(address)
+        connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
+        reply = connection.getresponse()
+        data = reply.read()
+        connection.close()
+        if reply.status != 200:
+            raise ToolkitError(f"{path}: llama.cpp answers {reply.status} to {route}: {data[:300]!r}")
+        return json.loads(data)
 
     yield post
     del server
 
 
 def file_divergence(post: Callable, reference: np.ndarray, sequences: list[list[int]], plain_token: int) -> dict:
-    """KL and top-1 agreement of a served file with `reference`, over the file's top 512 tokens and one bucket for the rest.
+    """KL and top-1 agreement of a served file with `reference`, over its top 512 tokens and one bucket for the rest.
 
-    One request per position. The sampled token is forced to `plain_token`: the probabilities are those before sampling, and
-    the server withholds them when the token it draws is half a character."""
-    values, agreed, row = [], 0, 0
+    One prompt per position, a request per text. The sampled token is forced to `plain_token`: the probabilities are
+    those before sampling, and the server withholds them when the token it draws is half a character."""
+    options = {"n_predict": 1, "n_probs": TOP, "logit_bias": [[plain_token, 1000.0]],
+               "response_fields": ["index", "completion_probabilities"]}
+    tops = []
     for ids in sequences:
-        for end in range(1, len(ids) + 1):
-            reply = post("/completion", {"prompt": ids[:end], "n_predict": 1, "n_probs": TOP,
-                                         "logit_bias": [[plain_token, 1000.0]], "response_fields": ["completion_probabilities"]})
-            top = reply["completion_probabilities"][0]["top_logprobs"]
-            kept, theirs = [t["id"] for t in top], np.array([t["logprob"] for t in top], np.float64)
-            ours = reference[row].astype(np.float64)
-            values.append(_bucketed(ours[kept], theirs))
-            agreed += bool(ours[kept[0]] > ours.max() - NEAR_TIE)
-            row += 1
-    return {"mean": float(np.mean(values)), "max": float(np.max(values)), "top1": agreed / row}
+        prompts = [ids[:end] for end in range(1, len(ids) + 1)]
+        replies = post("/completion", options | {"prompt": prompts})
+        tops += [r["completion_probabilities"][0]["top_logprobs"] for r in sorted(replies, key=lambda r: r["index"])]
+    values, agreed = [], 0
+    for top, row in zip(tops, reference, strict=True):
+        ours, kept = row.astype(np.float64), [t["id"] for t in top]
+        values.append(_bucketed(ours[kept], np.array([t["logprob"] for t in top], np.float64)))
+        agreed += bool(ours[kept[0]] > ours.max() - NEAR_TIE)
+    return {"mean": float(np.mean(values)), "max": float(np.max(values)), "top1": agreed / len(values)}
 
 
 def _bucketed(ours: np.ndarray, theirs: np.ndarray) -> float:

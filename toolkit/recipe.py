@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib.util
+import os
 import re
 import types
 import typing
@@ -219,6 +220,11 @@ def to_yaml(recipe: Recipe) -> str:
 def sha256(recipe: Recipe) -> str:
     """Identity of a run: the resolved recipe's SHA-256."""
     return hashlib.sha256(to_yaml(recipe).encode()).hexdigest()
+
+
+def outputs() -> Path:
+    """Where runs and caches lie: outputs/ in the project, or $TOOLKIT_OUTPUTS."""
+    return Path(os.environ.get("TOOLKIT_OUTPUTS", ROOT / "outputs"))
 
 
 def find(path: str | Path) -> Path | None:

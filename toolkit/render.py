@@ -14,7 +14,7 @@ import jinja2.ext
 import jinja2.sandbox
 
 from toolkit.recipe import POCKET, ToolkitError, find
-from toolkit.files import Rejected
+from toolkit.sources import Rejected
 
 SWITCH = re.compile(r"(?<!\S)/(no_think|think)(?!\S)")
 PROBE = [{"role": "user", "content": "probe"}]

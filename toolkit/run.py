@@ -1,6 +1,6 @@
 """The steps of a run, composed: what the command line and the notebooks both call.
 
-    folder = train(recipe.load("data_recipes/pocket.yaml")); result = evaluate(folder)
+folder = train(recipe.load("data_recipes/pocket.yaml")); result = evaluate(folder)
 """
 
 import dataclasses
@@ -106,6 +106,7 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
     from toolkit.train import finish_reporting, write_atomically
 
     write_atomically(folder / "eval.json", json.dumps(result, ensure_ascii=False, indent=1))
+    console.print(evaluation.table(result))
     finish_reporting(recipe, folder, evaluation.summary(result), console)
     return result
 
@@ -140,19 +141,32 @@ def validation_row(row) -> dict:
 
 
 def report(folder: Path, console) -> None:
-    """What a run ends with: scores before and after, sample replies, speed, memory, and the next command."""
-    from toolkit import evaluate as evaluation
-
-    result = json.loads((folder / "eval.json").read_text(encoding="utf-8")) if (folder / "eval.json").is_file() else None
+    """What a run ends with: the fixed prompts before and after, speed, memory, and the next command."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    if result:
-        console.print(evaluation.table(result))
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    for row in [s for s in samples if s["step"] == samples[-1]["step"]] if samples else []:
-        console.print(row)
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    console.print(before_after(rows))
     console.print(
         f"{manifest['steps']} steps in {manifest['train_seconds']:.0f} s, {manifest['tokens_per_second']:,.0f} tokens/s, "
         f"{manifest['supervised_tokens_per_second']:,.0f} supervised tokens/s, "
         f"peak memory {manifest['peak_memory_bytes'] / 2**30:.2f} GiB"
     )
-    console.print(f"the run: {folder}\nnext:    python -m toolkit chat {folder.name}   or   python -m toolkit export {folder.name}")
+    console.print(
+        f"the run: {folder}\nnext:    python -m toolkit chat {folder.name}   or   python -m toolkit export {folder.name}"
+    )
+
+
+def before_after(rows: list[dict]):
+    """A table of the fixed prompts' replies before and after training, in both modes."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="the same prompts before and after", title_justify="left", show_lines=True)
+    for column in ("prompt", "mode", "before", "after"):
+        table.add_column(column)
+    asked = {(r["prompt"], r["mode"]): {} for r in rows}
+    for row in rows:
+        thought = Text(row["reasoning"] + "\n", "bright_black") if row["reasoning"] else Text()
+        asked[row["prompt"], row["mode"]][row["when"]] = thought + Text(row["answer"] or "(nothing)")
+    for (prompt, mode), reply in asked.items():
+        table.add_row(prompt, mode.replace("_", "-"), reply.get("before"), reply.get("after"))
+    return table

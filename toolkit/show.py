@@ -1,6 +1,6 @@
 """A compiled mix to look at: a table, a picture, and rows with their supervised tokens coloured.
 
-    console.print(table(mixed.report)); figure(mixed); print(html(mixed, chat, 2))
+console.print(table(mixed.report)); figure(mixed); print(html(mixed, chat, 2))
 """
 
 from collections import Counter
@@ -36,8 +36,17 @@ def table(report: dict):
     for column in columns:
         table.add_column(column.replace("_", " "), justify="left" if column in {"source", "mode"} else "right")
     for name, row in report["sources"].items():
-        modes = " + ".join(f"{n} {m}" for m, n in row["modes"].items()) if len(row["modes"]) > 1 else next(iter(row["modes"]), "")
-        numbers = f"{row['rows_kept']:,}", f"{row['rows_seen']:,}", f"{row['tokens']:,}", f"{row['supervised_tokens']:,}"
+        modes = (
+            " + ".join(f"{n} {m}" for m, n in row["modes"].items())
+            if len(row["modes"]) > 1
+            else next(iter(row["modes"]), "")
+        )
+        numbers = (
+            f"{row['rows_kept']:,}",
+            f"{row['rows_seen']:,}",
+            f"{row['tokens']:,}",
+            f"{row['supervised_tokens']:,}",
+        )
         shares = [f"{report['achieved'][u].get(name, 0):.1%}" for u in UNITS]
         length = "/".join(str(v) for v in row["length"].values())
         table.add_row(name, modes.replace("_", "-"), *numbers, length, f"{report['planned'][name]:.1%}", *shares)
@@ -73,9 +82,15 @@ def figure(mixed: Mix):
     limit = report["max_seq_length"]
     for i, name in enumerate(names):
         sizes = [len(r.ids) for r in mixed.train if r.source == name]
-        lengths.hist(sizes, bins=BINS, range=(0, limit), color=COLOURS[i % 6], alpha=0.65, label=f"{name} ({len(sizes):,} rows)")
+        lengths.hist(
+            sizes, bins=BINS, range=(0, limit), color=COLOURS[i % 6], alpha=0.65, label=f"{name} ({len(sizes):,} rows)"
+        )
     lengths.axvline(limit, color="black", linestyle="--", linewidth=1)
-    lengths.set(xlabel=f"tokens per row (dashed: max_seq_length {limit:,}; longer rows are dropped, never cut)", ylabel="rows", yscale="log")
+    lengths.set(
+        xlabel=f"tokens per row (dashed: max_seq_length {limit:,}; longer rows are dropped, never cut)",
+        ylabel="rows",
+        yscale="log",
+    )
     lengths.legend(frameon=False)
     lengths.set_title("how long the rows are")
     for axes in (shares, lengths):
@@ -97,18 +112,27 @@ def terminal(mixed: Mix, chat: Chat, count: int):
     from rich.text import Text
 
     for row in _chosen(mixed, count):
-        yield Text(f"{row.source} · row {row.number} · {row.mode} · {len(row.ids)} tokens, {row.size('supervised_tokens')} supervised", "bold")
+        yield Text(
+            f"{row.source} · row {row.number} · {row.mode} · {len(row.ids)} tokens, {row.size('supervised_tokens')} supervised",
+            "bold",
+        )
         prompt, completion = chat.decode(row.ids[: row.prompt_length]), chat.decode(row.ids[row.prompt_length :])
         yield Text.assemble((prompt, "bright_black"), (completion, "bold green"), "\n")
 
 
 def html(mixed: Mix, chat: Chat, count: int) -> str:
     """The same as HTML, for a notebook: supervised tokens on green."""
-    parts = ["<p><span style='color:#777'>what the model sees</span>, "
-             f"<span style='background:{SUPERVISED};color:#111'>what it is taught</span></p>"]
+    parts = [
+        "<p><span style='color:#777'>what the model sees</span>, "
+        f"<span style='background:{SUPERVISED};color:#111'>what it is taught</span></p>"
+    ]
     for row in _chosen(mixed, count):
-        prompt, completion = (escape(chat.decode(p)) for p in (row.ids[: row.prompt_length], row.ids[row.prompt_length :]))
+        prompt, completion = (
+            escape(chat.decode(p)) for p in (row.ids[: row.prompt_length], row.ids[row.prompt_length :])
+        )
         title = f"{escape(row.source)} · {row.mode} · {len(row.ids)} tokens, {row.size('supervised_tokens')} supervised"
-        parts.append(f"<p><b>{title}</b></p><pre style='white-space:pre-wrap'><span style='color:#777'>{prompt}</span>"
-                     f"<span style='background:{SUPERVISED};color:#111'>{completion}</span></pre>")
+        parts.append(
+            f"<p><b>{title}</b></p><pre style='white-space:pre-wrap'><span style='color:#777'>{prompt}</span>"
+            f"<span style='background:{SUPERVISED};color:#111'>{completion}</span></pre>"
+        )
     return "\n".join(parts)

@@ -9,9 +9,9 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from toolkit.files import Rejected, Rows, data_files, fingerprint_of, kind_of
 from toolkit.formats import canonical, recognise
 from toolkit.recipe import Source, ToolkitError, find
+from toolkit.rows import Rejected, Rows, data_files, fingerprint_of, kind_of
 from toolkit.tables import holds_bytes, open_parquet, open_tables, shuffled, without_nulls
 
 __all__ = ["Rejected", "Rows", "canonical", "conversations", "detect", "fingerprint", "open_rows"]
@@ -63,7 +63,7 @@ def open_rows(source: Source) -> Rows:
         rows = _open_local(_modelscope_folder(source), source)
     else:
         rows = _open_hub(source)
-    return _limited(rows, source.max_rows) if source.max_rows else rows
+    return rows if source.max_rows is None else _limited(rows, source.max_rows)
 
 
 def fingerprint(source: Source) -> str:
@@ -74,7 +74,7 @@ def fingerprint(source: Source) -> str:
 
 def _located(source: Source) -> tuple[Source, Path | None]:
     """The source with `#N` and `:subset` taken off its path, and the local file or folder it means, if any."""
-    path, found = source.path, find(source.path)
+    path, found = source.path, find(source.path) if source.path.strip() else None
     if not found and (match := re.fullmatch(r"(.+)#(\d+)", path)):
         limit = int(match[2])
         source = replace(source, path=(path := match[1]), max_rows=min(limit, source.max_rows or limit))
@@ -83,7 +83,9 @@ def _located(source: Source) -> tuple[Source, Path | None]:
         source = replace(source, path=(path := match[1]), subset=match[2])
         found = find(path)
     if not found and _looks_local(path):
-        raise ToolkitError(f"{path}: no such file or folder, from here or from the project's root{_beside(path)}")
+        raise ToolkitError(
+            f"{path}: no such file or folder, from here or from the project's root{_beside(path)}. A Hub name is owner/name"
+        )
     return source, found
 
 
@@ -100,6 +102,8 @@ def _beside(path: str) -> str:
 
 
 def _limited(rows: Rows, limit: int) -> Rows:
+    if limit < 1:
+        raise ToolkitError(f"{rows.location}: expected a number of rows from 1, found {limit}")
     size = limit if rows.size is None else min(limit, rows.size)
     return replace(rows, size=size, draw=lambda seed: islice(rows.draw(seed), limit))
 
@@ -150,10 +154,12 @@ def _open_hub(source: Source) -> Rows:
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ToolkitError(
             f"{source.path}: no such dataset or revision on the Hub, or not yours to see (hf auth login). "
-            f"For a local file, give its path with the ending ({'.jsonl, .json, .csv, .parquet'}). {error}"
+            f"For a local file, give its path with the ending. {error}"
         ) from error
     except (OSError, httpx.HTTPError) as error:
         return _cached_rows(source, error)
+    except ToolkitError:
+        raise
     except ValueError as error:  # unknown subset or split: the message lists the known ones
         raise ToolkitError(f"{source.path}: {error}") from error
 
@@ -193,7 +199,7 @@ def _cached_rows(source: Source, cause: Exception) -> Rows:
         dataset = builder.as_dataset(source.split)
     except ValueError as error:
         raise ToolkitError(
-            f"{source.path}: the Hub is out of reach ({cause}) and there is no cached copy. {OFFLINE}"
+            f"{source.path}: the Hub is out of reach ({cause}) and no cached copy fits ({error}). {OFFLINE}"
         ) from error
     if source.revision and not builder.hash.startswith(source.revision):
         raise ToolkitError(

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.files import BLOCK, Rejected, Rows, decode, fingerprint_of, kind_name, kind_of, open_plain
 from toolkit.recipe import ToolkitError
+from toolkit.rows import BLOCK, Rejected, Rows, decode, fingerprint_of, kind_name, kind_of, open_plain
 
 MAX_ROW = 16 << 20
 """Bytes of one jsonl line; a longer one cannot be a training row and is not read into memory."""
@@ -102,6 +103,7 @@ def jsonl_table(path: Path) -> Table:
         return parse_line(file.read(length), path, line + 1)
 
     table = Table(path, "line", len(starts) - 1, get)
+    weakref.finalize(table, file.close)
     if isinstance(first := get(0), Rejected) and first.reason == "wrong_type":
         raise ToolkitError(f"{path} line 1: {first.detail} a line: a JSON array belongs in a .json file")
     return table
@@ -143,7 +145,8 @@ def _whole(path: Path) -> str:
 def json_table(path: Path) -> Table:
     """A JSON array of objects, {"data": [objects]}, or, as many keep it, one object a line under the name .json."""
     text = _whole(path)
-    if text.lstrip()[:1] == "{" and len(lines := text.strip().split("\n")) > 1 and _is_object(lines[0]):
+    first, _, rest = text.lstrip().partition("\n")
+    if rest.strip() and _is_object(first):
         return jsonl_table(path)
     try:
         data = json.loads(text)

@@ -18,7 +18,7 @@ import numpy as np
 from toolkit import recipe as recipes
 from toolkit.mix import Mix, Row
 from toolkit.model import quiet
-from toolkit.recipe import ROOT, Recipe, ToolkitError
+from toolkit.recipe import ROOT, Recipe, ToolkitError, outputs
 
 PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "wandb")
 
@@ -28,10 +28,10 @@ def claim(recipe: Recipe, *, fresh: bool = False) -> tuple[Path, str]:
 
     `fresh` moves an existing run aside to outputs/.old/. Raises ToolkitError when another recipe holds the name.
     """
-    folder = ROOT / "outputs" / recipe.name
+    folder = outputs() / recipe.name
     written = folder / "recipe.yaml"
     if fresh and folder.exists():
-        aside = ROOT / "outputs" / ".old" / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        aside = outputs() / ".old" / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         aside.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(aside)
     if not written.is_file():
@@ -99,6 +99,7 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) -
                 settings = _halved(settings, trainer.state.global_step, console)
                 del trainer
                 torch.cuda.empty_cache()
+        samples.answer(trainer.model, trainer.state.global_step, "after")
     with quiet():
         trainer.model.save_pretrained(str(folder / "adapter"))
         tokenizer.save_pretrained(str(folder / "adapter"))
@@ -156,7 +157,12 @@ def _trainer(recipe: Recipe, settings: dict, mixed: Mix, model, tokenizer, folde
     achieved = mixed.report["achieved"][recipe.data.unit]
     weights = {k: max(achieved[k.split("/")[0]], 1e-6) for k in validation}
     samples = Samples(
-        folder, tokenizer, recipe.evaluate.prompts, recipe.data.seed, min(256, recipe.evaluate.max_new_tokens)
+        folder,
+        tokenizer,
+        recipe.evaluate.prompts,
+        recipe.data.seed,
+        max_new_tokens=min(256, recipe.evaluate.max_new_tokens),
+        wandb=to_wandb(recipe),
     )
     callbacks = [counter, Metrics(folder), Progress(console, counter), samples]
     if recipe.evaluate.early_stopping_patience:
@@ -171,6 +177,9 @@ def _trainer(recipe: Recipe, settings: dict, mixed: Mix, model, tokenizer, folde
             data_collator=None if settings.get("packing") else transformers.DataCollatorForSeq2Seq(tokenizer),
             callbacks=callbacks,
         )
+    for weight in trainer.model.parameters():
+        if weight.requires_grad:  # TRL makes LoRA bfloat16 on a 4-bit base; a resumed run loads float32 and would differ
+            weight.data = weight.data.float()
     trainer.remove_callback(transformers.ProgressCallback)
     trainer.remove_callback(transformers.PrinterCallback)
     if trainer.args.packing or trainer.args.padding_free:
@@ -316,11 +325,16 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
+def to_wandb(recipe: Recipe) -> bool:
+    """Whether this run reports to wandb; `train.report_to` is a name or a list of names."""
+    to = recipe.train["report_to"]
+    return "wandb" in (to if isinstance(to, list) else [to])
+
+
 @contextlib.contextmanager
 def reporting(recipe: Recipe, mixed: Mix, folder: Path):
     """wandb around a training, left open for the evaluation that follows; closed as crashed on an error."""
-    to = recipe.train["report_to"]
-    if "wandb" not in (to if isinstance(to, list) else [to]):
+    if not to_wandb(recipe):
         yield
         return
     import wandb
@@ -338,6 +352,7 @@ def start_wandb(recipe: Recipe, mixed: Mix, folder: Path) -> None:
     import wandb
 
     os.environ.setdefault("WANDB_PROJECT", "qwen3-both-modes")
+    os.environ.setdefault("WANDB_SILENT", "true")  # its lines would break the progress display; ours says what matters
     if not has_wandb_account():
         os.environ.setdefault("WANDB_MODE", "offline")
     mix = {f"mix/reasoning_share_{u}": s.get("thinking", 0.0) for u, s in mixed.report["achieved_modes"].items()}
@@ -366,8 +381,7 @@ def has_wandb_account() -> bool:
 
 def finish_reporting(recipe: Recipe, folder: Path, summary: dict, console) -> None:
     """Add evaluation to the run's wandb summary and close it; offline, say which command uploads it."""
-    to = recipe.train["report_to"]
-    if "wandb" not in (to if isinstance(to, list) else [to]):
+    if not to_wandb(recipe):
         return
     import wandb
 

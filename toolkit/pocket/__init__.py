@@ -1,1 +1,1 @@
-"""The pocket Qwen3: a few million parameters, both modes, trained from nothing in minutes. `python -m toolkit.pocket.build`"""
+"""The pocket Qwen3: both modes in a few million parameters, for work offline. `python -m toolkit.pocket.build`"""

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import time
+from datetime import date
 from pathlib import Path
 from random import Random
 
@@ -12,18 +13,25 @@ from toolkit.pocket import tasks, words
 
 FOLDER = Path(__file__).parent
 SEED = 3407
-STEPS, BATCH, PEAK_LEARNING_RATE = 1500, 32, 3e-3
+STEPS, BATCH = 1500, 32
+MUON_LEARNING_RATE, ADAMW_LEARNING_RATE = 4e-3, 3e-3
 VOCABULARY = 1024
 
-# Qwen3's own added tokens in Qwen3's order; only these are `special`, so a decoder that skips special tokens keeps <think>.
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>",
-           "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
-ADDED = ["<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>",
-         "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"]
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")  # Qwen2's
+# Qwen3's added tokens in Qwen3's order. Only the first group is `special`: a decoder that skips those keeps <think>.
+_SPECIAL = """endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end
+vision_start vision_end vision_pad image_pad video_pad"""
+_ADDED = """<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>
+<tool_response> </tool_response> <think> </think>"""
+SPECIAL = [f"<|{name}|>" for name in _SPECIAL.split()]
+ADDED = _ADDED.split()
+# Qwen2's rule for cutting text before the merges: among others, a digit is always a token of its own.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 # How often a skill is asked: sums need the most practice, and every skill is asked in both modes.
-SKILLS = [*tasks.CHAT, "sum1", *["sum2"] * 5]
+SKILLS = [*tasks.CHAT, "sum1", *["sum2"] * 7]
 
 
 def official_template() -> str:
@@ -34,27 +42,46 @@ def official_template() -> str:
 
 def write_tokenizer(folder: Path) -> None:
     """A byte-level BPE like Qwen2's, learned on the pocket world, with Qwen3's added tokens behind its vocabulary."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        AddedToken,
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(SPECIAL) - len(ADDED), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIAL) - len(ADDED), initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(_texts(), trainer)
     added = [AddedToken(token, special=token in SPECIAL, normalized=False) for token in SPECIAL + ADDED]
     tokenizer.add_tokens(added)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(official_template(), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(_tokenizer_config(tokenizer), indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(_tokenizer_config(tokenizer), indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _texts() -> list[str]:
-    """What the merges are learned on: every phrasing and fact of the world, words counted about as often as they are used."""
-    rng, texts = Random(SEED), list(words.SYSTEM_PROMPTS) * 50 + ["system\nuser\nassistant\n /think /no_think", "\n\n"] * 200
+    """What the merges are learned on: every phrasing and fact of the world, about as often as they are used."""
+    rng, texts = (
+        Random(SEED),
+        list(words.SYSTEM_PROMPTS) * 50 + ["system\nuser\nassistant\n /think /no_think", "\n\n"] * 200,
+    )
     for skill in [*tasks.SKILLS, "small_talk", "small_talk"]:
         for _ in range(1000):
             task = tasks.draw(rng, skill, follow=rng.random() < 0.2)
@@ -65,52 +92,80 @@ def _texts() -> list[str]:
 def _tokenizer_config(tokenizer) -> dict:
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     decoder = {str(tokenizer.token_to_id(t)): {"content": t, **flags, "special": t in SPECIAL} for t in SPECIAL + ADDED}
-    return {"add_bos_token": False, "add_prefix_space": False, "added_tokens_decoder": decoder,
-            "additional_special_tokens": SPECIAL[1:], "bos_token": None, "clean_up_tokenization_spaces": False,
-            "eos_token": "<|im_end|>", "errors": "replace", "model_max_length": 2048, "pad_token": "<|endoftext|>",
-            "split_special_tokens": False, "tokenizer_class": "Qwen2Tokenizer", "unk_token": None}
+    return {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "added_tokens_decoder": decoder,
+        "additional_special_tokens": SPECIAL[1:],
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 2048,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
 
 
 def new_model(tokenizer):
-    """An untrained Qwen3 of 3.4M parameters. Every matrix has rows of 256 or 768 numbers: llama.cpp's K-quants need multiples of 256."""
+    """An untrained Qwen3 of 3.4M parameters, all matrix rows 256 or 768 long: K-quants need multiples of 256."""
     from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=2048, rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=True, bos_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+        vocab_size=len(tokenizer),
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     model = Qwen3ForCausalLM(config)
     model.generation_config = GenerationConfig(  # Qwen3's own file, thinking mode's sampling values
-        bos_token_id=tokenizer.pad_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=True, temperature=0.6, top_p=0.95, top_k=20,
-        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id])
+        bos_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.95,
+        top_k=20,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.pad_token_id],
+    )
     return model
 
 
 def training_row(tokenizer, messages: list[dict], thinking: bool) -> tuple[list[int], int]:
-    """Token ids of one conversation and the length of its prompt; only what follows the prompt is learned (the project's label rule)."""
+    """Token ids of one conversation and the length of its prompt; only what follows the prompt is learned."""
+
     def render(part, **more):
         return tokenizer.apply_chat_template(part, tokenize=False, enable_thinking=thinking, **more)
 
     prompt, full = render(messages[:-1], add_generation_prompt=True), render(messages)
     if not full.startswith(prompt):
         raise ValueError(f"the chat template does not continue its own prompt:\n{prompt!r}\n{full!r}")
-    completion = full[len(prompt):].removesuffix("\n")  # the newline after <|im_end|> is never generated
+    completion = full[len(prompt) :].removesuffix("\n")  # the newline after <|im_end|> is never generated
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     return ids + tokenizer(completion, add_special_tokens=False)["input_ids"], len(ids)
 
 
 def training_rows(tokenizer, count: int, seed: int) -> list[tuple[list[int], int]]:
     rng = Random(seed)
-    modes = [rng.random() < 0.55 for _ in range(count)]
+    modes = [rng.random() < 0.6 for _ in range(count)]
     return [training_row(tokenizer, tasks.conversation(rng, SKILLS, thinking=on), on) for on in modes]
 
 
 def batches(rows: list, seed: int, pool: int = 16) -> list[list]:
-    """Batches of rows of like length: sorted inside pools of `pool` batches, so little is padding and the order stays random."""
+    """Batches of rows of like length, sorted inside pools of `pool` batches: little padding, random order."""
     rng, made = Random(seed), []
     for start in range(0, len(rows), BATCH * pool):
-        near = sorted(rows[start:start + BATCH * pool], key=lambda row: len(row[0]))
-        group = [near[i:i + BATCH] for i in range(0, len(near), BATCH)]
+        near = sorted(rows[start : start + BATCH * pool], key=lambda row: len(row[0]))
+        group = [near[i : i + BATCH] for i in range(0, len(near), BATCH)]
         rng.shuffle(group)
         made += group
     return made
@@ -123,27 +178,49 @@ def collate(rows: list, pad: int) -> dict:
     inputs = torch.full((len(rows), width), pad)
     labels, mask = torch.full((len(rows), width), -100), torch.zeros((len(rows), width), dtype=torch.long)
     for i, (ids, prompt) in enumerate(rows):
-        inputs[i, :len(ids)] = torch.tensor(ids)
-        labels[i, prompt:len(ids)] = inputs[i, prompt:len(ids)]
-        mask[i, :len(ids)] = 1
+        inputs[i, : len(ids)] = torch.tensor(ids)
+        labels[i, prompt : len(ids)] = inputs[i, prompt : len(ids)]
+        mask[i, : len(ids)] = 1
     return {"input_ids": inputs, "labels": labels, "attention_mask": mask}
 
 
-def train(model, tokenizer, steps: int, seed: int) -> None:
-    """Plain PyTorch: AdamW, one learning-rate cycle, bfloat16 matrix products, loss on completions."""
+def make_optimizers(model) -> list:
+    """Muon for the matrices inside the layers, AdamW for embeddings and norms.
+
+    With AdamW alone the loss stood at 1.2 after 200 steps, with Muon at 0.63 (same rows): copying is learned sooner.
+    """
     import torch
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LEARNING_RATE, total_steps=steps, pct_start=0.08, div_factor=20)
+    inner = {name: p for name, p in model.named_parameters() if p.dim() == 2 and "embed" not in name}
+    outer = [p for name, p in model.named_parameters() if name not in inner]
+    return [
+        torch.optim.Muon(inner.values(), lr=MUON_LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(outer, lr=ADAMW_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+
+
+def trapezoid(step: int, steps: int, warmup: int = 20) -> float:
+    """Learning-rate factor: a short warm-up, level for the first half, then straight down to zero."""
+    return min(1.0, (step + 1) / warmup, 2 * (steps - step) / steps)
+
+
+def train(model, tokenizer, steps: int, seed: int) -> None:
+    """Plain PyTorch: bfloat16 matrix products, loss on completions."""
+    import torch
+
+    optimizers = make_optimizers(model)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: trapezoid(step, steps)) for optimizer in optimizers
+    ]
     started, model = time.time(), model.train()
     for step, rows in enumerate(batches(training_rows(tokenizer, steps * BATCH, seed), seed), 1):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(**collate(rows, tokenizer.pad_token_id)).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for part in [*optimizers, *schedules]:
+            part.step()
+        model.zero_grad()
         if step % 50 == 0 or step == steps:
             print(f"step {step}/{steps}  loss {loss.item():.3f}  {time.time() - started:.0f} s", flush=True)
 
@@ -163,6 +240,23 @@ def build(folder: Path, steps: int = STEPS, seed: int = SEED) -> float:
     return time.time() - started
 
 
+def how_it_was_made(steps: int, seconds: float) -> dict:
+    """What the card says about the build."""
+    import torch
+    import transformers
+
+    return {
+        "seed": SEED,
+        "steps": steps,
+        "batch": BATCH,
+        "seconds": round(seconds),
+        "date": date.today().isoformat(),
+        "hardware": f"{torch.get_num_threads()} CPU threads",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the model goes (default: this package)")
@@ -171,10 +265,12 @@ def main() -> None:
     from toolkit.pocket import score
 
     seconds = build(arguments.folder, arguments.steps)
-    score.write_card(arguments.folder, arguments.steps, seconds)
+    score.write_card(arguments.folder, how_it_was_made(arguments.steps, seconds))
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads collapse on shared cores; torch reads it at import
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "passive"
+    )  # spinning threads collapse on shared cores; torch reads it at import
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
     main()

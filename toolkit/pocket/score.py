@@ -1,4 +1,4 @@
-"""What the pocket model can do, measured: both modes, greedy, on held-out questions. `python -m toolkit.pocket.score`"""
+"""What the pocket model can do, measured in both modes on held-out questions. `python -m toolkit.pocket.score`"""
 
 import argparse
 import json
@@ -13,6 +13,36 @@ FOLDER = Path(__file__).parent
 SEED = 11
 MAX_NEW_TOKENS = 112  # the longest worked sum of the new skill is about 70 tokens
 THINK = re.compile(r"<think>\n(?P<reasoning>.*?)\n?</think>\n\n(?P<answer>.*)", re.DOTALL)
+
+CARD = """# Pocket Qwen3
+
+A Qwen3 of {parameters:,} parameters ({megabytes:.1f} MB, bfloat16) with both of Qwen3's modes, trained from nothing. It
+is no language model to talk to for long: it exists so that data, training, evaluation, export and chat run for real,
+offline, on a CPU.
+
+- **Architecture**: `Qwen3ForCausalLM`, hidden 256, 4 layers, 4 heads and 2 key-value heads of 64, QK-norm, tied
+  embeddings.
+- **Tokenizer**: own byte-level BPE of {vocabulary:,} tokens with Qwen2's split rule and Qwen3's added tokens; Qwen3's
+  official chat template.
+- **Data**: the seeded world of `tasks.py` and `words.py`, written for this project: sums of one and two digits with
+  worked steps, and {skills}. Both modes on both kinds of question, one to three turns, system prompts,
+  `/think` and `/no_think`. One instance in ten is held out for ever; one-digit sums, small talk and follow-up questions
+  ("And of dark?") are not.
+- **Labels**: the completion after the prompt that inference shows, up to `<|im_end|>`; nothing else.
+- **Not taught**: three-digit sums (`{new_skill}`). They are what the sample recipes teach it.
+- **Made by** `python -m toolkit.pocket.build`: seed {seed}, {steps:,} steps of {batch} conversations, {seconds:,} s of
+  training on {hardware}, {date}, torch {torch}, transformers {transformers}.
+
+| mode | questions | right answer | keeps to its mode | n |
+|---|---|--:|--:|--:|
+{table}
+
+Measured by `python -m toolkit.pocket.score` (greedy, seed {score_seed}, held-out questions, float32). "Keeps to its
+mode": thinking is a non-empty, closed block, an answer behind it and `<|im_end|>`; not thinking is an answer without a
+trace of a block or of worked steps; the switch (`/no_think` in the question) must first write the empty block.
+
+Known limits: it knows single facts only; anything outside this world is babble. Licence: CC0.
+"""
 
 
 def held_out(skills: list[str], count: int, seed: int = SEED) -> list[tasks.Task]:
@@ -29,22 +59,26 @@ def replies(model, tokenizer, prompts: list[list[dict]], thinking: bool, batch_s
     import torch
 
     def render(messages):
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
 
     texts, tokenizer.padding_side = [], "left"
     for start in range(0, len(prompts), batch_size):
-        inputs = tokenizer([render(m) for m in prompts[start:start + batch_size]], return_tensors="pt", padding=True)
+        inputs = tokenizer([render(m) for m in prompts[start : start + batch_size]], return_tensors="pt", padding=True)
         with torch.no_grad():
-            output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, temperature=None, top_p=None, top_k=None)
-        texts += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1]:])
+            output = model.generate(
+                **inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS, temperature=None, top_p=None, top_k=None
+            )
+        texts += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :])
     return [text.replace(tokenizer.pad_token, "") for text in texts]
 
 
 def judge(task: tasks.Task, text: str, thinking: bool) -> dict[str, bool]:
     """Is the visible answer exactly the expected one, and does the reply keep to its mode?
 
-    Thinking is well-formed when the block is non-empty, closed, followed by an answer and ended by <|im_end|>; non-thinking when
-    no trace of a think block or of worked steps shows.
+    Thinking is well-formed when the block is non-empty, closed, followed by an answer and ended by <|im_end|>;
+    non-thinking when no trace of a think block or of worked steps shows.
     """
     finished, text = text.endswith("<|im_end|>"), text.removesuffix("<|im_end|>")
     match = THINK.fullmatch(text)
@@ -57,24 +91,28 @@ def judge(task: tasks.Task, text: str, thinking: bool) -> dict[str, bool]:
 
 
 def score(model, tokenizer, count: int = 100) -> dict[str, dict]:
-    """{"thinking"|"non_thinking": {kind of question: {"accuracy", "adherence", "n"}}}, the new skill among the kinds."""
+    """{mode: {kind of question: {"accuracy", "adherence", "n"}}}, the new skill among the kinds."""
     kinds = {"chat": [s for s in tasks.CHAT if s != "small_talk"], "sums": ["sum2"], "new_skill": [tasks.NEW_SKILL]}
     result = {}
     for mode in ("thinking", "non_thinking"):
         asked = {kind: held_out(skills, count) for kind, skills in kinds.items()}
         thinking, flat = mode == "thinking", [task for group in asked.values() for task in group]
         texts = iter(replies(model, tokenizer, [[{"role": "user", "content": t.question}] for t in flat], thinking))
-        result[mode] = {kind: _shares([judge(task, next(texts), thinking) for task in group]) for kind, group in asked.items()}
+        result[mode] = {
+            kind: _shares([judge(task, next(texts), thinking) for task in group]) for kind, group in asked.items()
+        }
     result["no_think_switch"] = {"chat": _switched_off(model, tokenizer, held_out(kinds["chat"], count // 2))}
     return result
 
 
 def _switched_off(model, tokenizer, asked: list[tasks.Task]) -> dict:
-    """Thinking template, `/no_think` in the question: the model itself must write the empty block, then the bare answer."""
+    """Thinking template, `/no_think` in the question: the model itself must write the empty block, then answer."""
     empty = "<think>\n\n</think>\n\n"
     texts = replies(model, tokenizer, [[{"role": "user", "content": f"{t.question} /no_think"}] for t in asked], True)
-    judged = [judge(task, text.removeprefix(empty), False) | {"adherence": text.startswith(empty)}
-              for task, text in zip(asked, texts, strict=True)]
+    judged = [
+        judge(task, text.removeprefix(empty), False) | {"adherence": text.startswith(empty)}
+        for task, text in zip(asked, texts, strict=True)
+    ]
     return _shares(judged)
 
 
@@ -89,6 +127,33 @@ def load(folder: Path = FOLDER):
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model, AutoTokenizer.from_pretrained(folder)
+
+
+def write_card(folder: Path, build: dict) -> None:
+    """Measure the model in `folder`, write card.json and the README.md printed from it. `build`: how it was made."""
+    model, tokenizer = load(folder)
+    card = {
+        "parameters": model.num_parameters(),
+        "vocabulary": len(tokenizer),
+        "bytes": (folder / "model.safetensors").stat().st_size,
+        "new_skill": tasks.NEW_SKILL,
+        "build": build,
+        "score_seed": SEED,
+        "scores": score(model, tokenizer),
+    }
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(card_text(card), encoding="utf-8")
+
+
+def card_text(card: dict) -> str:
+    rows = [
+        f"| {mode} | {kind} | {s['accuracy']:.1%} | {s['adherence']:.1%} | {s['n']} |".replace("_", " ")
+        for mode, kinds in card["scores"].items()
+        for kind, s in kinds.items()
+    ]
+    return CARD.format(
+        **card, **card["build"], table="\n".join(rows), megabytes=card["bytes"] / 1e6, skills=", ".join(tasks.CHAT)
+    )
 
 
 def main() -> None:

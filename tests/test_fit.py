@@ -1,0 +1,393 @@
+"""The fit planner: sums, monotony, real parameter counts, published measurements, changes that really fit."""
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from toolkit import fit, gauge, memory, recipe, shapes
+from toolkit.fit import GIB, Settings
+from toolkit.recipe import POCKET, ROOT, ToolkitError
+
+POINTS = json.loads((ROOT / "data_recipes/measured/published.json").read_text(encoding="utf-8"))["points"]
+TARGETS = Settings().target_modules
+RUNS = st.builds(
+    Settings,
+    longest=st.integers(1, 40000),
+    per_device_train_batch_size=st.integers(1, 32),
+    per_device_eval_batch_size=st.integers(1, 32),
+    longest_validation=st.integers(1, 40000),
+    generation_batch=st.integers(1, 64),
+    prompt_tokens=st.integers(1, 8000),
+    max_new_tokens=st.integers(1, 16000),
+    r=st.integers(1, 256),
+    target_modules=st.sets(st.sampled_from(TARGETS), min_size=1).map(tuple),
+    optim=st.sampled_from(["adamw_8bit", "adamw_torch"]),
+    load_in_4bit=st.booleans(),
+    use_gradient_checkpointing=st.sampled_from(["unsloth", True, False]),
+    bytes_per_logit=st.sampled_from([0, 2, 14]),
+    converted_at_load=st.booleans(),
+)
+MODELS = st.sampled_from([shapes.facts(size) for size in shapes.SIZES])
+CARDS = st.integers(1 * GIB, 80 * GIB)
+claim = settings(max_examples=60, deadline=None)  # a busy machine is no failure
+
+
+def point(published: dict, **changes) -> fit.Forecast:
+    return fit.forecast(Settings(**published["settings"] | changes), published["model"])
+
+
+# --- sums and monotony
+
+
+@claim
+@given(RUNS, MODELS)
+def test_parts_sum_to_the_peak_and_every_part_says_why(run, model):
+    found = fit.forecast(run, model)
+    assert found.peak == max(sum(parts.values()) for parts in found.phases.values())
+    assert all(size >= 0 for parts in found.phases.values() for size in parts.values())
+    assert {part for parts in found.phases.values() for part in parts} == set(fit.WHY)
+
+
+@claim
+@given(RUNS, MODELS, st.data())
+def test_more_of_anything_never_needs_less(run, model, data):
+    numbers = [f.name for f in dataclasses.fields(Settings) if isinstance(getattr(Settings(), f.name), int)]
+    knob = data.draw(st.sampled_from(sorted(set(numbers) - {"load_in_4bit", "bytes_per_logit", "converted_at_load"})))
+    more = dataclasses.replace(run, **{knob: getattr(run, knob) + data.draw(st.integers(1, 5000))})
+    low, high = fit.forecast(run, model), fit.forecast(more, model)
+    for phase in low.phases:
+        assert high.total(phase) >= low.total(phase), (knob, phase)
+    assert all(high.ram[use] >= low.ram[use] for use in low.ram)
+
+
+@claim
+@given(RUNS, MODELS)
+def test_dearer_choices_never_need_less(run, model):
+    def peak(**changes) -> int:
+        return fit.forecast(dataclasses.replace(run, **changes), model).total("training")
+
+    assert peak(use_gradient_checkpointing="unsloth") <= peak(use_gradient_checkpointing=True)
+    assert peak(use_gradient_checkpointing=True) <= peak(use_gradient_checkpointing=False)
+    assert peak(load_in_4bit=True) <= peak(load_in_4bit=False)
+    assert peak(converted_at_load=False) <= peak(converted_at_load=True)
+    assert peak(bytes_per_logit=2) <= peak(bytes_per_logit=14)
+    assert peak(target_modules=run.target_modules) <= peak(target_modules=TARGETS)
+
+
+@claim
+@given(RUNS, st.sampled_from(["hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                              "head_dim", "intermediate_size", "vocab_size"]), MODELS, st.integers(1, 4000))  # fmt: skip
+def test_a_larger_model_never_needs_less(run, key, model, extra):
+    larger = dataclasses.replace(model, **{key: getattr(model, key) + extra})
+    low, high = fit.forecast(run, model), fit.forecast(run, larger)
+    assert all(high.total(phase) >= low.total(phase) for phase in low.phases)
+
+
+def test_an_8_bit_adam_never_needs_more_than_a_32_bit_one_at_real_ranks():
+    for size in shapes.SIZES:
+        for r in (4, 8, 16, 64):
+            eight, full = (
+                fit.forecast(Settings(r=r, optim=o), size).total("training") for o in ("adamw_8bit", "adamw_torch")
+            )
+            assert eight <= full
+
+
+# --- counts
+
+
+def test_parameter_counts_are_those_of_the_real_models():
+    published = {"0.6B": 596049920, "1.7B": 1720574976, "4B": 4022468096, "8B": 8190735360, "14B": 14768307200,
+                 "32B": 32762123264, "30B-A3B": 31817152512 - 1285029888}  # fmt: skip
+    assert {size: shapes.parameters(shapes.facts(size)) for size in shapes.SIZES} == published
+
+
+def test_parameter_counts_agree_with_transformers_own_modules():
+    import torch
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    for size, shape in shapes.DATA["shapes"].items():
+        kinds = (Qwen3MoeConfig, Qwen3MoeForCausalLM) if "num_experts" in shape else (Qwen3Config, Qwen3ForCausalLM)
+        # counts are linear in layers: two are enough, and quick
+        config = kinds[0](
+            **{key: value for key, value in shape.items() if key != "kept_mlps"} | {"num_hidden_layers": 2}
+        )
+        with torch.device("meta"):
+            real = sum(p.numel() for p in kinds[1](config).parameters())
+        assert shapes.parameters(dataclasses.replace(shapes.facts(size), num_hidden_layers=2)) == real
+
+
+def test_lora_counts_are_pefts():
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, Qwen3ForCausalLM
+
+    pocket = shapes.facts("pocket")
+    base = Qwen3ForCausalLM(AutoConfig.from_pretrained(POCKET))
+    assert shapes.parameters(pocket) == sum(p.numel() for p in base.parameters())
+    targets = ["q_proj", "v_proj", "down_proj"]
+    model = get_peft_model(base, LoraConfig(r=7, target_modules=targets))
+    real = [p.numel() for p in model.parameters() if p.requires_grad]
+    assert sorted(shapes.lora_tensors(pocket, 7, targets)) == sorted(real)
+
+
+def test_lora_counts_are_those_the_notebooks_printed():
+    for published in POINTS:
+        tensors = shapes.lora_tensors(shapes.facts(published["model"]), published["settings"]["r"], TARGETS)
+        assert sum(tensors) == published["trainable_parameters"]
+    assert sum(shapes.lora_tensors(shapes.facts("30B-A3B"), 32, TARGETS)) == 1285029888
+
+
+def test_nf4_bytes_are_those_bitsandbytes_stores():
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+
+    weight = torch.randn(512, 256)
+    packed, state = quantize_4bit(weight, blocksize=64, compress_statistics=True, quant_type="nf4")
+    inner = state.state2
+    tensors = (packed, state.absmax, state.code, state.offset, inner.absmax, inner.code)
+    stored = sum(t.numel() * t.element_size() for t in tensors)
+    one = dataclasses.replace(shapes.facts("pocket"), num_hidden_layers=1, hidden_size=256, num_attention_heads=1,
+                              num_key_value_heads=1, head_dim=0, intermediate_size=512, kept=0)  # fmt: skip
+    tables = 1092 * len(shapes.matrices(one))
+    assert shapes.nf4_bytes(one) - tables == pytest.approx(3 * (stored - 1092), rel=1e-3)
+
+
+def test_optimizer_bytes_are_those_bitsandbytes_holds():
+    import torch
+    from bitsandbytes.optim import AdamW8bit
+
+    sizes = [100, 4095, 40000, 16 * 5120]
+    weights = [torch.nn.Parameter(torch.zeros(n)) for n in sizes]
+    adam = AdamW8bit(weights)
+    for i, weight in enumerate(weights):
+        adam.init_state(adam.param_groups[0], weight, 0, i)
+    shared = ("qmap1", "qmap2")  # one pair of tables for all tensors
+    held = sum(
+        t.numel() * t.element_size()
+        for state in adam.state.values()
+        for key, t in state.items()
+        if torch.is_tensor(t) and key not in shared
+    )
+    assert memory.optimizer_bytes(sizes, "adamw_8bit") == pytest.approx(held, rel=1e-3)
+
+
+ROWS = """
+import json, sys, unsloth
+from unsloth_zoo.fused_losses.fused_linear import fused_linear_rows
+shapes = json.load(sys.stdin)
+print(json.dumps([fused_linear_rows(n, h, v, 4) * v * 4 for n, h, v in shapes]))
+"""
+
+
+@pytest.mark.slow
+def test_the_loss_buffer_covers_unsloths_own_chunk_rule():
+    cases = [
+        (n, m.hidden_size, m.vocab_size) for m in map(shapes.facts, shapes.SIZES) for n in (1, 100, 600, 5000, 40000)
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", ROWS], input=json.dumps(cases), capture_output=True, text=True, check=True
+    )
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    for (n, _, _), model, chunk in zip(
+        cases, [m for m in map(shapes.facts, shapes.SIZES) for _ in range(5)], theirs, strict=True
+    ):
+        assert memory.loss_bytes(Settings(), model, n) - 2 * n * model.hidden_size >= chunk
+
+
+# --- measurements
+
+
+@pytest.mark.parametrize("published", POINTS, ids=lambda p: p["notebook"][3:])
+def test_checkpoints_weigh_what_the_hub_serves(published):
+    load = point(published, longest=1).phases["load"]
+    assert (load["4-bit weights"] + load["16-bit modules"]) / 1e9 == pytest.approx(
+        sum(published["shards_gb"]), abs=0.02
+    )
+
+
+@pytest.mark.parametrize("published", POINTS, ids=lambda p: p["notebook"][3:])
+def test_published_memory_before_training_is_reproduced(published):
+    assert point(published, longest=1).reserved("load") / GIB == pytest.approx(
+        published["reserved_before_training_gib"], rel=0.02
+    )
+
+
+@pytest.mark.parametrize("published", [p for p in POINTS if p["settings"]["longest"]], ids=lambda p: p["notebook"][3:])
+def test_published_peaks_are_reproduced(published):
+    found = fit.compare(point(published), int(published["peak_reserved_gib"] * GIB))
+    assert -0.02 <= found["error"] <= 0.05
+
+
+def test_a_peak_of_unknown_length_lies_between_the_shortest_and_the_longest_row():
+    [published] = [p for p in POINTS if not p["settings"]["longest"]]
+    short, long = (point(published, longest=n).reserved() / GIB for n in (1, 2048))
+    assert short < published["peak_reserved_gib"] < long
+
+
+def test_compare_is_positive_where_the_forecast_was_too_high():
+    found = fit.forecast(Settings(), "4B")
+    assert fit.compare(found, found.reserved())["error"] == 0
+    assert fit.compare(found, found.reserved() // 2)["error"] == pytest.approx(1)
+    assert found.reserved() == found.total("training") - fit.CONTEXT
+
+
+# --- facts
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3-4B", "unsloth/Qwen3-4B-unsloth-bnb-4bit", "unsloth/Qwen3-4B-Instruct-2507",
+                                  "unsloth/qwen3-4b-unsloth-bnb-4bit", "4B"])  # fmt: skip
+def test_every_spelling_of_a_size_is_known(name):
+    assert dataclasses.replace(shapes.facts(name), name="") == dataclasses.replace(shapes.facts("4B"), name="")
+
+
+@pytest.mark.parametrize(
+    "name", ["meta/Llama-3-8B", "unsloth/Qwen3-Embedding-4B", "Qwen/Qwen3-VL-8B-Instruct", "Qwen3-4Bx"]
+)
+def test_an_unknown_model_is_refused_with_what_to_do(name):
+    with pytest.raises(ToolkitError, match=r"Qwen3-0\.6B.*config\.json"):
+        shapes.facts(name)
+
+
+def test_a_plain_4_bit_checkpoint_keeps_no_layer_in_16_bit():
+    assert shapes.facts("unsloth/Qwen3-14B-bnb-4bit").kept == 0
+    assert shapes.facts("unsloth/Qwen3-14B-unsloth-bnb-4bit").kept == 3 * 3 * 5120 * 17408
+
+
+def test_a_local_config_tells_which_layers_stay_in_16_bit(tmp_path):
+    config = json.loads((POCKET / "config.json").read_text(encoding="utf-8"))
+    skips = ["lm_head", "model.layers.0.mlp", "model.layers.1.self_attn.q_proj"]
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"quantization_config": {"llm_int8_skip_modules": skips}})
+    )
+    found = shapes.facts(str(tmp_path))
+    assert found.kept == 3 * found.hidden_size * found.intermediate_size + found.hidden_size * found.q_dim
+
+
+@pytest.mark.parametrize("text", ['{"model_type": "llama", "hidden_size": 8}', "{", '{"model_type": "qwen3"}'])
+def test_a_config_that_is_no_qwen3_is_refused_by_path(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ToolkitError, match=r"config\.json"):
+        shapes.facts(str(tmp_path))
+
+
+# --- decisions
+
+
+@claim
+@given(RUNS, st.sampled_from(shapes.DENSE), CARDS)
+def test_suggestions_really_fit_and_keep_the_effective_batch(run, size, vram):
+    found = fit.forecast(run, fit.model_name(size))
+    offers = fit.suggestions(found, vram, lengths=[100, run.longest])
+    assert not (offers and found.fits(vram))
+    for offer in offers:
+        again = fit.forecast(offer.forecast.settings, offer.forecast.facts)
+        assert again.peak <= vram
+        before, after = run, offer.forecast.settings
+        effective = after.per_device_train_batch_size * after.gradient_accumulation_steps
+        assert effective >= before.per_device_train_batch_size * before.gradient_accumulation_steps
+        assert offer.change
+        assert offer.cost
+
+
+def test_batches_shrink_before_anything_that_costs():
+    found = fit.forecast(Settings(longest=16384, generation_batch=1), "8B")
+    [offer] = fit.suggestions(found, fit.card(12))
+    assert offer.overrides == ("train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=8")
+    assert "per_device_train_batch_size=1" in offer.change
+
+
+def test_a_shorter_limit_is_priced_in_rows_and_nothing_longer_would_fit():
+    found = fit.forecast(Settings(longest=32768), "14B")
+    [offer] = [o for o in fit.suggestions(found, fit.card(16), [100, 200, 300, 32768]) if "max_seq_length" in o.change]
+    assert offer.cost == "25.0% of the rows drop out"
+    least = dataclasses.replace(offer.forecast.settings, per_device_eval_batch_size=1, generation_batch=1)
+    assert not fit.forecast(dataclasses.replace(least, longest=least.longest + 256), "14B").fits(fit.card(16))
+
+
+def test_overrides_of_a_suggestion_are_overrides_of_a_recipe():
+    values = {"name": "x", "data": {"sources": [{"path": "x.jsonl"}]}, "model": {"model_name": "8B", "max_seq_length": 8192},
+              "lora": {"r": 256}, "train": {"optim": "adamw_torch"}}  # fmt: skip
+    offers = fit.suggestions(fit.forecast(recipe.from_dict(values)), fit.card(8))
+    assert offers
+    for offer in offers:
+        changed = fit.forecast(recipe.from_dict(values, overrides=offer.overrides))
+        batch = fit.generation_batch(changed, fit.card(8))
+        assert dataclasses.replace(changed.settings, generation_batch=batch) == offer.forecast.settings
+
+
+@claim
+@given(RUNS, CARDS, CARDS)
+def test_more_memory_never_chooses_a_smaller_model(run, one, other):
+    def rank(vram: int) -> int:
+        try:
+            return fit.DENSE.index(fit.choose_model(vram, run).removeprefix("unsloth/Qwen3-").split("-")[0])
+        except ToolkitError:
+            return -1
+
+    assert rank(min(one, other)) <= rank(max(one, other))
+
+
+def test_auto_takes_the_largest_that_fits_and_says_what_helps_where_none_does():
+    names = [fit.choose_model(fit.card(gb)) for gb in (6, 8, 12, 16, 24)]
+    assert names == [fit.model_name(size) for size in ("4B", "4B", "8B", "14B", "32B")]
+    with pytest.raises(ToolkitError, match="model_name: auto"):
+        fit.choose_model(GIB // 2)
+
+
+def test_a_forecast_without_a_model_is_refused():
+    with pytest.raises(ToolkitError, match="needs a model"):
+        fit.forecast(Settings())
+
+
+def test_the_table_never_promises_less_on_a_larger_card():
+    rooms = fit.table()
+    assert list(rooms) == list(shapes.SIZES)
+    for row in rooms.values():
+        cells = list(row.values())
+        assert all(a[0] <= b[0] and a[1] <= b[1] for a, b in itertools.pairwise(cells))
+    assert rooms["14B"][8] == (0, 0)
+    assert gauge.cell((0, 0)) == "no"
+
+
+# --- pictures, cost
+
+
+def test_the_bar_marks_the_card_and_fills_with_the_parts():
+    text = gauge.bar({"4-bit weights": 3, "LoRA": 1}, vram=8, scale=8).plain
+    assert text == "█" * (gauge.WIDTH // 2) + " " * (gauge.WIDTH - gauge.WIDTH // 2) + "│ "
+    over = gauge.bar({"4-bit weights": 8}, vram=4, scale=8).plain.rstrip()
+    assert over.index("│") == gauge.WIDTH // 2
+    assert over.endswith("█")
+
+
+def test_show_prints_phases_and_advice(capsys):
+    fit.show(fit.forecast(Settings(), "14B"), fit.card(12))
+    fit.show_table()
+    out = capsys.readouterr().out
+    for word in ("load", "training", "evaluation", "generation", "RAM", "disk", "Qwen3-8B", "30B-A3B"):
+        assert word in out
+
+
+def test_the_figure_stacks_to_each_phase_total():
+    found = fit.forecast(Settings(), "8B")
+    axes = fit.figure(found, fit.card(12)).axes[0]
+    ends = {}
+    for bar in axes.patches:
+        ends[round(bar.get_y(), 3)] = max(ends.get(round(bar.get_y(), 3), 0), bar.get_x() + bar.get_width())
+    assert sorted(ends.values()) == pytest.approx(sorted(found.total(p) / GIB for p in found.phases))
+
+
+def test_a_forecast_takes_milliseconds_and_imports_nothing_heavy():
+    code = "import toolkit.fit, sys; print({'torch', 'numpy', 'rich', 'matplotlib', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "set()"
+    started = time.perf_counter()
+    for _ in range(100):
+        fit.forecast(Settings(), "14B")
+    assert (time.perf_counter() - started) / 100 < 0.005

@@ -1,0 +1,159 @@
+"""GGUF files equal what llama.cpp's own tools make: names, types, bytes, metadata."""
+
+import ctypes
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+
+import pytest
+
+from tests.export_fixtures import gguf_tensors, random_checkpoint, tokenizer
+from toolkit.gguf_file import QUANTS, GgufFile, check_quant, check_supported, file_bytes, use_more_bits, write_gguf
+from toolkit.merge import Checkpoint
+from toolkit.recipe import ROOT, ToolkitError
+
+MEASURED = json.loads((ROOT / "data_recipes" / "measured" / "gguf_parity.json").read_text())
+CASES = MEASURED["cases"]
+
+
+def of_shape(case: dict) -> tuple:
+    return case["layers"], case["tied"], case["hidden"]
+
+
+def name_of(case: dict) -> str:
+    return "-".join(map(str, (*of_shape(case), case["quant"])))
+
+
+def unless_slow(case: dict):
+    """Of the deep shapes one is enough by default: the deepest, untied, with two types in it."""
+    quick = case["layers"] < 8 or (case["layers"], case["tied"], case["quant"]) == (36, False, "q4_k_m")
+    return pytest.param(case, id=name_of(case), marks=() if quick else pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    made = {}
+
+    def get(layers: int, tied: bool, hidden: int) -> Checkpoint:
+        key = layers, tied, hidden
+        if key not in made:
+            made[key] = Checkpoint(random_checkpoint(tmp_path_factory.mktemp("model"), *key))
+        return made[key]
+
+    return get
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(json.dumps(gguf_tensors(path), sort_keys=True).encode()).hexdigest()
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="bytes were recorded on x86-64")
+@pytest.mark.parametrize("case", [*map(unless_slow, CASES)])
+def test_every_tensor_has_the_type_and_bytes_that_llama_cpp_gave_it(case, checkpoint, tmp_path):
+    write_gguf(checkpoint(*of_shape(case)), tmp_path / "x.gguf", case["quant"], "x")
+    assert digest(tmp_path / "x.gguf") == case["sha256"]
+
+
+def test_the_recorded_comparison_covers_28_and_36_layers_tied_and_untied():
+    equal = [c for c in CASES if c["tensors"] == c["types_equal"] == c["bytes_equal"]]
+    shapes = {(c["layers"], c["tied"], c["quant"]) for c in equal}
+    assert {(n, tied, q) for n in (28, 36) for tied in (True, False) for q in ("q4_k_m", "q5_k_m")} <= shapes
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c["quant"] == "q4_k_m" and c["hidden"] == 256], ids=str)
+def test_more_bits_go_to_the_layers_llama_cpp_gave_them_to(case):
+    layers = case["layers"]
+    assert [i for i in range(layers) if use_more_bits(i, layers)] == sorted(case["more_bits"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LLAMA_CPP_LIBRARY" not in os.environ, reason="set LLAMA_CPP_LIBRARY to a built libllama.so")
+@pytest.mark.parametrize("case", CASES, ids=name_of)
+def test_every_quantization_is_byte_equal_to_llama_model_quantize(case, checkpoint, tmp_path):
+    model = checkpoint(*of_shape(case))
+    write_gguf(model, tmp_path / "bf16.gguf", "bf16", "x")
+    write_gguf(model, tmp_path / "ours.gguf", case["quant"], "x")
+    llama_model_quantize(tmp_path / "bf16.gguf", tmp_path / "theirs.gguf", case["quant"])
+    assert gguf_tensors(tmp_path / "ours.gguf") == gguf_tensors(tmp_path / "theirs.gguf")
+
+
+def llama_model_quantize(source: Path, target: Path, quant: str) -> None:
+    import gguf
+
+    class Parameters(ctypes.Structure):  # llama.h of llama.cpp 0.5.0: llama_model_quantize_params
+        _fields_ = [*[(n, ctypes.c_int32) for n in ("threads", "ftype", "output_type", "embedding_type")],
+                    *[(n, ctypes.c_bool) for n in ("requantize", "output", "copy", "pure", "keep_split", "dry_run")],
+                    *[(n, ctypes.c_void_p) for n in ("imatrix", "overrides", "types", "prune")],
+                    ("buffer", ctypes.c_size_t)]
+
+    llama = ctypes.CDLL(os.environ["LLAMA_CPP_LIBRARY"])
+    llama.llama_model_quantize_default_params.restype = Parameters
+    llama.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Parameters)]
+    parameters = llama.llama_model_quantize_default_params()
+    parameters.ftype = int(gguf.LlamaFileType[QUANTS[quant].file_type])
+    assert llama.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters)) == 0
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_the_predicted_size_is_that_of_the_tensors(quant, checkpoint, tmp_path):
+    import gguf
+
+    model = checkpoint(4, True, 96)
+    write_gguf(model, tmp_path / "x.gguf", quant, "x")
+    assert file_bytes(model, quant) == sum(int(t.n_bytes) for t in gguf.GGUFReader(tmp_path / "x.gguf").tensors)
+
+
+def test_the_header_says_what_the_folder_says(checkpoint, tmp_path):
+    model = checkpoint(4, True, 96)
+    write_gguf(model, tmp_path / "x.gguf", "q8_0", "my run")
+    value, tok = GgufFile(tmp_path / "x.gguf").value, tokenizer()
+    assert value("general.name") == "my run"
+    assert value("qwen3.context_length") == 4096
+    assert value("qwen3.rope.freq_base") == 1e6
+    assert value("tokenizer.ggml.pre") == "qwen2"
+    assert value("tokenizer.chat_template") == tok.chat_template
+    assert value("tokenizer.ggml.eos_token_id") == tok.convert_tokens_to_ids("<|im_end|>")
+    assert value("tokenizer.ggml.padding_token_id") == tok.convert_tokens_to_ids("<|endoftext|>")
+    assert value("tokenizer.ggml.tokens")[: len(tok)] == tok.convert_ids_to_tokens(range(len(tok)))
+    assert value("tokenizer.ggml.tokens")[-1] == "[PAD511]"
+
+
+def test_a_real_qwen3_vocabulary_goes_over_whole(qwen3, tmp_path):
+    folder = random_checkpoint(tmp_path / "model", 1, True, 32, vocabulary=151936)
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / name).write_bytes((Path(qwen3) / name).read_bytes())
+    write_gguf(Checkpoint(folder), tmp_path / "x.gguf", "q8_0", "x")
+    file = GgufFile(tmp_path / "x.gguf")
+    tokens, merges = (file.fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "merges"))
+    assert len(tokens.data) == 151936
+    assert len(merges.data) == 151387
+    assert tokens.contents(151667) == "<think>"
+    assert file.value("tokenizer.ggml.eos_token_id") == 151645
+
+
+def test_another_architecture_is_refused_with_the_way_to_take(checkpoint, monkeypatch):
+    model = checkpoint(4, True, 96)
+    monkeypatch.setitem(model.config, "architectures", ["Qwen3MoeForCausalLM"])
+    with pytest.raises(ToolkitError, match=r"Qwen3MoeForCausalLM.*UNSLOTH_LLAMA_CPP_PATH.*save_pretrained_gguf"):
+        check_supported(model)
+
+
+def test_an_unknown_quantization_is_refused_without_a_local_llama_cpp(monkeypatch):
+    monkeypatch.delenv("UNSLOTH_LLAMA_CPP_PATH", raising=False)
+    with pytest.raises(ToolkitError, match=r"q3_k_l.*q4_k_m.*UNSLOTH_LLAMA_CPP_PATH"):
+        check_quant("q3_k_l")
+
+
+def test_a_training_template_is_never_exported(tmp_path):
+    model = random_checkpoint(tmp_path / "model", 1, True, 32)
+    (model / "chat_template.jinja").write_text("{% generation %}x{% endgeneration %}")
+    with pytest.raises(ToolkitError, match="training chat template"):
+        write_gguf(Checkpoint(model), tmp_path / "x.gguf", "f16", "x")
+
+
+def test_a_weight_too_large_for_f16_is_an_error_not_an_infinity(tmp_path):
+    folder = random_checkpoint(tmp_path / "model", 1, True, 32, scale=1e6)
+    with pytest.raises(ToolkitError, match="export bf16"):
+        write_gguf(Checkpoint(folder), tmp_path / "x.gguf", "f16", "x")
