@@ -95,9 +95,9 @@ def random_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "model.safetensors", shapes, scale)
     config = {"architectures": ["Qwen3ForCausalLM"], "vocab_size": vocabulary, "hidden_size": hidden,
-              "num_hidden_layers": layers, "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": kv, "head_dim": size,
-              "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 1e6, "tie_word_embeddings": tied,
-              "model_type": "qwen3", "attention_bias": False}
+              "num_hidden_layers": layers, "intermediate_size": inner, "num_attention_heads": heads,
+              "num_key_value_heads": kv, "head_dim": size, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
+              "rope_theta": 1e6, "tie_word_embeddings": tied, "model_type": "qwen3", "attention_bias": False}
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer().save_pretrained(folder)
     return folder
@@ -121,3 +121,22 @@ def gguf_tensors(path: Path) -> dict[str, tuple[str, str]]:
 
     tensors = gguf.GGUFReader(path).tensors
     return {t.name: (t.tensor_type.name, hashlib.sha256(t.data.tobytes()).hexdigest()) for t in tensors}
+
+
+def killed_export(run: Path, at: str) -> int:
+    """Exports in a process that kills itself (SIGKILL) when a half-written file `at` appears; its exit status."""
+    import subprocess
+    import sys
+
+    code = f"""
+import os, pathlib, signal, threading, time
+def watch():
+    while not list(pathlib.Path({str(run)!r}).glob({at!r})):
+        time.sleep(0.0005)
+    os.kill(os.getpid(), signal.SIGKILL)
+from toolkit.export import export
+threading.Thread(target=watch, daemon=True).start()
+export({str(run)!r}, quants=("f16", "q4_k_m"))
+"""
+    root = Path(__file__).resolve().parent.parent
+    return subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True).returncode

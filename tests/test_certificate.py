@@ -17,7 +17,7 @@ from toolkit.merge import Adapter, Checkpoint, Merged, find_base
 from toolkit.parity import adapter_view, base_view, divergence, log_probs
 from toolkit.recipe import ToolkitError
 
-SILENT = {"say": lambda line: None}
+SILENT = {"say": lambda _: None}
 
 
 @pytest.fixture(scope="module")

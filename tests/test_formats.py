@@ -137,7 +137,16 @@ def test_equivalent_rows_of_all_formats_compile_to_the_same_conversation(system,
     found.append(canonical({"q": question, "a": answer, "s": system, "h": history, "r": trace}, "columns", columns, {}))
     assert all(conversation == found[0] for conversation in found)
     assert found[0]["messages"][-1].get("reasoning_content", "") == (trace or "").strip("\n")
-    assert {format for format, _ in rows} == FORMATS.keys()
+    assert {format for format, _ in rows} == FORMATS.keys() - {"question"}  # the one that has no reasoning and no history
+
+
+def test_a_question_with_only_its_expected_answer_is_a_conversation_too():
+    row = {"problem": "2 + 4?", "expected_answer": "6"}
+    assert recognise(list(row), "auto", {}, "q.jsonl") == "question"
+    assert recognise([*row, "generated_solution"], "auto", {}, "q.jsonl") == "openmath"
+    found = canonical(row, "question", {}, {})
+    assert found["expected_answer"] == "6"
+    assert [m["content"] for m in found["messages"]] == ["2 + 4?", "6"]
 
 
 CALL = {"function": {"name": "oven", "arguments": '{"side": "left"}'}}

@@ -110,6 +110,41 @@ def evaluate(args):
     run.evaluate(args.run, console(), level=args.level)
 
 
+def fit(args):
+    """Say what a run will need in memory, before it is run, and what would make it fit."""
+    from toolkit import fit, recipe
+
+    vram = fit.card(args.vram) if args.vram else _memory_here()
+    if args.table:
+        fit.show_table()
+        return
+    found = _recipe(args) if args.recipe or not args.model else recipe.load("data_recipes/hybrid.yaml")
+    name = args.model or found.model.model_name
+    name = fit.choose_model(vram, found) if name == "auto" else name
+    longest, lengths = _lengths(found) if args.measure else (None, ())
+    fit.show(fit.forecast(fit.settings(found, longest), name), vram, lengths)
+
+
+def _memory_here() -> int:
+    """This machine's GPU memory in bytes, or an 8 GB card's where there is none."""
+    import torch
+
+    from toolkit import fit
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    console().print("no CUDA card here: an 8 GB card is assumed (--vram)")
+    return fit.card(8)
+
+
+def _lengths(recipe):
+    """Longest row and all row lengths of the compiled mix."""
+    from toolkit import mix
+
+    lengths = [len(row.ids) for row in mix.compile_mix(recipe).train]
+    return max(lengths), lengths
+
+
 RECIPE = [
     (("recipe",), {"nargs": "?", "help": "a YAML file; without one, hybrid on a GPU with a Hub, else pocket"}),
     (("overrides",), {"nargs": "*", "metavar": "key=value", "help": "e.g. train.max_steps=10 data.reasoning=0.5"}),
@@ -136,6 +171,19 @@ VERBS = {
         ],
     ),
     "train": (train, RECIPE),
+    "fit": (
+        fit,
+        [
+            *RECIPE[:2],
+            (
+                ("--model",),
+                {"help": "forecast this model instead of the recipe's, e.g. unsloth/Qwen3-8B-unsloth-bnb-4bit"},
+            ),
+            (("--vram",), {"type": float, "metavar": "GB", "help": "the card, e.g. 8; default: the one here"}),
+            (("--measure",), {"action": "store_true", "help": "compile the mix and take its longest row"}),
+            (("--table",), {"action": "store_true", "help": "every Qwen3 on cards of 6 to 24 GB"}),
+        ],
+    ),
     "evaluate": (evaluate, [*RUN, (("--level",), {"choices": ("quick", "full"), "help": "default: the recipe's"})]),
 }
 

@@ -21,6 +21,8 @@ class Metrics(TrainerCallback):
         self.file = folder / "metrics.jsonl"
 
     def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002 - the signature is transformers'
+        if not state.is_world_process_zero:
+            return
         lines = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.is_file() else []
         kept = [line for line in lines if line["step"] <= state.global_step and state.global_step > 0]
         self.file.write_text("".join(json.dumps(line) + "\n" for line in kept))
@@ -137,6 +139,8 @@ class Samples(TrainerCallback):
         self._rows: list[dict] = []
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):  # noqa: ARG002 - as above
+        if not state.is_world_process_zero:
+            return
         if state.global_step == 0:
             self._rows = []
             self.answer(model, 0, "before")  # a fresh adapter changes nothing: these are the base's answers

@@ -6,7 +6,6 @@ Base and tuned are one loaded model with its adapter off and on. A question is {
 "expected_answer": "42", "set": "sums"}. Accuracy counts replies that ended by themselves; `cut` is the share that did not.
 """
 
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from statistics import mean, median
@@ -14,7 +13,7 @@ from statistics import mean, median
 import numpy as np
 
 from toolkit.generate import Reply
-from toolkit.questions import LEVELS, MODES, Ask, Level, choose, fingerprint, plan
+from toolkit.questions import LEVELS, MODES, Ask, Clock, budget_of, choose, fingerprint, plan
 from toolkit.recipe import ToolkitError
 from toolkit.score import Judge, answers_at_once, has_tags, leaks, obeys_no_think, thinks, too_long
 from toolkit.stats import difference, interval
@@ -72,7 +71,7 @@ def score(
     level: str,
     seed: int,
     max_new_tokens: int,
-    clock: "Clock | None" = None,
+    clock: Clock | None = None,
 ) -> dict:
     """The same for anything that replies."""
     size, clock = LEVELS[level], clock or Clock(lambda _: None)
@@ -86,7 +85,7 @@ def score(
     probes = choose(probes, size.probes * len(kinds), "category", "language")
     validation = choose(validation, size.validation, "source", "mode")
     plans = {mode: plan(asked, mode, size) for mode in MODES}
-    budget = _budget(plans, probes, validation, size, max_new_tokens)
+    budget = budget_of(plans, probes, validation, size, max_new_tokens)
     clock.start(level, budget)
     replies = {(m, on): subject.reply([ask.messages for ask in plans[m]], m, on) for m in MODES for on in (False, True)}
     sums, timeouts = _mode_sums(subject, plans, replies, asked)
@@ -282,44 +281,3 @@ def show(found: dict, sign: str = "") -> str:
     places = 0 if abs(found["value"]) >= 20 else 1 if abs(found["value"]) >= 5 else 3
     value, low, high = (f"{found[key]:{sign}.{places}f}" for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
-
-
-def _budget(plans: dict, probes: list, validation: list, size: Level, max_new_tokens: int) -> dict:
-    replies = 2 * sum(map(len, plans.values()))
-    return {
-        "replies": replies,
-        "samples": size.samples,
-        "max_new_tokens": max_new_tokens,
-        "new_tokens_at_most": replies * max_new_tokens + 2 * len(probes) * size.probe_tokens,
-        "probes": len(probes),
-        "probe_tokens": size.probe_tokens,
-        "validation_rows": len(validation),
-    }
-
-
-class Clock:
-    """Says what evaluation will cost: replies and tokens before it starts, time after its first batch."""
-
-    def __init__(self, say: Callable[[str], None]):
-        self.say, self.began, self.replies, self.told = say, time.perf_counter(), 0, False
-
-    def start(self, level: str, budget: dict) -> None:
-        """State the budget and start counting."""
-        self.began, self.replies = time.perf_counter(), budget["replies"]
-        self.say(
-            f"{level} evaluation: {budget['replies']} replies (base and tuned, both modes), at most "
-            f"{budget['new_tokens_at_most']:,} new tokens; {budget['probes']} probes, "
-            f"{budget['validation_rows']} validation rows"
-        )
-
-    def tick(self, done: int, _total: int) -> None:
-        """Estimate the whole from the first batch."""
-        if not self.told:
-            self.told, spent = True, self.seconds()
-            self.say(
-                f"first {done} replies: {spent:.1f} s; all {self.replies}: about {spent * self.replies / done:.0f} s"
-            )
-
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return round(time.perf_counter() - self.began, 2)

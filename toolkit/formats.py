@@ -17,6 +17,7 @@ FORMATS = {
     "query_response": {"user": "query", "assistant": "response"},
     "prompt_completion": {"user": "prompt", "assistant": "completion"},
     "openmath": {"user": "problem", "assistant": "generated_solution"},
+    "question": {"user": "problem", "assistant": "expected_answer"},
 }
 """Column names by what they hold. A format is recognised by its columns, `input` apart."""
 SHARED = {"system": "system", "history": "history", "tools": "tools", "expected_answer": "expected_answer"}
@@ -239,6 +240,8 @@ def recognise(fields: list[str], format: str, columns: dict, where: str) -> str:
     if columns or format == "columns":
         return _check_columns(fields, format, columns, where)
     fitting = [name for name in FORMATS if set(signature(name)) <= set(fields)]
+    if format == "auto" and len(fitting) > 1:  # an openmath row holds a question too: the richer reading is meant
+        fitting = [name for name in fitting if name != "question"]
     if format in fitting or (format == "auto" and len(fitting) == 1):
         return fitting[0] if format == "auto" else format
     if len(fitting) > 1 and format == "auto":

@@ -152,7 +152,9 @@ class Adapter:
         rank = self.config["r"]
         self.scaling = self.config["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         stored = load_file(folder / "adapter_model.safetensors")
-        self.tensors = {n.removeprefix("base_model.model."): t.float() for n, t in stored.items()}
+        names = {n: n.removeprefix("base_model.model.") for n in stored}
+        # A head that is itself a LoRA target is stored beside its factors, unchanged (PEFT's save_embedding_layers).
+        self.tensors = {new: stored[n].float() for n, new in names.items() if not new.endswith(".base_layer.weight")}
 
     def factors(self, name: str) -> tuple | None:
         """(A, B) of a weight, or None where the adapter leaves it alone."""

@@ -1,12 +1,13 @@
-"""What evaluation asks: levels, the questions chosen, every prompt of a mode, and the probe set that ships.
+"""What evaluation asks, and what that costs: levels, questions, every prompt of a mode, the probe set that ships.
 
 asks = plan([as_question(row, "sums") for row in rows], "thinking", LEVELS["quick"])
 """
 
 import hashlib
 import json
+import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,3 +112,45 @@ def _switched(messages: list[dict], switch: str) -> list[dict]:
 def fingerprint(rows: Sequence[dict]) -> str:
     """Identity of what was asked, in order."""
     return hashlib.sha256(json.dumps(list(rows), sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def budget_of(plans: dict, probes: list, validation: list, size: Level, max_new_tokens: int) -> dict:
+    """Replies, tokens and rows an evaluation will take, known before it starts."""
+    replies = 2 * sum(map(len, plans.values()))
+    return {
+        "replies": replies,
+        "samples": size.samples,
+        "max_new_tokens": max_new_tokens,
+        "new_tokens_at_most": replies * max_new_tokens + 2 * len(probes) * size.probe_tokens,
+        "probes": len(probes),
+        "probe_tokens": size.probe_tokens,
+        "validation_rows": len(validation),
+    }
+
+
+class Clock:
+    """Says what evaluation will cost: replies and tokens before it starts, time after its first batch."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.began, self.replies, self.told = say, time.perf_counter(), 0, False
+
+    def start(self, level: str, budget: dict) -> None:
+        """State the budget and start counting."""
+        self.began, self.replies = time.perf_counter(), budget["replies"]
+        self.say(
+            f"{level} evaluation: {budget['replies']} replies (base and tuned, both modes), at most "
+            f"{budget['new_tokens_at_most']:,} new tokens; {budget['probes']} probes, "
+            f"{budget['validation_rows']} validation rows"
+        )
+
+    def tick(self, done: int, _total: int) -> None:
+        """Estimate the whole from the first batch."""
+        if not self.told:
+            self.told, spent = True, self.seconds()
+            self.say(
+                f"first {done} replies: {spent:.1f} s; all {self.replies}: about {spent * self.replies / done:.0f} s"
+            )
+
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return round(time.perf_counter() - self.began, 2)

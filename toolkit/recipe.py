@@ -37,7 +37,7 @@ class Source:
     revision: str | None = None
     """Pins a Hub dataset to a commit; the commit used is recorded either way."""
     format: str = "auto"
-    """alpaca, messages, sharegpt, query_response, prompt_completion, openmath or columns; detected when unambiguous."""
+    """alpaca, messages, sharegpt, query_response, prompt_completion, openmath, question or columns; detected if clear."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column names by role, e.g. {user: question, assistant: answer_zh}."""
     mode: typing.Literal["auto", "thinking", "non_thinking"] = "auto"

@@ -56,24 +56,29 @@ def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = Tr
     from toolkit import train as training
 
     console = console or default_console()
+    if not training.is_main():
+        console.quiet = True  # under accelerate every process runs this function; one of them talks
     recipe = resolve(recipe, console)
-    folder, state = training.claim(recipe, fresh=fresh)
+    with training.main_first():
+        folder, state = training.claim(recipe, fresh=fresh and training.is_main())
+        if state != "finished":
+            mixed = compile_mix(recipe, console)
     if state == "finished" and (not score or (folder / "eval.json").is_file()):
         console.print(f"{folder} is finished already: `python -m toolkit evaluate {recipe.name}` scores it again")
         return folder
+    loaded = None
     if state != "finished":
-        mixed = compile_mix(recipe, console)
         from toolkit import model as models
 
         console.print(f"loading {recipe.model.model_name} …")
         model, tokenizer = models.load_base(recipe.model)
         model = models.attach(model, recipe.lora, seed=recipe.data.seed)
         training.train(recipe, mixed, model, tokenizer, folder, console)
+        loaded = model, tokenizer
+    if training.is_main():
         if score:
-            evaluate(folder, console, loaded=(model, tokenizer))
-    elif score:
-        evaluate(folder, console)
-    report(folder, console)
+            evaluate(folder, console, loaded=loaded)
+        report(folder, console)
     return folder
 
 
@@ -101,6 +106,7 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
         level=level,
         seed=recipe.data.seed,
         max_new_tokens=min(recipe.evaluate.max_new_tokens, LEVELS[level].max_new_tokens),
+        batch_size=generation_batch(recipe, mixed),
         say=console.print,
     )
     from toolkit.train import finish_reporting, write_atomically
@@ -109,6 +115,18 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
     console.print(evaluation.table(result))
     finish_reporting(recipe, folder, evaluation.summary(result), console)
     return result
+
+
+def generation_batch(recipe: Recipe, mixed) -> int:
+    """How many replies fit on the card at once; 32 on a CPU."""
+    import torch
+
+    from toolkit import fit
+
+    if not torch.cuda.is_available():
+        return 32
+    planned = fit.forecast(fit.settings(recipe, max(len(r.ids) for r in mixed.train)), recipe.model.model_name)
+    return fit.generation_batch(planned, torch.cuda.get_device_properties(0).total_memory)
 
 
 def questions(recipe: Recipe, mixed) -> tuple[list[dict], list[dict]]:

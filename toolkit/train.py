@@ -15,12 +15,27 @@ from pathlib import Path
 
 import numpy as np
 
+from toolkit import fit
 from toolkit import recipe as recipes
 from toolkit.mix import Mix, Row
 from toolkit.model import quiet
 from toolkit.recipe import ROOT, Recipe, ToolkitError, outputs
 
 PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "wandb")
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and talks: the only one, or the first that accelerate launched."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def main_first() -> contextlib.AbstractContextManager:
+    """Under `accelerate launch` the first process goes ahead and the others follow; alone, nothing."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return contextlib.nullcontext()
+    import accelerate
+
+    return accelerate.PartialState().main_process_first()
 
 
 def claim(recipe: Recipe, *, fresh: bool = False) -> tuple[Path, str]:
@@ -82,11 +97,13 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) -
 
     started = time.time()
     _need_space(folder, model)
-    shutil.copy(mixed.folder / "mix.json", folder / "mix.json")
-    shutil.copy(mixed.folder / "quarantine.jsonl", folder / "quarantine.jsonl")
     manifest = describe(recipe, mixed, model)
-    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1))
-    checkpoint = last_checkpoint(folder, console)
+    with main_first():
+        if is_main():
+            for name in ("mix.json", "quarantine.jsonl"):
+                shutil.copy(mixed.folder / name, folder / name)
+            write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1))
+        checkpoint = last_checkpoint(folder, console)
     settings = dict(recipe.train)
     with reporting(recipe, mixed, folder):
         while True:
@@ -99,7 +116,10 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) -
                 settings = _halved(settings, trainer.state.global_step, console)
                 del trainer
                 torch.cuda.empty_cache()
-        samples.answer(trainer.model, trainer.state.global_step, "after")
+        if is_main():
+            samples.answer(trainer.model, trainer.state.global_step, "after")
+    if not is_main():
+        return manifest
     with quiet():
         trainer.model.save_pretrained(str(folder / "adapter"))
         tokenizer.save_pretrained(str(folder / "adapter"))
@@ -108,12 +128,17 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) -
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
         "batch": {k: settings[k] for k in ("per_device_train_batch_size", "gradient_accumulation_steps")},
+        "processes": trainer.args.world_size,
         "packing": trainer.args.packing,
         "padding_free": trainer.args.padding_free,
         "sample_seconds": round(samples.seconds, 2),
         "seconds": round(time.time() - started, 2),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+    if torch.cuda.is_available():
+        planned = fit.forecast(fit.settings(recipe, max(len(r.ids) for r in mixed.train)), recipe.model.model_name)
+        manifest["fit"] = fit.compare(planned, torch.cuda.max_memory_reserved())
+        console.print(f"peak memory: {manifest['fit']['error']:+.1%} forecast against measured")
     write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1))
     return manifest
 
@@ -178,7 +203,9 @@ def _trainer(recipe: Recipe, settings: dict, mixed: Mix, model, tokenizer, folde
             callbacks=callbacks,
         )
     for weight in trainer.model.parameters():
-        if weight.requires_grad:  # TRL makes LoRA bfloat16 on a 4-bit base; a resumed run loads float32 and would differ
+        if (
+            weight.requires_grad
+        ):  # TRL makes LoRA bfloat16 on a 4-bit base; a resumed run loads float32 and would differ
             weight.data = weight.data.float()
     trainer.remove_callback(transformers.ProgressCallback)
     trainer.remove_callback(transformers.PrinterCallback)
@@ -334,7 +361,7 @@ def to_wandb(recipe: Recipe) -> bool:
 @contextlib.contextmanager
 def reporting(recipe: Recipe, mixed: Mix, folder: Path):
     """wandb around a training, left open for the evaluation that follows; closed as crashed on an error."""
-    if not to_wandb(recipe):
+    if not to_wandb(recipe) or not is_main():
         yield
         return
     import wandb

@@ -42,46 +42,29 @@ def official_template() -> str:
 
 def write_tokenizer(folder: Path) -> None:
     """A byte-level BPE like Qwen2's, learned on the pocket world, with Qwen3's added tokens behind its vocabulary."""
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-        processors,
-        trainers,
-    )
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors, trainers
+    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(SPLIT), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    split = Split(Regex(SPLIT), behavior="isolated")
+    tokenizer.pre_tokenizer = Sequence([split, ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL) - len(ADDED), initial_alphabet=alphabet, show_progress=False
-    )
+    learned = VOCABULARY - len(SPECIAL) - len(ADDED)
+    trainer = trainers.BpeTrainer(vocab_size=learned, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator(_texts(), trainer)
-    added = [AddedToken(token, special=token in SPECIAL, normalized=False) for token in SPECIAL + ADDED]
-    tokenizer.add_tokens(added)
+    tokenizer.add_tokens([AddedToken(token, special=token in SPECIAL, normalized=False) for token in SPECIAL + ADDED])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(official_template(), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(_tokenizer_config(tokenizer), indent=2) + "\n", encoding="utf-8"
-    )
+    settings = json.dumps(_tokenizer_config(tokenizer), indent=2) + "\n"
+    (folder / "tokenizer_config.json").write_text(settings, encoding="utf-8")
 
 
 def _texts() -> list[str]:
     """What the merges are learned on: every phrasing and fact of the world, about as often as they are used."""
-    rng, texts = (
-        Random(SEED),
-        list(words.SYSTEM_PROMPTS) * 50 + ["system\nuser\nassistant\n /think /no_think", "\n\n"] * 200,
-    )
+    rng = Random(SEED)
+    texts = words.SYSTEM_PROMPTS * 50 + ["system\nuser\nassistant\n /think /no_think", "\n\n"] * 200
     for skill in [*tasks.SKILLS, "small_talk", "small_talk"]:
         for _ in range(1000):
             task = tasks.draw(rng, skill, follow=rng.random() < 0.2)

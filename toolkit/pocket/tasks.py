@@ -7,6 +7,7 @@ key, so the pocket model's training data, the samples and the held-out files can
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from random import Random
 
 from toolkit.pocket import words
@@ -74,12 +75,10 @@ def _sum(skill: str, low: int, high: int) -> Callable:
         a, b = rng.randrange(low, high), rng.randrange(low, high)
         if skill == "sum2" and rng.random() < 0.2:  # a short number beside a long one
             b = rng.randrange(1, 10)
-        key = (
-            f"sum {min(a, b)} {max(a, b)}" if high > 10 else ""
-        )  # one-digit sums are the table everything else rests on
-        return Task(
-            skill, _phrase(rng, "sum", a, b, follow=follow), add_by_columns(a, b), str(a + b), "The answer is {}.", key
-        )
+        # One-digit sums are the table that everything else rests on: none is held out.
+        key = f"sum {min(a, b)} {max(a, b)}" if high > 10 else ""
+        question = _phrase(rng, "sum", a, b, follow=follow)
+        return Task(skill, question, add_by_columns(a, b), str(a + b), "The answer is {}.", key)
 
     return make
 
@@ -87,9 +86,8 @@ def _sum(skill: str, low: int, high: int) -> Callable:
 def _copy(rng: Random, follow: bool = False) -> Task:
     word = rng.choice(ALL_WORDS)
     question = _phrase(rng, "copy", word, follow=follow)
-    return Task(
-        "copy", question, f"The user wants the word {word} again.", word, "The word is {}.", "" if follow else question
-    )
+    steps = f"The user wants the word {word} again."
+    return Task("copy", question, steps, word, "The word is {}.", "" if follow else question)
 
 
 def _spell(skill: str, because: str, sentence: str, answer: Callable[[str], str]) -> Callable:
@@ -100,27 +98,15 @@ def _words(rng: Random, follow: bool = False) -> Task:
     chosen = rng.sample(words.SPELLED, rng.randrange(2, 7))
     listed = " ".join(chosen)
     steps = ", ".join(f"{number} {word}" for number, word in enumerate(chosen, 1))
-    return Task(
-        "words",
-        _phrase(rng, "words", listed, follow=follow),
-        steps,
-        str(len(chosen)),
-        "There are {} words here.",
-        f"words {listed}",
-    )
+    question = _phrase(rng, "words", listed, follow=follow)
+    return Task("words", question, steps, str(len(chosen)), "There are {} words here.", f"words {listed}")
 
 
 def _larger(rng: Random, follow: bool = False) -> Task:
     a, b = rng.sample(range(1, 100), 2)
     steps = f"{min(a, b)} is smaller than {max(a, b)}."
-    return Task(
-        "larger",
-        _phrase(rng, "larger", a, b, follow=follow),
-        steps,
-        str(max(a, b)),
-        "The larger number is {}.",
-        f"larger {a} {b}",
-    )
+    question = _phrase(rng, "larger", a, b, follow=follow)
+    return Task("larger", question, steps, str(max(a, b)), "The larger number is {}.", f"larger {a} {b}")
 
 
 def _digit(rng: Random, follow: bool = False) -> Task:
@@ -149,9 +135,7 @@ CHAT = {
     "kind": _fact("kind", words.KINDS, "I know what {0} is: {1}.", "The word {0} is a kind of {1}."),
     "next": _fact("next", _NEXT, "First {0}, then {1}.", "After {0} comes {1}."),
     "copy": _copy,
-    "first_letter": _spell(
-        "first_letter", "{2} begins with {1}.", "The word {0} starts with {1}.", lambda word: word[0]
-    ),
+    "first_letter": _spell("first_letter", "{2} begins with {1}.", "The word {0} starts with {1}.", itemgetter(0)),
     "letters": _spell("letters", "{2}, I count {1}.", "The word {0} has {1} letters.", lambda word: str(len(word))),
     "spell": _spell("spell", "I spell it: {1}.", "The word {0} is spelled {1}.", "-".join),
     "words": _words,

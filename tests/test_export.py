@@ -1,0 +1,389 @@
+"""Exports are exact, whole or absent, resumable, and told in numbers before they begin."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.export_fixtures import base_model, killed_export, run_folder
+from tests.hub_stand_in import stand_in
+from toolkit.export import export, gguf_path, memory_needed, modelfile, push
+from toolkit.files import Ledger, read_json, sha256
+from toolkit.merge import Adapter, Base, Checkpoint, Merged, find_base, merge, open_merged, plan_shards
+from toolkit.recipe import ROOT, ToolkitError
+
+SILENT = {"say": lambda _: None}
+QUANTS = ("f16", "q4_k_m")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return base_model(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    return run_folder(tmp_path_factory.mktemp("trained") / "toy", base)
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("exported") / "toy"))
+    export(run, quants=QUANTS, **SILENT)
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "toy"))
+
+
+def merged_here(run: Path, onto: str = "16bit") -> Checkpoint:
+    merge(open_merged(run, onto), run / "merged", Ledger(run / "export.json", {}), run / "adapter", **SILENT)
+    return Checkpoint(run / "merged")
+
+
+def digests(run: Path) -> dict[str, str]:
+    return {name: sha256(run / name) for name in read_json(run / "export.json")["files"]}
+
+
+# Merging
+
+
+@pytest.mark.parametrize(("tied", "lora"), [
+    (True, {}), (True, {"use_rslora": True}), (True, {"target_modules": ["q_proj", "down_proj"]}),
+    (True, {"modules_to_save": ["lm_head"]}), (True, {"modules_to_save": ["embed_tokens"]}),
+    (False, {"modules_to_save": ["embed_tokens", "lm_head"]}), (False, {"target_modules": ["v_proj", "lm_head"]}),
+], ids=str)
+def test_the_merge_is_bit_equal_to_pefts(tied, lora, tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import Qwen3ForCausalLM
+
+    base = base_model(tmp_path / "base", tied=tied)
+    run = run_folder(tmp_path / "run", base, **lora)
+    ours = merged_here(run)
+    model = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    theirs = PeftModel.from_pretrained(model, run / "adapter").merge_and_unload().state_dict()
+    assert ours.names()
+    assert [n for n in ours.names() if not torch.equal(ours.tensor(n), theirs[n].to(torch.bfloat16))] == []
+    assert ours.tied == (tied and "modules_to_save" not in lora)
+
+
+def test_transformers_loads_the_merged_folder_and_gives_pefts_logits(base, run):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    merged_here(run)
+    ids = torch.arange(30)[None]
+    ours = AutoModelForCausalLM.from_pretrained(run / "merged", dtype="auto")
+    theirs = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    theirs = PeftModel.from_pretrained(theirs, run / "adapter").merge_and_unload()
+    assert ours.dtype == torch.bfloat16
+    assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
+def test_several_shards_hold_the_same_tensors_as_one(run, monkeypatch):
+    import torch
+
+    whole = merged_here(run)
+    one = {n: whole.tensor(n).clone() for n in whole.names()}
+    shutil.rmtree(run / "merged")
+    (run / "export.json").unlink()
+    monkeypatch.setattr("toolkit.merge.SHARD_BYTES", 10**6)
+    many = merged_here(run)
+    files = list((run / "merged").glob("model-*-of-*.safetensors"))
+    assert len(files) == len(plan_shards(open_merged(run, "16bit"))) > 3
+    assert all(torch.equal(many.tensor(n), one[n]) for n in one)
+
+
+def test_onto_4bit_merges_onto_bitsandbytes_own_rounding_of_the_linear_layers(base, run):
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    loaded = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.bfloat16)
+    loaded.save_pretrained(run.parent / "model-bnb-4bit")
+    on_load, stored = open_merged(run, "4bit"), Checkpoint(run.parent / "model-bnb-4bit")
+    on_disk = Merged(Base("model-bnb-4bit", None, stored.folder, True), Adapter(run / "adapter"))
+    for name in ("model.layers.0.self_attn.v_proj.weight", "model.layers.3.mlp.down_proj.weight"):
+        weight = loaded.get_submodule(name.removesuffix(".weight")).weight
+        theirs = dequantize_4bit(weight.data, weight.quant_state).to(torch.bfloat16)
+        assert torch.equal(on_load.base_tensor(name), theirs)
+        assert torch.equal(on_disk.base_tensor(name), theirs)
+        assert on_disk.shape(name) == tuple(theirs.shape)
+    assert sorted(on_disk.names()) == sorted(on_load.names())
+    embedding = "model.embed_tokens.weight"
+    assert torch.equal(on_load.base_tensor(embedding), Checkpoint(base).tensor(embedding))
+
+
+def test_a_4bit_folder_gives_way_to_the_16bit_one_beside_it(base, tmp_path):
+    shutil.copytree(base, tmp_path / "model")
+    four = Path(shutil.copytree(base, tmp_path / "model-unsloth-bnb-4bit"))
+    config = read_json(four / "config.json") | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    (four / "config.json").write_text(json.dumps(config))
+    assert find_base({"name": str(four)}, "16bit").folder == tmp_path / "model"
+    assert find_base({"name": str(four)}, "4bit").folder == four
+    shutil.rmtree(tmp_path / "model")
+    with pytest.raises(ToolkitError, match="model: no such folder here, and the Hub"):
+        find_base({"name": str(four)}, "16bit", local_only=True)
+
+
+def test_a_hub_name_is_found_in_the_local_cache_and_its_commit_recorded(base, tmp_path, monkeypatch):
+    cached = tmp_path / "models--unsloth--Qwen3-toy"
+    shutil.copytree(base, cached / "snapshots" / "abc123")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc123")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    found = find_base({"name": "unsloth/Qwen3-toy-unsloth-bnb-4bit", "revision": "of the 4-bit one"}, "16bit")
+    assert (found.name, found.revision, found.label) == ("unsloth/Qwen3-toy", "abc123", "unsloth/Qwen3-toy")
+
+
+def test_an_adapter_of_another_kind_or_model_is_refused_by_name(run):
+    config = run / "adapter" / "adapter_config.json"
+    plain = config.read_text()
+    config.write_text(json.dumps(json.loads(plain) | {"use_dora": True}))
+    with pytest.raises(ToolkitError, match=r"use_dora = True"):
+        open_merged(run, "16bit")
+    config.write_text(plain)
+    adapter = Adapter(run / "adapter")
+    adapter.tensors["model.layers.9.mlp.up_proj.lora_A.weight"] = None
+    with pytest.raises(ToolkitError, match=r"layers\.9.*another model"):
+        Merged(find_base(read_json(run / "manifest.json")["model"], "16bit"), adapter)
+
+
+# Whole or absent
+
+
+@pytest.mark.parametrize("at", ["gguf/*.q4_k_m.gguf.partial",
+                                pytest.param("merged/*.safetensors.partial", marks=pytest.mark.slow)])
+def test_killed_in_the_middle_and_run_again_gives_identical_files(at, run, exported):
+    assert killed_export(run, at) == -9
+    assert not (run / "certificate.json").exists()
+    assert (run / "EXPORT_FAILED.txt").exists()
+    assert not gguf_path(run, "q4_k_m").exists()
+    export(run, quants=QUANTS, **SILENT)
+    assert digests(run) == digests(exported)
+    assert list(run.rglob("*.partial")) == []
+
+
+@contextlib.contextmanager
+def files_up_to(size: int):
+    """Every write beyond `size` bytes of a file fails, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [100_000, 6_570_000], ids=["while merging", "while writing the GGUF"])
+def test_a_write_that_fails_is_told_and_leaves_nothing_half_written(size, run):
+    with files_up_to(size), pytest.raises(ToolkitError, match=r"could not be written .* GB are free"):
+        export(run, quants=("f16",), **SILENT)
+    left = sorted(p.name for p in [*run.glob("merged/*"), *run.glob("gguf/*")])
+    assert not any(name.endswith((".partial", ".gguf")) for name in left)
+    assert ("model.safetensors" in left) == (size > 6_564_152)
+    assert (run / "EXPORT_FAILED.txt").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("mounting a tmpfs needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_refused_beforehand_and_survived_when_it_fills_up_meanwhile(trained, small_disk):
+    run = Path(shutil.copytree(trained, small_disk / "toy"))
+    with pytest.raises(ToolkitError, match=r"0\.0\d GB of disk needed, 0\.00 GB free\. Nothing was written"):
+        export(run, **SILENT)
+    assert not (run / "merged").exists()
+    with pytest.raises(ToolkitError, match="No space left on device"):
+        merged_here(run)
+    assert list((run / "merged").iterdir()) == []
+
+
+# Resuming
+
+
+def test_a_second_export_writes_nothing_and_a_damaged_file_is_made_again(exported, tmp_path):
+    run = Path(shutil.copytree(exported, tmp_path / "toy"))
+    before = {name: (run / name).stat().st_mtime_ns for name in digests(run)}
+    gguf_path(run, "f16").write_bytes(b"damaged")
+    export(run, quants=QUANTS, **SILENT)
+    after = {name: (run / name).stat().st_mtime_ns for name in digests(run)}
+    assert [n for n in before if before[n] != after[n]] == ["gguf/toy.f16.gguf"]
+    assert digests(run) == digests(exported)
+
+
+def test_another_adapter_makes_every_old_file_stale(exported, base, tmp_path):
+    run = Path(shutil.copytree(exported, tmp_path / "toy"))
+    run_folder(run, base, r=4)
+    export(run, to=("merged",), **SILENT)
+    assert sha256(run / "merged" / "model.safetensors") != digests(exported)["merged/model.safetensors"]
+    assert not gguf_path(run, "f16").exists()
+
+
+# What is said
+
+
+def test_disk_and_memory_are_told_in_numbers_before_anything_is_written(run):
+    lines = []
+
+    def say(line: str) -> None:
+        lines.append(line)
+        assert len(lines) > 3 or not (run / "merged").exists()
+
+    export(run, to=("merged",), say=say)
+    assert lines[0].startswith("base: ")
+    assert "disk: " in lines[1]
+    assert "GB needed" in lines[1]
+    assert "GB free" in lines[1]
+    assert "memory: " in lines[2]
+
+
+def test_too_little_memory_is_refused_in_numbers(run, monkeypatch):
+    monkeypatch.setattr("toolkit.export.LIBRARIES", 1e15)
+    with pytest.raises(ToolkitError, match=r"1000000\.\d\d GB of memory needed"):
+        export(run, **SILENT)
+    assert not (run / "merged").exists()
+
+
+def test_a_14b_is_planned_within_the_memory_of_a_colab(trained, monkeypatch):
+    layer = {"self_attn.q_proj": (5120, 5120), "self_attn.o_proj": (5120, 5120), "mlp.up_proj": (17408, 5120),
+             "mlp.gate_proj": (17408, 5120), "mlp.down_proj": (5120, 17408)}
+    shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(40) for name, shape in layer.items()}
+    shapes |= {"model.embed_tokens.weight": (151936, 5120), "lm_head.weight": (151936, 5120)}
+    merged = open_merged(trained, "16bit")
+    monkeypatch.setattr(merged, "names", lambda: list(shapes))
+    monkeypatch.setattr(merged, "shape", shapes.get)
+    monkeypatch.setitem(merged.config, "vocab_size", 151936)
+    assert 3e9 < memory_needed(merged) < 5e9
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ({"to": ("gguff",)}, "to: expected merged and gguf, got gguff"),
+    ({"onto": "8bit"}, "onto: expected 16bit or 4bit"),
+    ({"quants": ("q9",)}, "quantization 'q9'"),
+])
+def test_a_wrong_argument_is_told_before_anything_is_written(arguments, message, run):
+    with pytest.raises(ToolkitError, match=message):
+        export(run, **arguments, **SILENT)
+    assert not (run / "merged").exists()
+
+
+def test_a_folder_that_is_no_run_is_told_what_it_lacks(tmp_path):
+    with pytest.raises(ToolkitError, match=r"manifest\.json, adapter/adapter_config\.json.*not found"):
+        export(tmp_path, **SILENT)
+
+
+def test_16bit_training_has_no_4bit_base_to_merge_onto(run):
+    manifest = read_json(run / "manifest.json")
+    manifest["model"]["load_in_4bit"] = False
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ToolkitError, match="--onto 16bit"):
+        export(run, onto="4bit", **SILENT)
+
+
+def test_onto_4bit_is_certified_against_the_4bit_model_and_recorded(run):
+    certificate = export(run, to=("merged",), onto="4bit", **SILENT)
+    assert certificate["passed"]
+    assert certificate["inputs"]["onto"] == "4bit"
+    assert {r["name"] for r in certificate["reports"]} == {"QLoRA gap, onto 16bit", "QLoRA gap, onto 4bit"}
+
+
+def test_the_modelfile_names_the_smallest_file_its_stops_and_both_modes(exported):
+    text = (exported / "gguf" / "Modelfile").read_text()
+    assert text == modelfile(exported)
+    assert "FROM ./toy.q4_k_m.gguf\n" in text
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    assert "\nPARAMETER temperature 0.6\n" in text
+    assert "\n# PARAMETER temperature 0.7\n" in text
+    assert "PARAMETER num_ctx 4096" in text
+    assert "0.30.0" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("UNSLOTH_LLAMA_CPP_PATH" not in os.environ, reason="set it to the folder of a built llama.cpp")
+def test_llama_cpps_other_quantizations_come_from_the_users_own_llama_quantize(run):
+    said = []
+    certificate = export(run, quants=("q3_k_m",), say=said.append)
+    assert certificate["passed"]
+    assert any("your llama-quantize makes it" in line for line in said)
+    assert gguf_path(run, "q3_k_m").stat().st_size < gguf_path(run, "f16").stat().st_size / 3
+
+
+# Push
+
+
+def story(run: Path) -> None:
+    """A recipe, a mix and scores beside the export."""
+    (run / "recipe.yaml").write_text(
+        "name: toy\ndata:\n  sources:\n"
+        "    - {path: unsloth/OpenMathReasoning-mini, split: cot, mode: thinking, fraction: 0.75}\n"
+        "    - {path: mlabonne/FineTome-100k, mode: non_thinking, fraction: 0.25}\n"
+        "model: {model_name: Qwen/Qwen3-8B}\n")
+    shares = {"OpenMathReasoning-mini": 0.75, "FineTome-100k": 0.25}
+    source = {"mode": "thinking", "rows_seen": 9, "rows_kept": 8, "dropped": {}, "tokens": 1, "supervised_tokens": 1}
+    (run / "mix.json").write_text(json.dumps({
+        "unit": "supervised_tokens", "budget": 1, "planned": shares, "sources": dict.fromkeys(shares, source),
+        "achieved": {"examples": {"OpenMathReasoning-mini": 0.31, "FineTome-100k": 0.69}, "supervised_tokens": shares},
+    }))
+    score = {"thinking": {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 50}}}
+    (run / "eval.json").write_text(json.dumps({"base": score, "tuned": score}))
+
+
+def test_a_dry_run_lists_every_file_and_sends_nothing(exported):
+    said = []
+    listing = push(exported, "me/toy", say=said.append)
+    sizes = {entry["path"]: entry["bytes"] for entry in listing}
+    assert sizes.keys() >= {"README.md", "model.safetensors", "config.json", "certificate.json", "gguf/Modelfile",
+                            "gguf/toy.q4_k_m.gguf", "adapter/adapter_model.safetensors"}
+    assert sizes["gguf/toy.q4_k_m.gguf"] == gguf_path(exported, "q4_k_m").stat().st_size
+    assert said[0] == "would push to me/toy (private):"
+
+
+def test_a_push_is_one_commit_with_every_file_and_a_card(exported, tmp_path):
+    run = Path(shutil.copytree(exported, tmp_path / "toy"))
+    story(run)
+    with stand_in() as (address, received):
+        code = f"from toolkit.export import push; push({str(run)!r}, 'me/toy', dry_run=False)"
+        environment = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0",
+                                    "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert received["created"][0]["private"] is True
+    [commit] = received["commits"]
+    assert commit["model.safetensors"] == (run / "merged" / "model.safetensors").read_bytes()
+    assert commit["gguf/toy.f16.gguf"] == gguf_path(run, "f16").read_bytes()
+    assert commit["adapter/adapter_config.json"] == (run / "adapter" / "adapter_config.json").read_bytes()
+    card = commit["README.md"].decode()
+    assert "| OpenMathReasoning-mini | thinking | 8 | 75.0% | 31.0% | 75.0% |" in card
+    assert "| thinking | accuracy | 0.5 (0.4 to 0.6) | 0.5 (0.4 to 0.6) | 50 |" in card
+    assert "CC BY 4.0" in card
+    assert "merged against base + adapter" in card
+    assert str(run) not in card
+
+
+def test_a_refused_push_is_told_plainly(exported):
+    with stand_in() as (address, _):
+        code = f"from toolkit.export import push; push({str(exported)!r}, 'me/toy', dry_run=False)"
+        environment = os.environ | {"HF_ENDPOINT": address + "/closed", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test"}
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "me/toy: the Hub did not take it" in done.stderr
