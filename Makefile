@@ -25,6 +25,9 @@ test: setup  ## lint and tests
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	@$(PY) -m pytest tests -q -m "not slow" $(ARGS)
 
+test-slow: setup  ## the tests that take minutes: two processes, long fuzzing, real shapes
+	@$(PY) -m pytest tests -q -m slow $(ARGS)
+
 mix: setup  ## compile and show a mix without training
 	@$(PY) -m toolkit mix $(RECIPE) $(ARGS)
 

@@ -7,6 +7,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never wait for a network
 import pytest
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long; `make test-slow` runs these too")
+
+
 @pytest.fixture(scope="session")
 def qwen3(tmp_path_factory):
     """A folder with the real Qwen3 tokenizer and chat template."""

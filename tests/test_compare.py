@@ -155,6 +155,12 @@ def test_no_ratio_is_recommended_when_all_break_a_mode(tmp_path):
     assert found.sentence == "None of the 3 ratios can be recommended: each breaks a mode or the chat."
 
 
+def test_a_recommended_ratio_that_does_not_beat_the_base_says_so(tmp_path):
+    found = compare([make_run(tmp_path, s, thinking=a) for s, a in ((0.25, 0.1), (0.75, 0.4))])
+    assert found.recommended.label == "75% reasoning"
+    assert "against the base, which it is not shown to beat" in found.sentence
+
+
 def test_seeds_are_averaged_and_each_stays_visible(tmp_path):
     runs = [make_run(tmp_path, s, seed=n, thinking=a + n / 10) for s, a in ((0.25, 0.4), (0.75, 0.6)) for n in (1, 2)]
     found = compare(runs)

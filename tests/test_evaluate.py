@@ -63,6 +63,14 @@ def never_closes(_conversation, _mode):
     return reply("<think>\non and on")
 
 
+def thinks_twice(conversation, _mode):
+    return reply(THOUGHT + THOUGHT + ANSWERS[asked_and_switch(conversation)[0]])
+
+
+def thinks_after_the_answer(conversation, _mode):
+    return reply(ANSWERS[asked_and_switch(conversation)[0]] + THOUGHT)
+
+
 def endless(_conversation, _mode):
     return reply("<think>\non and on", finished=False)
 
@@ -111,6 +119,8 @@ def test_a_model_that_keeps_both_modes_scores_one_everywhere():
     (rambles, {"adherence": 0, "accuracy": 1}, {"adherence": 0, "adherence/no_leak": 1, "adherence/short": 0, "accuracy": 1}),
     (never_closes, {"adherence": 0, "adherence/thought": 1, "adherence/closed": 0, "accuracy": 0, "accuracy/chat": 0, "cut": 0},
      {"adherence": 0, "adherence/no_tags": 0, "accuracy": 0}),
+    (thinks_twice, {"adherence": 0, "adherence/closed": 1}, {"adherence": 0}),
+    (thinks_after_the_answer, {"adherence": 0, "adherence/thought": 1}, {"adherence": 0}),
     (endless, {"adherence": 0, "adherence/closed": 0, "cut": 1, "accuracy": None}, {"cut": 1, "accuracy": None}),
 ])  # fmt: skip
 def test_a_scripted_model_scores_exactly_what_it_must(script, thinking, non_thinking):

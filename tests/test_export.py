@@ -273,7 +273,7 @@ def test_a_14b_is_planned_within_the_memory_of_a_colab(trained, monkeypatch):
     monkeypatch.setattr(merged, "names", lambda: list(shapes))
     monkeypatch.setattr(merged, "shape", shapes.get)
     monkeypatch.setitem(merged.config, "vocab_size", 151936)
-    assert 3e9 < memory_needed(merged) < 5e9
+    assert 3e9 < memory_needed(merged) < 8e9
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -367,7 +367,7 @@ def test_a_push_is_one_commit_with_every_file_and_a_card(exported, tmp_path):
                                     "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert received["created"][0]["private"] is True
+    assert received["created"][0]["visibility"] == "private"
     [commit] = received["commits"]
     assert commit["model.safetensors"] == (run / "merged" / "model.safetensors").read_bytes()
     assert commit["gguf/toy.f16.gguf"] == gguf_path(run, "f16").read_bytes()

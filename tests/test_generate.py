@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from tests import tiny_qwen3
-from toolkit.generate import SAMPLING, Reply, generate, inference, sampler, split_reply, think_probability
+from toolkit.generate import (
+    SAMPLING,
+    Reply,
+    generate,
+    inference,
+    rows_that_fit,
+    sampler,
+    split_reply,
+    think_probability,
+)
 from toolkit.recipe import ToolkitError
 
 CHATS = [
@@ -138,6 +147,15 @@ def test_a_thinking_only_template_opens_the_block_in_the_prompt(model, tokenizer
     replies = generate(model, only, CHATS[:2], "thinking", max_new_tokens=4, seed=0)
     assert [reply.opened for reply in replies] == [True, True]
     assert think_probability(model, only, CHATS[:2], "thinking") == [1.0, 1.0]
+
+
+def test_a_batch_is_as_large_as_its_key_value_cache_allows():
+    from transformers import Qwen3Config
+
+    four_billion = Qwen3Config(num_hidden_layers=36, num_key_value_heads=8, head_dim=128)  # 147,456 bytes a token
+    assert rows_that_fit(four_billion, 10_000, 10e9, batch_size=32) == 4
+    assert rows_that_fit(four_billion, 200, 10e9, batch_size=32) == 32
+    assert rows_that_fit(four_billion, 10_000, 1e6, batch_size=32) == 1
 
 
 def test_trouble_is_named(model, tokenizer):

@@ -11,7 +11,7 @@ from toolkit.recipe import ROOT
 
 # The pipeline, left to right: a module uses only modules before it.
 ORDER = """recipe install files rows tables conversation formats sources render overlap lint mix show shapes memory gauge fit model generate callbacks train
-stats score questions subject evaluate compare merge gguf_file certificate export serve chat batch doctor run sweep replay
+stats score questions subject evaluate folders compare report files merge parity gguf_file certificate model_card export splitter engine batcher request api llama serve chat batch doctor run notebook sweep replay
 bench __main__""".split()
 MODULES = sorted((ROOT / "toolkit").glob("*.py"))
 

@@ -39,7 +39,9 @@ class Batcher:
     def start(self, job: Job) -> None:
         """Queues a job. Raises Refused: 404 unknown model, 400 for a prompt that does not fit, 429 for a full queue."""
         if (job.ask.model or self.names[0]) not in self.adapters:
-            raise Refused(f"model {job.ask.model!r}: expected {' or '.join(self.names)}", 404, "model_not_found", "model")
+            raise Refused(
+                f"model {job.ask.model!r}: expected {' or '.join(self.names)}", 404, "model_not_found", "model"
+            )
         self._tokenize(job)
         with self._news:
             if len(self._queue) >= self.waiting:
@@ -56,7 +58,9 @@ class Batcher:
                 ask.messages, tools=ask.tools, tokenize=False, add_generation_prompt=True, enable_thinking=ask.thinking
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
-            raise Refused(f"the model's chat template cannot show these messages: {error}", 400, None, "messages") from error
+            raise Refused(
+                f"the model's chat template cannot show these messages: {error}", 400, None, "messages"
+            ) from error
         with self._tokenizing:
             job.ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         job.opened = text.rstrip().endswith("<think>")
@@ -137,7 +141,9 @@ def _chooser(jobs: list[Job], steps: int):
     values = [job.ask.values for job in jobs]
     greedy = [v["temperature"] == 0 for v in values]
     temperature = [1.0 if g else v["temperature"] for g, v in zip(greedy, values, strict=True)]
-    top_p = [1e-9 if g else v["top_p"] for g, v in zip(greedy, values, strict=True)]  # so little holds the top token only
+    top_p = [
+        1e-9 if g else v["top_p"] for g, v in zip(greedy, values, strict=True)
+    ]  # so little holds the top token only
     seeds = [secrets.randbits(63) if job.ask.seed is None else job.ask.seed for job in jobs]
     drawn = np.stack([np.random.Generator(np.random.Philox(seed)).random(steps) for seed in seeds])
     shared = {"top_k": values[0]["top_k"], "min_p": values[0]["min_p"]}
@@ -208,7 +214,11 @@ class _Row:
             return
         self.finished = True
         self._emit(self.splitter.close())
-        usage = {"prompt_tokens": len(self.job.ids), "completion_tokens": self.tokens, "reasoning_tokens": self.reasoning}
+        usage = {
+            "prompt_tokens": len(self.job.ids),
+            "completion_tokens": self.tokens,
+            "reasoning_tokens": self.reasoning,
+        }
         self.job.emit(Piece("end", finish="tool_calls" if self.called and why == "stop" else why, usage=usage))
 
     def _emit(self, parts: list[tuple[str, str]]) -> None:

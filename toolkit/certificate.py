@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.files import describe, read_json, write_json
+from toolkit.files import describe, read_json, write_json, write_text
 from toolkit.generate import SAMPLING, split_reply
 from toolkit.gguf_file import (
     GgufFile,
@@ -90,7 +90,7 @@ def uncertify(run: Path) -> None:
     """Withdraws a certificate: the files are about to change, or to be looked at again."""
     for name in ("certificate.json", "certificate.md"):
         (run / name).unlink(missing_ok=True)
-    (run / FAILED).write_text("Not verified yet: the export or its verification did not come to its end.\n")
+    write_text(run / FAILED, "Not verified yet: the export or its verification did not come to its end.\n")
 
 
 class _Report:
@@ -156,17 +156,19 @@ def _merge_checks(run: Path, onto: str, sequences: list, report: _Report) -> np.
 def _qlora_gap(run: Path, onto: str, merged: Merged, tuned: np.ndarray, sequences: list, report: _Report) -> None:
     """How far each kind of merge is from the 4-bit model that was trained: QLoRA's own gap, not the export's."""
     if not read_json(run / "manifest.json")["model"].get("load_in_4bit"):
-        return report.skip("QLoRA gap", "trained on 16-bit weights: there is none")
+        report.skip("QLoRA gap", "trained on 16-bit weights: there is none")
+        return
     other = _other_base(run, onto, merged)
     if other is None:
-        return report.skip("QLoRA gap", "the 16-bit base is not on this machine")
+        report.skip("QLoRA gap", "the 16-bit base is not on this machine")
+        return
     four_bit = merged if onto == "4bit" else other
     beside = log_probs(adapter_view(other), sequences)
     trained, sixteen = (tuned, beside) if onto == "4bit" else (beside, tuned)
     rounded = log_probs(merging_view(four_bit), sequences)
     note = f"mean KL to the 4-bit model that was trained ({four_bit.base.label}); this export is onto {onto}"
     report.note("QLoRA gap, onto 16bit", float(divergence(trained, sixteen).mean()), None, note)
-    return report.note("QLoRA gap, onto 4bit", float(divergence(trained, rounded).mean()), None, note)
+    report.note("QLoRA gap, onto 4bit", float(divergence(trained, rounded).mean()), None, note)
 
 
 def _other_base(run: Path, onto: str, merged: Merged) -> Merged | None:
@@ -183,9 +185,7 @@ def _file_checks(
     """Everything about one GGUF file. One that cannot be read has failed, and the others are still looked at."""
     name, size = path.name, path.stat().st_size
     try:
-        file = GgufFile(path)
-        _tensor_checks(name, file.tensors, Checkpoint(run / "merged"), report)
-        _metadata_checks(name, file, run, tokenizer, report)
+        _content_checks(name, GgufFile(path), run, tokenizer, report)
         if size > _memory():
             report.skip(f"{name}: served", f"needs {size / 1e9:.1f} GB of memory, {_memory() / 1e9:.1f} GB are free")
             return
@@ -242,8 +242,11 @@ def _squared_error(part: np.ndarray, bits: np.ndarray, kind) -> tuple[float, flo
     return float(np.sum(difference**2, dtype=np.float64)), float(np.sum(values**2, dtype=np.float64))
 
 
-def _metadata_checks(name: str, file: GgufFile, run: Path, tokenizer, report: _Report) -> None:
-    """What other programs read from the header: the template's text and the token that ends a turn."""
+def _content_checks(name: str, file: GgufFile, run: Path, tokenizer, report: _Report) -> None:
+    """The weights, and what other programs read from the header: the template and the token that ends a turn.
+
+    The only user of `file`: a vocabulary read back takes a gigabyte, gone before the file is served."""
+    _tensor_checks(name, file.tensors, Checkpoint(run / "merged"), report)
     template = file.value("tokenizer.chat_template") == chat_template(run / "adapter")
     ends = file.value("tokenizer.ggml.eos_token_id") == end_of_turn(tokenizer)
     report.at_least(f"{name}: carries the run's chat template", int(template), 1)
@@ -312,8 +315,8 @@ def _write(run: Path, certificate: dict) -> None:
     failed = [c["name"] for c in certificate["checks"] if not c["passed"]]
     if failed:
         lines = ["This export is not the run it was made from. Do not use or share its files. Failed:", *failed]
-        (run / FAILED).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (run / "certificate.md").write_text(_page(certificate), encoding="utf-8")
+        write_text(run / FAILED, "\n".join(lines) + "\n")
+    write_text(run / "certificate.md", _page(certificate))
     write_json(run / "certificate.json", certificate)
     if not failed:
         (run / FAILED).unlink()

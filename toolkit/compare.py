@@ -128,7 +128,7 @@ def _state(point: Point, unit: str) -> str:
     found, gain = point.values[GOAL], point.values[GOAL]["value"] - _base_value(point, *GOAL)
     return (
         f"measured as {100 * point.shares[unit]:.1f}% of {unit.replace('_', ' ')}: thinking accuracy {found['value']:.2f} "
-        f"[{found['low']:.2f}, {found['high']:.2f}], {gain:+.2f} [{low:+.2f}, {high:+.2f}] against the base"
+        f"[{found['low']:.2f}, {found['high']:.2f}], {gain:+.2f} [{low:+.2f}, {high:+.2f}] against the base{'' if low > 0 else ', which it is not shown to beat'}"
     )
 
 

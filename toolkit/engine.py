@@ -79,7 +79,9 @@ def _open_adapters(folders: list[Path], waiting: int):
 
     names = {folder.name: f"run{i}" if i else "default" for i, folder in enumerate(folders)}
     if BASE in names or len(names) < len(folders):
-        raise ToolkitError(f"runs are told apart by their folder's names, {BASE!r} is taken: {', '.join(map(str, folders))}")
+        raise ToolkitError(
+            f"runs are told apart by their folder's names, {BASE!r} is taken: {', '.join(map(str, folders))}"
+        )
     sections = [load(folder / "recipe.yaml").model for folder in folders]
     for folder, section in zip(folders[1:], sections[1:], strict=True):
         if (section.model_name, section.revision) != (sections[0].model_name, sections[0].revision):

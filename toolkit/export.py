@@ -21,6 +21,8 @@ from toolkit.recipe import ToolkitError, load
 
 LIBRARIES = 1.0e9
 """Memory of Python with torch, transformers and llama.cpp loaded, before any weight (measured: 0.8 GB)."""
+PER_TOKEN = 7e3
+"""Memory for each token of the vocabulary when a GGUF's header is read back (measured: 1.1 GB for Qwen3's)."""
 OLLAMA = "0.30.0"
 """The first Ollama that uses the chat template inside the GGUF when the Modelfile names no RENDERER."""
 
@@ -107,12 +109,13 @@ def _plan(run: Path, merged: Merged, quants: list[str], ledger: Ledger, say: Cal
 
 
 def memory_needed(merged: Merged) -> float:
-    """Bytes: the largest weight merged in fp32, or a GGUF tensor, or the certificate's one layer and 200 positions."""
+    """Bytes: the largest weight merged in fp32, or a GGUF tensor, or the certificate's one layer and 200 positions;
+    on top of the libraries and the vocabulary. Served GGUF files are memory-mapped and give way when memory is short."""
     sizes = {name: math.prod(merged.shape(name)) for name in merged.names()}
     layer = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
     largest = max(size for name, size in sizes.items() if merged.adapter.touches(name))
     certificate = 4 * layer + 6 * 4 * POSITIONS * merged.config["vocab_size"]
-    return LIBRARIES + max(12 * largest, 3 * max(sizes.values()), certificate)
+    return LIBRARIES + PER_TOKEN * merged.config["vocab_size"] + max(12 * largest, 3 * max(sizes.values()), certificate)
 
 
 def _clear(run: Path) -> None:

@@ -35,9 +35,13 @@ def complete(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_text(path: Path, text: str) -> None:
     with complete(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: dict) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict:
@@ -84,8 +88,7 @@ class Ledger:
     def make_text(self, path: Path, text: str) -> None:
         """The same for a small text, written again when it would differ."""
         if not (self.has(path) and path.read_text(encoding="utf-8") == text):
-            with complete(path) as partial:
-                partial.write_text(text, encoding="utf-8")
+            write_text(path, text)
             self.add(path)
 
 

@@ -122,7 +122,11 @@ def _message(message: dict) -> dict:
     if "tool_calls" not in message:
         return message
     calls = [
-        {**call, "id": f"call_{i}", "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        {
+            **call,
+            "id": f"call_{i}",
+            "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])},
+        }
         for i, call in enumerate(message["tool_calls"])
     ]
     return {**message, "tool_calls": calls}

@@ -6,7 +6,8 @@ mixed = compile_mix(recipe.load("data_recipes/hybrid.yaml")); mixed.report["achi
 import hashlib
 import itertools
 import json
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,15 +15,16 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.lint import lint
-from toolkit.overlap import Grams, NearDuplicates, text_key
+from toolkit.overlap import Grams, NearDuplicates, signatures, text_key
 from toolkit.recipe import Data, Recipe, Source, ToolkitError, outputs
 from toolkit.render import SWITCH, Chat, examples, load_chat
 from toolkit.sources import Rejected, conversations, fingerprint
 
 UNITS = ("examples", "tokens", "supervised_tokens")
-BATCH = (
-    256  # conversations rendered while the batch before is tokenized; work never overshoots a quota by more than two
-)
+BATCH = 256
+"""Conversations rendered while the batch before is tokenized: two batches are under way."""
+AHEAD = 16
+"""Batches under way at most, while the tokenizer is still being loaded (1 s)."""
 TOLERANCE = 0.01  # an achieved share further than one point from its plan stops the run
 DECIDES = ("mix", "render", "overlap", "sources", "formats", "conversation", "tables", "rows")
 NOT_MALFORMED = {"too_long", "duplicate", "near_duplicate", "validation_prompt", "contaminated"}
@@ -39,6 +41,8 @@ class Row:
     number: int
     conversation: dict = field(default_factory=dict, repr=False)
     """Only held-out rows keep theirs: evaluation asks them again."""
+    signature: np.ndarray | None = field(default=None, repr=False)
+    """MinHash of the supervised text, while near duplicates are looked for."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -47,7 +51,9 @@ class Row:
 
     def size(self, unit: str) -> int:
         """This row counted in examples, tokens or supervised tokens."""
-        return {"examples": 1, "tokens": len(self.ids), "supervised_tokens": len(self.ids) - self.prompt_length}[unit]
+        if unit == "examples":
+            return 1
+        return len(self.ids) if unit == "tokens" else len(self.ids) - self.prompt_length
 
 
 @dataclass(frozen=True)
@@ -134,17 +140,8 @@ def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> No
     data = recipe.data
     planned = plan(data)
     draws = [_Draw(s, planned[s.name]["quota"] or float("inf")) for s in data.sources if s.fraction > 0]
-    held: set[bytes] = set()
-    grams = Grams(_question_prompts(recipe)) if data.decontaminate else Grams([])
-    near, seen_texts = NearDuplicates(), set()
-    streams = {}
-    for draw in draws:  # all sources hold out first, so that no source trains on another's validation prompt
-        streams[draw.source.name] = stream = _examples(draw, data, chat)
-        _hold_out(draw, stream, planned[draw.source.name]["validation"], recipe.model.max_seq_length, held, seen_texts)
-    for draw in draws:
-        accept = _Filter(data, recipe.model.max_seq_length, held, grams, near, seen_texts)
-        _fill(draw, streams[draw.source.name], accept, data.unit)
-        _stop_if_rotten(draw, data.max_rejected)
+    with ThreadPoolExecutor(1) as pool:
+        _fill_all(draws, planned, recipe, chat, pool)
     limited_by = _balance(draws, data)
     rows = [r for d in draws for r in d.train]
     order = np.random.default_rng(data.seed).permutation(len(rows))
@@ -153,33 +150,68 @@ def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> No
     _write(folder, [rows[i] for i in order], [r for d in draws for r in d.validation], report, draws)
 
 
-def _examples(draw: _Draw, data: Data, chat: Chat):
-    """Yield (number, conversation, [Row]) of one source in seeded order: rendering here, tokenizing one batch ahead."""
-    source = draw.source
+def _fill_all(draws: list[_Draw], planned: dict, recipe: Recipe, chat: Chat, pool: ThreadPoolExecutor) -> None:
+    """Fill every draw. The pool's one worker does what needs no interpreter, this thread all else."""
+    data, max_seq_length = recipe.data, recipe.model.max_seq_length
+    pool.submit(lambda: chat.fast)
+    streams = {d.source.name: _examples(d.source, data, chat, pool) for d in draws}
+    _ = chat.reference  # loaded now, while the worker still loads the fast one
+    held: set[bytes] = set()
+    grams = Grams(_question_prompts(recipe)) if data.decontaminate else Grams([])
+    near, seen_texts = NearDuplicates(), set()
+    for draw in draws:  # all sources hold out first, so that no source trains on another's validation prompt
+        name = draw.source.name
+        _hold_out(draw, streams[name], planned[name]["validation"], max_seq_length, held, seen_texts)
+    for draw in draws:
+        accept = _Filter(data, max_seq_length, held, grams, near, seen_texts)
+        _fill(draw, streams[draw.source.name], accept, data.unit)
+        _stop_if_rotten(draw, data.max_rejected)
+
+
+def _examples(source: Source, data: Data, chat: Chat, pool: ThreadPoolExecutor) -> Iterator:
+    """(number, conversation, [Row] or Rejected) of one source in seeded order; its first batches start at once."""
+    batches = _batches(source, data, chat, pool)
+    ahead: deque = deque()
+    _go_ahead(ahead, batches)
+    return _finished(ahead, batches, source)
+
+
+def _go_ahead(ahead: deque, batches: Iterator) -> None:
+    """Render two batches ahead, and more while the first is not tokenized yet."""
+    while len(ahead) < AHEAD and (len(ahead) < 2 or not ahead[0][1].done()) and (batch := next(batches, None)):
+        ahead.append(batch)
+
+
+def _batches(source: Source, data: Data, chat: Chat, pool: ThreadPoolExecutor) -> Iterator:
+    """Yield rendered batches, [(number, conversation, [Example] or Rejected)], and their tokenization under way."""
     rng = np.random.default_rng([data.seed, int(hashlib.sha256(source.name.encode()).hexdigest()[:8], 16)])
     passes = itertools.chain.from_iterable(
         conversations(source, data.seed, data.placeholders) for _ in range(source.max_repeats)
     )
+    while batch := list(itertools.islice(passes, BATCH)):
+        items = [(number, *_render(item, source, chat, rng)) for number, item in batch]
+        texts = [t for _, _, found in items if isinstance(found, list) for e in found for t in (e.prompt, e.completion)]
+        yield items, pool.submit(_tokenized, chat, texts, data.duplicates == "near")
 
-    def rendered():
-        while batch := list(itertools.islice(passes, BATCH)):
-            items = [(number, *_render(item, source, chat, rng)) for number, item in batch]
-            texts = [
-                t for _, _, found in items if isinstance(found, list) for e in found for t in (e.prompt, e.completion)
-            ]
-            yield items, pool.submit(chat.encode, texts)
 
-    with ThreadPoolExecutor(1) as pool:
-        batches = rendered()
-        ahead = next(batches, None)
-        while ahead:
-            (items, ids), ahead = ahead, next(batches, None)
-            pieces = iter(ids.result())
-            for number, conversation, found in items:
-                if isinstance(found, Rejected):
-                    yield number, conversation, found
-                else:
-                    yield number, conversation, [_row(e, next(pieces), next(pieces), source, number) for e in found]
+def _tokenized(chat: Chat, texts: list[str], sign: bool) -> list[tuple]:
+    """(ids, prompt length, signature) of each prompt and completion."""
+    flat, ends = chat.encode_flat(texts)
+    starts, middles, stops = ends[:-1:2], ends[1::2], ends[2::2]
+    bounds = list(zip(starts.tolist(), middles.tolist(), stops.tolist(), strict=True))
+    signed = signatures([flat[m:b] for _, m, b in bounds]) if sign else [None] * len(bounds)
+    return [(flat[a:b].copy(), m - a, s) for (a, m, b), s in zip(bounds, signed, strict=True)]
+
+
+def _finished(ahead: deque, batches: Iterator, source: Source) -> Iterator:
+    while ahead:
+        items, tokenizing = ahead.popleft()
+        _go_ahead(ahead, batches)
+        tokenized = iter(tokenizing.result())
+        for number, conversation, found in items:
+            if isinstance(found, list):
+                found = [_row(e, *next(tokenized), source, number) for e in found]
+            yield number, conversation, found
 
 
 def _render(item, source: Source, chat: Chat, rng):
@@ -205,9 +237,8 @@ def _with_switch(conversation: dict) -> dict:
     return {**conversation, "messages": messages}
 
 
-def _row(example, prompt: list[int], completion: list[int], source: Source, number: int) -> Row:
-    ids = np.array(prompt + completion, dtype=np.int32)
-    return Row(ids, len(prompt), source.name, example.mode, number)
+def _row(example, ids: np.ndarray, prompt_length: int, signature, source: Source, number: int) -> Row:
+    return Row(ids, prompt_length, source.name, example.mode, number, signature=signature)
 
 
 def _hold_out(draw: _Draw, stream, wanted: int, max_seq_length: int, held: set, seen_texts: set) -> None:
@@ -260,7 +291,7 @@ class _Filter:
         if key in self.seen_texts:
             return "duplicate", "the same conversation, case and spacing aside"
         self.seen_texts.add(key)
-        if self.data.duplicates == "near" and self.near.seen([r.ids[r.prompt_length :] for r in rows]):
+        if self.data.duplicates == "near" and self.near.seen([r.signature for r in rows if r.signature is not None]):
             return "near_duplicate", "nearly the same supervised text as a row before"
         return None
 

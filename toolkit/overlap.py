@@ -1,6 +1,6 @@
 """Rows that repeat each other, or repeat an evaluation prompt: exact, near and 13-gram overlap.
 
-near = NearDuplicates(); near.seen([row_ids])   # True when almost the same text came before
+near = NearDuplicates(); near.seen(signatures([ids]))   # True when almost the same text came before
 """
 
 import hashlib
@@ -22,8 +22,9 @@ def text_key(conversation: dict) -> bytes:
     """16 bytes that are equal for conversations with the same text, case and spacing aside."""
     parts = [m["role"] + "\n" + m.get("reasoning_content", "") + "\n" + m["content"] for m in conversation["messages"]]
     calls = [str(m["tool_calls"]) for m in conversation["messages"] if m.get("tool_calls")]
-    normal = " ".join("\n".join(parts + calls).lower().split())
-    return hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    # Deleting bytes takes a fifth of the time of splitting into words.
+    normal = "".join(parts + calls).lower().encode("utf-8", "surrogatepass").translate(None, b" \t\n\r")
+    return hashlib.blake2b(normal, digest_size=16).digest()
 
 
 class Grams:
@@ -55,37 +56,48 @@ def _grams(words: list[str]):
     return zip(*(words[i:] for i in range(WORDS)), strict=False)
 
 
+def signatures(texts: list[np.ndarray]) -> list[np.ndarray | None]:
+    """MinHash over token 5-grams by rensa, of many texts (token ids) at once; None for a text under 64 tokens."""
+    import rensa
+
+    shingles = [_shingles(t.astype(np.uint64)) for t in texts if len(t) >= SHORTEST]
+    starts = np.cumsum([0, *map(len, shingles)]).astype(np.uint64)
+    flat = np.concatenate([*shingles, np.zeros(0, np.uint64)])
+    matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, starts, PERMUTATIONS, 42)
+    found = iter(np.array(matrix.to_rows(), np.uint32))
+    return [next(found) if len(t) >= SHORTEST else None for t in texts]
+
+
+def _shingles(ids: np.ndarray) -> np.ndarray:
+    hashes = ids[: 1 - SHINGLE]
+    for i in range(1, SHINGLE):
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + ids[i : len(ids) - SHINGLE + 1 + i]
+    return hashes
+
+
 class NearDuplicates:
-    """MinHash over token 5-grams by rensa: candidates from its LSH index, each verified on the signatures."""
+    """Texts much like one before: candidates from an index over bands of their signatures, each then verified."""
 
     def __init__(self):
-        import rensa
-
-        self._hash = rensa.RMinHash.digest_matrix_from_flat_token_hashes
         self._buckets: dict[bytes, list[int]] = {}
         self._signatures: list[np.ndarray] = []
 
-    def seen(self, texts: list[np.ndarray]) -> bool:
-        """Whether any of a row's supervised texts (token ids) is nearly one seen before; remembers those that are not."""
-        new = [self._signature(t) for t in texts if len(t) >= SHORTEST]
-        if any(self._similar(s) for s in new):
+    def seen(self, new: list[np.ndarray]) -> bool:
+        """Whether any of these signatures is nearly one seen before; remembers them if not."""
+        bands = [_bands(s) for s in new]
+        if any(self._similar(s, b) for s, b in zip(new, bands, strict=True)):
             return True
-        for signature in new:
-            for bucket in self._bands(signature):
+        for signature, keys in zip(new, bands, strict=True):
+            for bucket in keys:
                 self._buckets.setdefault(bucket, []).append(len(self._signatures))
             self._signatures.append(signature)
         return False
 
-    def _signature(self, ids: np.ndarray) -> np.ndarray:
-        shingles = ids[: 1 - SHINGLE].astype(np.uint64)
-        for i in range(1, SHINGLE):
-            shingles = shingles * np.uint64(0x9E3779B97F4A7C15) + ids[i : len(ids) - SHINGLE + 1 + i].astype(np.uint64)
-        matrix = self._hash(shingles, np.array([0, len(shingles)], np.uint64), PERMUTATIONS, 42)
-        return np.array(matrix.to_rows()[0], np.uint32)
-
-    def _bands(self, signature: np.ndarray):
-        return [bytes([i]) + band.tobytes() for i, band in enumerate(signature.reshape(BANDS, -1))]
-
-    def _similar(self, signature: np.ndarray) -> bool:
-        candidates = {c for b in self._bands(signature) for c in self._buckets.get(b, ())}
+    def _similar(self, signature: np.ndarray, bands: list) -> bool:
+        candidates = {c for b in bands for c in self._buckets.get(b, ())}
         return any((self._signatures[c] == signature).mean() >= SIMILAR for c in candidates)
+
+
+def _bands(signature: np.ndarray) -> list[bytes]:
+    raw, width = signature.tobytes(), signature.nbytes // BANDS
+    return [bytes([i]) + raw[i * width : (i + 1) * width] for i in range(BANDS)]

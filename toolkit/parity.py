@@ -246,8 +246,7 @@ def probe_sequences(tokenizer) -> list[list[int]]:
 def llama_server(path: Path, context: int = 2048) -> Iterator[Callable[[str, dict], dict]]:
     """The llama-server inside xllamacpp on a free local port; yields `post(route, body)`.
 
-    Weights are memory-mapped. A small model gets one thread:
-    threads that wait for each other cost more than they bring."""
+    Weights are memory-mapped. A small model gets one thread: more would mostly wait for each other."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -255,7 +254,8 @@ def llama_server(path: Path, context: int = 2048) -> Iterator[Callable[[str, dic
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity, params.port = context, 1, False, -1, 0
     params.cache_ram_mib, params.n_ctx_checkpoints = 0, 0
     threads = 1 if path.stat().st_size < 2e8 else os.cpu_count()
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    for cpu in (params.cpuparams, params.cpuparams_batch):
+        cpu.n_threads, cpu.poll = threads, 0  # sleep while waiting: spinning threads collapse on a shared machine
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:

@@ -4,6 +4,7 @@ chat = load_chat("pocket"); [(prompt, completion)] = examples(conversation, "thi
 """
 
 import functools
+import itertools
 import json
 import re
 from dataclasses import dataclass
@@ -12,11 +13,13 @@ from pathlib import Path
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
+import numpy as np
 
 from toolkit.recipe import POCKET, ToolkitError, find
 from toolkit.sources import Rejected
 
 SWITCH = re.compile(r"(?<!\S)/(no_think|think)(?!\S)")
+DICT_ATTRIBUTES = frozenset(dir(dict))
 PROBE = [{"role": "user", "content": "probe"}]
 
 
@@ -70,7 +73,13 @@ class Chat:
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, control tokens recognised, nothing added."""
-        return [e.ids for e in self.fast.encode_batch(texts, add_special_tokens=False)]
+        ids, ends = self.encode_flat(texts)
+        return [ids[a:b].tolist() for a, b in itertools.pairwise(ends.tolist())]
+
+    def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """The same as one int32 array of all ids, and where each text starts and the last one ends in it."""
+        ids, ends = self.fast.encode_batch_flat(texts)
+        return np.frombuffer(ids, np.int32), np.frombuffer(ends, np.int64)
 
     def encode_reference(self, texts: list[str]) -> list[list[int]]:
         """The same by Hugging Face's tokenizer."""
@@ -201,9 +210,24 @@ class _Generation(jinja2.ext.Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, with a short way for what templates do all the time: a message's key, a text's method.
+
+    The sandbox looks for an attribute first and asks eleven questions about it; rendering took twice the time.
+    """
+
+    def getattr(self, obj, attribute: str):
+        if type(obj) is dict and attribute not in DICT_ATTRIBUTES:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
+        return super().getattr(obj, attribute)
+
+    def is_safe_attribute(self, obj, attr: str, value) -> bool:
+        return not attr.startswith("_") if type(obj) is str else super().is_safe_attribute(obj, attr, value)
+
+
 def _environment() -> jinja2.Environment:
     """Jinja as transformers sets it up for chat templates (transformers/utils/chat_template_utils.py)."""
-    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    env = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )
     env.filters["tojson"] = _tojson

@@ -10,6 +10,12 @@ from pathlib import Path
 from toolkit import recipe as recipes
 from toolkit.recipe import Recipe, Source
 
+SAMPLES = "data_recipes/samples"
+DEFAULT_QUESTIONS = (
+    Source(f"{SAMPLES}/heldout_reasoning.jsonl", name="sums", format="openmath"),
+    Source(f"{SAMPLES}/heldout_chat.jsonl", name="chat", format="question", mode="non_thinking"),
+)
+
 
 def default_console():
     """A console for notebooks and scripts."""
@@ -104,7 +110,6 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
         load_probes(),
         [validation_row(r) for r in mixed.validation],
         level=level,
-        seed=recipe.data.seed,
         max_new_tokens=min(recipe.evaluate.max_new_tokens, LEVELS[level].max_new_tokens),
         batch_size=generation_batch(recipe, mixed),
         say=console.print,
@@ -130,12 +135,15 @@ def generation_batch(recipe: Recipe, mixed) -> int:
 
 
 def questions(recipe: Recipe, mixed) -> tuple[list[dict], list[dict]]:
-    """(reasoning, chat) questions: the recipe's sets, or held-out rows that carry an expected answer."""
+    """(reasoning, chat) questions: the recipe's sets; without any, held-out rows that carry an expected answer, or the
+    easy sums that ship, and the easy chat questions that ship: any Qwen3 answers them, so they show what was lost."""
     from toolkit.questions import as_question
 
     if not recipe.evaluate.questions:
         rows = [r for r in mixed.validation if r.conversation.get("expected_answer")]
-        return [as_question(r.conversation, r.source) for r in rows], []
+        held_out = [as_question(r.conversation, r.source) for r in rows]
+        arithmetic, chat = ([as_question(c, q.name) for c in read(q, recipe)] for q in DEFAULT_QUESTIONS)
+        return held_out or arithmetic, chat
     found = {q.name: [as_question(c, q.name) for c in read(q, recipe)] for q in recipe.evaluate.questions}
     chat = {q.name for q in recipe.evaluate.questions if q.mode == "non_thinking"}
     return tuple([q for n, qs in found.items() if (n in chat) == is_chat for q in qs] for is_chat in (False, True))

@@ -30,7 +30,8 @@ LENGTH_FACTOR = 3.0
 
 def thinks(reply: Reply) -> bool:
     """What thinking mode promises: a block that is not empty, is closed, and has an answer after it."""
-    return bool(reply.opened and reply.closed and reply.reasoning and reply.answer and not has_tags(reply.answer))
+    after = reply.text.partition("</think>")[2].strip()
+    return bool(reply.opened and reply.reasoning and after and not has_tags(after))
 
 
 def answers_at_once(reply: Reply, base_tokens: float) -> bool:

@@ -7,7 +7,8 @@ import json
 
 
 class Splitter:
-    """Text in, (kind, text) out; kind is reasoning, content or tool_call (its JSON: name and arguments).
+    """Text in, (kind, text) out; kind is reasoning, content or tool_call (JSON: its name, and its arguments as
+    JSON text, which is how OpenAI's API hands them out).
 
     The same as `generate.split_reply` for a text that opens its think block; white space around each part is dropped.
     `stopped` is set once one of the `stop` texts came up in the answer: nothing comes after it.
@@ -90,4 +91,5 @@ def read_call(text: str) -> tuple[str, str]:
         return "content", f"<tool_call>{text}</tool_call>"
     if type(name) is not str or type(arguments) is not dict:
         return "content", f"<tool_call>{text}</tool_call>"
-    return "tool_call", json.dumps({"name": name, "arguments": arguments}, ensure_ascii=False)
+    inner = json.dumps(arguments, ensure_ascii=False)
+    return "tool_call", json.dumps({"name": name, "arguments": inner}, ensure_ascii=False)

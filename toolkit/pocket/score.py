@@ -25,9 +25,10 @@ offline, on a CPU.
 - **Tokenizer**: own byte-level BPE of {vocabulary:,} tokens with Qwen2's split rule and Qwen3's added tokens; Qwen3's
   official chat template.
 - **Data**: the seeded world of `tasks.py` and `words.py`, written for this project: sums of one and two digits with
-  worked steps, and {skills}. Both modes on both kinds of question, one to three turns, system prompts,
-  `/think` and `/no_think`. One instance in ten is held out for ever; one-digit sums, small talk and follow-up questions
-  ("And of dark?") are not.
+  worked steps, and everyday questions
+  ({skills}).
+  Both modes on both kinds of question, one to three turns, system prompts, `/think` and `/no_think`. One instance in
+  ten is held out for ever; one-digit sums, small talk and follow-up questions ("And of dark?") are not.
 - **Labels**: the completion after the prompt that inference shows, up to `<|im_end|>`; nothing else.
 - **Not taught**: three-digit sums (`{new_skill}`). They are what the sample recipes teach it.
 - **Made by** `python -m toolkit.pocket.build`: seed {seed}, {steps:,} steps of {batch} conversations, {seconds:,} s of

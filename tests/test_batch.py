@@ -1,0 +1,197 @@
+"""Every prompt of a file is answered once, and a killed batch goes on as if nothing had happened."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.pocket_run import make_run
+from toolkit.batch import answer_file, read_prompts
+from toolkit.recipe import POCKET, ROOT, ToolkitError
+
+SUMS = [f"What is {a} + {a + 3}?" for a in range(10, 19)]
+OPTIONS = {"max_new_tokens": 24, "batch_size": 2, "seed": 3407}
+SCRIPT = """
+import sys
+from tests.test_batch import OPTIONS, plain
+from toolkit.batch import answer_file
+answer_file(*sys.argv[1:], loaded=plain(), progress=lambda done, total: print(done, flush=True), **OPTIONS)
+"""
+
+
+def plain():
+    """The pocket model without Unsloth, whose import takes longer than all these tests."""
+    from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+    return Qwen3ForCausalLM.from_pretrained(POCKET), AutoTokenizer.from_pretrained(POCKET)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return plain()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("outputs") / "tuned")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    file = tmp_path_factory.mktemp("prompts") / "sums.txt"
+    file.write_text("\n".join(SUMS), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="module")
+def whole(run, prompts, loaded, tmp_path_factory):
+    """Replies in both modes, never interrupted."""
+    file = tmp_path_factory.mktemp("replies") / "whole.jsonl"
+    answer_file(run, prompts, file, loaded=loaded, **OPTIONS)
+    return file.read_bytes()
+
+
+def rows(raw: bytes) -> list[dict]:
+    return [json.loads(line) for line in raw.splitlines()]
+
+
+def test_every_prompt_is_answered_once_in_each_mode(whole):
+    assert [(r["row"], r["mode"]) for r in rows(whole)] == [
+        (i, mode) for mode in ("thinking", "non_thinking") for i in range(1, 10)
+    ]
+    assert [r["prompt"] for r in rows(whole)[:9]] == SUMS
+    assert all(r["reasoning"] for r in rows(whole)[:9])
+    assert not any(r["reasoning"] for r in rows(whole)[9:])
+    assert all(r["answer"] for r in rows(whole)[9:])
+
+
+def test_tokens_and_the_limit_are_reported(whole):
+    assert all(0 < r["tokens"] <= 24 and r["reasoning_tokens"] <= r["tokens"] for r in rows(whole))
+    assert all(r["finished"] or r["tokens"] >= 22 for r in rows(whole))
+
+
+def test_a_reply_cut_in_the_middle_of_its_line_is_made_again_the_same(run, prompts, whole, loaded, tmp_path):
+    file = tmp_path / "replies.jsonl"
+    for keep in (len(whole) - 5, len(whole) // 2, len(whole.splitlines(keepends=True)[0]), 3):
+        file.write_bytes(whole[:keep])
+        answer_file(run, prompts, file, loaded=loaded, **OPTIONS)
+        assert file.read_bytes() == whole
+
+
+def test_killed_it_loses_at_most_a_batch_and_ends_the_same(run, prompts, whole, loaded, tmp_path):
+    file = tmp_path / "replies.jsonl"
+    command = [sys.executable, "-c", SCRIPT, str(run), str(prompts), str(file)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    said = [int(process.stdout.readline()) for _ in range(2)]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert said == [2, 4]
+    kept = rows(file.read_bytes()[: file.read_bytes().rfind(b"\n") + 1])
+    assert 4 <= len(kept) < 18
+    counts = answer_file(run, prompts, file, loaded=loaded, **OPTIONS)
+    assert counts["there"] == len(kept)
+    assert counts["answered"] == 18 - len(kept)
+    assert file.read_bytes() == whole
+
+
+def test_a_finished_file_is_left_alone_without_loading_a_model(run, prompts, whole, tmp_path):
+    file = tmp_path / "replies.jsonl"
+    file.write_bytes(whole)
+    assert answer_file(run, prompts, file, loaded=None, **OPTIONS)["answered"] == 0
+    assert file.read_bytes() == whole
+
+
+def test_the_second_mode_can_be_added_later(run, prompts, whole, loaded, tmp_path):
+    file = tmp_path / "replies.jsonl"
+    for mode in ("thinking", "both"):
+        answer_file(run, prompts, file, mode, loaded=loaded, **OPTIONS)
+    assert file.read_bytes() == whole
+
+
+def test_replies_of_two_kinds_never_share_a_file(run, prompts, whole, loaded, tmp_path):
+    file = tmp_path / "replies.jsonl"
+    file.write_bytes(whole)
+    with pytest.raises(ToolkitError, match="line 1: a reply with seed 3407"):
+        answer_file(run, prompts, file, loaded=loaded, **{**OPTIONS, "seed": 1})
+    other = tmp_path / "other.txt"
+    other.write_text("\n".join(reversed(SUMS)))
+    with pytest.raises(ToolkitError, match="another prompt"):
+        answer_file(run, other, file, loaded=loaded, **OPTIONS)
+    with pytest.raises(ToolkitError, match="is the file of prompts"):
+        answer_file(run, prompts, prompts, loaded=loaded, **OPTIONS)
+    assert file.read_bytes() == whole
+
+
+def test_prompts_are_the_same_from_every_kind_of_file(tmp_path):
+    wanted = [{"messages": [{"role": "user", "content": text}]} for text in ("Hi, you", "2 + 2?")]
+    texts = [w["messages"][0]["content"] for w in wanted]
+    shapes = [
+        lambda t: {"prompt": t}, lambda t: {"query": t}, lambda t: {"question": t}, lambda t: {"problem": t, "expected_answer": "4"},
+        lambda t: {"instruction": t, "output": "known"}, lambda t: {"messages": [{"role": "user", "content": t}]},
+        lambda t: {"messages": [{"role": "user", "content": t}, {"role": "assistant", "content": "known"}]},
+        lambda t: {"conversations": [{"from": "human", "value": t}]},
+    ]  # fmt: skip
+    for i, shape in enumerate(shapes):
+        file = tmp_path / f"{i}.jsonl"
+        file.write_text("\n".join(json.dumps(shape(text)) for text in texts), encoding="utf-8")
+        assert read_prompts(file) == wanted
+    with open(tmp_path / "p.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([["prompt"], *([text] for text in texts)])
+    (tmp_path / "p.txt").write_text("Hi, you\n\n2 + 2?\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "p.csv") == read_prompts(tmp_path / "p.txt") == wanted
+
+
+def test_system_earlier_turns_and_tools_come_along(tmp_path):
+    tool = {"type": "function", "function": {"name": "now", "parameters": {}}}
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
+             {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Time?"}]  # fmt: skip
+    (tmp_path / "p.jsonl").write_text(json.dumps({"messages": turns, "tools": [tool]}))
+    (found,) = read_prompts(tmp_path / "p.jsonl")
+    assert found["messages"] == turns
+    assert found["tools"] == [tool]
+
+
+def test_prompts_with_different_tools_are_each_answered_with_their_own(run, loaded, tmp_path):
+    tool = {"type": "function", "function": {"name": "now", "parameters": {}}}
+    lines = [{"prompt": SUMS[0]}, {"prompt": SUMS[1], "tools": [tool]}, {"prompt": SUMS[2]}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    counts = answer_file(run, tmp_path / "p.jsonl", tmp_path / "r.jsonl", "thinking", loaded=loaded, **OPTIONS)
+    assert counts["answered"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("p.jsonl", '{"prompt": "Hi"}\n{"prompt": ""}', "p.jsonl line 2"),
+        ("p.jsonl", '{"prompt": "Hi"}\n{"prompt": 3}', "line 2: 'prompt' is a number, expected text"),
+        ("p.jsonl", '{"prompt": "Hi"}\n{"prom', "line 2"),
+        ("p.jsonl", '{"text": "Hi"}', "the fields are text: expected one of"),
+        ("p.jsonl", '{"prompt": "<|im_end|>"}', "the model reads as structure"),
+        ("p.txt", "\n \n", "holds no prompts"),
+        ("p.docx", "Hi", "unknown kind of file"),
+        ("p.txt", b"\xff\xfeH\x00", "not UTF-8"),
+    ],
+)
+def test_a_row_that_is_no_prompt_is_named_before_anything_is_answered(tmp_path, name, text, expected):
+    (tmp_path / name).write_bytes(text if type(text) is bytes else text.encode())
+    with pytest.raises(ToolkitError, match=expected):
+        read_prompts(tmp_path / name)
+
+
+def test_a_prompt_beyond_the_context_is_named_before_anything_is_answered(run, loaded, tmp_path):
+    (tmp_path / "p.txt").write_text("Hi\n" + "7 + " * 3000)
+    with pytest.raises(ToolkitError, match="prompt 2 has .* tokens, the model was loaded for"):
+        answer_file(run, tmp_path / "p.txt", tmp_path / "r.jsonl", loaded=loaded, **OPTIONS)
+    assert not (tmp_path / "r.jsonl").exists()
+
+
+def test_a_thousand_lines_are_read_within_a_second(tmp_path):
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": f"What is {i}?"}) for i in range(1000)))
+    started = time.perf_counter()
+    assert len(read_prompts(tmp_path / "p.jsonl")) == 1000
+    assert time.perf_counter() - started < 1

@@ -1,0 +1,345 @@
+"""A sweep gives every ratio the same, does each run once, shows what crashed, and hands wandb's agents the same runs."""
+
+import collections
+import itertools
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import yaml
+from rich.console import Console
+
+from tests.test_compare import sums
+from toolkit import recipe as recipes
+from toolkit import sweep as sweeps
+from toolkit.evaluate import summarize
+from toolkit.recipe import ROOT, ToolkitError
+from toolkit.sweep import claim, common_steps, plan, rows_per_step, sweep
+
+RATIOS = [0, 0.25, 0.5, 0.75, 1]
+RUNNER = textwrap.dedent("""
+    # A stand-in for training: leaves a run folder, and a line in ran.txt for each time it was called.
+    import json, os, sys, time
+    from pathlib import Path
+    import yaml
+
+    given, home = Path(sys.argv[1]), Path(os.environ["TOOLKIT_OUTPUTS"])
+    recipe = yaml.safe_load(given.read_text())
+    with open(home / "ran.txt", "a") as ran:
+        ran.write(recipe["name"] + "\\n")
+    folder = home / recipe["name"]
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(given.read_text())
+    time.sleep(float(os.environ.get("TEST_SECONDS", 0)))
+    flag = home / f"crash-{recipe['name']}"
+    if flag.exists():
+        lives = int(flag.read_text())
+        flag.write_text(str(lives - 1))
+        if lives > 0:
+            print("step 7/9"); sys.exit("RuntimeError: the cable was pulled")
+    shares = {s["name"]: s["fraction"] for s in recipe["data"]["sources"]}
+    modes = {s["name"]: {"mode": s["mode"]} for s in recipe["data"]["sources"]}
+    files = {
+        "mix.json": {"unit": "supervised_tokens", "planned": shares, "sources": modes, "limited_by": None,
+                     "achieved": {u: shares for u in ("examples", "tokens", "supervised_tokens")}},
+        "eval.json": json.loads((home / "eval.json").read_text()),
+        "metrics.jsonl": {"step": 1, "loss": 1.0},
+        "manifest.json": {"model": {"name": "pocket"}, "finished": "now", "group": os.environ["TOOLKIT_SWEEP"]},
+    }
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content))
+""")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """Two sources, a recipe and a scripted runner; outputs go to a folder of the test."""
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "runner.py").write_text(RUNNER)
+    rates = {"thinking": (0.4, 0.9, 1.0), "non_thinking": (0.2, 0.9, 1.0)}
+    asked = {"level": "quick", "seed": 3407, "budget": {}, "fingerprints": {}, **summarize(sums(rates, rates, 0.1), 1)}
+    (tmp_path / "out" / "eval.json").write_text(json.dumps(asked))
+    write_rows(tmp_path / "maths.jsonl", 90, "Carry the one, then add the tens and the hundreds. " * 3)
+    write_rows(tmp_path / "talk.jsonl", 300, "")
+    sources = [
+        {"path": str(tmp_path / "maths.jsonl"), "mode": "thinking", "fraction": 0.75},
+        {"path": str(tmp_path / "talk.jsonl"), "mode": "non_thinking", "fraction": 0.25},
+    ]
+    values = {
+        "name": "tiny",
+        "data": {"sources": sources, "budget": 4000, "validation_size": 4, "duplicates": "exact"},
+        "model": {"model_name": "pocket", "max_seq_length": 512},
+        "train": {"max_steps": 20, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 1},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(values))
+    return tmp_path
+
+
+def write_rows(file, count, reasoning):
+    rows = []
+    for i in range(count):
+        answer = {"role": "assistant", "content": f"The number is {i} and no other."}
+        if reasoning:
+            answer["reasoning_content"] = f"{reasoning} That gives {i}."
+        question = f"What do the columns of {i} add up to?" if reasoning else f"Which number is called {i}?"
+        rows.append({"messages": [{"role": "user", "content": question}, answer]})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def silent():
+    return Console(file=open(os.devnull, "w"), width=200)
+
+
+def scripted(project):
+    return lambda recipe_file: [sys.executable, str(project / "runner.py"), str(recipe_file)]
+
+
+def do(project, ratios, console=None):
+    """Plan and work, without the picture at the end; returns the runs that failed."""
+    runs = plan(recipes.load(project / "tiny.yaml"), ratios, 1, [], silent())
+    folder = project / "out/tiny-sweep"
+    sweeps.write(folder, runs, ["tiny.yaml"], ratios, 1, [])
+    return sweeps.work(runs, folder, scripted(project), console or silent())
+
+
+def run_sweep(project, *, reasoning=(0, 1), console=None, **more):
+    return sweep(project / "tiny.yaml", reasoning=list(reasoning), console=console or silent(),
+                 command=scripted(project), **more)  # fmt: skip
+
+
+def ran(project):
+    return collections.Counter((project / "out" / "ran.txt").read_text().split())
+
+
+# --- the plan
+
+
+def test_every_ratio_gets_the_same_supervised_tokens_in_the_same_steps(project):
+    runs = plan(recipes.load(project / "tiny.yaml"), RATIOS, 1, [], silent())
+    assert [run.share for run in runs] == pytest.approx(RATIOS, abs=0.01)
+    assert len({run.steps for run in runs}) == 1
+    assert len({run.recipe.data.budget for run in runs}) == 1
+    for run in runs:
+        assert run.tokens == pytest.approx(4000, rel=0.02)
+        assert run.trained == pytest.approx(run.tokens, rel=0.06)  # 20 steps of few rows: half a row a step is 6%
+    assert runs[0].batch > 2 * runs[-1].batch  # chat rows are short: more of them make a step
+
+
+def test_a_source_that_limits_one_ratio_limits_all_of_them_and_is_named(project):
+    with Console(file=open(os.devnull, "w"), width=200, record=True) as console:
+        runs = plan(recipes.load(project / "tiny.yaml", ["data.budget=8000"]), RATIOS, 1, [], console)
+    budgets = {run.recipe.data.budget for run in runs}
+    assert len(budgets) == 1
+    assert 2000 < min(budgets) < 8000
+    assert "talk cannot fill 8,000 at every ratio" in console.export_text()
+    assert [run.tokens for run in runs] == pytest.approx([min(budgets)] * 5, rel=0.02)
+
+
+def test_the_mean_row_count_decides_the_steps_when_the_recipe_counts_epochs(project):
+    overrides = ["train.max_steps=-1", "train.num_train_epochs=2", "train.per_device_train_batch_size=4"]
+    runs = plan(recipes.load(project / "tiny.yaml", overrides), RATIOS, 1, [], silent())
+    usual = 2 * sum(run.rows for run in runs) / len(runs) / 4
+    assert runs[0].steps == pytest.approx(usual, rel=0.2)
+    assert [run.trained for run in runs] == pytest.approx(
+        [2 * run.tokens for run in runs], rel=0.2
+    )  # whole rows: 3 or 4 a step
+
+
+def test_common_steps_fit_whole_rows_and_never_exceed_the_memory_of_the_recipes_batch():
+    seen = [3524, 2770, 2012, 1267, 517]
+    steps = common_steps(seen, 150, 16)
+    assert 120 <= steps <= 180
+    for rows in seen:
+        device, accumulation = rows_per_step(rows / steps, 16)
+        assert 1 <= device <= 16
+        assert device * accumulation * steps == pytest.approx(rows, rel=0.03)
+
+
+def test_more_steps_than_rows_are_refused_with_the_number_that_fits(project):
+    with pytest.raises(ToolkitError, match=r"set train.max_steps to at most \d+"):
+        plan(recipes.load(project / "tiny.yaml", ["train.max_steps=2000"]), RATIOS, 1, [], silent())
+
+
+def test_any_key_can_be_swept_and_names_say_what(project):
+    base = recipes.load(project / "tiny.yaml")
+    runs = plan(base, [0.5], 2, ["train.learning_rate=1e-4,2e-4"], silent())
+    assert [run.name for run in runs] == [
+        f"tiny-r0.5-s{seed}-learning_rate{rate}" for rate in ("0.0001", "0.0002") for seed in (3407, 3408)
+    ]
+    assert [run.recipe.train["learning_rate"] for run in runs] == [1e-4, 1e-4, 2e-4, 2e-4]
+    assert [run.recipe.data.seed for run in runs] == [3407, 3408] * 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "settings", "message"),
+    [
+        (["data.unit=examples"], [], "add data.unit=supervised_tokens"),
+        (["train.packing=true"], [], "add train.packing=false"),
+        ([], ["train.gradient_accumulation_steps=1,2"], "follow from budget and steps"),
+        ([], ["train.learning_rat=1,2"], "did you mean 'learning_rate'"),
+        ([], ["learning_rate"], "expected key=value,value"),
+    ],
+)
+def test_what_cannot_be_compared_fairly_is_refused(project, overrides, settings, message):
+    with pytest.raises(ToolkitError, match=message):
+        plan(recipes.load(project / "tiny.yaml", overrides), [0, 1], 1, settings, silent())
+
+
+# --- doing it
+
+
+def test_a_sweep_ends_with_table_picture_and_sentence(project):
+    console = Console(file=open(os.devnull, "w"), width=200, record=True)  # noqa: SIM115
+    folder = run_sweep(project, reasoning=RATIOS, console=console)
+    assert set(ran(project).values()) == {1}
+    assert len(ran(project)) == 5
+    assert (folder / "comparison.png").stat().st_size > 10_000
+    assert "differences are within noise" in console.export_text()  # the scripted runs are all alike
+    group = json.loads((project / "out/tiny-r0-s3407/manifest.json").read_text())["group"]
+    assert group == folder.name == "tiny-sweep"
+
+
+def test_finished_runs_are_left_alone_and_only_the_missing_one_is_done(project):
+    assert do(project, RATIOS) == []
+    before = {p: p.stat().st_mtime_ns for p in (project / "out").glob("tiny-r*/*")}
+    (project / "out/tiny-r0.5-s3407/eval.json").unlink()
+    assert do(project, RATIOS) == []
+    assert ran(project)["tiny-r0.5-s3407"] == 2
+    assert sum(ran(project).values()) == 6
+    changed = {p.parent.name for p, t in before.items() if p.stat().st_mtime_ns != t}
+    assert changed == {"tiny-r0.5-s3407"}
+
+
+def test_a_crashed_run_shows_the_end_of_its_log_and_is_tried_once_more(project):
+    (project / "out/crash-tiny-r0-s3407").write_text("1")
+    console = Console(file=open(os.devnull, "w"), width=200, record=True)
+    assert do(project, [0, 1], console) == []
+    assert ran(project) == {"tiny-r0-s3407": 2, "tiny-r1-s3407": 1}
+    shown = console.export_text()
+    assert "step 7/9" in shown
+    assert "RuntimeError: the cable was pulled" in shown
+    assert "trying again" in shown
+
+
+def test_a_run_that_crashes_twice_does_not_stop_the_others_and_is_tried_again_next_time(project):
+    (project / "out/crash-tiny-r0-s3407").write_text("2")
+    with pytest.raises(ToolkitError, match=r"1 of 2 runs failed: tiny-r0-s3407"):
+        run_sweep(project)
+    assert ran(project) == {"tiny-r0-s3407": 2, "tiny-r1-s3407": 1}
+    assert (project / "out/tiny-sweep/comparison.csv").is_file()  # of what there is
+    assert do(project, [0, 1]) == []
+    assert ran(project) == {"tiny-r0-s3407": 3, "tiny-r1-s3407": 1}
+
+
+def test_a_folder_of_another_recipe_is_refused_before_anything_trains(project):
+    do(project, [0, 1])
+    with pytest.raises(ToolkitError, match="holds a run of another recipe"):
+        sweep(
+            project / "tiny.yaml", ["train.max_steps=10"], reasoning=[0, 1], console=silent(), command=scripted(project)
+        )
+    assert sum(ran(project).values()) == 2
+
+
+# --- sharing the work
+
+
+def test_two_workers_never_do_the_same_run(project, monkeypatch):
+    monkeypatch.setenv("TEST_SECONDS", "0.3")
+    monkeypatch.setattr(sweeps, "PATIENCE", 0.1)
+    code = (
+        "import sys; from toolkit import sweep; sweep.PATIENCE = 0.1; from rich.console import Console\n"
+        "sweep.sweep(sys.argv[1], reasoning=[0, 0.25, 0.5, 0.75, 1], console=Console(quiet=True),\n"
+        "            command=lambda file: [sys.executable, sys.argv[2], str(file)])"
+    )
+    plan(recipes.load(project / "tiny.yaml"), RATIOS, 1, [], silent())  # the mixes are compiled: both start at once
+    words = [sys.executable, "-c", code, str(project / "tiny.yaml"), str(project / "runner.py")]
+    workers = [subprocess.Popen(words, cwd=ROOT) for _ in range(2)]
+    assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
+    assert ran(project) == dict.fromkeys([f"tiny-r{r:g}-s3407" for r in RATIOS], 1)
+
+
+def test_a_claim_has_one_winner_among_many(tmp_path):
+    won, start = [], threading.Barrier(8)
+
+    def try_it():
+        start.wait()
+        won.append(claim(tmp_path / "run"))
+
+    threads = [threading.Thread(target=try_it) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len([path for path in won if path]) == 1
+
+
+def test_the_claim_of_a_dead_process_is_void_and_that_of_a_living_one_or_of_another_machine_is_not(tmp_path):
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    held = claim(tmp_path / "run")
+    held.write_text(json.dumps(sweeps._signature(child.pid)))
+    assert claim(tmp_path / "run") is None
+    child.communicate(b"\n")
+    taken = claim(tmp_path / "run")
+    assert taken.name == "2"
+    taken.write_text(json.dumps({"host": "elsewhere", "processes": {"1": 0}}))
+    assert claim(tmp_path / "run") is None
+
+
+def test_a_killed_sweep_goes_on_and_waits_for_the_run_that_still_lives(project, monkeypatch):
+    monkeypatch.setenv("TEST_SECONDS", "1.5")
+    monkeypatch.setattr(sweeps, "PATIENCE", 0.1)
+    code = (
+        "import sys; from toolkit import sweep; from rich.console import Console\n"
+        "sweep.sweep(sys.argv[1], reasoning=[0, 1], console=Console(quiet=True),\n"
+        "            command=lambda file: [sys.executable, sys.argv[2], str(file)])"
+    )
+    plan(recipes.load(project / "tiny.yaml"), [0, 1], 1, [], silent())
+    first = subprocess.Popen(
+        [sys.executable, "-c", code, str(project / "tiny.yaml"), str(project / "runner.py")], cwd=ROOT
+    )
+    claims = project / "out/tiny-sweep/claims/tiny-r0-s3407/1"
+    while not (claims.is_file() and claims.read_text().count(":") >= 5) and first.poll() is None:
+        time.sleep(0.02)  # until the child's number is in the claim
+    first.kill()
+    first.wait()
+    monkeypatch.setenv("TEST_SECONDS", "0")
+    assert do(project, [0, 1]) == []
+    assert ran(project) == {"tiny-r0-s3407": 1, "tiny-r1-s3407": 1}  # the orphan finished, and was not started twice
+
+
+# --- wandb's agents
+
+
+def expand(grid):
+    """Every combination of a wandb grid, as the service hands them out, and the command an agent makes of each."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    names, values = zip(*((k, v["values"]) for k, v in grid["parameters"].items()), strict=True)
+    for combination in itertools.product(*values):
+        args = {name: {"value": value} for name, value in zip(names, combination, strict=True)}
+        words = create_sweep_command_args({"args": args}) | {"interpreter": [sys.executable]}
+        command = create_sweep_command(grid["command"])
+        yield [w for c in command for w in (words[c[2:-1]] if c.startswith("${") else [c])]
+
+
+def test_the_wandb_file_loads_with_wandbs_own_reader_and_expands_to_the_same_runs(project):
+    from wandb.sdk.launch.sweeps.utils import load_sweep_config
+
+    base, settings = recipes.load(project / "tiny.yaml"), ["train.learning_rate=1e-4,2e-4"]
+    runs = plan(base, [0, 1], 2, settings, silent())
+    sweeps.write(project / "out/tiny-sweep", runs, ["tiny.yaml"], [0, 1], 2, settings)
+    commands = list(expand(load_sweep_config(str(project / "out/tiny-sweep/sweep.yaml"))))
+    chosen = [sweeps._chosen(runs, words[words.index("--only") + 1 :], base).name for words in commands]
+    assert sorted(chosen) == sorted(run.name for run in runs)
+    assert commands[0][1:6] == ["-m", "toolkit", "sweep", "tiny.yaml", "--reasoning"]
+
+
+def test_only_does_that_one_run_and_an_unknown_one_is_refused(project):
+    run_sweep(project, only=["data.reasoning=1.0", "data.seed=3407"])
+    assert ran(project) == {"tiny-r1-s3407": 1}
+    with pytest.raises(ToolkitError, match=r"no such run in this sweep. Its runs: data.reasoning=0 data.seed=3407"):
+        run_sweep(project, only=["data.reasoning=0.3", "data.seed=3407"])

@@ -1,0 +1,128 @@
+"""Execute the notebooks and write their outputs, all at once, by machine: `python -m toolkit notebooks`.
+
+execute(notebooks())  # each in a fresh kernel, top to bottom; committed outputs come from nowhere else
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from toolkit import __version__
+from toolkit.recipe import ROOT, ToolkitError, outputs
+
+FOLDER = ROOT / "notebooks"
+MEASURED = re.compile(r"(?<=<!--measured-->).*?(?=<!--/measured-->)", re.DOTALL)
+"""What a title cell says about time and machine: written by `execute`, so no part of a notebook's own text."""
+WIDGETS = {"application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"}
+SECONDS = 1800
+"""After so long a cell hangs."""
+
+
+def notebooks(names: Sequence[str] = ()) -> list[Path]:
+    """The notebooks in reading order, or those whose names begin as asked for. Raises ToolkitError for an unknown one."""
+    every = sorted(FOLDER.glob("*.ipynb"))
+    for name in names:
+        if not any(path.name.startswith(Path(name).name) for path in every):
+            raise ToolkitError(f"{name}: no such notebook. There are {', '.join(path.stem for path in every)}")
+    return [path for path in every if not names or any(path.name.startswith(Path(name).name) for name in names)]
+
+
+def execute(paths: Sequence[Path], say=print) -> None:
+    """Run each notebook as it is and write it back with its outputs. Raises ToolkitError at the first cell that fails,
+    and leaves that notebook's file as it was."""
+    for path in paths:
+        began = time.monotonic()
+        notebook = run(path)
+        minutes = (time.monotonic() - began) / 60
+        clean(notebook, minutes)
+        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        say(f"{path.name}: {minutes:.1f} minutes, {path.stat().st_size / 1e3:.0f} kB")
+
+
+def run(path: Path, parameters: dict | None = None) -> dict:
+    """The executed notebook as plain values; papermill opens a kernel of its own for it."""
+    import papermill
+
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / path.name
+        try:
+            papermill.execute_notebook(
+                str(path), str(target), parameters=parameters, cwd=str(path.parent), kernel_name="python3",
+                execution_timeout=SECONDS, progress_bar=False, log_output=False,
+            )  # fmt: skip
+        except papermill.PapermillExecutionError as error:
+            raise ToolkitError(
+                f"{path.name}: cell {error.cell_index} failed with {error.ename}: {error.evalue}\n{error.source}\n"
+                + "\n".join(error.traceback[-3:])
+            ) from error
+        return json.loads(target.read_text(encoding="utf-8"))
+
+
+def clean(notebook: dict, minutes: float) -> None:
+    """Take out what says nothing to a reader (widgets, kernel and papermill metadata, paths of this machine) and write in
+    what does: machine, minutes, date, and the hash by which a stale output is found."""
+    for cell in notebook["cells"]:
+        tags = cell["metadata"].get("tags", [])
+        cell["metadata"] = {"tags": tags} if tags else {}
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [_output(out) for out in cell["outputs"] if not _is_widget(out)]
+    line = f"{minutes:.0f} minutes on {machine()}, {time.strftime('%Y-%m-%d')}" if minutes >= 1.5 else (
+        f"{60 * minutes:.0f} seconds on {machine()}, {time.strftime('%Y-%m-%d')}"
+    )  # fmt: skip
+    first = notebook["cells"][0]
+    first["source"] = MEASURED.sub(line, "".join(first["source"])).splitlines(keepends=True)
+    notebook["metadata"] = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+        "toolkit": {"version": __version__, "sources": sources_sha256(notebook)},
+    }
+
+
+def machine() -> str:
+    """What ran a notebook, in a few words."""
+    import torch
+
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else f"a CPU with {os.cpu_count()} cores"
+
+
+def sources_sha256(notebook: dict) -> str:
+    """Identity of what outputs depend on: every cell's kind and text, without what `execute` itself writes there."""
+    texts = [[cell["cell_type"], MEASURED.sub("", "".join(cell["source"]))] for cell in notebook["cells"]]
+    return hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
+
+
+def stale(notebook: dict) -> str:
+    """Why a notebook's outputs are not those of its cells; empty when they are, or when it has none."""
+    if not any(cell.get("outputs") for cell in notebook["cells"]):
+        return ""
+    written = notebook["metadata"].get("toolkit", {})
+    if written.get("version") != __version__:
+        return f"made by version {written.get('version', 'unknown')}, this is {__version__}"
+    return "" if written.get("sources") == sources_sha256(notebook) else "its cells were changed afterwards"
+
+
+def _is_widget(output: dict) -> bool:
+    return bool(WIDGETS & output.get("data", {}).keys())
+
+
+def _output(output: dict) -> dict:
+    """One output without display ids and paths; images are left as they are."""
+    output = {k: v for k, v in output.items() if k != "transient"} | ({"metadata": {}} if "metadata" in output else {})
+    if "text" in output:
+        output["text"] = _lines(output["text"])
+    if "data" in output:
+        output["data"] = {kind: v if kind == "image/png" else _lines(v) for kind, v in output["data"].items()}
+    return output
+
+
+def _lines(text) -> list[str]:
+    """Text as a list of lines, with this machine's folders named by what they are."""
+    whole = text if isinstance(text, str) else "".join(text)
+    for path, name in ((str(outputs()), "outputs"), (str(ROOT) + "/", ""), (str(ROOT), ".")):
+        whole = whole.replace(path, name)
+    return whole.splitlines(keepends=True)

@@ -1,0 +1,263 @@
+"""What a notebook needs beside the pipeline: a choice by what is there, live curves, replies side by side.
+
+path, *overrides = pick("data_recipes/quickstart.yaml", "data_recipes/pocket.yaml"); picture(show.figure(mixed))
+"""
+
+import contextlib
+import functools
+import gc
+import io
+import json
+import shlex
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from toolkit import recipe as recipes
+from toolkit.recipe import Recipe, Source, ToolkitError, outputs
+
+REPOSITORY = "https://github.com/OWNER/REPOSITORY"
+"""The project's public address, the one place it is decided. Badges, set-up cells and READMEs repeat it; the tests compare.
+To change it: sed -i 's#OLD#NEW#g' toolkit/notebook.py notebooks/*.ipynb README*.md"""
+REFRESH = 4.0
+"""Seconds between two drawings of the live curves: one takes about a fifth of a second on a slow core."""
+THOUGHT, TAUGHT = "#777777", "#c8e6c9"
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a model said: with `Reply` of generate.py it shares the two fields that are shown."""
+
+    reasoning: str
+    answer: str
+
+
+# --- what is there ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def place() -> tuple[bool, str]:
+    """(whether full-size models can be trained here, why), asked once a session."""
+    from toolkit.doctor import default_recipe
+
+    path, why = default_recipe()
+    return not path.endswith("pocket.yaml"), why
+
+
+def pick(gpu: str, cpu: str, changes: str = "") -> list[str]:
+    """The words of `python -m toolkit train …` that suit this machine, said in one line: [recipe file, override, …].
+
+    `gpu` and `cpu` are such words, `changes` the reader's own, which win. The run's name ends in a hash of what it does:
+    running a notebook again finds the run it made, and changed parameters make a new one beside it."""
+    full, why = place()
+    path, *overrides = shlex.split(f"{gpu if full else cpu} {changes}")
+    recipe = recipes.load(path, overrides)
+    name = f"{recipe.name}-{recipes.sha256(recipe)[:4]}"
+    print(f"{why} → {path}, run {name}")
+    return [path, *overrides, f"name={name}"]
+
+
+def choose(gpu: str, cpu: str, changes: str = "") -> Recipe:
+    """The same, loaded."""
+    path, *overrides = pick(gpu, cpu, changes)
+    return recipes.load(path, overrides)
+
+
+def vram(gigabytes: float = 0) -> int:
+    """Bytes of a card sold as so many GB; at 0 the card here, or one of 8 GB where there is none, and says which."""
+    import torch
+
+    from toolkit import fit
+
+    if not gigabytes and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    print(f"planned for a card of {gigabytes or 8:g} GB" + ("" if gigabytes else ", as none is here"))
+    return fit.card(gigabytes or 8)
+
+
+# --- pictures and tables that every front end shows ------------------------------------------------------------------
+
+
+def png(figure) -> bytes:
+    """A matplotlib figure as PNG on white: the same in dark themes and on static pages."""
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=90, facecolor="white")
+    return out.getvalue()
+
+
+def picture(figure) -> None:
+    """Show a figure as an image, whatever matplotlib backend the front end has."""
+    from IPython.display import Image, display
+
+    display(Image(png(figure)))
+
+
+@contextlib.contextmanager
+def live(recipe: Recipe):
+    """While the block trains `recipe`, its curves grow below the cell; afterwards they stay. An interrupt ends both."""
+    from IPython.display import HTML, Image, display
+
+    from toolkit import pictures
+
+    folder, over = outputs() / recipe.name, threading.Event()
+    handle = display(HTML("<i>the curves appear with the first logged steps</i>"), display_id=True)
+
+    def draw() -> None:
+        if pictures.logged(folder):
+            handle.update(Image(png(pictures.curves(folder))))
+
+    def follow() -> None:
+        while not over.wait(REFRESH):
+            draw()
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        draw()
+
+
+def side_by_side(rows: Sequence[dict]):
+    """Replies as a table: rows {"prompt", "mode", column: reply, …}; reasoning grey above the answer."""
+    from IPython.display import HTML
+
+    columns = [key for key in rows[0] if key not in {"prompt", "mode"}]
+    cells = "".join(
+        f"<tr>{_cell(_mode(row))}{''.join(_cell(_reply(row[column])) for column in columns)}</tr>" for row in rows
+    )
+    heads = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in ("asked", *columns))
+    return HTML(f"<table style='width:100%;table-layout:fixed'><tr>{heads}</tr>{cells}</table>")
+
+
+def _cell(content: str) -> str:
+    style = "text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere"
+    return f"<td style='{style}'>{content}</td>"
+
+
+def _mode(row: dict) -> str:
+    return f"<b>{escape(row['prompt'])}</b><br>{row['mode'].replace('_', '-')}"
+
+
+def _reply(reply) -> str:
+    thought = f"<span style='color:{THOUGHT}'>💭 {escape(reply.reasoning)}</span><br>" if reply.reasoning else ""
+    return thought + (escape(reply.answer) or "<i>(no answer)</i>")
+
+
+# --- questions to a run ----------------------------------------------------------------------------------------------
+
+
+def ask(folder: Path, prompts: Sequence[str], *, max_new_tokens: int = 512, greedy: bool = False) -> list[dict]:
+    """Every prompt in both modes, to the base and to the tuned model: rows for `side_by_side`."""
+    from toolkit.generate import SAMPLING, generate
+    from toolkit.model import load_run
+    from toolkit.subject import switched
+
+    _free()
+    model, tokenizer = load_run(folder)
+    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    seed, found = recipes.load(folder / "recipe.yaml").data.seed, []
+    for mode in SAMPLING:
+        replies = {}
+        for name, adapter in (("base", False), ("tuned", True)):
+            with switched(model, adapter):
+                replies[name] = generate(
+                    model, tokenizer, asked, mode, max_new_tokens=max_new_tokens, seed=seed, greedy=greedy
+                )
+        found += [
+            {"prompt": prompt, "mode": mode, **{name: said[i] for name, said in replies.items()}}
+            for i, prompt in enumerate(prompts)
+        ]
+    return sorted(found, key=lambda row: prompts.index(row["prompt"]))
+
+
+def ask_gguf(folder: Path, rows: Sequence[dict], *, max_new_tokens: int = 512) -> list[dict]:
+    """The greedy replies of `ask` beside those of the run's GGUF file, answered by llama.cpp."""
+    from toolkit.engine import open_engine
+    from toolkit.request import Ask, converse
+
+    engine, found = open_engine([folder], source="gguf"), []
+    for row in rows:
+        message = {"role": "user", "content": row["prompt"]}
+        wanted = Ask([message], row["mode"] == "thinking", max_tokens=max_new_tokens, sampling={"temperature": 0.0})
+        said = {"reasoning": "", "content": ""}
+        for piece in converse(engine, wanted):
+            said[piece.kind] = said.get(piece.kind, "") + piece.text
+        reply = Said(said["reasoning"].strip(), said["content"].strip())
+        found.append({"prompt": row["prompt"], "mode": row["mode"], "adapter": row["tuned"], "GGUF": reply})
+    return found
+
+
+def scored(folder: Path) -> dict:
+    """A run's eval.json."""
+    return json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+
+
+def _free() -> None:
+    """Give back the memory of models that nothing refers to any more: a card rarely holds two."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+# --- what is taught --------------------------------------------------------------------------------------------------
+
+
+def usual_way(conversation: dict, chat) -> tuple[str, str]:
+    """(shown, taught) as common trainers mask a row: everything after the last assistant header is taught, so a direct
+    answer teaches the empty think block that Qwen3's template writes there (TRL's assistant_only_loss, Unsloth's
+    train_on_responses_only)."""
+    whole = chat.render(conversation["messages"], conversation.get("tools"), add_generation_prompt=False)
+    header = "<|im_start|>assistant\n"
+    start = whole.rindex(header) + len(header)
+    return whole[:start], whole[start:]
+
+
+def here(conversation: dict, chat) -> tuple[str, str]:
+    """(shown, taught) by the label rule, for the last assistant turn."""
+    from toolkit.render import examples
+
+    example = examples(conversation, "auto", chat)[-1]
+    return example.prompt, example.completion
+
+
+def compared(mixed, chat):
+    """One held-out row of each source: what is taught here, and what the usual way would have taught."""
+    from IPython.display import HTML
+
+    rows = {(row.source, row.mode): row.conversation for row in reversed(mixed.validation)}
+    heads = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("here", "the usual way"))
+    body = "".join(
+        f"<tr><td colspan='2' style='text-align:left'><b>{escape(source)} · {mode.replace('_', '-')}</b></td></tr>"
+        f"<tr>{_cell(_coloured(*here(row, chat)))}{_cell(_coloured(*usual_way(row, chat)))}</tr>"
+        for (source, mode), row in sorted(rows.items())
+    )
+    return HTML(f"<table style='width:100%;table-layout:fixed'><tr>{heads}</tr>{body}</table>")
+
+
+def _coloured(shown: str, taught: str) -> str:
+    return (
+        f"<span style='color:{THOUGHT}'>{escape(shown)}</span>"
+        f"<span style='background:{TAUGHT};color:#111'>{escape(taught)}</span>"
+    )
+
+
+def first_row(source: Source, chat, placeholders: dict):
+    """The first conversation of a file as the model sees it: its format, and every turn it teaches coloured."""
+    from IPython.display import HTML
+
+    from toolkit.render import examples
+    from toolkit.sources import Rejected, conversations, detect, open_rows
+
+    number, found = next(conversations(source, seed=0, placeholders=placeholders))
+    if isinstance(found, Rejected):
+        raise ToolkitError(f"{source.path}, row {number}: {found.detail}")
+    turns = [_coloured(e.prompt, e.completion) for e in examples(found, "auto", chat, source.turns)]
+    title = f"{source.path} · {detect(source, open_rows(source))} · row {number}, {len(turns)} example(s)"
+    return HTML(f"<b>{escape(title)}</b>" + "".join(f"<pre style='white-space:pre-wrap'>{t}</pre>" for t in turns))
