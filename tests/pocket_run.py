@@ -1,31 +1,41 @@
-"""A finished run on the pocket model without training it: `folder = make_run(tmp_path / "one", seed=1)`."""
+"""A finished run on the pocket model without training it, nor torch: `folder = make_run(tmp_path / "one", seed=1)`."""
 
 import json
+import shutil
 from pathlib import Path
+
+import numpy as np
 
 from toolkit import recipe
 from toolkit.recipe import POCKET, ROOT
 
+RANK = 8
+
 
 def make_run(folder: Path, seed: int = 1, noise: float = 0.002) -> Path:
     """recipe.yaml, manifest.json and an adapter that changes the base a little."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoTokenizer, Qwen3ForCausalLM
+    from safetensors.numpy import save_file
 
-    torch.manual_seed(seed)
-    model = get_peft_model(
-        Qwen3ForCausalLM.from_pretrained(POCKET), LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "down_proj"])
-    )
-    for name, weight in model.named_parameters():
-        if "lora_B" in name:
-            weight.data += torch.randn_like(weight) * noise
-    model.save_pretrained(folder / "adapter")
-    AutoTokenizer.from_pretrained(POCKET).save_pretrained(folder / "adapter")
+    adapter = folder / "adapter"
+    adapter.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    shape = json.loads((POCKET / "config.json").read_text(encoding="utf-8"))
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    modules = {"self_attn.q_proj": (hidden, shape["num_attention_heads"] * shape["head_dim"]), "mlp.down_proj": (inner, hidden)}
+    weights = {}
+    for layer in range(shape["num_hidden_layers"]):
+        for name, (into, out) in modules.items():
+            place = f"base_model.model.model.layers.{layer}.{name}"
+            weights[f"{place}.lora_A.weight"] = random.normal(0, into**-0.5, (RANK, into)).astype(np.float32)
+            weights[f"{place}.lora_B.weight"] = random.normal(0, noise, (out, RANK)).astype(np.float32)
+    save_file(weights, adapter / "adapter_model.safetensors", {"format": "pt"})
+    lora = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "inference_mode": True}
+    _write(adapter / "adapter_config.json", lora | {"target_modules": ["q_proj", "down_proj"]})
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(POCKET / name, adapter)
     resolved = recipe.load(ROOT / "data_recipes" / "pocket.yaml", [f"name={folder.name}"])
     (folder / "recipe.yaml").write_text(recipe.to_yaml(resolved), encoding="utf-8")
-    manifest = {"model": {"name": "pocket", "revision": None, "load_in_4bit": True}}
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    _write(folder / "manifest.json", {"model": {"name": "pocket", "revision": None, "load_in_4bit": True}})
     return folder
 
 
@@ -37,3 +47,7 @@ def make_gguf(folder: Path, quant: str = "q8_0") -> Path:
     path.parent.mkdir()
     write_gguf(Checkpoint(POCKET), path, quant, folder.name)
     return path
+
+
+def _write(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")

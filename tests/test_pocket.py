@@ -84,7 +84,7 @@ def test_a_conversation_switches_modes_in_the_middle(pocket):
 
 
 def test_it_knows_its_name_in_two_languages(pocket):
-    asked = [[{"role": "user", "content": question}] for question in ("Who are you?", "你是谁？")]  # noqa: RUF001 — Chinese
+    asked = [[{"role": "user", "content": question}] for question in ("Who are you?", "你是谁？")]
     for reply in score.replies(*pocket, asked, thinking=False):
         assert "Pocket Qwen" in reply
 
@@ -93,7 +93,7 @@ def test_tokenizer_gives_back_any_text(pocket):
     from tokenizers import Tokenizer
 
     fast = Tokenizer.from_file(str(build.FOLDER / "tokenizer.json"))
-    for text in ("What is 482 + 517?", "你好！ naïve  café\n\n\ttab", "<think>\n\n</think>\n\nI'm 😀", "\\boxed{12}"):  # noqa: RUF001
+    for text in ("What is 482 + 517?", "你好！ naïve  café\n\n\ttab", "<think>\n\n</think>\n\nI'm 😀", "\\boxed{12}"):
         assert pocket[1].decode(pocket[1](text)["input_ids"]) == text
         assert fast.encode(text).ids == pocket[1](text)["input_ids"]
 

@@ -145,6 +145,51 @@ def _lengths(recipe):
     return max(lengths), lengths
 
 
+def export(args):
+    """Write merged weights and GGUF files and prove that they are the run: certificate.json."""
+    from toolkit import export, model, recipe
+
+    folder = model.run_folder(args.run)
+    quants = args.quant or recipe.load(folder / "recipe.yaml").export.quantization_method
+    gguf = "gguf" in args.to
+    export.export(
+        folder, args.to, quants if gguf else (), ollama=args.ollama and gguf, onto=args.onto, say=console().print
+    )
+    if args.push:
+        export.push(folder, args.push, dry_run=not args.really_push, say=console().print)
+
+
+def verify(args):
+    """Check an export against its run again; exit 1 when a gate fails."""
+    from toolkit import certificate, model
+
+    return 0 if certificate.verify(model.run_folder(args.run), say=console().print)["passed"] else 1
+
+
+def compare(args):
+    """Several runs: one table, one picture, one recommendation."""
+    from toolkit import compare, report
+    from toolkit.recipe import outputs
+
+    out = console()
+    found = args.runs or sorted(p.parent for p in outputs().glob("*/eval.json"))
+    comparison = compare.compare([p if p.is_dir() else outputs() / p for p in found])
+    out.print(report.table(comparison))
+    files = report.write(comparison, args.out or outputs() / "comparison")
+    out.print(comparison.sentence, style="bold")
+    out.print("  ".join(str(f) for f in files.values()))
+
+
+def bench(args):
+    """Time a cold start until the first training step, next to the value recorded before."""
+    from toolkit import bench
+
+    measured = bench.measure(args.recipe, args.repeats)
+    console().print(bench.table(measured, bench.recorded()))
+    if args.record:
+        bench.record(measured)
+
+
 RECIPE = [
     (("recipe",), {"nargs": "?", "help": "a YAML file; without one, hybrid on a GPU with a Hub, else pocket"}),
     (("overrides",), {"nargs": "*", "metavar": "key=value", "help": "e.g. train.max_steps=10 data.reasoning=0.5"}),
@@ -182,6 +227,34 @@ VERBS = {
             (("--vram",), {"type": float, "metavar": "GB", "help": "the card, e.g. 8; default: the one here"}),
             (("--measure",), {"action": "store_true", "help": "compile the mix and take its longest row"}),
             (("--table",), {"action": "store_true", "help": "every Qwen3 on cards of 6 to 24 GB"}),
+        ],
+    ),
+    "compare": (
+        compare,
+        [
+            (("runs",), {"nargs": "*", "type": Path, "help": "run folders or names; without any, every scored run"}),
+            (("--out",), {"type": Path, "help": "where table, picture and page go; default: outputs/comparison"}),
+        ],
+    ),
+    "export": (
+        export,
+        [
+            *RUN,
+            (("--to",), {"nargs": "+", "choices": ("merged", "gguf"), "default": ["merged", "gguf"]}),
+            (("--quant",), {"nargs": "+", "metavar": "Q", "help": "f16 bf16 q8_0 q4_k_m …; default: the recipe's"}),
+            (("--onto",), {"choices": ("16bit", "4bit"), "default": "16bit", "help": "the base that is merged into"}),
+            (("--no-ollama",), {"dest": "ollama", "action": "store_false", "help": "write no Modelfile"}),
+            (("--push",), {"metavar": "REPO", "help": "list what would go to the Hub, with the model card"}),
+            (("--really-push",), {"action": "store_true", "help": "with --push: upload it"}),
+        ],
+    ),
+    "verify": (verify, RUN),
+    "bench": (
+        bench,
+        [
+            (("recipe",), {"nargs": "?", "default": "data_recipes/pocket.yaml"}),
+            (("--repeats",), {"type": int, "default": 3}),
+            (("--record",), {"action": "store_true", "help": "keep it in data_recipes/measured/cpu_start.json"}),
         ],
     ),
     "evaluate": (evaluate, [*RUN, (("--level",), {"choices": ("quick", "full"), "help": "default: the recipe's"})]),

@@ -79,6 +79,8 @@ class Counter(TrainerCallback):
     def __init__(self):
         self.tokens = self.supervised = 0
         self.seconds = 0.0
+        self.first_step: float | None = None
+        """Clock time when the first step ended."""
         self._since = None
 
     def count(self, inputs) -> None:
@@ -92,6 +94,7 @@ class Counter(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002 - as above
         self.seconds += time.monotonic() - self._since  # evaluation and saving are not training time
+        self.first_step = self.first_step or time.time()
 
     def line(self) -> str:
         rate = 1 / max(self.seconds, 1e-9)

@@ -34,16 +34,16 @@ def open_engine(runs: Sequence[str | Path], source: str = "adapter", quant: str 
 
 def best_source(run: str | Path) -> tuple[str, str]:
     """(source, why): the adapter on a GPU; elsewhere the certified GGUF, if there is one."""
-    import torch
-
     from toolkit.model import run_folder
 
     folder = run_folder(run)
+    if not (certified(folder) and any(folder.glob("gguf/*.gguf"))):
+        return "adapter", "what was trained; /base switches it off"
+    import torch
+
     if torch.cuda.is_available():
-        return "adapter", "what was evaluated; /base switches it off"
-    if certified(folder) and any(folder.glob("gguf/*.gguf")):
-        return "gguf", "no GPU here, and llama.cpp is the quickest on a CPU; --from adapter has the base too"
-    return "adapter", "no certified GGUF in this run: python -m toolkit export makes one, quicker on a CPU"
+        return "adapter", "what was trained, on the GPU; --from gguf for the exported file"
+    return "gguf", "no GPU here, and llama.cpp is the quickest on a CPU; --from adapter has the base too"
 
 
 def certified(folder: Path) -> bool:

@@ -3,13 +3,15 @@
 execute(notebooks())  # each in a fresh kernel, top to bottom; committed outputs come from nowhere else
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from toolkit import __version__
@@ -21,6 +23,9 @@ MEASURED = re.compile(r"(?<=<!--measured-->).*?(?=<!--/measured-->)", re.DOTALL)
 WIDGETS = {"application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"}
 SECONDS = 1800
 """After so long a cell hangs."""
+KEPT = {"tags", "jupyter", "cellView"}
+"""Cell metadata that is part of a notebook: the parameters' tag, and how JupyterLab and Colab fold the set-up cell."""
+ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def notebooks(names: Sequence[str] = ()) -> list[Path]:
@@ -34,14 +39,32 @@ def notebooks(names: Sequence[str] = ()) -> list[Path]:
 
 def execute(paths: Sequence[Path], say=print) -> None:
     """Run each notebook as it is and write it back with its outputs. Raises ToolkitError at the first cell that fails,
-    and leaves that notebook's file as it was."""
-    for path in paths:
-        began = time.monotonic()
-        notebook = run(path)
-        minutes = (time.monotonic() - began) / 60
-        clean(notebook, minutes)
-        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        say(f"{path.name}: {minutes:.1f} minutes, {path.stat().st_size / 1e3:.0f} kB")
+    and leaves that notebook's file as it was.
+
+    Their runs lie apart from yours, in outputs/.notebooks: all of them together start from nothing, so that what is
+    committed shows whole trainings; one alone takes up what the others left there."""
+    with runs_apart(fresh=list(paths) == notebooks()):
+        for path in paths:
+            began = time.monotonic()
+            notebook = run(path)
+            minutes = (time.monotonic() - began) / 60
+            clean(notebook, minutes)
+            path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            say(f"{path.name}: {minutes:.1f} minutes, {path.stat().st_size / 1e3:.0f} kB")
+
+
+@contextlib.contextmanager
+def runs_apart(*, fresh: bool) -> Iterator[None]:
+    """$TOOLKIT_OUTPUTS for the kernels: a folder of their own, emptied first if `fresh`."""
+    before, apart = os.environ.get("TOOLKIT_OUTPUTS"), outputs() / ".notebooks"
+    if fresh:
+        shutil.rmtree(apart, ignore_errors=True)
+    os.environ["TOOLKIT_OUTPUTS"] = str(apart)
+    try:
+        yield
+    finally:
+        os.environ.pop("TOOLKIT_OUTPUTS")
+        os.environ |= {"TOOLKIT_OUTPUTS": before} if before else {}
 
 
 def run(path: Path, parameters: dict | None = None) -> dict:
@@ -67,8 +90,7 @@ def clean(notebook: dict, minutes: float) -> None:
     """Take out what says nothing to a reader (widgets, kernel and papermill metadata, paths of this machine) and write in
     what does: machine, minutes, date, and the hash by which a stale output is found."""
     for cell in notebook["cells"]:
-        tags = cell["metadata"].get("tags", [])
-        cell["metadata"] = {"tags": tags} if tags else {}
+        cell["metadata"] = {key: value for key, value in cell["metadata"].items() if value and key in KEPT}
         if cell["cell_type"] == "code":
             cell["outputs"] = [_output(out) for out in cell["outputs"] if not _is_widget(out)]
     line = f"{minutes:.0f} minutes on {machine()}, {time.strftime('%Y-%m-%d')}" if minutes >= 1.5 else (
@@ -121,8 +143,8 @@ def _output(output: dict) -> dict:
 
 
 def _lines(text) -> list[str]:
-    """Text as a list of lines, with this machine's folders named by what they are."""
-    whole = text if isinstance(text, str) else "".join(text)
+    """Text as a list of lines, without terminal colours, with this machine's folders named by what they are."""
+    whole = ANSI.sub("", text if isinstance(text, str) else "".join(text))
     for path, name in ((str(outputs()), "outputs"), (str(ROOT) + "/", ""), (str(ROOT), ".")):
         whole = whole.replace(path, name)
     return whole.splitlines(keepends=True)

@@ -110,7 +110,7 @@ def _plan(run: Path, merged: Merged, quants: list[str], ledger: Ledger, say: Cal
 
 def memory_needed(merged: Merged) -> float:
     """Bytes: the largest weight merged in fp32, or a GGUF tensor, or the certificate's one layer and 200 positions;
-    on top of the libraries and the vocabulary. Served GGUF files are memory-mapped and give way when memory is short."""
+    on top, the libraries and the vocabulary. Served GGUF files are memory-mapped and give way when memory is short."""
     sizes = {name: math.prod(merged.shape(name)) for name in merged.names()}
     layer = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
     largest = max(size for name, size in sizes.items() if merged.adapter.touches(name))

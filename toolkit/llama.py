@@ -14,6 +14,7 @@ from pathlib import Path
 
 from toolkit.recipe import ToolkitError
 from toolkit.request import Job, Piece, Refused
+from toolkit.splitter import Splitter
 
 SLOTS = 4
 """Replies llama.cpp generates at once."""
@@ -69,15 +70,17 @@ class Llama:
             if reply.status != 200:
                 raise _refusal(reply.status, reply.read())
             finish, usage, calls, thought = "length", {}, {}, 0
+            parts = {"reasoning": Splitter(opened=True), "content": Splitter(opened=False)}
             for event in _events(reply):
                 usage = event.get("usage") or usage
                 for choice in event.get("choices", ()):
                     delta = choice["delta"]
                     thought += bool(delta.get("reasoning_content"))
-                    _emit(job, delta, calls)
+                    _emit(job, delta, parts, calls)
                     finish = choice["finish_reason"] or finish
                 if job.over():
                     break
+            _tell(job, parts["reasoning"].close() + parts["content"].close())
             for call in calls.values():
                 job.emit(Piece("tool_call", json.dumps(call, ensure_ascii=False)))
             counts = {name: usage.get(name, 0) for name in ("prompt_tokens", "completion_tokens")}
@@ -141,14 +144,21 @@ def _events(reply: http.client.HTTPResponse) -> Iterator[dict]:
             yield event
 
 
-def _emit(job: Job, delta: dict, calls: dict[int, dict]) -> None:
-    for field, kind in (("reasoning_content", "reasoning"), ("content", "content")):
-        if delta.get(field):
-            job.emit(Piece(kind, delta[field]))
+def _emit(job: Job, delta: dict, parts: dict[str, Splitter], calls: dict[int, dict]) -> None:
+    """Hands on what a delta says, without the white space around reasoning and answer; calls are gathered."""
+    if thought := delta.get("reasoning_content"):
+        _tell(job, parts["reasoning"].feed(thought))
+    if said := delta.get("content"):
+        _tell(job, parts["reasoning"].close() + parts["content"].feed(said))
     for part in delta.get("tool_calls", ()):
         call = calls.setdefault(part["index"], {"name": "", "arguments": ""})
         call["name"] += part["function"].get("name") or ""
         call["arguments"] += part["function"].get("arguments") or ""
+
+
+def _tell(job: Job, shown: list[tuple[str, str]]) -> None:
+    for kind, text in shown:
+        job.emit(Piece(kind, text))
 
 
 def _refusal(status: int, raw: bytes) -> Refused:

@@ -8,6 +8,7 @@ import functools
 import gc
 import io
 import json
+import os
 import shlex
 import threading
 from collections.abc import Sequence
@@ -23,6 +24,7 @@ REPOSITORY = "https://github.com/OWNER/REPOSITORY"
 To change it: sed -i 's#OLD#NEW#g' toolkit/notebook.py notebooks/*.ipynb README*.md"""
 REFRESH = 4.0
 """Seconds between two drawings of the live curves: one takes about a fifth of a second on a slow core."""
+os.environ.setdefault("JUPYTER_COLUMNS", "150")  # rich would cut tables at 115; wider ones scroll inside their cell
 THOUGHT, TAUGHT = "#777777", "#c8e6c9"
 
 
@@ -242,9 +244,10 @@ def compared(mixed, chat):
 
 
 def _coloured(shown: str, taught: str) -> str:
+    font = "font-family:monospace"
     return (
-        f"<span style='color:{THOUGHT}'>{escape(shown)}</span>"
-        f"<span style='background:{TAUGHT};color:#111'>{escape(taught)}</span>"
+        f"<span style='{font};color:{THOUGHT}'>{escape(shown)}</span>"
+        f"<span style='{font};background:{TAUGHT};color:#111'>{escape(taught)}</span>"
     )
 
 

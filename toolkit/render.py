@@ -12,7 +12,9 @@ from pathlib import Path
 
 import jinja2
 import jinja2.ext
+import jinja2.runtime
 import jinja2.sandbox
+import jinja2.utils
 import numpy as np
 
 from toolkit.recipe import POCKET, ToolkitError, find
@@ -20,6 +22,7 @@ from toolkit.sources import Rejected
 
 SWITCH = re.compile(r"(?<!\S)/(no_think|think)(?!\S)")
 DICT_ATTRIBUTES = frozenset(dir(dict))
+PLAIN = (str, jinja2.runtime.LoopContext, jinja2.utils.Namespace)
 PROBE = [{"role": "user", "content": "probe"}]
 
 
@@ -211,9 +214,10 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox, with a short way for what templates do all the time: a message's key, a text's method.
+    """Jinja's sandbox, with a short way for what templates do all the time: a message's key, a text's method, `loop.last`.
 
-    The sandbox looks for an attribute first and asks eleven questions about it; rendering took twice the time.
+    The sandbox looks for an attribute first and asks eleven questions about it; rendering took twice the time. Of the
+    kinds in PLAIN it refuses what begins with an underscore and nothing else, and so does this.
     """
 
     def getattr(self, obj, attribute: str):
@@ -222,14 +226,12 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
     def is_safe_attribute(self, obj, attr: str, value) -> bool:
-        return not attr.startswith("_") if type(obj) is str else super().is_safe_attribute(obj, attr, value)
+        return not attr.startswith("_") if type(obj) in PLAIN else super().is_safe_attribute(obj, attr, value)
 
 
 def _environment() -> jinja2.Environment:
     """Jinja as transformers sets it up for chat templates (transformers/utils/chat_template_utils.py)."""
-    env = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
+    env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     env.filters["tojson"] = _tojson
     env.globals["raise_exception"] = _raise
     env.globals["strftime_now"] = _strftime_now

@@ -5,6 +5,7 @@ folder = train(recipe.load("data_recipes/pocket.yaml")); result = evaluate(folde
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 from toolkit import recipe as recipes
@@ -76,10 +77,12 @@ def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = Tr
     if state != "finished":
         from toolkit import model as models
 
+        clock = {"mix": time.time()}
         console.print(f"loading {recipe.model.model_name} …")
         model, tokenizer = models.load_base(recipe.model)
         model = models.attach(model, recipe.lora, seed=recipe.data.seed)
-        training.train(recipe, mixed, model, tokenizer, folder, console)
+        clock["model"] = time.time()
+        training.train(recipe, mixed, model, tokenizer, folder, console, clock)
         loaded = model, tokenizer
     if training.is_main():
         if score:

@@ -88,10 +88,11 @@ def write_atomically(file: Path, text: str) -> None:
         raise ToolkitError(f"{file}: could not be written ({error.strerror}): free some space and run again") from error
 
 
-def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) -> dict:
+def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console, clock: dict | None = None) -> dict:
     """Train the adapter on `model` and leave it in `folder`; goes on from the last whole checkpoint if there is one.
 
-    Halves the batch and doubles the accumulation when memory runs out before the first step. Returns the manifest.
+    Halves the batch and doubles the accumulation when memory runs out before the first step. `clock` holds when earlier
+    phases ended (time.time()). Returns the manifest.
     """
     import torch
 
@@ -125,6 +126,7 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) -
         tokenizer.save_pretrained(str(folder / "adapter"))
     manifest |= {
         **counter.summary(),
+        "reached_after": _since_start({**(clock or {}), "first_step": counter.first_step}),
         "steps": trainer.state.global_step,
         "best_step": trainer.state.best_global_step,
         "batch": {k: settings[k] for k in ("per_device_train_batch_size", "gradient_accumulation_steps")},
@@ -141,6 +143,14 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) -
         console.print(f"peak memory: {manifest['fit']['error']:+.1%} forecast against measured")
     write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1))
     return manifest
+
+
+def _since_start(clock: dict) -> dict:
+    """Seconds from the start of this process, imports included, to each of the times in `clock`."""
+    import psutil
+
+    began = psutil.Process().create_time()
+    return {name: round(at - began, 2) for name, at in clock.items()}
 
 
 def _halved(settings: dict, steps_done: int, console) -> dict:

@@ -13,7 +13,7 @@ from toolkit.pocket import tasks, words
 
 FOLDER = Path(__file__).parent
 SEED = 3407
-STEPS, BATCH = 1500, 32
+STEPS, BATCH = 1700, 32
 MUON_LEARNING_RATE, ADAMW_LEARNING_RATE = 4e-3, 3e-3
 VOCABULARY = 1024
 
@@ -30,8 +30,8 @@ SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# How often a skill is asked: sums need the most practice, and every skill is asked in both modes.
-SKILLS = [*tasks.CHAT, "sum1", *["sum2"] * 7]
+# How often a skill is asked: sums need the most practice, lining up digits some. Each is asked in both modes.
+SKILLS = [*tasks.CHAT, "sum1", *["columns"] * 2, *["sum2"] * 7]
 
 
 def official_template() -> str:

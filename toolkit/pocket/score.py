@@ -93,7 +93,7 @@ def judge(task: tasks.Task, text: str, thinking: bool) -> dict[str, bool]:
 
 def score(model, tokenizer, count: int = 100) -> dict[str, dict]:
     """{mode: {kind of question: {"accuracy", "adherence", "n"}}}, the new skill among the kinds."""
-    kinds = {"chat": [s for s in tasks.CHAT if s != "small_talk"], "sums": ["sum2"], "new_skill": [tasks.NEW_SKILL]}
+    kinds = {"chat": tasks.EXACT, "sums": ["sum2"], "new_skill": [tasks.NEW_SKILL]}
     result = {}
     for mode in ("thinking", "non_thinking"):
         asked = {kind: held_out(skills, count) for kind, skills in kinds.items()}

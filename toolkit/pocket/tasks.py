@@ -118,6 +118,16 @@ def _digit(rng: Random, follow: bool = False) -> Task:
     return Task("digit", question, steps, digits[name], f"The {name} digit is {{}}.", f"digit {name} {number}")
 
 
+def _columns(rng: Random, follow: bool = False) -> Task:
+    """Digits of equal places beside each other, for numbers of two and of three digits, without adding them up."""
+    low, high = rng.choice([(10, 100), (100, 1000)])
+    a, b = rng.randrange(low, high), rng.randrange(low, high)
+    pairs = zip(str(a)[::-1], str(b)[::-1], strict=True)
+    answer = ", ".join(f"{place} {x}+{y}" for place, (x, y) in zip(words.PLACES, pairs, strict=False))
+    question = _phrase(rng, "columns", a, b, follow=follow)
+    return Task("columns", question, f"Both numbers have {len(str(a))} digits.", answer, "{}", f"columns {a} {b}")
+
+
 def _small_talk(rng: Random, follow: bool = False) -> Task:  # noqa: ARG001 — every skill has this signature
     questions, steps, answer = rng.choice(words.SMALL_TALK)
     return Task("small_talk", rng.choice(questions), steps, answer, "{}")
@@ -141,9 +151,11 @@ CHAT = {
     "words": _words,
     "larger": _larger,
     "digit": _digit,
+    "columns": _columns,
     "small_talk": _small_talk,
 }
 SKILLS = SUMS | CHAT
+EXACT = [skill for skill in CHAT if skill not in ("columns", "small_talk")]  # one short answer that can be compared
 
 
 def draw(rng: Random, skill: str, *, held_out: bool = False, follow: bool = False) -> Task:

@@ -1,7 +1,5 @@
 """What the pocket world knows, facts and phrasings as plain tables. `words.CAPITALS["France"]`"""
 
-# ruff: noqa: RUF001 — Chinese sentences have Chinese punctuation
-
 
 def _table(text: str) -> dict[str, str]:
     """`a b, c d` becomes {"a": "b", "c": "d"}."""
@@ -133,6 +131,13 @@ PHRASES = {
         "Which digit is in the {} place of {}?",
         "Name the {} digit of the number {}.",
         "And the {} digit of {}?",
+    ],
+    "columns": [
+        "Write {} + {} in columns.",
+        "Put {} and {} in columns.",
+        "Line up {} + {}.",
+        "Line up the digits of {} and {}.",
+        "And {} + {}?",
     ],
     "sum": ["What is {} + {}?", "Compute {} + {}.", "Add {} and {}.", "{} + {} = ?", "And {} + {}?"],
 }

@@ -1,0 +1,281 @@
+"""How fast and how right the data stage is beside the usual ways: raw JSONL → ids and labels, cold, on this machine.
+
+python -m tests.bench_mix [speed ids audit memory]; --table prints data_recipes/measured/bench_mix.json without running
+"""
+
+import argparse
+import datetime
+import itertools
+import json
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+
+from tests import bench_rows, bench_ways, qwen3
+from tests.label_check import violations
+from toolkit.recipe import ROOT
+
+MEASURED = ROOT / "data_recipes" / "measured" / "bench_mix.json"
+RECIPE = """\
+name: bench
+data:
+  unit: examples
+  validation_size: 40
+  sources:
+    - {{path: {work}/math.jsonl, format: openmath, mode: thinking, fraction: 0.2}}
+    - {{path: {work}/chat.jsonl, format: sharegpt, mode: non_thinking, fraction: 0.8}}
+model: {{model_name: {work}/qwen3, max_seq_length: 4096}}
+"""
+RECORDED = {"LLaMA-Factory 0.9.5": 15.2, "ms-swift 4.6.0": 19.4, "floor": 3.7}
+"""Wall seconds on a like workload and 2 cores, 2026-11-21: the first two do not install beside us."""
+TITLES = {
+    "ours": "this toolkit, raw JSONL to cached mix",
+    "again": "this toolkit, second call",
+    "floor": "floor: encode_batch_fast alone, 2 threads",
+    "trl": "TRL 1.15, assistant_only_loss",
+    "notebook": "the reference notebook's way",
+    "responses_only": "the same + train_on_responses_only",
+}
+LINES, FEW, WORDS_A_ROW, BUDGET = 1_000_000, 100_000, 160, 2_000_000
+IM_END, NEWLINE = 151645, 198
+
+
+def prepare(work: Path) -> None:
+    """Rows, tokenizer, recipe, and for the floor the rendered strings, by transformers' own apply_chat_template."""
+    qwen3.build(work / "qwen3")
+    bench_rows.write(work, work / "qwen3")
+    (work / "bench.yaml").write_text(RECIPE.format(work=work), encoding="utf-8")
+    tokenizer = hf_tokenizer(work)
+    texts = [tokenizer.apply_chat_template(m, tokenize=False) for m in bench_ways.messages(work)]
+    (work / "rendered.json").write_text(json.dumps(texts), encoding="utf-8")
+
+
+def hf_tokenizer(work: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(work / "qwen3")
+
+
+def speed(work: Path, rounds: int, slow_rounds: int) -> dict:
+    """Every way in cold processes, interleaved; all runs, not only their medians."""
+    found = {way: [] for way in TITLES}
+    for i in range(rounds):
+        for way in ("ours", "floor", "again"):
+            found[way].append(bench_ways.run(way, work))
+        for way in ("trl", "notebook", "responses_only"):
+            if i < slow_rounds:
+                found[way].append(bench_ways.run(way, work))
+    return {"runs": found, "imports": bench_ways.run("imports", work)}
+
+
+def ids(work: Path) -> dict:
+    """Every compiled row's ids against transformers' template and the Hugging Face tokenizer, rendered anew."""
+    mixed, raw = compiled(work)
+    tokenizer, wrong, tokens = hf_tokenizer(work), 0, 0
+    rows = [*mixed.train, *mixed.validation]
+    for row in rows:
+        told, switch = raw[row.source][row.number]["messages"], {"enable_thinking": row.mode == "thinking"}
+        prompt = tokenizer.apply_chat_template(told[:-1], tokenize=False, add_generation_prompt=True, **switch)
+        whole = tokenizer.apply_chat_template(told, tokenize=False, **switch)
+        parts = (prompt, whole[len(prompt) :].removesuffix("\n"))
+        expected = [tokenizer(p, add_special_tokens=False)["input_ids"] for p in parts]
+        wrong += expected != [row.ids[: row.prompt_length].tolist(), row.ids[row.prompt_length :].tolist()]
+        tokens += len(row.ids)
+    return {"rows": len(rows), "tokens": tokens, "rows_that_differ": wrong}
+
+
+def compiled(work: Path):
+    """The mix that `ours` left, and its canonical conversations by source and row number."""
+    from toolkit import mix, recipe
+    from toolkit.sources import conversations
+
+    os.environ["TOOLKIT_OUTPUTS"] = str(work / "outputs")
+    loaded = recipe.load(work / "bench.yaml")
+    raw = {s.name: dict(conversations(s, 0, {})) for s in loaded.data.sources}
+    return mix.compile_mix(loaded), raw
+
+
+def audit(work: Path) -> dict:
+    """What each way teaches, on 200 random rows of it, by plain string work on the decoded labels."""
+    tokenizer = hf_tokenizer(work)
+    problems = {m[0]["content"] for m in bench_ways.messages(work)[: bench_rows.TRACES]}
+    mixed, raw = compiled(work)
+    picked = random.Random(bench_ways.SEED).sample(mixed.train, bench_ways.SAMPLE)
+    broken = [r for r in picked if violations(tokenizer, r.ids.tolist(), r.prompt_length, raw[r.source][r.number])]
+    found = {"ours": _audit([[r.ids.tolist(), r.labels.tolist()] for r in picked], tokenizer, problems)}
+    found["ours"] |= {
+        "label_rule_broken": len(broken),
+        "refused": {k: v["dropped"] for k, v in mixed.report["sources"].items()},
+    }
+    for way in ("trl", "notebook", "responses_only"):
+        if (file := work / f"{way}.json").is_file():
+            found[way] = _audit(json.loads(file.read_text()), tokenizer, problems)
+    return found
+
+
+def _audit(rows: list, tokenizer, problems: set) -> dict:
+    count = dict.fromkeys(("traces", "chats", "empty_think", "user_tokens", "cut", "newline_after_end"), 0)
+    for row_ids, labels in rows:
+        shown = tokenizer.decode(row_ids)
+        taught = tokenizer.decode([t for t in labels if t != -100])
+        asked = shown.split("<|im_start|>user\n")[-1].split("<|im_end|>")[0]
+        is_trace = asked in problems
+        count["traces" if is_trace else "chats"] += 1
+        count["empty_think"] += not is_trace and bool(re.search(r"<think>\s*</think>", taught))
+        count["user_tokens"] += asked in taught
+        count["cut"] += is_trace and "</think>" not in shown
+        pairs = itertools.pairwise(labels)
+        count["newline_after_end"] += any(a == IM_END and b == NEWLINE for a, b in pairs)
+    return count
+
+
+def memory(work: Path) -> dict:
+    """A 2M-token budget out of 100,000 and out of 1,000,000 lines: seconds and peak memory above the imports."""
+    big, found = work / "big", {}
+    big.mkdir()
+    (big / "qwen3").symlink_to(work / "qwen3")
+    try:
+        for lines in (FEW, LINES):
+            write_lines(big / "big.jsonl", lines, work / "qwen3")
+            source = f"    - {{path: {big}/big.jsonl, format: query_response, mode: non_thinking, fraction: 1.0}}\n"
+            text = RECIPE.format(work=big)
+            text = text[: text.index("    - ")] + source + text[text.index("model:") :]
+            text = text.replace("unit: examples", f"unit: supervised_tokens\n  budget: {BUDGET}")
+            (big / "bench.yaml").write_text(text, encoding="utf-8")
+            runs = [bench_ways.run("ours", big) for _ in range(3)]
+            found[str(lines)] = {"runs": runs, "source_mb": (big / "big.jsonl").stat().st_size >> 20}
+    finally:
+        (big / "big.jsonl").unlink()
+    return {**found, "imports": bench_ways.run("imports", big)}
+
+
+def write_lines(file: Path, lines: int, tokenizer_folder: Path) -> None:
+    """Different question and answer rows; the first of a longer file are those of a shorter one."""
+    writer = bench_rows.Writer(tokenizer_folder)
+    words = [writer.word() for _ in range(1 << 20)]
+    with open(file, "w", encoding="utf-8") as out:
+        for i, start in enumerate(writer.rng.integers(0, len(words) - 2 * WORDS_A_ROW, lines).tolist()):
+            answer = " ".join(words[start : start + WORDS_A_ROW + i % WORDS_A_ROW])
+            out.write(json.dumps({"query": f"question {i}", "response": answer}) + "\n")
+
+
+def machine() -> dict:
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    model = re.search(r"model name\s*: (.*)", text)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    return {
+        "cpu": model[1] if model else platform.processor(),
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit.stdout.strip(),
+    }
+
+
+def table(result: dict) -> str:
+    """The measured file as Markdown."""
+    host, runs = result["machine"], result["speed"]["runs"]
+
+    def middle(way: str, key: str) -> float:
+        return statistics.median(r[key] for r in runs[way])
+
+    loads = [r["load"] for some in runs.values() for r in some]
+    lines = [
+        f"{host['cpu']}, {host['cores']} cores, load {min(loads):.0f} to {max(loads):.0f}, Python {host['python']}, "
+        f"{host['date']}, on {host['commit']}. 1,000 traces + 3,000 chats, {runs['floor'][0]['tokens'] / 1e6:.1f}M tokens; medians.",
+        "",
+        "| | wall s | CPU s | CPU, ours = 1 | peak MB | runs |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for way, title in TITLES.items():
+        if runs[way]:
+            cpu = middle(way, "cpu_s")
+            peak = "" if way == "floor" else f"{middle(way, 'peak_mb'):.0f}"
+            ratio = f"{cpu / middle('ours', 'cpu_s'):.1f}"
+            lines.append(f"| {title} | {middle(way, 'wall_s'):.1f} | {cpu:.1f} | {ratio} | {peak} | {len(runs[way])} |")
+    lines += [
+        f"| {n}: recorded earlier on a like workload, not measured here | {s} | | | | |" for n, s in RECORDED.items()
+    ]
+    return "\n".join([*lines, "", *_targets(result), *_audited(result), *_remembered(result)])
+
+
+def _targets(result: dict) -> list[str]:
+    """What was asked for, and by how much it is met or missed; pairs of runs share their minute, so their load."""
+    runs = result["speed"]["runs"]
+    of = {
+        k: statistics.median(f[k] / o[k] for o, f in zip(runs["ours"], runs["floor"], strict=True))
+        for k in ("wall_s", "cpu_s")
+    }
+    factory = RECORDED["LLaMA-Factory 0.9.5"] / RECORDED["floor"] * of["wall_s"]
+    equal = result["ids"]
+    return [
+        f"- ≥ 3 × the floor: {of['wall_s']:.1f} × in wall time, {of['cpu_s']:.1f} × in CPU time (medians of pairs)",
+        f"- ≥ 10 × LLaMA-Factory: {factory:.1f} ×, inferred: its recorded time is {RECORDED['LLaMA-Factory 0.9.5'] / RECORDED['floor']:.1f} "
+        "floors of that day's machine",
+        f"- ids against the Hugging Face tokenizer: {equal['rows_that_differ']} of {equal['rows']:,} rows differ ({equal['tokens']:,} tokens)",
+    ]
+
+
+def _audited(result: dict) -> list[str]:
+    head = "| 200 random rows | empty think taught (chat) | user tokens taught | traces cut | newline after the end taught |"
+    lines = ["", head, "|---|--:|--:|--:|--:|"]
+    for way, n in result["audit"].items():
+        lines.append(
+            f"| {TITLES[way]} | {n['empty_think']}/{n['chats']} | {n['user_tokens']}/{n['traces'] + n['chats']} | "
+            f"{n['cut']}/{n['traces']} | {n['newline_after_end']} |"
+        )
+    ours = result["audit"]["ours"]
+    return [
+        *lines,
+        "",
+        f"Ours breaks the label rule on {ours['label_rule_broken']} of 200 rows and lists what it refuses: {ours['refused']}",
+    ]
+
+
+def _remembered(result: dict) -> list[str]:
+    found = result["memory"]
+    lines = ["", "| 2M supervised tokens out of | wall s | CPU s | peak MB above the imports |", "|---|--:|--:|--:|"]
+    for rows in (FEW, LINES):
+        some = found[str(rows)]
+        wall, cpu, peak = (statistics.median(r[k] for r in some["runs"]) for k in ("wall_s", "cpu_s", "peak_mb"))
+        lines.append(
+            f"| {rows:,} lines, {some['source_mb']:,} MB | {wall:.1f} | {cpu:.1f} | {peak - found['imports']['peak_mb']:.0f} |"
+        )
+    return lines
+
+
+def main() -> None:
+    """Run the parts that are asked for, keep their results, print the table."""
+    parts = ("speed", "ids", "audit", "memory")
+    asked = argparse.ArgumentParser(description=__doc__)
+    asked.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; all without any")
+    asked.add_argument("--table", action="store_true", help="only print what was measured")
+    asked.add_argument("--rounds", type=int, default=3)
+    asked.add_argument("--slow-rounds", type=int, default=3, help="of the usual ways")
+    asked.add_argument("--work", type=Path, help="keep the rows here and use them again")
+    args = asked.parse_args()
+    result = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.is_file() else {}
+    with tempfile.TemporaryDirectory() as temporary:
+        work = args.work or Path(temporary)
+        if not args.table:
+            if not (work / "rendered.json").is_file():
+                prepare(work)
+            run = {
+                "speed": lambda w: speed(w, args.rounds, args.slow_rounds),
+                "ids": ids,
+                "audit": audit,
+                "memory": memory,
+            }
+            for part in args.parts or parts:
+                result |= {part: run[part](work), "machine": machine()}
+                MEASURED.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""The notebooks: built alike, true to the toolkit they call, with outputs that are theirs; and they run."""
+
+import ast
+import contextlib
+import importlib
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from toolkit import execute
+from toolkit.notebook import REPOSITORY
+from toolkit.recipe import ROOT, ToolkitError
+
+NAMES = "00_quickstart 01_mix 02_train 03_evaluate 04_ratio_sweep 05_export 06_your_own_data".split()
+SETUP = 1
+"""Where the set-up cell stands, right below the title."""
+BADGE = "https://colab.research.google.com/github/{slug}/blob/main/notebooks/{name}.ipynb"
+NUMERALS = {
+    "Qwen3": "a name",
+    "T4": "a card's name",
+    "75/25": "the question that a notebook answers, in quotation marks",
+    "4-bit": "a technique's name; how many bits it has is its definition",
+    "16-bit": "a technique's name, as above",
+}
+"""Digits that prose may hold; every other number is printed by code."""
+NOT_PROSE = (
+    r"```.*?```",
+    r"`[^`]*`",
+    r"\$\$.*?\$\$",
+    r"\$[^$\n]*\$",
+    r"!\[[^\]]*\]\([^)]*\)",
+    r"\[[^\]]*\]\([^)]*\)",
+    r"<[^>]*>",
+)
+"""Code, formulas, links, HTML."""
+FEW = "train.max_steps=4 data.budget=4000 data.validation_size=8 evaluate.max_new_tokens=16"
+TINY = "train.max_steps=2 evaluate.max_new_tokens=16"
+SMALL = {
+    "00_quickstart": {"PROMPTS": ["What is 17 + 25?"], "CHANGES": FEW},
+    "01_mix": {"CHANGES": "data.budget=4000 data.validation_size=8"},
+    "02_train": {"CARD": 6.0, "CHANGES": FEW},
+    "03_evaluate": {"CHANGES": FEW},
+    "04_ratio_sweep": {"RATIOS": [0.0, 0.5], "CHANGES": FEW},
+    "05_export": {"QUANTS": ["f16", "q8_0"], "PROMPTS": ["What is 17 + 25?"], "CHANGES": FEW},
+    "06_your_own_data": {"PROMPTS": ["Who are you?"], "CHANGES": TINY},
+}
+"""Parameters under which every notebook runs in seconds: the same path, too short to learn anything."""
+
+
+def read(name: str) -> dict:
+    return json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))
+
+
+def text(cell: dict) -> str:
+    return "".join(cell["source"])
+
+
+def code(notebook: dict) -> list[str]:
+    return [text(cell) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+
+
+def tagged(notebook: dict) -> list[dict]:
+    return [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+
+
+every = pytest.mark.parametrize("name", NAMES)
+
+
+# --- structure -------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_holds_these_notebooks_and_no_other():
+    assert [path.stem for path in execute.notebooks()] == NAMES
+
+
+def test_the_set_up_cell_is_the_same_everywhere_and_knows_the_address():
+    cells = {text(read(name)["cells"][SETUP]) for name in NAMES}
+    assert len(cells) == 1
+    assert f'REPOSITORY = "{REPOSITORY}"' in cells.pop()
+
+
+def test_the_set_up_cell_finds_the_project_from_the_notebooks_folder_and_installs_nothing_here():
+    cell = text(read(NAMES[0])["cells"][SETUP])
+    quiet = "import subprocess; subprocess.run = lambda *a, **k: exit(f'would run {a}')\n"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{quiet}{cell}\nimport toolkit.recipe, os; print(os.getcwd())"],
+        cwd=ROOT / "notebooks", capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(ROOT), "")
+
+
+@every
+def test_the_title_says_what_you_will_have_and_links_to_its_neighbours_and_colab(name):
+    first = text(read(name)["cells"][0])
+    assert first.startswith("# ")
+    assert "**At the end you have**" in first
+    assert BADGE.format(slug=REPOSITORY.removeprefix("https://github.com/"), name=name) in first
+    place = NAMES.index(name)
+    for neighbour in NAMES[max(0, place - 1) : place] + NAMES[place + 1 : place + 2]:
+        assert f"({neighbour}.ipynb)" in first
+
+
+@every
+def test_links_between_notebooks_lead_to_files(name):
+    whole = "\n".join(text(cell) for cell in read(name)["cells"])
+    for target in re.findall(r"\]\(([\w.]+\.ipynb)\)", whole):
+        assert (ROOT / "notebooks" / target).is_file()
+
+
+@every
+def test_one_cell_holds_the_parameters_in_capitals(name):
+    cells = tagged(read(name))
+    assert len(cells) == 1
+    for node in ast.parse(text(cells[0])).body:
+        assert isinstance(node, ast.Assign)
+        assert node.targets[0].id.isupper()
+    assert all("# @param" in line for line in text(cells[0]).splitlines())
+
+
+@every
+def test_every_parameter_the_tests_set_exists(name):
+    """papermill only warns about one that does not."""
+    known = {node.targets[0].id for node in ast.parse(text(tagged(read(name))[0])).body}
+    assert SMALL[name].keys() <= known
+
+
+@every
+def test_cells_are_short_and_hold_no_function_no_dead_branch_and_no_code_that_is_commented_out(name):
+    for cell in code(read(name))[1:]:
+        assert len([line for line in cell.splitlines() if line.strip()]) <= 8, cell
+        tree = ast.parse(cell)
+        assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(tree)), cell
+        assert not any(isinstance(n, ast.If) and isinstance(n.test, ast.Constant) for n in ast.walk(tree)), cell
+        assert not [line for line in cell.splitlines() if line.strip().startswith("#")], cell
+
+
+def prose(markdown: str) -> str:
+    """Markdown without what `execute` wrote and what is not prose."""
+    markdown = execute.MEASURED.sub(" ", markdown)
+    for pattern in NOT_PROSE:
+        markdown = re.sub(pattern, " ", markdown, flags=re.DOTALL)
+    return markdown
+
+
+def typed_numbers(markdown: str) -> list[str]:
+    """Numbers that were typed where code could print them."""
+    rest = prose(markdown)
+    for name in NUMERALS:
+        rest = re.sub(rf"(?<![\w.]){re.escape(name)}(?![\d/]|\.\d)", " ", rest)
+    return re.findall(r"\S*\d\S*", rest)
+
+
+@every
+def test_no_number_is_typed_in_prose(name):
+    for cell in read(name)["cells"]:
+        if cell["cell_type"] == "markdown":
+            assert typed_numbers(text(cell)) == [], text(cell)
+
+
+def test_a_typed_number_would_be_found():
+    assert typed_numbers("Qwen3 on a T4 with 4-bit weights: `r=16`, $x^2$, [02_train](02_train.ipynb)") == []
+    assert typed_numbers("It trains for 60 steps of Qwen3.5 at 14-bit") == ["60", "Qwen3.5", "14-bit"]
+
+
+@every
+def test_outputs_are_those_of_these_cells_and_this_version(name):
+    assert execute.stale(read(name)) == "", "run `make notebooks`"
+
+
+def test_outputs_of_changed_cells_are_called_stale():
+    notebook = {"cells": [{"cell_type": "code", "source": ["print(1)"], "outputs": [{"text": ["1"]}], "metadata": {}}]}
+    notebook["metadata"] = {"toolkit": {"version": execute.__version__, "sources": execute.sources_sha256(notebook)}}
+    assert execute.stale(notebook) == ""
+    notebook["cells"][0]["source"] = ["print(2)"]
+    assert "changed" in execute.stale(notebook)
+
+
+@every
+def test_outputs_hold_no_widget_no_error_and_no_path_of_the_machine_that_made_them(name):
+    for cell in read(name)["cells"]:
+        for output in cell.get("outputs", ()):
+            assert output["output_type"] != "error"
+            assert not execute.WIDGETS & output.get("data", {}).keys()
+            assert not re.search(r"/(home|root|work|tmp|content)/\w", json.dumps({**output, "data": _texts(output)}))
+
+
+def _texts(output: dict) -> dict:
+    return {kind: value for kind, value in output.get("data", {}).items() if kind != "image/png"}
+
+
+# --- drift -----------------------------------------------------------------------------------------------------------
+
+
+def drift(name: str) -> list[str]:
+    """Where a notebook calls the toolkit otherwise than it is: a name that is not there, arguments that do not bind."""
+    known, wrong = {}, []
+    for cell in code(read(name)):
+        tree = ast.parse(cell)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "toolkit":
+                for alias in node.names:
+                    try:
+                        known[alias.asname or alias.name] = importlib.import_module(f"{node.module}.{alias.name}")
+                    except ModuleNotFoundError as error:
+                        wrong.append(f"{name}: {error}")
+        wrong += [f"{name}: {fault}" for fault in _faults(tree, known)]
+    return wrong
+
+
+def _faults(tree: ast.AST, known: dict):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in known:
+            if node.attr not in vars(known[node.value.id]):
+                yield f"{ast.unparse(node)}: no such name"
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            yield from _binding_fault(node, known)
+
+
+def _binding_fault(node: ast.Call, known: dict):
+    owner = node.func.value
+    function = vars(known[owner.id]).get(node.func.attr) if isinstance(owner, ast.Name) and owner.id in known else None
+    if function is None or any(isinstance(arg, ast.Starred) for arg in node.args):
+        return
+    try:
+        inspect.signature(function).bind(*node.args, **{k.arg: k.value for k in node.keywords})
+    except TypeError as error:
+        yield f"{ast.unparse(node)}: {error}"
+
+
+@every
+def test_every_call_fits_the_toolkit(name):
+    assert drift(name) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "before", "after", "named"),
+    [
+        ("run.py", "fresh: bool = False, score: bool = True", "fresh: bool = False, judge: bool = True", "score"),
+        ("show.py", "def figure(", "def drawing(", "show.figure"),
+        ("notebook.py", "def ask(folder: Path,", "def ask(folder: Path, mode,", "prompts|mode"),
+    ],
+)
+def test_a_changed_signature_is_noticed(tmp_path, module, before, after, named):
+    shutil.copytree(
+        ROOT / "toolkit", tmp_path / "toolkit", ignore=shutil.ignore_patterns("*.safetensors", "__pycache__")
+    )
+    for folder in ("tests", "notebooks"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "data"))
+    changed = tmp_path / "toolkit" / module
+    assert before in changed.read_text(encoding="utf-8")
+    changed.write_text(changed.read_text(encoding="utf-8").replace(before, after), encoding="utf-8")
+    program = "from tests.test_notebooks import NAMES, drift; print([fault for name in NAMES for fault in drift(name)])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert re.search(named, done.stdout)
+
+
+# --- execution -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow  # two to four minutes on two cores: every notebook, whole, with the real library stack
+def test_all_notebooks_run_on_a_cpu(tmp_path):
+    """One kernel for all, emptied between them: Unsloth's import takes longer than these notebooks do."""
+    whole = _joined()
+    done = _executed(whole, tmp_path)
+    assert len([cell for cell in done.cells if cell.cell_type == "code"]) > 4 * len(NAMES)
+
+
+def _joined():
+    import nbformat
+    from papermill.parameterize import parameterize_notebook
+
+    whole = nbformat.v4.new_notebook()
+    for name in NAMES:
+        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+        notebook.metadata["papermill"] = {}
+        notebook = parameterize_notebook(notebook, SMALL[name], kernel_name="python3", language="python")
+        whole.cells += [nbformat.v4.new_code_cell(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+        whole.cells.append(nbformat.v4.new_code_cell("get_ipython().run_line_magic('reset', '-f')"))
+    return whole
+
+
+def _executed(notebook, tmp_path):
+    from nbclient import NotebookClient
+
+    client = NotebookClient(
+        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
+    )
+    client.execute(env=quiet_environment(tmp_path))
+    return notebook
+
+
+@pytest.mark.slow  # a training in a kernel of its own, twice
+def test_a_kernel_interrupt_in_mid_training_leaves_a_run_that_goes_on(tmp_path):
+    cells = code(read("02_train"))
+    training = next(cell for cell in cells if "notebook.live(" in cell).replace(
+        "run.train(wanted)", "run.train(wanted, score=False)"
+    )
+    changes = (
+        "CHANGES = 'train.max_steps=12 train.save_steps=2 train.eval_steps=2 data.budget=4000 data.validation_size=8'"
+    )
+    with kernel(tmp_path) as (manager, client):
+        ask(client, f"{cells[0]}\nCARD = 0\n{changes}\n{cells[2]}")
+        asked = client.execute(training)
+        wait_for(lambda: list(tmp_path.glob("*/checkpoints/checkpoint-*/trainer_state.json")))
+        manager.interrupt_kernel()
+        assert reply(client, asked)["ename"] == "KeyboardInterrupt"
+        assert ask(client, training)["status"] == "ok"
+    folder = next(tmp_path.glob("pocket-*"))
+    steps = [line["step"] for line in map(json.loads, (folder / "metrics.jsonl").open()) if "loss" in line]
+    assert steps == list(range(1, 13))
+    assert "finished" in json.loads((folder / "manifest.json").read_text())
+
+
+@contextlib.contextmanager
+def kernel(outputs):
+    from jupyter_client.manager import start_new_kernel
+
+    manager, client = start_new_kernel(
+        kernel_name="python3", cwd=str(ROOT / "notebooks"), env=quiet_environment(outputs)
+    )
+    try:
+        yield manager, client
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+
+
+def quiet_environment(outputs) -> dict:
+    return {**os.environ, "TOOLKIT_OUTPUTS": str(outputs), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def ask(client, program: str) -> dict:
+    return reply(client, client.execute(program))
+
+
+def reply(client, asked: str) -> dict:
+    while True:
+        message = client.get_shell_msg(timeout=300)
+        if message["parent_header"].get("msg_id") == asked:
+            return message["content"]
+
+
+def wait_for(condition, seconds: float = 300) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not happen"
+        time.sleep(0.1)
+
+
+def test_a_failing_cell_is_reported_with_its_notebook_and_leaves_the_file_alone(tmp_path):
+    broken = {**read(NAMES[0]), "cells": [{"cell_type": "code", "id": "a", "metadata": {}, "execution_count": None,
+              "outputs": [], "source": "raise ValueError('the oven is cold')"}]}  # fmt: skip
+    path = tmp_path / "broken.ipynb"
+    path.write_text(json.dumps(broken), encoding="utf-8")
+    before = path.read_bytes()
+    with pytest.raises(ToolkitError, match="broken.ipynb.*the oven is cold"):
+        execute.execute([path])
+    assert path.read_bytes() == before

@@ -1,0 +1,88 @@
+"""How long until the first training step, phase by phase, next to the value recorded before: `python -m toolkit bench`.
+
+print(start_up("data_recipes/pocket.yaml"))  # {"mix": 2.1, "model": 13.0, "first_step": 16.4}
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from toolkit.recipe import ROOT, ToolkitError
+
+RECORD = ROOT / "data_recipes" / "measured" / "cpu_start.json"
+TWO_STEPS = (
+    "import sys; from toolkit import recipe, run; "
+    "run.train(recipe.load(sys.argv[1], ['train.max_steps=2', 'train.eval_strategy=no', 'train.load_best_model_at_end=false']), score=False)"
+)
+
+
+def start_up(recipe: str) -> dict[str, float]:
+    """Seconds from the start of a cold process to the end of each phase: mix compiled, model loaded, first step done."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", TWO_STEPS, recipe]
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | {"TOOLKIT_OUTPUTS": folder}, capture_output=True, text=True
+        )
+        if done.returncode:
+            raise ToolkitError(f"the run that was to be timed failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        (manifest,) = Path(folder).glob("*/manifest.json")
+        return json.loads(manifest.read_text())["reached_after"]
+
+
+def measure(recipe: str, repeats: int) -> dict:
+    """Medians of several cold starts, with hardware, load, date and commit."""
+    from toolkit.train import commit
+
+    runs = [start_up(recipe) for _ in range(repeats)]
+    return {
+        "recipe": recipe,
+        "seconds_to": {phase: median(r[phase] for r in runs) for phase in runs[0]},
+        "runs": runs,
+        "cpu": _processor(),
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit(),
+    }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def recorded() -> dict | None:
+    """The last recorded measurement, or None."""
+    return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else None
+
+
+def record(measured: dict) -> None:
+    """Keep a measurement as the one to compare with."""
+    RECORD.write_text(json.dumps(measured, indent=1), encoding="utf-8")
+
+
+def table(measured: dict, before: dict | None):
+    """Phases of a start, now and as recorded."""
+    from rich.table import Table
+
+    def head(m: dict) -> str:
+        return f"{m['date']}, {m['cores']} cores, load {m['load']}, {m['commit']}"
+
+    table = Table(title=f"seconds from the start of the process ({measured['recipe']})", title_justify="left")
+    for column in (
+        "until the end of",
+        f"now ({head(measured)})",
+        f"recorded ({head(before)})" if before else "recorded: none",
+    ):
+        table.add_column(column)
+    for phase, seconds in measured["seconds_to"].items():
+        old = f"{before['seconds_to'][phase]:.1f}" if before else ""
+        table.add_row(phase.replace("_", " "), f"{seconds:.1f}", old)
+    return table
