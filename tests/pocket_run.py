@@ -21,7 +21,10 @@ def make_run(folder: Path, seed: int = 1, noise: float = 0.002) -> Path:
     random = np.random.default_rng(seed)
     shape = json.loads((POCKET / "config.json").read_text(encoding="utf-8"))
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
-    modules = {"self_attn.q_proj": (hidden, shape["num_attention_heads"] * shape["head_dim"]), "mlp.down_proj": (inner, hidden)}
+    modules = {
+        "self_attn.q_proj": (hidden, shape["num_attention_heads"] * shape["head_dim"]),
+        "mlp.down_proj": (inner, hidden),
+    }
     weights = {}
     for layer in range(shape["num_hidden_layers"]):
         for name, (into, out) in modules.items():

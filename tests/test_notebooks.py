@@ -274,12 +274,12 @@ def test_all_notebooks_run_on_a_cpu(tmp_path):
 
 def _joined():
     import nbformat
+    from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
 
     whole = nbformat.v4.new_notebook()
     for name in NAMES:
-        notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-        notebook.metadata["papermill"] = {}
+        notebook = load_notebook_node(str(ROOT / "notebooks" / f"{name}.ipynb"))
         notebook = parameterize_notebook(notebook, SMALL[name], kernel_name="python3", language="python")
         whole.cells += [nbformat.v4.new_code_cell(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
         whole.cells.append(nbformat.v4.new_code_cell("get_ipython().run_line_magic('reset', '-f')"))

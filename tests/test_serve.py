@@ -3,13 +3,17 @@
 import contextlib
 import json
 import random
+import signal
 import socket
 import string
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
+import hypothesis
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -18,7 +22,7 @@ from tests.pocket_run import make_gguf, make_run
 from toolkit.api import read_body
 from toolkit.engine import best_source, gguf_of, open_engine
 from toolkit.generate import split_reply
-from toolkit.recipe import ToolkitError
+from toolkit.recipe import ROOT, ToolkitError
 from toolkit.request import Ask, Job, Piece, Refused, converse
 from toolkit.serve import Limits, create_app, listen, serve, settings
 from toolkit.splitter import Splitter
@@ -293,6 +297,14 @@ def test_a_reply_nobody_waits_for_stops_before_its_first_word():
     running.stop()
 
 
+def test_a_model_that_hangs_is_answered_for(monkeypatch):
+    monkeypatch.setattr("toolkit.serve.GRACE", 0.1)
+    running = Running(Scripted(), Limits(seconds=0.1))
+    assert running.post({"messages": HELLO}).status_code == 503
+    assert running.post({"messages": HELLO, "stream": True}).status_code == 503
+    running.stop()
+
+
 def test_a_failing_model_is_one_failed_request(engine, server, monkeypatch, capsys):
     def broken(**_options):
         raise RuntimeError("CUDA out of memory")
@@ -336,6 +348,24 @@ def test_web_pages_elsewhere_cannot_use_the_server(server):
     assert plain.status_code == 415
     asked = httpx.options(f"{server.url}/v1/chat/completions", headers={"origin": "http://evil.example"})
     assert "access-control-allow-origin" not in asked.headers
+
+
+@pytest.mark.usefixtures("llama")  # it makes the GGUF
+def test_ctrl_c_ends_the_server_at_once_and_without_an_error(runs):
+    code = "import sys; from toolkit.serve import serve; serve(sys.argv[1:], source='gguf', port=0)"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([sys.executable, "-u", "-c", code, str(runs[0])], cwd=ROOT, **pipes)
+    assert "serving tuned from the gguf" in process.stdout.readline()
+    url = process.stdout.readline().split()[2]
+    while True:
+        with contextlib.suppress(httpx.ConnectError):
+            assert httpx.get(f"{url}health").json() == {"status": "ok"}
+            break
+    assert "<script>" in httpx.get(url).text
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
 
 
 def test_a_taken_port_is_told_before_anything_is_loaded():
@@ -426,6 +456,7 @@ def test_other_routes_answer_with_an_error_object_too(server, method, path, stat
     assert answer.json()["error"]["message"]
 
 
+@hypothesis.settings(max_examples=60, deadline=None)  # nothing is timed: the machine may be busy
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(
     st.sampled_from(["role", "content", "messages", "tools", "function", "name", "stop", "model", "tool_calls"]) | st.text(), inner)))  # fmt: skip
 def test_any_json_is_either_a_request_or_refused(value):

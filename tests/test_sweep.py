@@ -15,11 +15,14 @@ import yaml
 from rich.console import Console
 
 from tests.test_compare import sums
+from tests.wandb_service import SweepService
 from toolkit import recipe as recipes
 from toolkit import sweep as sweeps
+from toolkit import workers
 from toolkit.evaluate import summarize
 from toolkit.recipe import ROOT, ToolkitError
-from toolkit.sweep import claim, common_steps, plan, rows_per_step, sweep
+from toolkit.sweep import common_steps, plan, rows_per_step, sweep
+from toolkit.workers import claim, work
 
 RATIOS = [0, 0.25, 0.5, 0.75, 1]
 RUNNER = textwrap.dedent("""
@@ -96,6 +99,10 @@ def silent():
     return Console(file=open(os.devnull, "w"), width=200)
 
 
+def loud():
+    return Console(file=open(os.devnull, "w"), width=200, record=True)
+
+
 def scripted(project):
     return lambda recipe_file: [sys.executable, str(project / "runner.py"), str(recipe_file)]
 
@@ -105,7 +112,7 @@ def do(project, ratios, console=None):
     runs = plan(recipes.load(project / "tiny.yaml"), ratios, 1, [], silent())
     folder = project / "out/tiny-sweep"
     sweeps.write(folder, runs, ["tiny.yaml"], ratios, 1, [])
-    return sweeps.work(runs, folder, scripted(project), console or silent())
+    return work([run.name for run in runs], folder, scripted(project), console or silent())
 
 
 def run_sweep(project, *, reasoning=(0, 1), console=None, **more):
@@ -132,7 +139,7 @@ def test_every_ratio_gets_the_same_supervised_tokens_in_the_same_steps(project):
 
 
 def test_a_source_that_limits_one_ratio_limits_all_of_them_and_is_named(project):
-    with Console(file=open(os.devnull, "w"), width=200, record=True) as console:
+    with loud() as console:
         runs = plan(recipes.load(project / "tiny.yaml", ["data.budget=8000"]), RATIOS, 1, [], console)
     budgets = {run.recipe.data.budget for run in runs}
     assert len(budgets) == 1
@@ -195,7 +202,7 @@ def test_what_cannot_be_compared_fairly_is_refused(project, overrides, settings,
 
 
 def test_a_sweep_ends_with_table_picture_and_sentence(project):
-    console = Console(file=open(os.devnull, "w"), width=200, record=True)  # noqa: SIM115
+    console = loud()
     folder = run_sweep(project, reasoning=RATIOS, console=console)
     assert set(ran(project).values()) == {1}
     assert len(ran(project)) == 5
@@ -218,7 +225,7 @@ def test_finished_runs_are_left_alone_and_only_the_missing_one_is_done(project):
 
 def test_a_crashed_run_shows_the_end_of_its_log_and_is_tried_once_more(project):
     (project / "out/crash-tiny-r0-s3407").write_text("1")
-    console = Console(file=open(os.devnull, "w"), width=200, record=True)
+    console = loud()
     assert do(project, [0, 1], console) == []
     assert ran(project) == {"tiny-r0-s3407": 2, "tiny-r1-s3407": 1}
     shown = console.export_text()
@@ -251,16 +258,16 @@ def test_a_folder_of_another_recipe_is_refused_before_anything_trains(project):
 
 def test_two_workers_never_do_the_same_run(project, monkeypatch):
     monkeypatch.setenv("TEST_SECONDS", "0.3")
-    monkeypatch.setattr(sweeps, "PATIENCE", 0.1)
+    monkeypatch.setattr(workers, "PATIENCE", 0.1)
     code = (
-        "import sys; from toolkit import sweep; sweep.PATIENCE = 0.1; from rich.console import Console\n"
+        "import sys; from toolkit import sweep, workers; workers.PATIENCE = 0.1; from rich.console import Console\n"
         "sweep.sweep(sys.argv[1], reasoning=[0, 0.25, 0.5, 0.75, 1], console=Console(quiet=True),\n"
         "            command=lambda file: [sys.executable, sys.argv[2], str(file)])"
     )
     plan(recipes.load(project / "tiny.yaml"), RATIOS, 1, [], silent())  # the mixes are compiled: both start at once
     words = [sys.executable, "-c", code, str(project / "tiny.yaml"), str(project / "runner.py")]
-    workers = [subprocess.Popen(words, cwd=ROOT) for _ in range(2)]
-    assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
+    started = [subprocess.Popen(words, cwd=ROOT) for _ in range(2)]
+    assert [worker.wait(timeout=60) for worker in started] == [0, 0]
     assert ran(project) == dict.fromkeys([f"tiny-r{r:g}-s3407" for r in RATIOS], 1)
 
 
@@ -280,7 +287,7 @@ def test_a_claim_has_one_winner_among_many(tmp_path):
 def test_the_claim_of_a_dead_process_is_void_and_that_of_a_living_one_or_of_another_machine_is_not(tmp_path):
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     held = claim(tmp_path / "run")
-    held.write_text(json.dumps(sweeps._signature(child.pid)))
+    held.write_text(json.dumps(workers._signature(child.pid)))
     assert claim(tmp_path / "run") is None
     child.communicate(b"\n")
     taken = claim(tmp_path / "run")
@@ -291,7 +298,7 @@ def test_the_claim_of_a_dead_process_is_void_and_that_of_a_living_one_or_of_anot
 
 def test_a_killed_sweep_goes_on_and_waits_for_the_run_that_still_lives(project, monkeypatch):
     monkeypatch.setenv("TEST_SECONDS", "1.5")
-    monkeypatch.setattr(sweeps, "PATIENCE", 0.1)
+    monkeypatch.setattr(workers, "PATIENCE", 0.1)
     code = (
         "import sys; from toolkit import sweep; from rich.console import Console\n"
         "sweep.sweep(sys.argv[1], reasoning=[0, 1], console=Console(quiet=True),\n"
@@ -343,3 +350,37 @@ def test_only_does_that_one_run_and_an_unknown_one_is_refused(project):
     assert ran(project) == {"tiny-r1-s3407": 1}
     with pytest.raises(ToolkitError, match=r"no such run in this sweep. Its runs: data.reasoning=0 data.seed=3407"):
         run_sweep(project, only=["data.reasoning=0.3", "data.seed=3407"])
+
+
+AGENT_RUNNER = """
+import sys
+from rich.console import Console
+from toolkit.sweep import sweep
+path, runner, only = sys.argv[1], sys.argv[2], sys.argv[sys.argv.index("--only") + 1 :]
+sweep(path, reasoning=[0, 1], seeds=2, only=only, console=Console(quiet=True),
+      command=lambda file: [sys.executable, runner, str(file)])
+"""
+
+
+@pytest.mark.slow  # half a minute: wandb's agents look for work every five seconds
+def test_two_stock_wandb_agents_work_through_the_file_and_do_every_run_once(project):
+    runs = plan(recipes.load(project / "tiny.yaml"), [0, 1], 2, [], silent())
+    sweeps.write(project / "out/tiny-sweep", runs, ["tiny.yaml"], [0, 1], 2, [])
+    grid = yaml.safe_load((project / "out/tiny-sweep/sweep.yaml").read_text())
+    (project / "agent_runner.py").write_text(AGENT_RUNNER)
+    words = [
+        sys.executable,
+        "agent_runner.py",
+        "tiny.yaml",
+        "runner.py",
+    ]  # `python -m toolkit sweep`, with scripted training
+    grid["command"] = words + grid["command"][grid["command"].index("--only") :]
+    (project / "sweep.yaml").write_text(yaml.safe_dump(grid))
+    stock = [sys.executable, "-m", "wandb"]
+    with SweepService() as service:
+        environment = service.environment() | {"PYTHONPATH": str(ROOT)}
+        subprocess.run([*stock, "sweep", "sweep.yaml"], env=environment, cwd=project, check=True, timeout=120)
+        agents = [subprocess.Popen([*stock, "agent", "me/p/sweep1"], env=environment, cwd=project) for _ in range(2)]
+        assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
+        assert {agent for agent, _ in service.given} == {"agent1", "agent2"}
+    assert ran(project) == {run.name: 1 for run in runs}

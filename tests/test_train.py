@@ -128,6 +128,29 @@ def test_a_checkpoint_cut_short_is_removed_and_the_one_before_is_used(runs, tmp_
         assert not last.exists()
 
 
+def test_a_batch_has_the_same_loss_packed_and_padded():
+    import torch
+    import transformers
+    import trl
+
+    from toolkit.mix import compile_mix
+
+    rows = compile_mix(small(overrides=["data.budget=3000"])).train[:6]
+    model = transformers.AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(POCKET)
+    padded = transformers.DataCollatorForSeq2Seq(tokenizer)(list(train.dataset(rows)))
+    collate = trl.trainer.sft_trainer.DataCollatorForLanguageModeling(tokenizer.pad_token_id, padding_free=True)
+    packed_rows = trl.pack_dataset(train.dataset(rows), seq_length=512, strategy="bfd")
+    packed = collate(list(packed_rows))
+    assert len(packed_rows) < len(rows)
+    assert sorted(packed["labels"][packed["labels"] != -100].tolist()) == sorted(
+        padded["labels"][padded["labels"] != -100].tolist()
+    )
+    with torch.no_grad():
+        losses = [model(**batch, use_cache=False).loss.item() for batch in (padded, packed)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def small(name="claimed", overrides=()):
     return recipe.load("data_recipes/pocket.yaml", [f"name={name}", *overrides])
 

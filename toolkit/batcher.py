@@ -18,6 +18,8 @@ from toolkit.splitter import Splitter
 
 ROWS = 16
 """Requests generated together at most."""
+TOKENS = 8192
+"""Prompts and replies of a batch at most, padding included: for an 8B model they take 1.2 GB (fit.py's KV cache)."""
 GATHER = 0.01
 """Seconds an idle model waits for company after a request came."""
 
@@ -101,11 +103,12 @@ class Batcher:
         return jobs
 
     def _fits(self, job: Job, jobs: list[Job]) -> bool:
-        """Same adapter and truncation; and padding to the longest prompt must not take room from the longest reply."""
+        """Same adapter and truncation, within TOKENS; and padding must not take room from the longest reply."""
         group = [*jobs, job]
         longest = max(len(j.ids) for j in group) + max(j.limit for j in group)
         kinds = {(j.ask.model or self.names[0], j.ask.values["top_k"], j.ask.values["min_p"]) for j in group}
-        return len(kinds) == 1 and longest <= self.context
+        alone = len(group) == 1 or len(group) * longest <= max(TOKENS, self.context)
+        return len(kinds) == 1 and longest <= self.context and alone
 
     def _answer(self, jobs: list[Job]) -> None:
         if not jobs:

@@ -70,14 +70,15 @@ class Progress(TrainerCallback):
             self.bar.update(self.task, completed=state.global_step, description=text)
         elif time.monotonic() - self.printed > self.PLAIN_EVERY or state.global_step == state.max_steps:
             self.printed = time.monotonic()
-            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}")
+            left = self.counter.seconds / self.counter.steps * (state.max_steps - state.global_step)
+            self.console.print(f"step {state.global_step}/{state.max_steps}  {text}  {left:.0f} s left")
 
 
 class Counter(TrainerCallback):
     """Tokens and supervised tokens seen since training began in this process, with the seconds and memory they took."""
 
     def __init__(self):
-        self.tokens = self.supervised = 0
+        self.tokens = self.supervised = self.steps = 0
         self.seconds = 0.0
         self.first_step: float | None = None
         """Clock time when the first step ended."""
@@ -94,6 +95,7 @@ class Counter(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):  # noqa: ARG002 - as above
         self.seconds += time.monotonic() - self._since  # evaluation and saving are not training time
+        self.steps += 1
         self.first_step = self.first_step or time.time()
 
     def line(self) -> str:

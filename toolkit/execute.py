@@ -92,7 +92,7 @@ def clean(notebook: dict, minutes: float) -> None:
     for cell in notebook["cells"]:
         cell["metadata"] = {key: value for key, value in cell["metadata"].items() if value and key in KEPT}
         if cell["cell_type"] == "code":
-            cell["outputs"] = [_output(out) for out in cell["outputs"] if not _is_widget(out)]
+            cell["outputs"] = [_output(out) for out in cell["outputs"] if not _is_empty(out)]
     line = f"{minutes:.0f} minutes on {machine()}, {time.strftime('%Y-%m-%d')}" if minutes >= 1.5 else (
         f"{60 * minutes:.0f} seconds on {machine()}, {time.strftime('%Y-%m-%d')}"
     )  # fmt: skip
@@ -128,8 +128,12 @@ def stale(notebook: dict) -> str:
     return "" if written.get("sources") == sources_sha256(notebook) else "its cells were changed afterwards"
 
 
-def _is_widget(output: dict) -> bool:
-    return bool(WIDGETS & output.get("data", {}).keys())
+def _is_empty(output: dict) -> bool:
+    """Widgets, which nothing can show without their kernel, and what a finished progress bar leaves behind."""
+    data = output.get("data", {"text/plain": "not data"})
+    return bool(WIDGETS & data.keys()) or not (
+        data.keys() - {"text/html", "text/plain"} or "".join(data["text/plain"]).strip()
+    )
 
 
 def _output(output: dict) -> dict:

@@ -26,6 +26,8 @@ BODY_BYTES = 4 << 20
 """Far above any prompt that fits a context, far below what could hurt."""
 BODY_SECONDS = 20
 """A body comes within this, or its connection is let go."""
+GRACE = 15
+"""Seconds past its deadline after which a request is answered without the model."""
 SECURITY = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -64,7 +66,8 @@ def serve(
     say(f"serving {', '.join(engine.names)} from the {source}, {engine.context} tokens of context")
     say(f"chat page: {address}/{f'#token={token}' if token else ''}    API: {address}/v1    Ctrl-C stops")
     app = create_app(engine, limits, token, local=host in LOOPBACK)
-    uvicorn.Server(settings(app)).run([listener])
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is how it ends; uvicorn has closed everything by then
+        uvicorn.Server(settings(app)).run([listener])
 
 
 def listen(host: str, port: int):
@@ -146,10 +149,10 @@ def create_app(engine, limits: Limits, token: str | None = None, *, local: bool 
 
 
 def _admit(request, token: str | None, local: bool) -> None:
-    """The token, where there is one; on loopback also that the browser meant this host (DNS rebinding)."""
+    """The token, where there is one; on loopback without one, that the browser meant this host (DNS rebinding)."""
     host = request.headers.get("host", "").rpartition(":")[0] or request.headers.get("host", "")
-    if local and host.strip("[]").lower() not in LOOPBACK:
-        raise Refused("host: expected 127.0.0.1 or localhost", 403)
+    if local and token is None and host.strip("[]").lower() not in LOOPBACK:
+        raise Refused("host: expected 127.0.0.1 or localhost (behind a proxy, serve with --token)", 403)
     given = request.headers.get("authorization", "").removeprefix("Bearer ")
     if token is not None and not hmac.compare_digest(given.encode(), token.encode()):
         raise Refused("a token is needed: Authorization: Bearer …", 401, "invalid_api_key")
@@ -188,13 +191,13 @@ async def _answer(request, engine, ask: Ask, options: Options, limits: Limits):
     watch = asyncio.create_task(_watch(request, job))
     try:
         await run_in_threadpool(engine.start, job)
-        first = await _next(pieces)
+        first = await _next(pieces, job)
         if options.stream:
             body = _events(first, pieces, writer, job, options.include_usage)
             return StreamingResponse(body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         while first.kind != "end":
             writer.delta(first)
-            first = await _next(pieces)
+            first = await _next(pieces, job)
         return JSONResponse(writer.reply(first))
     except BaseException:
         job.cancelled.set()
@@ -203,8 +206,13 @@ async def _answer(request, engine, ask: Ask, options: Options, limits: Limits):
         watch.cancel()
 
 
-async def _next(pieces: asyncio.Queue) -> Piece:
-    piece = await pieces.get()
+async def _next(pieces: asyncio.Queue, job: Job) -> Piece:
+    """The next piece. The engine itself keeps to the deadline, at its next token; a model that hangs does not."""
+    try:
+        async with asyncio.timeout(max(0, job.deadline - time.monotonic()) + GRACE):
+            piece = await pieces.get()
+    except TimeoutError as error:
+        raise Refused("the model did not answer in time", 503, "timeout") from error
     if piece.error:
         raise piece.error
     return piece
@@ -224,7 +232,7 @@ async def _events(first: Piece, pieces, writer: Writer, job: Job, include_usage:
         yield _event(writer.chunk({**role, "content": ""}))
         while piece.kind != "end":
             yield _event(writer.chunk(writer.delta(piece)))
-            piece = await _next(pieces)
+            piece = await _next(pieces, job)
         yield _event(writer.chunk({}, piece.finish))
         if include_usage:
             yield _event(writer.usage_chunk(piece))

@@ -18,11 +18,8 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +29,7 @@ import yaml
 from toolkit import recipe as recipes
 from toolkit.mix import compile_mix
 from toolkit.recipe import Recipe, ToolkitError, outputs
+from toolkit.workers import work
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 OURS = {
@@ -39,8 +37,6 @@ OURS = {
     "train.per_device_train_batch_size": "rows per step follow from budget and steps: sweep train.max_steps or data.budget",
     "train.gradient_accumulation_steps": "rows per step follow from budget and steps: sweep train.max_steps or data.budget",
 }
-TRIES, TAIL, PATIENCE = 2, 15, 2.0
-"""Attempts at a run, lines of a crashed run's log that are shown, seconds between looks at runs that others hold."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ def sweep(
     path: str | Path,
     overrides: Sequence[str] = (),
     *,
-    reasoning: Sequence[float] | None = RATIOS,
+    reasoning: Sequence[float] = RATIOS,
     seeds: int = 1,
     settings: Sequence[str] = (),
     only: Sequence[str] = (),
@@ -94,7 +90,7 @@ def sweep(
 ) -> Path:
     """Plan, run what is not finished, compare; returns the sweep's folder, outputs/<name>-sweep.
 
-    `settings` are `key=value,value` of any recipe key; `only` (`key=value` for every swept key) does just that run, for
+    No `reasoning` keeps the recipe's own share; `settings` are `key=value,value` of any recipe key; `only` (`key=value` for every swept key) does just that run, for
     wandb's agents. Raises ToolkitError when the recipe cannot be swept, or at the end when runs failed twice.
     """
     from toolkit.run import default_console
@@ -108,19 +104,17 @@ def sweep(
     _refuse_other_recipes(runs)
     if only:
         runs = [_chosen(runs, only, base)]
-    failed = work(runs, folder, command, console)
+    failed = work([run.name for run in runs], folder, command, console)
     if not only:
-        conclude([run for run in runs if run not in failed], folder, console)
+        conclude([run.name for run in runs if run.name not in failed], folder, console)
     if failed:
-        names = ", ".join(run.name for run in failed)
+        names = ", ".join(failed)
         raise ToolkitError(f"{len(failed)} of {len(runs)} runs failed: {names}. Logs: {folder / 'logs'}. "
                            "The same command tries them again; finished runs stay as they are")  # fmt: skip
     return folder
 
 
-def plan(
-    base: Recipe, reasoning: Sequence[float] | None, seeds: int, settings: Sequence[str], console
-) -> list[Planned]:
+def plan(base: Recipe, reasoning: Sequence[float], seeds: int, settings: Sequence[str], console) -> list[Planned]:
     """Every run, with one budget and one number of steps for all that differ only in ratio and seed."""
     from toolkit.run import resolve
 
@@ -130,7 +124,7 @@ def plan(
     base = resolve(base, console)
     runs = []
     for chosen in itertools.product(*(_values(setting, base) for setting in settings)):
-        swept = [{"data.reasoning": float(ratio)} for ratio in reasoning] if reasoning is not None else [{}]
+        swept = [{"data.reasoning": float(ratio)} for ratio in reasoning] or [{}]
         several = [{**r, "data.seed": base.data.seed + n, **dict(chosen)} for r in swept for n in range(seeds)]
         runs += _same_budget([(_recipe(base, parameters), parameters) for parameters in several], console)
     return runs
@@ -255,7 +249,7 @@ def write(folder: Path, runs: list[Planned], words: list[str], reasoning, seeds:
              "reasoning_share": r.share, "rows": r.rows, "rows_per_step": r.batch, "steps": r.steps,
              "trained_supervised_tokens": r.trained} for r in runs]  # fmt: skip
     (folder / "sweep.json").write_text(json.dumps({"runs": rows}, indent=1), encoding="utf-8")
-    words = [*words, *([] if reasoning is None else ["--reasoning", *map(_text, reasoning)]), "--seeds", str(seeds)]
+    words = [*words, "--reasoning", *map(_text, reasoning), "--seeds", str(seeds)]
     words += ["--set", *settings] if settings else []
     grid = wandb_grid(folder.name, runs, words)
     (folder / "sweep.yaml").write_text(yaml.safe_dump(grid, sort_keys=False), encoding="utf-8")
@@ -295,139 +289,11 @@ def _refuse_other_recipes(runs: list[Planned]) -> None:
             )
 
 
-def finished(run: Planned) -> bool:
-    """Trained and scored."""
-    folder = outputs() / run.name
-    manifest = folder / "manifest.json"
-    return (folder / "eval.json").is_file() and manifest.is_file() and "finished" in json.loads(manifest.read_text())
-
-
-def work(runs: list[Planned], folder: Path, command: Callable, console) -> list[Planned]:
-    """Do every run that nobody else does, then wait for the others'; returns those that failed here."""
-    for run in runs:
-        if finished(run):
-            console.print(f"{run.name}: finished before, left as it is")
-    failed: list[Planned] = []
-    waiting = None
-    while open_ := [run for run in runs if not finished(run) and run not in failed]:
-        run, held = _take(open_, folder / "claims")
-        if run is None:
-            waiting = _wait(folder / "claims" / open_[0].name, waiting, console)
-            continue
-        try:
-            if not _attempts(run, held, folder, command, console):
-                failed.append(run)
-        finally:
-            held.unlink()
-    return failed
-
-
-def _take(open_: list[Planned], claims: Path) -> tuple[Planned, Path] | tuple[None, None]:
-    """The first run that can be claimed and is still to be done."""
-    for run in open_:
-        if held := claim(claims / run.name):
-            if not finished(run):
-                return run, held
-            held.unlink()  # whoever had it finished it between our look and our claim
-    return None, None
-
-
-def _wait(claims: Path, before: Path | None, console) -> Path | None:
-    newest = _newest(claims)
-    if newest and newest != before:
-        console.print(
-            f"waiting for {claims.name}, which another process does (if it is gone for good, delete {newest})"
-        )
-    time.sleep(PATIENCE)
-    return newest
-
-
-def _attempts(run: Planned, claimed: Path, folder: Path, command: Callable, console) -> bool:
-    """One run in its own process, twice if it crashes; the end of its log is shown when it does."""
-    log = folder / "logs" / f"{run.name}.log"
-    for attempt in range(1, TRIES + 1):
-        console.print(f"{run.name}: {'training' if attempt == 1 else 'trying again'} (log: {log})")
-        began, code = time.time(), _process(command(folder / "recipes" / f"{run.name}.yaml"), log, claimed, folder.name)
-        if code == 0 and finished(run):
-            console.print(f"{run.name}: done in {time.time() - began:.0f} s")
-            return True
-        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL:]
-        console.print(
-            f"{run.name}: crashed after {time.time() - began:.0f} s with exit code {code}; its log ends:", style="red"
-        )
-        console.print("\n".join(f"    {line}" for line in tail), markup=False)
-    return False
-
-
-def _process(command: list[str], log: Path, claimed: Path, group: str) -> int:
-    """Exit code of the run's process. Its number joins the claim: should only this process be killed, the claim holds on."""
-    environment = os.environ | {"TOOLKIT_SWEEP": group, "PYTHONUNBUFFERED": "1"}
-    with open(log, "a", encoding="utf-8") as out:
-        process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
-        )
-        try:
-            claimed.write_text(json.dumps(_signature(os.getpid(), process.pid)), encoding="utf-8")
-            return process.wait()
-        except BaseException:
-            process.terminate()
-            process.wait()
-            raise
-
-
-def claim(folder: Path) -> Path | None:
-    """The file that makes a run ours, or None while a living process holds it. A claim whose processes are gone is void;
-    then whoever first creates the next number has it, so that two can never take the same."""
-    newest = _newest(folder)
-    if newest and _alive(newest):
-        return None
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / str(int(newest.name) + 1 if newest else 1)
-    try:
-        with open(path, "x", encoding="utf-8") as file:
-            file.write(json.dumps(_signature(os.getpid())))
-    except FileExistsError:
-        return None
-    return path
-
-
-def _newest(folder: Path) -> Path | None:
-    return max(folder.glob("*"), key=lambda path: int(path.name), default=None)
-
-
-def _signature(*pids: int) -> dict:
-    import psutil
-
-    return {"host": platform.node(), "processes": {str(pid): psutil.Process(pid).create_time() for pid in pids}}
-
-
-def _alive(claimed: Path) -> bool:
-    """Whether one of a claim's processes runs; another machine's are believed to."""
-    import psutil
-
-    try:
-        held = json.loads(claimed.read_text(encoding="utf-8"))
-    except FileNotFoundError:  # given back just now
-        return False
-    except ValueError:  # between creation and its first line, or killed there
-        return time.time() - claimed.stat().st_mtime < 5 * PATIENCE
-    if held["host"] != platform.node():
-        return True
-    for pid, began in held["processes"].items():
-        try:
-            process = psutil.Process(int(pid))
-            if abs(process.create_time() - began) < 1 and process.status() != psutil.STATUS_ZOMBIE:
-                return True
-        except psutil.NoSuchProcess:
-            continue
-    return False
-
-
-def conclude(runs: list[Planned], folder: Path, console) -> None:
+def conclude(runs: list[str], folder: Path, console) -> None:
     """The table, the picture and the sentence."""
     from toolkit import compare, report
 
-    comparison = compare.compare([outputs() / run.name for run in runs])
+    comparison = compare.compare([outputs() / run for run in runs])
     paths = report.write(comparison, folder)
     console.print(report.table(comparison))
     for name, why in comparison.left_out:

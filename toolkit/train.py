@@ -230,7 +230,7 @@ def sft_config(recipe: Recipe, settings: dict, folder: Path, validates: bool):
     import trl
 
     half = torch.cuda.is_available()
-    bf16 = half and torch.cuda.is_bf16_supported()  # a T4 is not: fp16 there
+    bf16 = half and torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 only emulates it: fp16 there
     packing = bool(settings.get("packing"))
     values = {"bf16": bf16, "fp16": half and not bf16, "save_strategy": settings["eval_strategy"], **settings}
     values |= {
