@@ -40,8 +40,9 @@ NOT_PROSE = (
     r"<[^>]*>",
 )
 """Code, formulas, links, HTML."""
-FEW = "train.max_steps=4 data.budget=4000 data.validation_size=8 evaluate.max_new_tokens=16"
-TINY = "train.max_steps=2 evaluate.max_new_tokens=16"
+ASKED = "evaluate.max_new_tokens=64 evaluate.questions.0.max_rows=4"
+FEW = f"train.max_steps=4 data.budget=4000 data.validation_size=8 evaluate.questions.1.max_rows=4 {ASKED}"
+TINY = f"train.max_steps=2 {ASKED}"
 SMALL = {
     "00_quickstart": {"PROMPTS": ["What is 17 + 25?"], "CHANGES": FEW},
     "01_mix": {"CHANGES": "data.budget=4000 data.validation_size=8"},
@@ -272,13 +273,13 @@ def test_all_notebooks_run_on_a_cpu(tmp_path):
     assert len([cell for cell in done.cells if cell.cell_type == "code"]) > 4 * len(NAMES)
 
 
-def _joined():
+def _joined(names=NAMES):
     import nbformat
     from papermill.iorw import load_notebook_node
     from papermill.parameterize import parameterize_notebook
 
     whole = nbformat.v4.new_notebook()
-    for name in NAMES:
+    for name in names:
         notebook = load_notebook_node(str(ROOT / "notebooks" / f"{name}.ipynb"))
         notebook = parameterize_notebook(notebook, SMALL[name], kernel_name="python3", language="python")
         whole.cells += [nbformat.v4.new_code_cell(cell.source) for cell in notebook.cells if cell.cell_type == "code"]

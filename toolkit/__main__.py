@@ -190,12 +190,50 @@ def bench(args):
         bench.record(measured)
 
 
+def chat(args):
+    """Talk to a run in the terminal: both modes, adapter on or off."""
+    from toolkit.chat import chat
+
+    chat(args.run, source=args.source, quant=args.quant, thinking=not args.no_think, max_tokens=args.max_new_tokens)
+
+
+def serve(args):
+    """OpenAI-compatible API and a chat page, on 127.0.0.1; several runs share their base."""
+    from toolkit import serve
+
+    limits = serve.Limits(args.max_new_tokens, args.timeout, args.queue)
+    options = {"host": args.host, "port": args.port, "token": args.token}
+    serve.serve(args.runs, source=args.source, quant=args.quant, limits=limits, say=print, **options)
+
+
+def generate(args):
+    """Answer a file of prompts in one mode or both; run again, it goes on where it stopped."""
+    from rich.progress import Progress
+
+    from toolkit.batch import answer_file
+
+    options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "seed": args.seed}
+    with Progress(console=console()) as bar:
+        task = bar.add_task("answering", total=None)
+        counts = answer_file(args.run, args.prompts, args.replies, args.mode, **options,
+                             progress=lambda done, total: bar.update(task, completed=done, total=total))  # fmt: skip
+    console().print(
+        f"{counts['prompts']} prompts: {counts['answered']} replies written to {args.replies}, {counts['there']} were there, "
+        f"{counts['unfinished']} cut at --max-new-tokens {args.max_new_tokens}"
+    )
+
+
 RECIPE = [
     (("recipe",), {"nargs": "?", "help": "a YAML file; without one, hybrid on a GPU with a Hub, else pocket"}),
     (("overrides",), {"nargs": "*", "metavar": "key=value", "help": "e.g. train.max_steps=10 data.reasoning=0.5"}),
     (("--fresh",), {"action": "store_true", "help": "compile or train anew; an old run is moved aside"}),
 ]
 RUN = [(("run",), {"type": Path, "help": "a run's folder, or its name under outputs/"})]
+WEIGHTS = [
+    (("--quant",), {"help": "which GGUF; default: the first there of q8_0, f16, bf16, q6_k, q5_k_m, q4_k_m"}),
+    (("--max-new-tokens",), {"type": int, "default": 2048, "metavar": "N", "help": "of one reply; default 2048"}),
+]
+SOURCES = {"dest": "source", "choices": ("adapter", "merged", "gguf")}
 VERBS = {
     "setup": (setup, []),
     "doctor": (doctor, []),
@@ -249,6 +287,49 @@ VERBS = {
         ],
     ),
     "verify": (verify, RUN),
+    "chat": (
+        chat,
+        [
+            *RUN,
+            (("--from",), SOURCES | {"help": "default: the certified GGUF on a CPU, else the adapter"}),
+            *WEIGHTS,
+            (("--no-think",), {"action": "store_true", "help": "begin in non-thinking mode"}),
+        ],
+    ),
+    "serve": (
+        serve,
+        [
+            (("runs",), {"nargs": "+", "metavar": "run", "help": "folders or names; several: adapters of one base"}),
+            (
+                ("--from",),
+                SOURCES | {"default": "adapter", "help": "default: adapter, which can also answer as the base"},
+            ),
+            *WEIGHTS,
+            (("--host",), {"default": "127.0.0.1", "help": "another needs a token"}),
+            (("--port",), {"type": int, "default": 8000}),
+            (("--token",), {"help": "what requests must bring; made and printed when --host is not this machine"}),
+            (
+                ("--timeout",),
+                {"type": float, "default": 300, "metavar": "SECONDS", "help": "of one request; default 300"},
+            ),
+            (
+                ("--queue",),
+                {"type": int, "default": 64, "metavar": "N", "help": "requests that may wait; beyond, 429; default 64"},
+            ),
+        ],
+    ),
+    "generate": (
+        generate,
+        [
+            *RUN,
+            (("prompts",), {"type": Path, "help": ".txt (one a line), .jsonl, .json, .csv or .parquet"}),
+            (("replies",), {"type": Path, "help": "a .jsonl, new or to be gone on with"}),
+            (("--mode",), {"choices": ("both", "thinking", "non_thinking"), "default": "both"}),
+            (("--max-new-tokens",), {"type": int, "default": 1024, "metavar": "N"}),
+            (("--batch-size",), {"type": int, "default": 16, "metavar": "N"}),
+            (("--seed",), {"type": int, "default": 3407}),
+        ],
+    ),
     "bench": (
         bench,
         [
