@@ -50,7 +50,7 @@ BUDGET = {"examples": 400, "tokens": 14_000, "supervised_tokens": 3_000}
 
 @pytest.mark.parametrize("unit", mix.UNITS)
 def test_every_ratio_is_met_within_a_point_in_the_recipes_unit(unit):
-    for share in [*np.arange(0, 1.01, 0.1).round(2).tolist(), 0.05, 0.95]:
+    for share in np.arange(0, 1.01, 0.05).round(2).tolist():
         report = compiled(overrides=[f"data.reasoning={share}"], unit=unit, budget=BUDGET[unit]).report
         assert abs(report["achieved"][unit].get("math", 0) - share) <= 0.01, (unit, share)
         assert set(report["achieved"]) == set(mix.UNITS)
@@ -96,7 +96,7 @@ def test_every_training_row_teaches_exactly_what_the_inference_prompt_lacks(name
     from transformers import AutoTokenizer
 
     folder = POCKET if name == "pocket" else request.getfixturevalue("qwen3")
-    built = build(budget=2500, overrides=[f"model.model_name={folder}"])
+    built = build(budget=4000, overrides=[f"model.model_name={folder}"])
     mixed = mix.compile_mix(built)
     assert len(mixed.train) > 100
     assert independent(mixed, AutoTokenizer.from_pretrained(folder), built.data.sources) == []

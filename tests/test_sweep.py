@@ -267,7 +267,7 @@ def test_two_workers_never_do_the_same_run(project, monkeypatch):
     plan(recipes.load(project / "tiny.yaml"), RATIOS, 1, [], silent())  # the mixes are compiled: both start at once
     words = [sys.executable, "-c", code, str(project / "tiny.yaml"), str(project / "runner.py")]
     started = [subprocess.Popen(words, cwd=ROOT) for _ in range(2)]
-    assert [worker.wait(timeout=60) for worker in started] == [0, 0]
+    assert [worker.wait(timeout=300) for worker in started] == [0, 0]
     assert ran(project) == dict.fromkeys([f"tiny-r{r:g}-s3407" for r in RATIOS], 1)
 
 

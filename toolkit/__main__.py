@@ -92,7 +92,8 @@ def mix(args):
         for part in show.terminal(mixed, render.load_chat(recipe.model.model_name, recipe.model.revision), args.show):
             out.print(part)
     picture = mixed.folder / "mix.png"
-    show.figure(mixed).savefig(picture, dpi=120)
+    if args.fresh or not picture.is_file():
+        show.figure(mixed).savefig(picture, dpi=120)
     out.print(f"mix.json, mix.png and quarantine.jsonl: {mixed.folder}")
 
 

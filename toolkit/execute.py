@@ -113,8 +113,8 @@ def machine() -> str:
 
 
 def sources_sha256(notebook: dict) -> str:
-    """Identity of what outputs depend on: every cell's kind and text, without what `execute` itself writes there."""
-    texts = [[cell["cell_type"], MEASURED.sub("", "".join(cell["source"]))] for cell in notebook["cells"]]
+    """Identity of what outputs depend on: the text of every code cell."""
+    texts = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     return hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
 
 

@@ -4,6 +4,7 @@ path, *overrides = pick("data_recipes/quickstart.yaml", "data_recipes/pocket.yam
 """
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import io
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
+import rich.jupyter
+
 from toolkit import recipe as recipes
 from toolkit.recipe import Recipe, Source, ToolkitError, outputs
 
@@ -25,6 +28,8 @@ To change it: sed -i 's#OLD#NEW#g' toolkit/notebook.py notebooks/*.ipynb README*
 REFRESH = 4.0
 """Seconds between two drawings of the live curves: one takes about a fifth of a second on a slow core."""
 os.environ.setdefault("JUPYTER_COLUMNS", "150")  # rich would cut tables at 115; wider ones scroll inside their cell
+# JupyterLab sets every <pre> apart by a line or two: a dozen printed lines would fill a screen
+rich.jupyter.JUPYTER_HTML_FORMAT = rich.jupyter.JUPYTER_HTML_FORMAT.replace('style="', 'style="margin:0;padding:0;')
 THOUGHT, TAUGHT = "#777777", "#c8e6c9"
 
 
@@ -77,6 +82,29 @@ def vram(gigabytes: float = 0) -> int:
         return torch.cuda.get_device_properties(0).total_memory
     print(f"planned for a card of {gigabytes or 8:g} GB" + ("" if gigabytes else ", as none is here"))
     return fit.card(gigabytes or 8)
+
+
+def forecast(recipe: Recipe, vram: int):
+    """A recipe's memory on a card: `auto` is the model that would be chosen for it, replies are batched as will fit."""
+    from toolkit import fit
+
+    name = recipe.model.model_name
+    planned = fit.forecast(recipe, fit.choose_model(vram, recipe) if name == "auto" else name)
+    batch = fit.generation_batch(planned, vram)
+    return fit.forecast(dataclasses.replace(planned.settings, generation_batch=batch), planned.facts)
+
+
+def memory(folder: Path) -> str:
+    """What a run took, beside its forecast where it ran on a card."""
+    from toolkit import fit
+    from toolkit.model import manifest
+
+    made = manifest(folder)
+    if "fit" not in made:
+        return f"peak: {made['peak_memory_bytes'] / fit.GIB:.2f} GiB of main memory; a forecast is made for cards, and none is here"
+    held = made["fit"]
+    sizes = (f"{name} {held[name] / fit.GIB:.2f} GiB" for name in ("forecast", "measured"))
+    return f"peak: {', '.join(sizes)} ({held['error']:+.1%})"
 
 
 # --- pictures and tables that every front end shows ------------------------------------------------------------------
@@ -146,7 +174,7 @@ def _mode(row: dict) -> str:
 
 
 def _reply(reply) -> str:
-    thought = f"<span style='color:{THOUGHT}'>💭 {escape(reply.reasoning)}</span><br>" if reply.reasoning else ""
+    thought = f"<span style='color:{THOUGHT}'>{escape(reply.reasoning)}</span><br>" if reply.reasoning else ""
     return thought + (escape(reply.answer) or "<i>(no answer)</i>")
 
 

@@ -22,9 +22,8 @@ def text_key(conversation: dict) -> bytes:
     """16 bytes that are equal for conversations with the same text, case and spacing aside."""
     parts = [m["role"] + "\n" + m.get("reasoning_content", "") + "\n" + m["content"] for m in conversation["messages"]]
     calls = [str(m["tool_calls"]) for m in conversation["messages"] if m.get("tool_calls")]
-    # Deleting bytes takes a fifth of the time of splitting into words.
-    normal = "".join(parts + calls).lower().encode("utf-8", "surrogatepass").translate(None, b" \t\n\r")
-    return hashlib.blake2b(normal, digest_size=16).digest()
+    normal = " ".join("\n".join(parts + calls).lower().split())
+    return hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 class Grams:

@@ -36,7 +36,9 @@ def curves(folder: Path):
     keys = dict.fromkeys(k for line in lines for k in line if k.startswith("eval_") and k.endswith("_loss"))
     sources = [key for key in keys if "/" in key]
     for colour, key in zip(COLOURS, sources, strict=False):
-        label = key.removeprefix("eval_").removesuffix("_loss").replace("/", ", ").replace("_", "-")
+        label = (
+            key.removeprefix("eval_").removesuffix("_loss").replace("/", ", ").replace("non_thinking", "non-thinking")
+        )
         right.plot(*_series(lines, key), color=colour, marker="o", markersize=4, label=label)
     steps, losses = _series(lines, "eval_loss")
     right.plot(steps, losses, color="black", linestyle=":", marker=".", label="all, as mixed")
@@ -64,27 +66,32 @@ def scores(result: dict):
 def forgotten(results: Mapping[str, dict]):
     """What runs lost against their base: each eval.json's content under the name it is to have."""
     figure, panels = _figure(10, 3.4, len(LOST))
+    colours = {"base": BASE, **dict(zip(results, COLOURS, strict=False))}
     for axes, (metric, (section, title)) in zip(panels, LOST.items(), strict=True):
-        scale = 1 if metric == "kl" else 100
         found = {name: result["tuned"][section][metric] for name, result in results.items()}
-        if metric != "kl":
+        if metric != "kl":  # the base's distance from itself says nothing
             found = {"base": next(iter(results.values()))["base"][section][metric], **found}
         for i, (name, value) in enumerate(found.items()):
-            _bars(axes, [i], [value], BASE if name == "base" else COLOURS[i % len(COLOURS)], name, scale)
-        axes.set_xticks(range(len(found)), list(found), fontsize=9)
-        axes.set(ylim=(0, 112 if scale == 100 else None))
+            _bars(axes, [i], [value], colours[name], name, 1 if metric == "kl" else 100, 0.6)
+        axes.set_xticks(range(len(found)), [name.replace(" + ", " +\n") for name in found], fontsize=8)
+        axes.set(ylim=(0, None if metric == "kl" else 112))
         axes.set_title(title, fontsize=10)
     return figure
 
 
-def _bars(axes, places: list[float], found: list[dict], colour: str, label: str, scale: float = 100) -> None:
+def _bars(
+    axes, places: list, found: list[dict], colour: str, label: str, scale: float = 100, width: float = 0.34
+) -> None:
+    """Bars with their intervals, the value at the foot of each; what was not measured has none."""
     measured = [(x, f) for x, f in zip(places, found, strict=True) if f["value"] is not None]
     values = [scale * f["value"] for _, f in measured]
     reach = [[scale * abs(f["value"] - f[end]) for _, f in measured] for end in ("low", "high")]
-    width = 0.34 if scale == 100 else 0.5
-    bars = axes.bar([x for x, _ in measured], values, width, yerr=reach, capsize=4, color=colour, label=label)
-    texts = [f"{value:.0f}" if scale == 100 else f"{value:.3f}" for value in values]
-    axes.bar_label(bars, texts, label_type="center", color="white" if colour != BASE else "black", fontsize=9)
+    error = {"ecolor": "#555555", "elinewidth": 1.2, "capsize": 4}
+    axes.bar([x for x, _ in measured], values, width, yerr=reach, color=colour, label=label, error_kw=error)
+    for (x, _), value in zip(measured, values, strict=True):
+        text = f"{value:.0f}" if scale == 100 else f"{value:.2g}"
+        box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+        axes.annotate(text, (x, 0), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=9, bbox=box)
 
 
 def _series(lines: list[dict], key: str) -> tuple[list, list]:
