@@ -1,11 +1,11 @@
-# make train | make test | make lab …  Windows or no make: the same verbs are `python -m toolkit VERB` (README).
+# make train | make test | make lab …  No make (Windows)? Each target is a verb: `python -m toolkit VERB` (README).
 PYTHON ?= python3
 PY := .venv/bin/python
 RECIPE ?=
+RUN ?= pocket
 ARGS ?=
-RUN ?= outputs/pocket
 
-.PHONY: setup train test lint mix evaluate sweep compare export fit bench bench-mix notebooks lab doctor clean
+.PHONY: help setup train test test-slow mix fit evaluate sweep compare replay export chat serve bench bench-mix notebooks lab doctor
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -25,11 +25,47 @@ test: setup  ## lint and tests
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	@$(PY) -m pytest tests -q -m "not slow" $(ARGS)
 
-test-slow: setup  ## the tests that take minutes: two processes, long fuzzing, real shapes
+test-slow: setup  ## the tests that take minutes: two processes, real shapes, llama.cpp's own tools
 	@$(PY) -m pytest tests -q -m slow $(ARGS)
 
-mix: setup  ## compile and show a mix without training
+mix: setup  ## compile and show a mix without training; ARGS="--show 2"
 	@$(PY) -m toolkit mix $(RECIPE) $(ARGS)
+
+fit: setup  ## memory of a run before it is run; ARGS="--vram 8"
+	@$(PY) -m toolkit fit $(RECIPE) $(ARGS)
+
+evaluate: setup  ## score a run again; RUN=name ARGS="--level full"
+	@$(PY) -m toolkit evaluate $(RUN) $(ARGS)
+
+sweep: setup  ## compare mix ratios; default: five ratios on the pocket model
+	@$(PY) -m toolkit sweep $(or $(RECIPE),data_recipes/sweep_pocket.yaml) $(ARGS)
+
+compare: setup  ## every scored run: one table, one picture, one sentence
+	@$(PY) -m toolkit compare $(ARGS)
+
+replay: setup  ## the base's own verified answers as a source; RECIPE=… ARGS="--count 100"
+	@$(PY) -m toolkit replay $(or $(RECIPE),data_recipes/pocket.yaml) $(ARGS)
+
+export: setup  ## merged weights, GGUF, Modelfile, certificate; RUN=name ARGS="--quant q4_k_m"
+	@$(PY) -m toolkit export $(RUN) $(ARGS)
+
+chat: setup  ## talk to a run; RUN=name
+	@$(PY) -m toolkit chat $(RUN) $(ARGS)
+
+serve: setup  ## API and chat page on 127.0.0.1:8000; RUN=name
+	@$(PY) -m toolkit serve $(RUN) $(ARGS)
+
+bench: setup  ## seconds until the first training step, next to the recorded value
+	@$(PY) -m toolkit bench $(ARGS)
+
+bench-mix: setup  ## time and audit the data stage beside the usual ways (minutes; an hour on busy cores)
+	@$(PY) -m tests.bench_mix $(ARGS)
+
+notebooks: setup  ## execute every notebook and write its outputs
+	@$(PY) -m toolkit notebooks $(ARGS)
+
+lab: setup  ## JupyterLab on the notebooks
+	@$(PY) -m jupyterlab notebooks $(ARGS)
 
 doctor: setup  ## what is installed, what will run, and the fix for what will not
 	@$(PY) -m toolkit doctor

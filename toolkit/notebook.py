@@ -20,7 +20,8 @@ from pathlib import Path
 import rich.jupyter
 
 from toolkit import recipe as recipes
-from toolkit.recipe import Recipe, Source, ToolkitError, outputs
+from toolkit.labels import THOUGHT, cell
+from toolkit.recipe import Recipe, outputs
 
 REPOSITORY = "https://github.com/OWNER/REPOSITORY"
 """The project's public address, the one place it is decided. Badges, set-up cells and READMEs repeat it; the tests compare.
@@ -30,7 +31,6 @@ REFRESH = 4.0
 os.environ.setdefault("JUPYTER_COLUMNS", "150")  # rich would cut tables at 115; wider ones scroll inside their cell
 # JupyterLab sets every <pre> apart by a line or two: a dozen printed lines would fill a screen
 rich.jupyter.JUPYTER_HTML_FORMAT = rich.jupyter.JUPYTER_HTML_FORMAT.replace('style="', 'style="margin:0;padding:0;')
-THOUGHT, TAUGHT = "#777777", "#c8e6c9"
 
 
 @dataclass(frozen=True)
@@ -158,15 +158,10 @@ def side_by_side(rows: Sequence[dict]):
 
     columns = [key for key in rows[0] if key not in {"prompt", "mode"}]
     cells = "".join(
-        f"<tr>{_cell(_mode(row))}{''.join(_cell(_reply(row[column])) for column in columns)}</tr>" for row in rows
+        f"<tr>{cell(_mode(row))}{''.join(cell(_reply(row[column])) for column in columns)}</tr>" for row in rows
     )
     heads = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in ("asked", *columns))
     return HTML(f"<table style='width:100%;table-layout:fixed'><tr>{heads}</tr>{cells}</table>")
-
-
-def _cell(content: str) -> str:
-    style = "text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere"
-    return f"<td style='{style}'>{content}</td>"
 
 
 def _mode(row: dict) -> str:
@@ -222,6 +217,17 @@ def ask_gguf(folder: Path, rows: Sequence[dict], *, max_new_tokens: int = 512) -
     return found
 
 
+def samples(result: dict) -> list[dict]:
+    """The replies an evaluation kept, as rows for `side_by_side`."""
+    from toolkit.generate import split_reply
+
+    def said(row: dict) -> dict:
+        return {name: Said(*split_reply(row[name])[:2]) for name in ("base", "tuned")}
+
+    rows = [row for row in result["samples"] if row["purpose"] == "answer"]
+    return [{"prompt": row["prompt"], "mode": row["mode"], **said(row)} for row in rows]
+
+
 def scored(folder: Path) -> dict:
     """A run's eval.json."""
     return json.loads((folder / "eval.json").read_text(encoding="utf-8"))
@@ -234,61 +240,3 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-# --- what is taught --------------------------------------------------------------------------------------------------
-
-
-def usual_way(conversation: dict, chat) -> tuple[str, str]:
-    """(shown, taught) as common trainers mask a row: everything after the last assistant header is taught, so a direct
-    answer teaches the empty think block that Qwen3's template writes there (TRL's assistant_only_loss, Unsloth's
-    train_on_responses_only)."""
-    whole = chat.render(conversation["messages"], conversation.get("tools"), add_generation_prompt=False)
-    header = "<|im_start|>assistant\n"
-    start = whole.rindex(header) + len(header)
-    return whole[:start], whole[start:]
-
-
-def here(conversation: dict, chat) -> tuple[str, str]:
-    """(shown, taught) by the label rule, for the last assistant turn."""
-    from toolkit.render import examples
-
-    example = examples(conversation, "auto", chat)[-1]
-    return example.prompt, example.completion
-
-
-def compared(mixed, chat):
-    """One held-out row of each source: what is taught here, and what the usual way would have taught."""
-    from IPython.display import HTML
-
-    rows = {(row.source, row.mode): row.conversation for row in reversed(mixed.validation)}
-    heads = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("here", "the usual way"))
-    body = "".join(
-        f"<tr><td colspan='2' style='text-align:left'><b>{escape(source)} · {mode.replace('_', '-')}</b></td></tr>"
-        f"<tr>{_cell(_coloured(*here(row, chat)))}{_cell(_coloured(*usual_way(row, chat)))}</tr>"
-        for (source, mode), row in sorted(rows.items())
-    )
-    return HTML(f"<table style='width:100%;table-layout:fixed'><tr>{heads}</tr>{body}</table>")
-
-
-def _coloured(shown: str, taught: str) -> str:
-    font = "font-family:monospace"
-    return (
-        f"<span style='{font};color:{THOUGHT}'>{escape(shown)}</span>"
-        f"<span style='{font};background:{TAUGHT};color:#111'>{escape(taught)}</span>"
-    )
-
-
-def first_row(source: Source, chat, placeholders: dict):
-    """The first conversation of a file as the model sees it: its format, and every turn it teaches coloured."""
-    from IPython.display import HTML
-
-    from toolkit.render import examples
-    from toolkit.sources import Rejected, conversations, detect, open_rows
-
-    number, found = next(conversations(source, seed=0, placeholders=placeholders))
-    if isinstance(found, Rejected):
-        raise ToolkitError(f"{source.path}, row {number}: {found.detail}")
-    turns = [_coloured(e.prompt, e.completion) for e in examples(found, "auto", chat, source.turns)]
-    title = f"{source.path} · {detect(source, open_rows(source))} · row {number}, {len(turns)} example(s)"
-    return HTML(f"<b>{escape(title)}</b>" + "".join(f"<pre style='white-space:pre-wrap'>{t}</pre>" for t in turns))

@@ -58,7 +58,7 @@ def scores(result: dict):
         for aside, (name, colour) in zip((-0.17, 0.17), (("base", BASE), ("tuned", TUNED)), strict=True):
             _bars(axes, [i + aside for i in range(len(shown))], [result[name][mode][m] for m in shown], colour, name)
         axes.set_xticks(range(len(shown)), [SCORES[m] for m in shown])
-        axes.set(title=title, ylim=(0, 112), ylabel="% of replies, with 95% interval")
+        axes.set(title=title, ylim=(0, 122), yticks=range(0, 101, 20), ylabel="% of replies, with 95% interval")
     panels[0].legend(frameon=False, ncols=2, loc="upper left")
     return figure
 
