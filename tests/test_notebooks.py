@@ -14,9 +14,10 @@ import time
 
 import pytest
 
-from toolkit import execute
+from toolkit import execute, labels, notebook, pictures
 from toolkit.notebook import REPOSITORY
 from toolkit.recipe import ROOT, ToolkitError
+from toolkit.render import load_chat
 
 NAMES = "00_quickstart 01_mix 02_train 03_evaluate 04_ratio_sweep 05_export 06_your_own_data".split()
 SETUP = 1
@@ -63,12 +64,12 @@ def text(cell: dict) -> str:
     return "".join(cell["source"])
 
 
-def code(notebook: dict) -> list[str]:
-    return [text(cell) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+def code(page: dict) -> list[str]:
+    return [text(cell) for cell in page["cells"] if cell["cell_type"] == "code"]
 
 
-def tagged(notebook: dict) -> list[dict]:
-    return [cell for cell in notebook["cells"] if "parameters" in cell["metadata"].get("tags", [])]
+def tagged(page: dict) -> list[dict]:
+    return [cell for cell in page["cells"] if "parameters" in cell["metadata"].get("tags", [])]
 
 
 every = pytest.mark.parametrize("name", NAMES)
@@ -95,6 +96,14 @@ def test_the_set_up_cell_finds_the_project_from_the_notebooks_folder_and_install
         cwd=ROOT / "notebooks", capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(ROOT), "")
+
+
+def test_where_the_toolkit_is_missing_the_set_up_cell_fetches_it_once(tmp_path):
+    cell = text(read(NAMES[0])["cells"][SETUP]).replace(REPOSITORY, f"file://{ROOT}")
+    program = f"{cell}\nimport toolkit; print(toolkit.__file__)"
+    for _ in range(2):  # a restarted kernel runs it again
+        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+        assert done.stdout.strip() == str(tmp_path / "toolkit-for-qwen3" / "toolkit" / "__init__.py"), done.stderr
 
 
 @every
@@ -176,18 +185,20 @@ def test_outputs_are_those_of_these_cells_and_this_version(name):
 
 
 def test_outputs_of_changed_cells_are_called_stale():
-    notebook = {"cells": [{"cell_type": "code", "source": ["print(1)"], "outputs": [{"text": ["1"]}], "metadata": {}}]}
-    notebook["metadata"] = {"toolkit": {"version": execute.__version__, "sources": execute.sources_sha256(notebook)}}
-    assert execute.stale(notebook) == ""
-    notebook["cells"][0]["source"] = ["print(2)"]
-    assert "changed" in execute.stale(notebook)
+    cell = {"cell_type": "code", "source": ["print(1)"], "outputs": [{"text": ["1"]}], "metadata": {}}
+    page = {"cells": [{**cell, "source": ["set up"], "outputs": []}, cell]}
+    page["metadata"] = {"toolkit": {"version": execute.__version__, "sources": execute.sources_sha256(page)}}
+    assert execute.stale(page) == ""
+    cell["source"] = ["print(2)"]
+    assert "changed" in execute.stale(page)
 
 
 @every
-def test_outputs_hold_no_widget_no_error_and_no_path_of_the_machine_that_made_them(name):
+def test_outputs_hold_no_widget_no_error_no_warning_and_no_path_of_the_machine_that_made_them(name):
     for cell in read(name)["cells"]:
         for output in cell.get("outputs", ()):
             assert output["output_type"] != "error"
+            assert output.get("name") != "stderr", output["text"]
             assert not execute.WIDGETS & output.get("data", {}).keys()
             assert not re.search(r"/(home|root|work|tmp|content)/\w", json.dumps({**output, "data": _texts(output)}))
 
@@ -262,6 +273,51 @@ def test_a_changed_signature_is_noticed(tmp_path, module, before, after, named):
     assert re.search(named, done.stdout)
 
 
+# --- what notebooks call ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_named_after_what_it_does():
+    words = ("data_recipes/quickstart.yaml", "data_recipes/pocket.yaml")
+    plain, again, changed = (notebook.pick(*words, text) for text in ("", "", "train.max_steps=3"))
+    assert plain == again
+    assert plain[-1] != changed[-1]
+    assert changed[1] == "train.max_steps=3"
+
+
+def test_words_in_quotation_marks_stay_together():
+    words = "data_recipes/self_cognition.yaml data.placeholders.AUTHOR='the Bakery'"
+    found = notebook.choose(words, words)
+    assert found.data.placeholders["AUTHOR"] == "the Bakery"
+
+
+def test_the_usual_way_teaches_an_empty_think_block_and_the_label_rule_does_not():
+    chat = load_chat("pocket")
+    said = [{"role": "user", "content": "Capital of Finland?"}, {"role": "assistant", "content": "Helsinki."}]
+    shown, taught = labels.usual_way({"messages": said}, chat)
+    assert taught.startswith("<think>\n\n</think>\n\nHelsinki.")
+    ours = labels.here({"messages": said}, chat)
+    assert ours[0].endswith("<think>\n\n</think>\n\n")
+    assert ours[1] == "Helsinki.<|im_end|>"
+    assert shown + taught.rstrip("\n") == "".join(ours)
+
+
+def test_curves_are_drawn_from_a_run_that_has_only_begun(tmp_path):
+    assert pictures.logged(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    left, right = pictures.curves(tmp_path).axes
+    assert list(left.lines[0].get_ydata()) == [2.0, 1.0]
+    assert left.lines[1].get_ydata()[0] == pytest.approx(2.0)
+    assert notebook.png(left.figure)[:4] == b"\x89PNG"
+    assert right.get_title()
+
+
+def test_replies_are_shown_as_text_and_never_as_markup():
+    rows = [{"prompt": "<b>?", "mode": "thinking", "base": notebook.Said("<script>", "a < b")}]
+    page = notebook.side_by_side(rows).data
+    assert "<script>" not in page
+    assert "a &lt; b" in page
+
+
 # --- execution -------------------------------------------------------------------------------------------------------
 
 
@@ -280,21 +336,21 @@ def _joined(names=NAMES):
 
     whole = nbformat.v4.new_notebook()
     for name in names:
-        notebook = load_notebook_node(str(ROOT / "notebooks" / f"{name}.ipynb"))
-        notebook = parameterize_notebook(notebook, SMALL[name], kernel_name="python3", language="python")
-        whole.cells += [nbformat.v4.new_code_cell(cell.source) for cell in notebook.cells if cell.cell_type == "code"]
+        page = load_notebook_node(str(ROOT / "notebooks" / f"{name}.ipynb"))
+        page = parameterize_notebook(page, SMALL[name], kernel_name="python3", language="python")
+        whole.cells += [nbformat.v4.new_code_cell(cell.source) for cell in page.cells if cell.cell_type == "code"]
         whole.cells.append(nbformat.v4.new_code_cell("get_ipython().run_line_magic('reset', '-f')"))
     return whole
 
 
-def _executed(notebook, tmp_path):
+def _executed(page, tmp_path):
     from nbclient import NotebookClient
 
     client = NotebookClient(
         notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
     )
     client.execute(env=quiet_environment(tmp_path))
-    return notebook
+    return page
 
 
 @pytest.mark.slow  # a training in a kernel of its own, twice

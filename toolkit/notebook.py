@@ -146,6 +146,9 @@ def live(recipe: Recipe):
     thread.start()
     try:
         yield
+    except KeyboardInterrupt:
+        print("stopped: the last checkpoint is kept, and running this cell again goes on from it")
+        raise
     finally:
         over.set()
         thread.join()
