@@ -170,7 +170,7 @@ def test_a_name_is_new_then_unfinished_then_finished(elsewhere):
 
 def test_another_recipe_under_the_same_name_is_refused_with_the_two_ways_out(elsewhere):
     train.claim(small())
-    with pytest.raises(ToolkitError, match=r"train.learning_rate: 0.003 there, 0.001 here.*another name.*--fresh"):
+    with pytest.raises(ToolkitError, match=r"train.learning_rate: 0.004 there, 0.001 here.*another name.*--fresh"):
         train.claim(small(overrides=["train.learning_rate=1e-3"]))
     assert (elsewhere / "claimed" / "recipe.yaml").is_file()
 

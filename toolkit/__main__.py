@@ -224,6 +224,13 @@ def generate(args):
     )
 
 
+def notebooks(args):
+    """Execute the notebooks and write their outputs, all at once."""
+    from toolkit import execute
+
+    execute.execute(execute.notebooks(args.names), console().print)
+
+
 RECIPE = [
     (("recipe",), {"nargs": "?", "help": "a YAML file; without one, hybrid on a GPU with a Hub, else pocket"}),
     (("overrides",), {"nargs": "*", "metavar": "key=value", "help": "e.g. train.max_steps=10 data.reasoning=0.5"}),
@@ -331,6 +338,7 @@ VERBS = {
             (("--seed",), {"type": int, "default": 3407}),
         ],
     ),
+    "notebooks": (notebooks, [(("names",), {"nargs": "*", "metavar": "NAME", "help": "e.g. 00 03; without one, all"})]),
     "bench": (
         bench,
         [

@@ -62,6 +62,10 @@ class Progress(TrainerCallback):
             self.console.print(f"step {state.global_step}: validation loss {logs['eval_loss']:.3f} ({parts})")
 
     def on_train_end(self, args, state, control, **kwargs):  # noqa: ARG002 - as above
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the bar as it stands; called too when training is interrupted."""
         if self.bar:
             self.bar.stop()
 

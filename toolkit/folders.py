@@ -95,6 +95,7 @@ def _read(folder: Path) -> Run:
 
 def _share(mix: dict, shares: dict, unit: str) -> float:
     modes = {name: source["mode"] for name, source in mix["sources"].items()}
+    shares = {name: share for name, share in shares.items() if share}  # a source at 0% is planned, but not drawn
     if all(modes[name] in ("thinking", "non_thinking") for name in shares):
         return math.fsum(share for name, share in shares.items() if modes[name] == "thinking")
     return mix["achieved_modes"][unit].get("thinking", 0.0)  # `mode: auto`: rows of one source have different modes
@@ -147,8 +148,12 @@ def group(runs: list[Run], unit: str) -> list[Point]:
     ]
 
 
+PER_RATIO = ("data.seed", "train.per_device_train_batch_size", "train.gradient_accumulation_steps")
+"""What a sweep sets for each ratio, so that all take the same supervised tokens in the same number of steps."""
+
+
 def _settings(recipe: dict) -> dict:
-    """Dotted keys that make a difference to training, other than seed and shares."""
+    """Dotted keys that make a difference to training, other than seed, shares and rows per step."""
     flat: dict = {}
 
     def walk(node, path: str) -> None:
@@ -159,7 +164,7 @@ def _settings(recipe: dict) -> dict:
             flat[path] = node
 
     walk({k: v for k, v in recipe.items() if k not in ("name", "evaluate", "export")}, "")
-    return {k: v for k, v in flat.items() if k != "data.seed" and not k.endswith(".fraction")}
+    return {k: v for k, v in flat.items() if k not in PER_RATIO and not k.endswith(".fraction")}
 
 
 def _label(share: float | None, variant: str) -> str:

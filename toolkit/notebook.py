@@ -25,7 +25,7 @@ from toolkit.recipe import Recipe, outputs
 
 REPOSITORY = "https://github.com/OWNER/REPOSITORY"
 """The project's public address, the one place it is decided. Badges, set-up cells and READMEs repeat it; the tests compare.
-To change it: sed -i 's#OLD#NEW#g' toolkit/notebook.py notebooks/*.ipynb README*.md"""
+To change it: sed -i 's#OWNER/REPOSITORY#NEW/NAME#g' toolkit/notebook.py notebooks/*.ipynb README*.md"""
 REFRESH = 4.0
 """Seconds between two drawings of the live curves: one takes about a fifth of a second on a slow core."""
 os.environ.setdefault("JUPYTER_COLUMNS", "150")  # rich would cut tables at 115; wider ones scroll inside their cell

@@ -240,6 +240,8 @@ def _override(values: dict, override: str) -> None:
     value = yaml.safe_load(text) if text else None
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML reads 2e-4 as text; on a command line nobody means text
+    if value is False and text == "no":
+        value = "no"  # eval_strategy=no is a word to SFTConfig; who means false writes false
     *parents, last = path.split(".")
     node = values
     for key in parents:
@@ -378,6 +380,8 @@ def _check_train(train: dict, where: str) -> None:
         kind = known.get(key) or {float: "float", int: "int | float", str: "str"}.get(type(default), "")
         if known and key not in known:
             raise unknown_key(where, f"train.{key}", key, known)
+        if isinstance(value, bool) and "bool" not in kind and "str" in kind:
+            raise ToolkitError(f"{where}: train.{key}: expected text, found {value} (YAML reads no as false: write 'no')")
         if isinstance(value, str) and "str" not in kind and ("float" in kind or "int" in kind):
             raise ToolkitError(f"{where}: train.{key}: expected a number, found {value!r}{_number_hint(value)}")
 

@@ -87,7 +87,7 @@ def figure(mixed: Mix):
         )
     lengths.axvline(limit, color="black", linestyle="--", linewidth=1)
     lengths.set(
-        xlabel=f"tokens per row (dashed: max_seq_length {limit:,}; longer rows are dropped, never cut)",
+        xlabel=f"tokens per row\n(dashed: max_seq_length {limit:,}; longer rows are dropped, never cut)",
         ylabel="rows",
         yscale="log",
     )

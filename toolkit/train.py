@@ -108,7 +108,7 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console, c
     settings = dict(recipe.train)
     with reporting(recipe, mixed, folder):
         while True:
-            trainer, counter, samples = _trainer(recipe, settings, mixed, model, tokenizer, folder, console)
+            trainer, counter, samples, progress = _trainer(recipe, settings, mixed, model, tokenizer, folder, console)
             try:
                 _longest_batch_first(trainer, mixed.train, counter)
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -117,6 +117,8 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console, c
                 settings = _halved(settings, trainer.state.global_step, console)
                 del trainer
                 torch.cuda.empty_cache()
+            finally:
+                progress.stop()
         if is_main():
             samples.answer(trainer.model, trainer.state.global_step, "after")
     if not is_main():
@@ -199,7 +201,8 @@ def _trainer(recipe: Recipe, settings: dict, mixed: Mix, model, tokenizer, folde
         max_new_tokens=min(256, recipe.evaluate.max_new_tokens),
         wandb=to_wandb(recipe),
     )
-    callbacks = [counter, Metrics(folder), Progress(console, counter), samples]
+    progress = Progress(console, counter)
+    callbacks = [counter, Metrics(folder), progress, samples]
     if recipe.evaluate.early_stopping_patience:
         callbacks.append(transformers.EarlyStoppingCallback(recipe.evaluate.early_stopping_patience))
     with quiet():
@@ -221,7 +224,7 @@ def _trainer(recipe: Recipe, settings: dict, mixed: Mix, model, tokenizer, folde
     trainer.remove_callback(transformers.PrinterCallback)
     if trainer.args.packing or trainer.args.padding_free:
         console.print(f"packing {trainer.args.packing}, padding-free {trainer.args.padding_free}")
-    return trainer, counter, samples
+    return trainer, counter, samples, progress
 
 
 def sft_config(recipe: Recipe, settings: dict, folder: Path, validates: bool):
