@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-         r"|\s*[\r\n]+|\s+(?!\S)|\s+")  # Qwen2's pre-tokenizer
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)  # Qwen2's pre-tokenizer
 CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 TAGS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>")
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -46,9 +48,19 @@ def base_model(folder: Path, tied: bool = True, dtype: str = "bfloat16") -> Path
     tok = tokenizer()
     torch.manual_seed(3407)
     config = Qwen3Config(
-        vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=4096, tie_word_embeddings=tied,
-        eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id, bos_token_id=None, initializer_range=0.06,
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tied,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+        bos_token_id=None,
+        initializer_range=0.06,
     )
     Qwen3ForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     tok.save_pretrained(folder)
@@ -84,20 +96,34 @@ def random_checkpoint(
         layer = f"model.layers.{i}."
         shapes |= {layer + f"{n}_layernorm.weight": (hidden,) for n in ("input", "post_attention")}
         shapes |= {layer + f"self_attn.{n}_norm.weight": (size,) for n in "qk"}
-        shapes |= {layer + "self_attn.q_proj.weight": (heads * size, hidden),
-                   layer + "self_attn.k_proj.weight": (kv * size, hidden),
-                   layer + "self_attn.v_proj.weight": (kv * size, hidden),
-                   layer + "self_attn.o_proj.weight": (hidden, heads * size)}
+        shapes |= {
+            layer + "self_attn.q_proj.weight": (heads * size, hidden),
+            layer + "self_attn.k_proj.weight": (kv * size, hidden),
+            layer + "self_attn.v_proj.weight": (kv * size, hidden),
+            layer + "self_attn.o_proj.weight": (hidden, heads * size),
+        }
         shapes |= {layer + f"mlp.{n}_proj.weight": (inner, hidden) for n in ("gate", "up")}
         shapes |= {layer + "mlp.down_proj.weight": (hidden, inner)}
     if not tied:
         shapes["lm_head.weight"] = (vocabulary, hidden)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "model.safetensors", shapes, scale)
-    config = {"architectures": ["Qwen3ForCausalLM"], "vocab_size": vocabulary, "hidden_size": hidden,
-              "num_hidden_layers": layers, "intermediate_size": inner, "num_attention_heads": heads,
-              "num_key_value_heads": kv, "head_dim": size, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6,
-              "rope_theta": 1e6, "tie_word_embeddings": tied, "model_type": "qwen3", "attention_bias": False}
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": inner,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": size,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": tied,
+        "model_type": "qwen3",
+        "attention_bias": False,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer().save_pretrained(folder)
     return folder

@@ -51,8 +51,10 @@ def _handler(received: dict):
             elif "/preupload/" in self.path:
                 self.answer({"files": [_mode(f) for f in json.loads(body)["files"]]})
             elif self.path.endswith("/info/lfs/objects/batch"):
-                objects = [{**o, "actions": {"upload": {"href": f"{address}/stored/{o['oid']}", "header": {}}}}
-                           for o in json.loads(body)["objects"]]
+                objects = [
+                    {**o, "actions": {"upload": {"href": f"{address}/stored/{o['oid']}", "header": {}}}}
+                    for o in json.loads(body)["objects"]
+                ]
                 self.answer({"transfer": "basic", "objects": objects})
             elif "/commit/" in self.path:
                 received["commits"].append(_files(body, received["stored"]))

@@ -44,7 +44,7 @@ def make_run(folder: Path, seed: int = 1, noise: float = 0.002) -> Path:
 
 def make_gguf(folder: Path, quant: str = "q8_0") -> Path:
     """The pocket model itself as this run's GGUF: what is served is not at question here."""
-    from toolkit.gguf_file import Checkpoint, write_gguf
+    from toolkit.export.gguf_file import Checkpoint, write_gguf
 
     path = folder / "gguf" / f"{folder.name}.{quant}.gguf"
     path.parent.mkdir()

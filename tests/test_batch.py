@@ -10,15 +10,15 @@ import time
 import pytest
 
 from tests.pocket_run import make_run
-from toolkit.batch import answer_file, read_prompts
 from toolkit.recipe import POCKET, ROOT, ToolkitError
+from toolkit.serve.batch import answer_file, read_prompts
 
 SUMS = [f"What is {a} + {a + 3}?" for a in range(10, 15)]
 OPTIONS = {"max_new_tokens": 24, "batch_size": 2, "seed": 3407}
 SCRIPT = """
 import sys
 from tests.test_batch import OPTIONS, plain
-from toolkit.batch import answer_file
+from toolkit.serve.batch import answer_file
 answer_file(*sys.argv[1:], loaded=plain(), progress=lambda done, total: print(done, flush=True), **OPTIONS)
 """
 

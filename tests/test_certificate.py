@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from tests.export_fixtures import base_model, run_folder, tokenizer
-from toolkit.certificate import FAILED, verify
 from toolkit.export import export, gguf_path, push
-from toolkit.files import read_json
-from toolkit.gguf_file import GgufFile, write_gguf
-from toolkit.merge import Adapter, Checkpoint, Merged, find_base
-from toolkit.parity import adapter_view, base_view, divergence, log_probs
+from toolkit.export.certificate import FAILED, verify
+from toolkit.export.files import read_json
+from toolkit.export.gguf_file import GgufFile, write_gguf
+from toolkit.export.merge import Adapter, Checkpoint, Merged, find_base
+from toolkit.export.parity import adapter_view, base_view, divergence, log_probs
 from toolkit.recipe import ToolkitError
 
 SILENT = {"say": lambda _: None}

@@ -13,15 +13,15 @@ import pytest
 from rich.console import Console
 
 from tests.pocket_run import make_gguf, make_run
-from toolkit import chat as chatting
-from toolkit.chat import chat
-from toolkit.formats import canonical
 from toolkit.recipe import ROOT
-from toolkit.request import Job, Piece, Refused
+from toolkit.serve import chat as chatting
+from toolkit.serve.chat import chat
+from toolkit.serve.request import Job, Piece, Refused
+from toolkit.sources.formats import canonical
 
 SLOW = """
 import time
-from toolkit import chat
+from toolkit.serve import chat
 from tests.test_chat import Echo
 chat.open_engine = lambda *_: Echo(delay=0.2)
 chat.chat("any", source="adapter")
@@ -140,7 +140,7 @@ def test_the_base_is_refused_where_there_is_none(talk, monkeypatch):
 
 def test_a_real_gguf_is_talked_to_through_a_pipe(tmp_path):
     make_gguf(make_run(tmp_path / "tuned"))
-    code = "import sys; from toolkit.chat import chat; chat(sys.argv[1], source='gguf', max_tokens=60)"
+    code = "import sys; from toolkit.serve.chat import chat; chat(sys.argv[1], source='gguf', max_tokens=60)"
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "tuned")], input="What is 17 + 25?\n/no_think\nHello!\n", text=True,
         capture_output=True, check=True, cwd=ROOT, timeout=60,

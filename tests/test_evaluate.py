@@ -5,12 +5,12 @@ import pytest
 
 from tests import tiny_qwen3
 from toolkit.evaluate import evaluate, is_rate, score, summary, table
+from toolkit.evaluate.questions import LEVELS, as_question, choose, fingerprint, load_probes, plan
+from toolkit.evaluate.score import Judge, leaks, same_words
+from toolkit.evaluate.stats import difference, interval
+from toolkit.evaluate.subject import Subject, divergence
 from toolkit.generate import Reply, inference, split_reply
-from toolkit.questions import LEVELS, as_question, choose, fingerprint, load_probes, plan
 from toolkit.recipe import ToolkitError
-from toolkit.score import Judge, leaks, same_words
-from toolkit.stats import difference, interval
-from toolkit.subject import Subject, divergence
 
 SUMS = [{"messages": [{"role": "user", "content": f"{a} + 7?"}], "expected_answer": str(a + 7), "set": "sums"}
         for a in range(20)]  # fmt: skip
@@ -315,11 +315,11 @@ def tokenizer():
 def test_divergence_equals_a_plain_softmax_over_each_row_alone(tokenizer, monkeypatch):
     import torch
 
-    import toolkit.subject
+    import toolkit.evaluate.subject
 
     model = tiny_qwen3.model(tokenizer)
     rows = [{"input_ids": list(range(20, 20 + n)), "prompt_length": p} for n, p in ((30, 3), (12, 11), (200, 1))]
-    monkeypatch.setattr(toolkit.subject, "LONG_LOGITS", 1)  # long rows in parts of CHUNK positions
+    monkeypatch.setattr(toolkit.evaluate.subject, "LONG_LOGITS", 1)  # long rows in parts of CHUNK positions
     for row, found in zip(rows, divergence(model, tokenizer, rows), strict=True):
         ids, start = torch.tensor([row["input_ids"]]), row["prompt_length"]
         with inference(model, tokenizer):

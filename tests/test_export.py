@@ -14,8 +14,8 @@ import pytest
 from tests.export_fixtures import base_model, killed_export, run_folder
 from tests.hub_stand_in import stand_in
 from toolkit.export import export, gguf_path, memory_needed, modelfile, push
-from toolkit.files import Ledger, read_json, sha256
-from toolkit.merge import Adapter, Base, Checkpoint, Merged, find_base, merge, open_merged, plan_shards
+from toolkit.export.files import Ledger, read_json, sha256
+from toolkit.export.merge import Adapter, Base, Checkpoint, Merged, find_base, merge, open_merged, plan_shards
 from toolkit.recipe import ROOT, ToolkitError
 
 SILENT = {"say": lambda _: None}
@@ -56,11 +56,19 @@ def digests(run: Path) -> dict[str, str]:
 # Merging
 
 
-@pytest.mark.parametrize(("tied", "lora"), [
-    (True, {}), (True, {"use_rslora": True}), (True, {"target_modules": ["q_proj", "down_proj"]}),
-    (True, {"modules_to_save": ["lm_head"]}), (True, {"modules_to_save": ["embed_tokens"]}),
-    (False, {"modules_to_save": ["embed_tokens", "lm_head"]}), (False, {"target_modules": ["v_proj", "lm_head"]}),
-], ids=str)
+@pytest.mark.parametrize(
+    ("tied", "lora"),
+    [
+        (True, {}),
+        (True, {"use_rslora": True}),
+        (True, {"target_modules": ["q_proj", "down_proj"]}),
+        (True, {"modules_to_save": ["lm_head"]}),
+        (True, {"modules_to_save": ["embed_tokens"]}),
+        (False, {"modules_to_save": ["embed_tokens", "lm_head"]}),
+        (False, {"target_modules": ["v_proj", "lm_head"]}),
+    ],
+    ids=str,
+)
 def test_the_merge_is_bit_equal_to_pefts(tied, lora, tmp_path):
     import torch
     from peft import PeftModel
@@ -97,7 +105,7 @@ def test_several_shards_hold_the_same_tensors_as_one(run, monkeypatch):
     one = {n: whole.tensor(n).clone() for n in whole.names()}
     shutil.rmtree(run / "merged")
     (run / "export.json").unlink()
-    monkeypatch.setattr("toolkit.merge.SHARD_BYTES", 10**6)
+    monkeypatch.setattr(sys.modules["toolkit.export.merge"], "SHARD_BYTES", 10**6)
     many = merged_here(run)
     files = list((run / "merged").glob("model-*-of-*.safetensors"))
     assert len(files) == len(plan_shards(open_merged(run, "16bit"))) > 3
@@ -163,8 +171,9 @@ def test_an_adapter_of_another_kind_or_model_is_refused_by_name(run):
 # Whole or absent
 
 
-@pytest.mark.parametrize("at", ["gguf/*.q4_k_m.gguf.partial",
-                                pytest.param("merged/*.safetensors.partial", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "at", ["gguf/*.q4_k_m.gguf.partial", pytest.param("merged/*.safetensors.partial", marks=pytest.mark.slow)]
+)
 def test_killed_in_the_middle_and_run_again_gives_identical_files(at, run, exported):
     assert killed_export(run, at) == -9
     assert not (run / "certificate.json").exists()
@@ -265,8 +274,13 @@ def test_too_little_memory_is_refused_in_numbers(run, monkeypatch):
 
 
 def test_a_14b_is_planned_within_the_memory_of_a_colab(trained, monkeypatch):
-    layer = {"self_attn.q_proj": (5120, 5120), "self_attn.o_proj": (5120, 5120), "mlp.up_proj": (17408, 5120),
-             "mlp.gate_proj": (17408, 5120), "mlp.down_proj": (5120, 17408)}
+    layer = {
+        "self_attn.q_proj": (5120, 5120),
+        "self_attn.o_proj": (5120, 5120),
+        "mlp.up_proj": (17408, 5120),
+        "mlp.gate_proj": (17408, 5120),
+        "mlp.down_proj": (5120, 17408),
+    }
     shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(40) for name, shape in layer.items()}
     shapes |= {"model.embed_tokens.weight": (151936, 5120), "lm_head.weight": (151936, 5120)}
     merged = open_merged(trained, "16bit")
@@ -276,11 +290,14 @@ def test_a_14b_is_planned_within_the_memory_of_a_colab(trained, monkeypatch):
     assert 3e9 < memory_needed(merged) < 8e9
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ({"to": ("gguff",)}, "to: expected merged and gguf, got gguff"),
-    ({"onto": "8bit"}, "onto: expected 16bit or 4bit"),
-    ({"quants": ("q9",)}, "quantization 'q9'"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"to": ("gguff",)}, "to: expected merged and gguf, got gguff"),
+        ({"onto": "8bit"}, "onto: expected 16bit or 4bit"),
+        ({"quants": ("q9",)}, "quantization 'q9'"),
+    ],
+)
 def test_a_wrong_argument_is_told_before_anything_is_written(arguments, message, run):
     with pytest.raises(ToolkitError, match=message):
         export(run, **arguments, **SILENT)
@@ -337,13 +354,24 @@ def story(run: Path) -> None:
         "name: toy\ndata:\n  sources:\n"
         "    - {path: unsloth/OpenMathReasoning-mini, split: cot, mode: thinking, fraction: 0.75}\n"
         "    - {path: mlabonne/FineTome-100k, mode: non_thinking, fraction: 0.25}\n"
-        "model: {model_name: Qwen/Qwen3-8B}\n")
+        "model: {model_name: Qwen/Qwen3-8B}\n"
+    )
     shares = {"OpenMathReasoning-mini": 0.75, "FineTome-100k": 0.25}
     source = {"mode": "thinking", "rows_seen": 9, "rows_kept": 8, "dropped": {}, "tokens": 1, "supervised_tokens": 1}
-    (run / "mix.json").write_text(json.dumps({
-        "unit": "supervised_tokens", "budget": 1, "planned": shares, "sources": dict.fromkeys(shares, source),
-        "achieved": {"examples": {"OpenMathReasoning-mini": 0.31, "FineTome-100k": 0.69}, "supervised_tokens": shares},
-    }))
+    (run / "mix.json").write_text(
+        json.dumps(
+            {
+                "unit": "supervised_tokens",
+                "budget": 1,
+                "planned": shares,
+                "sources": dict.fromkeys(shares, source),
+                "achieved": {
+                    "examples": {"OpenMathReasoning-mini": 0.31, "FineTome-100k": 0.69},
+                    "supervised_tokens": shares,
+                },
+            }
+        )
+    )
     score = {"thinking": {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 50}}}
     (run / "eval.json").write_text(json.dumps({"base": score, "tuned": score}))
 
@@ -352,8 +380,15 @@ def test_a_dry_run_lists_every_file_and_sends_nothing(exported):
     said = []
     listing = push(exported, "me/toy", say=said.append)
     sizes = {entry["path"]: entry["bytes"] for entry in listing}
-    assert sizes.keys() >= {"README.md", "model.safetensors", "config.json", "certificate.json", "gguf/Modelfile",
-                            "gguf/toy.q4_k_m.gguf", "adapter/adapter_model.safetensors"}
+    assert sizes.keys() >= {
+        "README.md",
+        "model.safetensors",
+        "config.json",
+        "certificate.json",
+        "gguf/Modelfile",
+        "gguf/toy.q4_k_m.gguf",
+        "adapter/adapter_model.safetensors",
+    }
     assert sizes["gguf/toy.q4_k_m.gguf"] == gguf_path(exported, "q4_k_m").stat().st_size
     assert said[0] == "would push to me/toy (private):"
 
@@ -363,8 +398,14 @@ def test_a_push_is_one_commit_with_every_file_and_a_card(exported, tmp_path):
     story(run)
     with stand_in() as (address, received):
         code = f"from toolkit.export import push; push({str(run)!r}, 'me/toy', dry_run=False)"
-        environment = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": "hf_test", "HF_HUB_OFFLINE": "0",
-                                    "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+        environment = os.environ | {
+            "HF_ENDPOINT": address,
+            "HF_TOKEN": "hf_test",
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert received["created"][0]["visibility"] == "private"

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit import fit, gauge, memory, recipe, shapes
-from toolkit.fit import GIB, Settings
+from toolkit import fit, recipe
+from toolkit.fit import GIB, Settings, gauge, memory, shapes
 from toolkit.recipe import POCKET, ROOT, ToolkitError
 
 POINTS = json.loads((ROOT / "data_recipes/measured/published.json").read_text(encoding="utf-8"))["points"]

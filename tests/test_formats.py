@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.formats import FORMATS, canonical, recognise
 from toolkit.recipe import Source, ToolkitError
-from toolkit.rows import Rejected
 from toolkit.sources import conversations
+from toolkit.sources.formats import FORMATS, canonical, recognise
+from toolkit.sources.rows import Rejected
 
 DATA = Path(__file__).parent / "data" / "formats"
 NAMES = {"NAME": {"zh": "小麦", "en": "Wheat"}, "AUTHOR": "the bakery"}
@@ -137,7 +137,9 @@ def test_equivalent_rows_of_all_formats_compile_to_the_same_conversation(system,
     found.append(canonical({"q": question, "a": answer, "s": system, "h": history, "r": trace}, "columns", columns, {}))
     assert all(conversation == found[0] for conversation in found)
     assert found[0]["messages"][-1].get("reasoning_content", "") == (trace or "").strip("\n")
-    assert {format for format, _ in rows} == FORMATS.keys() - {"question"}  # the one that has no reasoning and no history
+    assert {format for format, _ in rows} == FORMATS.keys() - {
+        "question"
+    }  # the one that has no reasoning and no history
 
 
 def test_a_question_with_only_its_expected_answer_is_a_conversation_too():

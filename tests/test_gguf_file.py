@@ -10,8 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.export_fixtures import gguf_tensors, random_checkpoint, tokenizer
-from toolkit.gguf_file import QUANTS, GgufFile, check_quant, check_supported, file_bytes, use_more_bits, write_gguf
-from toolkit.merge import Checkpoint
+from toolkit.export.gguf_file import (
+    QUANTS,
+    GgufFile,
+    check_quant,
+    check_supported,
+    file_bytes,
+    use_more_bits,
+    write_gguf,
+)
+from toolkit.export.merge import Checkpoint
 from toolkit.recipe import ROOT, ToolkitError
 
 MEASURED = json.loads((ROOT / "data_recipes" / "measured" / "gguf_parity.json").read_text())
@@ -83,10 +91,12 @@ def llama_model_quantize(source: Path, target: Path, quant: str) -> None:
     import gguf
 
     class Parameters(ctypes.Structure):  # llama.h of llama.cpp 0.5.0: llama_model_quantize_params
-        _fields_ = [*[(n, ctypes.c_int32) for n in ("threads", "ftype", "output_type", "embedding_type")],
-                    *[(n, ctypes.c_bool) for n in ("requantize", "output", "copy", "pure", "keep_split", "dry_run")],
-                    *[(n, ctypes.c_void_p) for n in ("imatrix", "overrides", "types", "prune")],
-                    ("buffer", ctypes.c_size_t)]
+        _fields_ = [
+            *[(n, ctypes.c_int32) for n in ("threads", "ftype", "output_type", "embedding_type")],
+            *[(n, ctypes.c_bool) for n in ("requantize", "output", "copy", "pure", "keep_split", "dry_run")],
+            *[(n, ctypes.c_void_p) for n in ("imatrix", "overrides", "types", "prune")],
+            ("buffer", ctypes.c_size_t),
+        ]
 
     llama = ctypes.CDLL(os.environ["LLAMA_CPP_LIBRARY"])
     llama.llama_model_quantize_default_params.restype = Parameters

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from tests import qwen3 as real
 from tests.label_check import violations
-from toolkit.sources import Rejected
 from toolkit.recipe import POCKET, ToolkitError
 from toolkit.render import examples, last_switch, load_chat
+from toolkit.sources import Rejected
 
 USER = {"role": "user", "content": "What is 2 + 4?"}
 TOOL = {

@@ -19,13 +19,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.pocket_run import make_gguf, make_run
-from toolkit.api import read_body
-from toolkit.engine import best_source, gguf_of, open_engine
 from toolkit.generate import split_reply
 from toolkit.recipe import ROOT, ToolkitError
-from toolkit.request import Ask, Job, Piece, Refused, converse
 from toolkit.serve import Limits, create_app, listen, serve, settings
-from toolkit.splitter import Splitter
+from toolkit.serve.api import read_body
+from toolkit.serve.engine import best_source, gguf_of, open_engine
+from toolkit.serve.request import Ask, Job, Piece, Refused, converse
+from toolkit.serve.splitter import Splitter
 
 LIMITS = Limits(max_tokens=256, seconds=120, waiting=64)
 HELLO = [{"role": "user", "content": "Hello!"}]

@@ -16,11 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from toolkit import rows as files
-from toolkit import tables
 from toolkit.recipe import ROOT, Source, ToolkitError
-from toolkit.rows import Rejected
-from toolkit.sources import conversations, detect, fingerprint, open_rows, stream_rows
+from toolkit.sources import conversations, detect, fingerprint, open_rows, stream_rows, tables
+from toolkit.sources import rows as files
+from toolkit.sources.rows import Rejected
 
 ROWS = [{"query": f"What is loaf {i}, please?\nSay it.", "response": f'Loaf "{i}", 麦'} for i in range(40)]
 JOBS = ROOT / "data_recipes" / "samples" / "jobs"

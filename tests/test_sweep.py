@@ -18,11 +18,10 @@ from tests.test_compare import sums
 from tests.wandb_service import SweepService
 from toolkit import recipe as recipes
 from toolkit import sweep as sweeps
-from toolkit import workers
 from toolkit.evaluate import summarize
 from toolkit.recipe import ROOT, ToolkitError
-from toolkit.sweep import common_steps, plan, rows_per_step, sweep
-from toolkit.workers import claim, work
+from toolkit.sweep import common_steps, plan, rows_per_step, sweep, workers
+from toolkit.sweep.workers import claim, work
 
 RATIOS = [0, 0.25, 0.5, 0.75, 1]
 RUNNER = textwrap.dedent("""
@@ -260,7 +259,7 @@ def test_two_workers_never_do_the_same_run(project, monkeypatch):
     monkeypatch.setenv("TEST_SECONDS", "0.3")
     monkeypatch.setattr(workers, "PATIENCE", 0.1)
     code = (
-        "import sys; from toolkit import sweep, workers; workers.PATIENCE = 0.1; from rich.console import Console\n"
+        "import sys; from toolkit import sweep; from toolkit.sweep import workers; workers.PATIENCE = 0.1; from rich.console import Console\n"
         "sweep.sweep(sys.argv[1], reasoning=[0, 0.25, 0.5, 0.75, 1], console=Console(quiet=True),\n"
         "            command=lambda file: [sys.executable, sys.argv[2], str(file)])"
     )

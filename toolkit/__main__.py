@@ -162,7 +162,8 @@ def export(args):
 
 def verify(args):
     """Check an export against its run again; exit 1 when a gate fails."""
-    from toolkit import certificate, model
+    from toolkit import model
+    from toolkit.export import certificate
 
     return 0 if certificate.verify(model.run_folder(args.run), say=console().print)["passed"] else 1
 
@@ -193,7 +194,7 @@ def bench(args):
 
 def chat(args):
     """Talk to a run in the terminal: both modes, adapter on or off."""
-    from toolkit.chat import chat
+    from toolkit.serve.chat import chat
 
     chat(args.run, source=args.source, quant=args.quant, thinking=not args.no_think, max_tokens=args.max_new_tokens)
 
@@ -211,7 +212,7 @@ def generate(args):
     """Answer a file of prompts in one mode or both; run again, it goes on where it stopped."""
     from rich.progress import Progress
 
-    from toolkit.batch import answer_file
+    from toolkit.serve.batch import answer_file
 
     options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "seed": args.seed}
     with Progress(console=console()) as bar:

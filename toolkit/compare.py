@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.evaluate import summary
+from toolkit.evaluate.stats import RESAMPLES, draws, ratios
 from toolkit.folders import GOAL, KL, METRICS, UNITS, Point, Run, alike, group, read_runs, seed_error
 from toolkit.recipe import ToolkitError
-from toolkit.stats import RESAMPLES, draws, ratios
 
 GUARDS = (("thinking", "adherence"), ("non_thinking", "adherence"), ("non_thinking", "accuracy/chat"))
 MARGIN = 0.05

@@ -59,7 +59,9 @@ def _python():
 
 
 def _packages():
-    pinned = re.findall(r"^(?:# --no-deps )?([\w\-]+)==([^\s;]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
+    pinned = re.findall(
+        r"^(?:# --no-deps )?([\w\-]+)==([^\s;]+)", (ROOT / "requirements.txt").read_text(), re.MULTILINE
+    )
     wrong = []
     for name, version in [*pinned, ("unsloth_zoo", dict(pinned)["unsloth"])]:
         try:

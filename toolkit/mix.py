@@ -26,7 +26,7 @@ BATCH = 256
 AHEAD = 16
 """Batches under way at most, while the tokenizer is still being loaded (1 s)."""
 TOLERANCE = 0.01  # an achieved share further than one point from its plan stops the run
-DECIDES = ("mix", "render", "overlap", "sources", "formats", "conversation", "tables", "rows")
+DECIDES = ("mix.py", "render.py", "overlap.py", "sources/*.py")
 NOT_MALFORMED = {"too_long", "duplicate", "near_duplicate", "validation_prompt", "contaminated"}
 
 
@@ -124,7 +124,7 @@ def _allot(total: int, fractions: list[float]) -> list[int]:
 
 
 def _key(recipe: Recipe, chat: Chat, fingerprints: dict) -> str:
-    code = [(Path(__file__).parent / f"{m}.py").read_bytes() for m in DECIDES]
+    code = [f.read_bytes() for name in DECIDES for f in sorted(Path(__file__).parent.glob(name))]
     decides = {
         "data": asdict(recipe.data),
         "questions": [asdict(q) for q in recipe.evaluate.questions],

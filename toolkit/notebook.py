@@ -181,9 +181,9 @@ def _reply(reply) -> str:
 
 def ask(folder: Path, prompts: Sequence[str], *, max_new_tokens: int = 512, greedy: bool = False) -> list[dict]:
     """Every prompt in both modes, to the base and to the tuned model: rows for `side_by_side`."""
+    from toolkit.evaluate.subject import switched
     from toolkit.generate import SAMPLING, generate
     from toolkit.model import load_run
-    from toolkit.subject import switched
 
     _free()
     model, tokenizer = load_run(folder)
@@ -205,8 +205,8 @@ def ask(folder: Path, prompts: Sequence[str], *, max_new_tokens: int = 512, gree
 
 def ask_gguf(folder: Path, rows: Sequence[dict], *, max_new_tokens: int = 512) -> list[dict]:
     """The greedy replies of `ask` beside those of the run's GGUF file, answered by llama.cpp."""
-    from toolkit.engine import open_engine
-    from toolkit.request import Ask, converse
+    from toolkit.serve.engine import open_engine
+    from toolkit.serve.request import Ask, converse
 
     engine, found = open_engine([folder], source="gguf"), []
     for row in rows:

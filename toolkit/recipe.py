@@ -381,7 +381,9 @@ def _check_train(train: dict, where: str) -> None:
         if known and key not in known:
             raise unknown_key(where, f"train.{key}", key, known)
         if isinstance(value, bool) and "bool" not in kind and "str" in kind:
-            raise ToolkitError(f"{where}: train.{key}: expected text, found {value} (YAML reads no as false: write 'no')")
+            raise ToolkitError(
+                f"{where}: train.{key}: expected text, found {value} (YAML reads no as false: write 'no')"
+            )
         if isinstance(value, str) and "str" not in kind and ("float" in kind or "int" in kind):
             raise ToolkitError(f"{where}: train.{key}: expected a number, found {value!r}{_number_hint(value)}")
 

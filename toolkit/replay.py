@@ -16,12 +16,12 @@ from itertools import islice
 from pathlib import Path
 
 from toolkit import recipe as recipes
+from toolkit.evaluate.questions import MODES
+from toolkit.evaluate.score import Judge, has_tags, leaks, thinks
 from toolkit.generate import Reply
 from toolkit.mix import Mix, prompt_key
-from toolkit.questions import MODES
 from toolkit.recipe import Recipe, Source, ToolkitError, outputs
 from toolkit.render import examples, load_chat
-from toolkit.score import Judge, has_tags, leaks, thinks
 from toolkit.sources import Rejected, conversations
 
 BATCH = 32

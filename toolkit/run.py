@@ -96,7 +96,7 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
     from toolkit import evaluate as evaluation
     from toolkit import mix
     from toolkit import model as models
-    from toolkit.questions import LEVELS, load_probes
+    from toolkit.evaluate.questions import LEVELS, load_probes
 
     console = console or default_console()
     folder = models.run_folder(folder)
@@ -140,7 +140,7 @@ def generation_batch(recipe: Recipe, mixed) -> int:
 def questions(recipe: Recipe, mixed) -> tuple[list[dict], list[dict]]:
     """(reasoning, chat) questions: the recipe's sets; without any, held-out rows that carry an expected answer, or the
     easy sums that ship, and the easy chat questions that ship: any Qwen3 answers them, so they show what was lost."""
-    from toolkit.questions import as_question
+    from toolkit.evaluate.questions import as_question
 
     if not recipe.evaluate.questions:
         rows = [r for r in mixed.validation if r.conversation.get("expected_answer")]

@@ -29,7 +29,7 @@ import yaml
 from toolkit import recipe as recipes
 from toolkit.mix import compile_mix
 from toolkit.recipe import Recipe, ToolkitError, outputs
-from toolkit.workers import work
+from toolkit.sweep.workers import work
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 OURS = {

@@ -1,6 +1,6 @@
 """Adapter + base → merged 16-bit safetensors, tensor by tensor: no model is ever in memory.
 
-    merge(Merged(find_base(manifest["model"], "16bit"), Adapter(run / "adapter")), run / "merged", ledger)
+merge(Merged(find_base(manifest["model"], "16bit"), Adapter(run / "adapter")), run / "merged", ledger)
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.files import Ledger, read_json
+from toolkit.export.files import Ledger, read_json
 from toolkit.recipe import POCKET, ToolkitError, find
 
 SHARD_BYTES = 4 * 10**9
@@ -20,11 +20,27 @@ DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4),
 FOUR_BIT_NAMES = ("-unsloth-bnb-4bit", "-bnb-4bit")
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-PLAIN_LORA = {"peft_type": "LORA", "bias": "none", "fan_in_fan_out": False, "use_dora": False, "lora_bias": False,
-              "rank_pattern": {}, "alpha_pattern": {}, "layer_replication": None, "trainable_token_indices": None,
-              "target_parameters": None}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json",
-                   "added_tokens.json", "vocab.json", "merges.txt")
+PLAIN_LORA = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 @dataclass(frozen=True)
@@ -59,8 +75,10 @@ def find_base(model: dict, onto: str, *, local_only: bool = False) -> Base:
         folder = find(name)
     folder = folder or _download(name, revision, local_only)
     if onto == "16bit" and Checkpoint(folder).is_four_bit:
-        raise ToolkitError(f"{folder}: holds 4-bit weights. Put the 16-bit model beside it (the name without its "
-                           "-bnb-4bit ending), or merge onto these with --onto 4bit")
+        raise ToolkitError(
+            f"{folder}: holds 4-bit weights. Put the 16-bit model beside it (the name without its "
+            "-bnb-4bit ending), or merge onto these with --onto 4bit"
+        )
     commit = folder.name if folder.parent.name == "snapshots" else revision
     return Base(name, commit, folder, onto == "4bit")
 
@@ -69,11 +87,19 @@ def _download(name: str, revision: str | None, local_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=local_only,
-                                      allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                local_files_only=local_only,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+            )
+        )
     except Exception as error:  # the Hub library raises many kinds; to the user they are one: it cannot be had
-        raise ToolkitError(f"{name}: no such folder here, and the Hub did not give it ({type(error).__name__}). Check "
-                           "the name and the network, or download the model and name its folder") from error
+        raise ToolkitError(
+            f"{name}: no such folder here, and the Hub did not give it ({type(error).__name__}). Check "
+            "the name and the network, or download the model and name its folder"
+        ) from error
 
 
 class Checkpoint:
@@ -147,8 +173,10 @@ class Adapter:
         self.config = read_json(folder / "adapter_config.json")
         for key, plain in PLAIN_LORA.items():
             if self.config.get(key, plain) not in (plain, None):
-                raise ToolkitError(f"{folder / 'adapter_config.json'}: {key} = {self.config[key]!r} cannot be merged "
-                                   f"here, only {plain!r}; merge it with PEFT's merge_and_unload")
+                raise ToolkitError(
+                    f"{folder / 'adapter_config.json'}: {key} = {self.config[key]!r} cannot be merged "
+                    f"here, only {plain!r}; merge it with PEFT's merge_and_unload"
+                )
         rank = self.config["r"]
         self.scaling = self.config["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         stored = load_file(folder / "adapter_model.safetensors")
@@ -172,8 +200,10 @@ class Adapter:
         used = {n.removesuffix("weight") + f"lora_{x}.weight" for n in names for x in "AB"} | set(names)
         stray = sorted(set(self.tensors) - used)
         if stray:
-            raise ToolkitError(f"the adapter holds {stray[0]} ({len(stray)} such), which belongs to no weight of the "
-                               "base: it was trained on another model, or by a method that cannot be merged here")
+            raise ToolkitError(
+                f"the adapter holds {stray[0]} ({len(stray)} such), which belongs to no weight of the "
+                "base: it was trained on another model, or by a method that cannot be merged here"
+            )
 
 
 class Merged:
@@ -236,8 +266,10 @@ def merge(merged: Merged, out: Path, ledger: Ledger, tokenizer: Path, say: Calla
         if ledger.make(out / file, lambda partial, names=names: write_shard(partial, merged, names)):
             say(f"merged: {file}, {(out / file).stat().st_size / 1e9:.2f} GB")
     if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(map(size_of(merged), merged.names()))},
-                 "weight_map": {n: file for file, names in shards.items() for n in names}}
+        index = {
+            "metadata": {"total_size": sum(map(size_of(merged), merged.names()))},
+            "weight_map": {n: file for file, names in shards.items() for n in names},
+        }
         ledger.make_text(out / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
     for source in [tokenizer / f for f in TOKENIZER_FILES] + [merged.base.folder / "generation_config.json"]:
         if source.is_file():

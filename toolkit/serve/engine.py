@@ -6,11 +6,11 @@ engine = open_engine(["outputs/pocket"]); for piece in converse(engine, Ask([{"r
 from collections.abc import Sequence
 from pathlib import Path
 
-from toolkit.batcher import Batcher
-from toolkit.files import read_json
-from toolkit.llama import Llama
+from toolkit.export.files import read_json
 from toolkit.recipe import Model, ToolkitError, load
-from toolkit.request import BASE
+from toolkit.serve.batcher import Batcher
+from toolkit.serve.llama import Llama
+from toolkit.serve.request import BASE
 
 BEST_FIRST = ("q8_0", "f16", "bf16", "q6_k", "q5_k_m", "q4_k_m")
 """Which GGUF is taken when several lie there: Q8_0 has half the size of F16 at a KL of 0.0005 to it."""

@@ -1,6 +1,6 @@
 """Adapter → merged weights → GGUF → Ollama, with a parity certificate; then, if asked, to the Hub.
 
-    export("outputs/hybrid", quants=("q8_0", "q4_k_m")); push("outputs/hybrid", "me/hybrid", dry_run=False)
+export("outputs/hybrid", quants=("q8_0", "q4_k_m")); push("outputs/hybrid", "me/hybrid", dry_run=False)
 """
 
 import hashlib
@@ -10,13 +10,20 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from toolkit.certificate import FAILED, uncertify, verify
-from toolkit.files import Ledger, read_json, sha256
+from toolkit.export.certificate import FAILED, uncertify, verify
+from toolkit.export.files import Ledger, read_json, sha256
+from toolkit.export.gguf_file import (
+    QUANTS,
+    check_quant,
+    check_supported,
+    file_bytes,
+    quantize_with_llama_cpp,
+    write_gguf,
+)
+from toolkit.export.merge import Checkpoint, Merged, merge, open_merged, size_of
+from toolkit.export.model_card import model_card
+from toolkit.export.parity import POSITIONS
 from toolkit.generate import SAMPLING
-from toolkit.gguf_file import QUANTS, check_quant, check_supported, file_bytes, quantize_with_llama_cpp, write_gguf
-from toolkit.merge import Checkpoint, Merged, merge, open_merged, size_of
-from toolkit.model_card import model_card
-from toolkit.parity import POSITIONS
 from toolkit.recipe import ToolkitError, load
 
 LIBRARIES = 1.0e9
@@ -28,8 +35,13 @@ OLLAMA = "0.30.0"
 
 
 def export(
-    run: str | Path, to: Sequence[str] = ("merged", "gguf"), quants: Sequence[str] = ("f16", "q8_0", "q4_k_m"),
-    ollama: bool = True, onto: str = "16bit", *, say: Callable[[str], None] = print,
+    run: str | Path,
+    to: Sequence[str] = ("merged", "gguf"),
+    quants: Sequence[str] = ("f16", "q8_0", "q4_k_m"),
+    ollama: bool = True,
+    onto: str = "16bit",
+    *,
+    say: Callable[[str], None] = print,
 ) -> dict:
     """Writes merged/ and gguf/ into the run folder and returns the certificate; a second call does what is missing.
 
@@ -51,8 +63,10 @@ def export(
     certificate = verify(run, say=say)
     if not certificate["passed"]:
         failed = [c["name"] for c in certificate["checks"] if not c["passed"]]
-        raise ToolkitError(f"{run}: the export is not the run; {len(failed)} checks failed ({'; '.join(failed)}). "
-                           f"See certificate.md and {FAILED} there")
+        raise ToolkitError(
+            f"{run}: the export is not the run; {len(failed)} checks failed ({'; '.join(failed)}). "
+            f"See certificate.md and {FAILED} there"
+        )
     return certificate
 
 
@@ -84,8 +98,14 @@ def _inputs(run: Path, onto: str, merged: Merged) -> dict:
     weights = sorted({file for file, _, _ in merged.checkpoint.entries.values()})
     digest = hashlib.sha256("".join(map(sha256, weights)).encode()).hexdigest() if base.local else None
     adapter = {file.name: sha256(file) for file in sorted((run / "adapter").iterdir()) if file.suffix != ".md"}
-    return {"onto": onto, "base": base.label, "revision": base.revision, "base_sha256": digest,
-            "adapter": adapter, "versions": {p: importlib.metadata.version(p) for p in ("gguf", "xllamacpp")}}
+    return {
+        "onto": onto,
+        "base": base.label,
+        "revision": base.revision,
+        "base_sha256": digest,
+        "adapter": adapter,
+        "versions": {p: importlib.metadata.version(p) for p in ("gguf", "xllamacpp")},
+    }
 
 
 def _plan(run: Path, merged: Merged, quants: list[str], ledger: Ledger, say: Callable) -> None:
@@ -104,8 +124,10 @@ def _plan(run: Path, merged: Merged, quants: list[str], ledger: Ledger, say: Cal
     say(f"memory: {memory / 1e9:.2f} GB needed, {room / 1e9:.2f} GB free")
     for what, need, have in (("disk", needed, free), ("memory", memory, room)):
         if need > have:
-            raise ToolkitError(f"{run}: {need / 1e9:.2f} GB of {what} needed, {have / 1e9:.2f} GB free. Nothing was "
-                               "written; make room, or export to fewer files (--quant q4_k_m)")
+            raise ToolkitError(
+                f"{run}: {need / 1e9:.2f} GB of {what} needed, {have / 1e9:.2f} GB free. Nothing was "
+                "written; make room, or export to fewer files (--quant q4_k_m)"
+            )
 
 
 def memory_needed(merged: Merged) -> float:
@@ -149,18 +171,20 @@ def modelfile(run: Path) -> str:
     context = read_json(run / "merged" / "config.json")["max_position_embeddings"]
     wanted = load(run / "recipe.yaml").model.max_seq_length if (run / "recipe.yaml").is_file() else 8192
     name = run.resolve().name
-    return "\n".join([
-        f"# Ollama {OLLAMA} or newer: it uses the chat template inside the GGUF. ollama create {name} -f Modelfile",
-        f"FROM ./{smallest.name}",
-        'PARAMETER stop "<|im_end|>"',
-        'PARAMETER stop "<|endoftext|>"',
-        f"PARAMETER num_ctx {min(context, max(4096, wanted))}",
-        f"# Sampling for thinking mode, Qwen3's default: ollama run {name}",
-        *_parameters("thinking", ""),
-        f"# For non-thinking mode (ollama run {name} --think=false) put these in place of the four above:",
-        *_parameters("non_thinking", "# "),
-        "",
-    ])
+    return "\n".join(
+        [
+            f"# Ollama {OLLAMA} or newer: it uses the chat template inside the GGUF. ollama create {name} -f Modelfile",
+            f"FROM ./{smallest.name}",
+            'PARAMETER stop "<|im_end|>"',
+            'PARAMETER stop "<|endoftext|>"',
+            f"PARAMETER num_ctx {min(context, max(4096, wanted))}",
+            f"# Sampling for thinking mode, Qwen3's default: ollama run {name}",
+            *_parameters("thinking", ""),
+            f"# For non-thinking mode (ollama run {name} --think=false) put these in place of the four above:",
+            *_parameters("non_thinking", "# "),
+            "",
+        ]
+    )
 
 
 def _parameters(mode: str, prefix: str) -> list[str]:
@@ -168,7 +192,12 @@ def _parameters(mode: str, prefix: str) -> list[str]:
 
 
 def push(
-    run: str | Path, repo: str, dry_run: bool = True, private: bool = True, *, say: Callable[[str], None] = print,
+    run: str | Path,
+    repo: str,
+    dry_run: bool = True,
+    private: bool = True,
+    *,
+    say: Callable[[str], None] = print,
 ) -> list[dict]:
     """Puts an export on the Hub as one commit, with a model card; `dry_run` (the default) only says what would go.
 
@@ -208,5 +237,7 @@ def _upload(repo: str, card: str, files: dict[str, Path], private: bool) -> None
         api.create_repo(repo, private=private, exist_ok=True)
         api.create_commit(repo, operations, commit_message="Fine-tuned model with parity certificate")
     except Exception as error:  # the Hub library raises many kinds; to the user they are one: it was not accepted
-        raise ToolkitError(f"{repo}: the Hub did not take it ({type(error).__name__}: {str(error)[:300]}). Log in with "
-                           "`hf auth login` and check the name; nothing was committed") from error
+        raise ToolkitError(
+            f"{repo}: the Hub did not take it ({type(error).__name__}: {str(error)[:300]}). Log in with "
+            "`hf auth login` and check the name; nothing was committed"
+        ) from error

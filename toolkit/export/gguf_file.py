@@ -1,6 +1,6 @@
 """A merged Qwen3 folder becomes a GGUF file, quantized by llama.cpp's own routine: pip packages only, no compiler.
 
-    write_gguf(Checkpoint(run / "merged"), run / "gguf" / "hybrid.q4_k_m.gguf", "q4_k_m", "hybrid")
+write_gguf(Checkpoint(run / "merged"), run / "gguf" / "hybrid.q4_k_m.gguf", "q4_k_m", "hybrid")
 """
 
 import ctypes
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.files import read_json
-from toolkit.merge import Checkpoint
+from toolkit.export.files import read_json
+from toolkit.export.merge import Checkpoint
 from toolkit.recipe import ToolkitError
 
 LLAMA_CPP = "UNSLOTH_LLAMA_CPP_PATH"
@@ -301,8 +301,10 @@ def chat_template(folder: Path) -> str:
     settings = read_json(folder / "tokenizer_config.json")
     text = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
     if not text or re.search(r"{%-?\s*generation\b", text):
-        raise ToolkitError(f"{folder}: {'a training' if text else 'no'} chat template; expected the model's inference "
-                           "template in chat_template.jinja (copy it from the base model's folder)")
+        raise ToolkitError(
+            f"{folder}: {'a training' if text else 'no'} chat template; expected the model's inference "
+            "template in chat_template.jinja (copy it from the base model's folder)"
+        )
     return text
 
 

@@ -13,8 +13,8 @@ import traceback
 import numpy as np
 
 from toolkit.generate import _ends, _pad, inference, sampler
-from toolkit.request import Job, Piece, Refused
-from toolkit.splitter import Splitter
+from toolkit.serve.request import Job, Piece, Refused
+from toolkit.serve.splitter import Splitter
 
 ROWS = 16
 """Requests generated together at most."""

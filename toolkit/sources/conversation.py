@@ -6,7 +6,7 @@ conversation = checked(messages, tools=[], placeholders={"NAME": "Wheat"}, tag="
 import json
 import re
 
-from toolkit.rows import Rejected
+from toolkit.sources.rows import Rejected
 
 MAX_TEXT = 500_000
 """Characters of one text: Qwen3's longest context, 131,072 tokens, holds about four characters a token."""

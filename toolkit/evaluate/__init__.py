@@ -12,12 +12,12 @@ from statistics import mean, median
 
 import numpy as np
 
+from toolkit.evaluate.questions import LEVELS, MODES, Ask, Clock, budget_of, choose, fingerprint, plan
+from toolkit.evaluate.score import Judge, answers_at_once, has_tags, leaks, obeys_no_think, thinks, too_long
+from toolkit.evaluate.stats import difference, interval
+from toolkit.evaluate.subject import Subject, bind
 from toolkit.generate import Reply
-from toolkit.questions import LEVELS, MODES, Ask, Clock, budget_of, choose, fingerprint, plan
 from toolkit.recipe import ToolkitError
-from toolkit.score import Judge, answers_at_once, has_tags, leaks, obeys_no_think, thinks, too_long
-from toolkit.stats import difference, interval
-from toolkit.subject import Subject, bind
 
 MAY_CHANGE = {"identity"}
 """Probe categories a run may mean to change ("who made you?"): reported, but not part of the pooled kl and nll."""

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from toolkit.engine import best_source, open_engine
 from toolkit.recipe import ToolkitError, outputs
-from toolkit.request import BASE, Ask, Piece, Refused, converse
+from toolkit.serve.engine import best_source, open_engine
+from toolkit.serve.request import BASE, Ask, Piece, Refused, converse
 
 HELP = {
     "/think": "reason before answering",

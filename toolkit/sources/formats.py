@@ -6,9 +6,9 @@ canonical({"query": "Hi", "response": "Hello!"}, "query_response", columns={}, p
 import difflib
 import json
 
-from toolkit.conversation import MAX_TURNS, checked, split_think
 from toolkit.recipe import ToolkitError
-from toolkit.rows import Rejected, kind_name
+from toolkit.sources.conversation import MAX_TURNS, checked, split_think
+from toolkit.sources.rows import Rejected, kind_name
 
 FORMATS = {
     "alpaca": {"user": "instruction", "assistant": "output", "input": "input"},

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from toolkit.recipe import ToolkitError
-from toolkit.request import Job, Piece, Refused
-from toolkit.splitter import Splitter
+from toolkit.serve.request import Job, Piece, Refused
+from toolkit.serve.splitter import Splitter
 
 SLOTS = 4
 """Replies llama.cpp generates at once."""

@@ -9,7 +9,7 @@ import secrets
 import time
 from dataclasses import dataclass
 
-from toolkit.request import Ask, Piece, Refused
+from toolkit.serve.request import Ask, Piece, Refused
 
 NEUTRAL = {
     "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},), "presence_penalty": (0,),

@@ -1,6 +1,6 @@
 """A run, its merged folder and its GGUF files, asked for the same tokens, prompts and probabilities: do they agree?
 
-    divergence(log_probs(adapter_view(merged), texts), log_probs(stored_view(folder), texts)).mean()
+divergence(log_probs(adapter_view(merged), texts), log_probs(stored_view(folder), texts)).mean()
 """
 
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.merge import EMBEDDING, HEAD, Checkpoint, Merged
+from toolkit.export.merge import EMBEDDING, HEAD, Checkpoint, Merged
 from toolkit.recipe import ToolkitError
 
 HEAD_ROWS = 16384
@@ -37,9 +37,16 @@ CONVERSATIONS: tuple[tuple[list[dict], list | None], ...] = (
     ([ASK, CALL, {"role": "tool", "content": '{"sky": "clear"}'}], TOOLS),
 )
 TEXTS = (
-    "Hello, world!  Two  spaces\n\n\tand a tab.", "def f(x):\n    return x**2  # 12345.678", " ", "\r\n\r\n  x",
-    "Größe, naïve, Ελληνικά, русский", "中文字符测试没问题。", "👩‍👩‍👧 🇨🇭 ﬁ ½", "I'll don't WE'RE 007",
-    "<think>\nyes\n</think>\n\nno<|im_end|>\n", "<|im_start|>user\n/no_think<|im_end|>",
+    "Hello, world!  Two  spaces\n\n\tand a tab.",
+    "def f(x):\n    return x**2  # 12345.678",
+    " ",
+    "\r\n\r\n  x",
+    "Größe, naïve, Ελληνικά, русский",
+    "中文字符测试没问题。",
+    "👩‍👩‍👧 🇨🇭 ﬁ ½",
+    "I'll don't WE'RE 007",
+    "<think>\nyes\n</think>\n\nno<|im_end|>\n",
+    "<|im_start|>user\n/no_think<|im_end|>",
 )
 """No decomposed accents (e + U+0301): Qwen's tokenizer composes them (NFC), llama.cpp does not, in any GGUF of Qwen."""
 REPLIES = (
@@ -189,8 +196,9 @@ def hf_encode(tokenizer) -> Callable:
 
 def hf_render(tokenizer) -> Callable:
     def render(messages: list, tools: list | None, thinking: bool) -> str:
-        return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True,
-                                             enable_thinking=thinking)
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
 
     return render
 
@@ -237,8 +245,12 @@ def end_of_turn(tokenizer) -> int:
 def probe_sequences(tokenizer) -> list[list[int]]:
     """A few hundred positions of conversation, both modes and both kinds of reply."""
     render, encode = hf_render(tokenizer), hf_encode(tokenizer)
-    texts = [render([USER], None, True) + REPLIES[0], render([USER], None, False) + REPLIES[1],
-             render(CONVERSATIONS[2][0], None, True) + REPLIES[0], REPLIES[1] + REPLIES[0]]
+    texts = [
+        render([USER], None, True) + REPLIES[0],
+        render([USER], None, False) + REPLIES[1],
+        render(CONVERSATIONS[2][0], None, True) + REPLIES[0],
+        REPLIES[1] + REPLIES[0],
+    ]
     return [encode(text)[-PER_TEXT:] for text in texts[: POSITIONS // PER_TEXT]]
 
 
@@ -281,8 +293,12 @@ def file_divergence(post: Callable, reference: np.ndarray, sequences: list[list[
 
     One prompt per position, a request per text. The sampled token is forced to `plain_token`: the probabilities are
     those before sampling, and the server withholds them when the token it draws is half a character."""
-    options = {"n_predict": 1, "n_probs": TOP, "logit_bias": [[plain_token, 1000.0]],
-               "response_fields": ["index", "completion_probabilities"]}
+    options = {
+        "n_predict": 1,
+        "n_probs": TOP,
+        "logit_bias": [[plain_token, 1000.0]],
+        "response_fields": ["index", "completion_probabilities"],
+    }
     tops = []
     for ids in sequences:
         prompts = [ids[:end] for end in range(1, len(ids) + 1)]

@@ -8,12 +8,12 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from toolkit.formats import FORMATS, canonical
 from toolkit.generate import SAMPLING, Reply, generate
 from toolkit.model import load_run, run_folder
 from toolkit.recipe import Source, ToolkitError
-from toolkit.rows import Rejected
 from toolkit.sources import open_rows
+from toolkit.sources.formats import FORMATS, canonical
+from toolkit.sources.rows import Rejected
 
 MODES = {"both": tuple(SAMPLING), **{mode: (mode,) for mode in SAMPLING}}
 SETTINGS = ("run", "seed", "max_new_tokens")

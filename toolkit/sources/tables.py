@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.recipe import ToolkitError
-from toolkit.rows import BLOCK, Rejected, Rows, decode, fingerprint_of, kind_name, kind_of, open_plain
+from toolkit.sources.rows import BLOCK, Rejected, Rows, decode, fingerprint_of, kind_name, kind_of, open_plain
 
 MAX_ROW = 16 << 20
 """Bytes of one jsonl line; a longer one cannot be a training row and is not read into memory."""

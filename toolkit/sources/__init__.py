@@ -9,10 +9,10 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from toolkit.formats import canonical, recognise
 from toolkit.recipe import Source, ToolkitError, find
-from toolkit.rows import Rejected, Rows, data_files, fingerprint_of, kind_of
-from toolkit.tables import holds_bytes, open_parquet, open_tables, shuffled, without_nulls
+from toolkit.sources.formats import canonical, recognise
+from toolkit.sources.rows import Rejected, Rows, data_files, fingerprint_of, kind_of
+from toolkit.sources.tables import holds_bytes, open_parquet, open_tables, shuffled, without_nulls
 
 __all__ = ["Rejected", "Rows", "canonical", "conversations", "detect", "fingerprint", "open_rows"]
 

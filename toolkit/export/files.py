@@ -1,6 +1,6 @@
 """Whole files or none: atomic writing, checksums, and a record that lets an export go on where it stopped.
 
-    ledger = Ledger(run / "export.json", inputs); ledger.make(path, lambda partial: partial.write_bytes(data))
+ledger = Ledger(run / "export.json", inputs); ledger.make(path, lambda partial: partial.write_bytes(data))
 """
 
 import contextlib

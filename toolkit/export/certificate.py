@@ -1,6 +1,6 @@
 """Proof that the exported files are the run: the same tokens, the same template, the same probabilities.
 
-    certificate = verify("outputs/hybrid"); certificate["passed"], certificate["checks"]
+certificate = verify("outputs/hybrid"); certificate["passed"], certificate["checks"]
 """
 
 import dataclasses
@@ -12,9 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.files import describe, read_json, write_json, write_text
-from toolkit.generate import SAMPLING, split_reply
-from toolkit.gguf_file import (
+from toolkit.export.files import describe, read_json, write_json, write_text
+from toolkit.export.gguf_file import (
     GgufFile,
     bf16_bits,
     chat_template,
@@ -23,8 +22,8 @@ from toolkit.gguf_file import (
     fp32,
     gguf_names,
 )
-from toolkit.merge import Checkpoint, Merged, open_merged
-from toolkit.parity import (
+from toolkit.export.merge import Checkpoint, Merged, open_merged
+from toolkit.export.parity import (
     adapter_view,
     base_view,
     divergence,
@@ -42,6 +41,7 @@ from toolkit.parity import (
     stored_view,
     tokenizer_differences,
 )
+from toolkit.generate import SAMPLING, split_reply
 from toolkit.recipe import Evaluate, ToolkitError, load
 
 FAILED = "EXPORT_FAILED.txt"
@@ -78,7 +78,9 @@ def verify(run: str | Path, *, say: Callable[[str], None] = print) -> dict:
     if gguf:
         _generation(gguf[-1], _prompts(run), tokenizer, report)
     certificate = report.certificate() | {
-        "files": files, "inputs": record["inputs"], "positions": sum(map(len, sequences)),
+        "files": files,
+        "inputs": record["inputs"],
+        "positions": sum(map(len, sequences)),
         "seconds": round(time.monotonic() - began, 1),
         "versions": {p: importlib.metadata.version(p) for p in ("torch", "transformers", "gguf", "xllamacpp")},
     }
@@ -121,8 +123,12 @@ class _Report:
         self.say(f"skipped {name}: {why}")
 
     def certificate(self) -> dict:
-        return {"passed": all(c["passed"] for c in self.checks), "checks": self.checks, "reports": self.reports,
-                "skipped": self.skipped}
+        return {
+            "passed": all(c["passed"] for c in self.checks),
+            "checks": self.checks,
+            "reports": self.reports,
+            "skipped": self.skipped,
+        }
 
 
 def _checksums(run: Path, recorded: dict, report: _Report) -> dict:
@@ -179,9 +185,7 @@ def _other_base(run: Path, onto: str, merged: Merged) -> Merged | None:
         return Merged(dataclasses.replace(merged.base, four_bit=True), merged.adapter) if onto == "16bit" else None
 
 
-def _file_checks(
-    path: Path, run: Path, tokenizer, sequences: list, reference: np.ndarray, report: _Report
-) -> None:
+def _file_checks(path: Path, run: Path, tokenizer, sequences: list, reference: np.ndarray, report: _Report) -> None:
     """Everything about one GGUF file. One that cannot be read has failed, and the others are still looked at."""
     name, size = path.name, path.stat().st_size
     try:
@@ -326,10 +330,15 @@ def _page(certificate: dict) -> str:
     """The certificate for people, as Markdown."""
     verdict = "passed: the files behave like the run" if certificate["passed"] else "FAILED: do not use these files"
     inputs = certificate["inputs"]
-    lines = [f"# Parity certificate: {verdict}", "",
-             f"Merged onto the {inputs['onto']} base {inputs['base']} ({inputs['revision'] or 'local folder'}). "
-             f"KL in nats, over {certificate['positions']} positions.", "",
-             "| check | value | limit | |", "|---|--:|--:|---|"]
+    lines = [
+        f"# Parity certificate: {verdict}",
+        "",
+        f"Merged onto the {inputs['onto']} base {inputs['base']} ({inputs['revision'] or 'local folder'}). "
+        f"KL in nats, over {certificate['positions']} positions.",
+        "",
+        "| check | value | limit | |",
+        "|---|--:|--:|---|",
+    ]
     for c in certificate["checks"]:
         verdict = "ok" if c["passed"] else "**failed**"
         lines.append(f"| {c['name']} | {_number(c['value'])} | {c['rule']} {_number(c['limit'])} | {verdict} |")

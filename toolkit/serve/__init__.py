@@ -16,9 +16,9 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit.api import Options, Writer, error_object, read_body
-from toolkit.engine import open_engine
-from toolkit.request import Ask, Job, Piece, Refused
+from toolkit.serve.api import Options, Writer, error_object, read_body
+from toolkit.serve.engine import open_engine
+from toolkit.serve.request import Ask, Job, Piece, Refused
 
 PAGE = Path(__file__).with_name("page.html")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

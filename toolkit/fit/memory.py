@@ -8,8 +8,8 @@ Every part's formula and source stands in fit_facts.json, here `WHY`. Sizes are 
 import math
 from dataclasses import dataclass
 
+from toolkit.fit.shapes import DATA, Facts, lora_tensors, matrices, nf4_bytes, other_parameters, parameters
 from toolkit.recipe import Lora
-from toolkit.shapes import DATA, Facts, lora_tensors, matrices, nf4_bytes, other_parameters, parameters
 
 WHY: dict[str, str] = DATA["why"]
 GIB = 1024**3
