@@ -262,6 +262,15 @@ def test_soft_switches_are_typed_into_a_share_of_rows_and_only_there_the_empty_b
         assert taught.startswith("<think>\n\n</think>\n\n") == (row.number in typed)
 
 
+def test_a_stray_language_in_a_source_is_counted_and_said(tmp_path):
+    rows = [*chat_rows(60), {"query": "你好", "response": "你好！"}, {"query": "再见", "response": "再见！"}]
+    mixed = compiled({"path": jsonl(tmp_path / "a.jsonl", rows), "fraction": 1.0}, validation_size=1)
+    assert sum(mixed.report["sources"]["a"]["languages"].values()) == len(mixed.train)
+    assert any("replies are Chinese, unlike the rest" in note for note in show.notes(mixed.report))
+    alone = compiled({"path": jsonl(tmp_path / "b.jsonl", chat_rows(60)), "fraction": 1.0}, validation_size=1)
+    assert not any("Chinese" in note for note in show.notes(alone.report))
+
+
 def test_each_turn_of_a_conversation_can_be_an_example(tmp_path):
     turns = [
         {"from": "human", "value": "a"},

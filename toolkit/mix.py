@@ -19,6 +19,7 @@ from toolkit.overlap import Grams, NearDuplicates, signatures, text_key
 from toolkit.recipe import Data, Recipe, Source, ToolkitError, outputs
 from toolkit.render import SWITCH, Chat, examples, load_chat
 from toolkit.sources import Rejected, conversations, fingerprint
+from toolkit.sources.conversation import CJK
 
 UNITS = ("examples", "tokens", "supervised_tokens")
 BATCH = 256
@@ -77,6 +78,7 @@ class _Draw:
     train: list[Row] = field(default_factory=list)
     validation: list[Row] = field(default_factory=list)
     dropped: Counter = field(default_factory=Counter)
+    languages: Counter = field(default_factory=Counter)
     quarantine: list[dict] = field(default_factory=list)
     numbers: set[int] = field(default_factory=set)
     amount: float = 0
@@ -315,6 +317,7 @@ def _fill(draw: _Draw, stream, accept: _Filter, unit: str) -> None:
                 draw.drop(number, *why)
         else:
             draw.train += rows
+            draw.languages["zh" if CJK.search(conversation["messages"][-1]["content"]) else "other"] += 1
             draw.amount += sum(r.size(unit) for r in rows)
     draw.dry = draw.amount < draw.quota
 
@@ -392,6 +395,7 @@ def _source_report(draw: _Draw) -> dict:
     return {
         "mode": draw.source.mode,
         "modes": dict(Counter(r.mode for r in rows)),
+        "languages": dict(draw.languages),
         "rows_seen": draw.seen,
         "rows_kept": len(rows),
         "rows_repeated": len(rows) - len({(r.number, r.prompt_length, len(r.ids)) for r in rows}),

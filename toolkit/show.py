@@ -12,6 +12,9 @@ from toolkit.render import Chat
 COLOURS = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3")
 SUPERVISED = "#c8e6c9"
 BINS = 40
+RARE = 0.05
+"""A language in fewer replies than this share of a source is worth a word: it is mostly an accident."""
+LANGUAGES = {"zh": "Chinese", "other": "not Chinese"}
 
 
 def plan_table(planned: dict[str, dict], unit: str):
@@ -59,6 +62,10 @@ def notes(report: dict) -> list[str]:
     for name, row in report["sources"].items():
         if row["dropped"]:
             lines.append(f"{name}: dropped " + ", ".join(f"{n} {reason}" for reason, n in row["dropped"].items()))
+        rare = {tongue: n for tongue, n in row["languages"].items() if 0 < n < RARE * sum(row["languages"].values())}
+        lines += [
+            f"{name}: {n} replies are {LANGUAGES[tongue]}, unlike the rest: meant so?" for tongue, n in rare.items()
+        ]
         if row["rows_repeated"]:
             lines.append(f"{name}: {row['rows_repeated']} rows are repeats (max_repeats)")
     if report["limited_by"]:
