@@ -262,6 +262,13 @@ def test_soft_switches_are_typed_into_a_share_of_rows_and_only_there_the_empty_b
         assert taught.startswith("<think>\n\n</think>\n\n") == (row.number in typed)
 
 
+def test_a_typed_switch_does_not_make_a_held_out_prompt_another_one():
+    asked = [
+        {"messages": [{"role": "user", "content": text}]} for text in ("What is 2 + 4?", "what is  2 + 4? /no_think")
+    ]
+    assert mix.prompt_key(asked[0]) == mix.prompt_key(asked[1])
+
+
 def test_a_stray_language_in_a_source_is_counted_and_said(tmp_path):
     rows = [*chat_rows(60), {"query": "你好", "response": "你好！"}, {"query": "再见", "response": "再见！"}]
     mixed = compiled({"path": jsonl(tmp_path / "a.jsonl", rows), "fraction": 1.0}, validation_size=1)

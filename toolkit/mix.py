@@ -264,8 +264,9 @@ def _hold_out(draw: _Draw, stream, wanted: int, max_seq_length: int, held: set, 
 
 
 def prompt_key(conversation: dict) -> bytes:
-    """Rows with equal keys ask the same thing: all user turns, case and spacing aside."""
-    return text_key({"messages": [m for m in conversation["messages"] if m["role"] == "user"]})
+    """Rows with equal keys ask the same thing: all user turns, case, spacing and typed mode switches aside."""
+    users = [m for m in conversation["messages"] if m["role"] == "user"]
+    return text_key({"messages": [{**m, "content": SWITCH.sub("", m["content"])} for m in users]})
 
 
 @dataclass
