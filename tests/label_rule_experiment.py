@@ -51,6 +51,8 @@ def trained(loaded: recipe.Recipe, mixed: mix.Mix, console) -> dict:
         run.evaluate(folder, console, loaded=(base, tokenizer))
     elif not (folder / "eval.json").is_file():
         run.evaluate(folder, console)
+    if json.loads((folder / "mix.json").read_text(encoding="utf-8")) != mixed.report:
+        raise recipe.ToolkitError(f"{folder} was trained on another mix: move it away and run again")
     return json.loads((folder / "eval.json").read_text(encoding="utf-8"))
 
 

@@ -225,6 +225,25 @@ def generate(args):
     )
 
 
+def sweep(args):
+    """Train every reasoning share at one budget, compare, recommend; the same command goes on where it stopped."""
+    from toolkit import sweep
+
+    words = ([args.recipe] if args.recipe else []) + args.overrides
+    path = words.pop(0) if words and "=" not in words[0] else "data_recipes/sweep_pocket.yaml"
+    reasoning = args.reasoning if args.reasoning is not None else [] if args.set else sweep.RATIOS
+    sweep.sweep(
+        path, words, reasoning=reasoning, seeds=args.seeds, settings=args.set, only=args.only, console=console()
+    )
+
+
+def replay(args):
+    """Write the base model's own verified answers as a source that keeps what training would make it forget."""
+    from toolkit import replay
+
+    replay.replay(_recipe(args), prompts=args.prompts, count=args.count, out=args.out, console=console())
+
+
 def notebooks(args):
     """Execute the notebooks and write their outputs, all at once."""
     from toolkit import execute
@@ -337,6 +356,52 @@ VERBS = {
             (("--max-new-tokens",), {"type": int, "default": 1024, "metavar": "N"}),
             (("--batch-size",), {"type": int, "default": 16, "metavar": "N"}),
             (("--seed",), {"type": int, "default": 3407}),
+        ],
+    ),
+    "sweep": (
+        sweep,
+        [
+            *RECIPE[:2],
+            (
+                ("--reasoning",),
+                {
+                    "nargs": "*",
+                    "type": float,
+                    "metavar": "SHARE",
+                    "help": "default: 0 0.25 0.5 0.75 1; with --set alone, the recipe's own",
+                },
+            ),
+            (("--seeds",), {"type": int, "default": 1, "help": "runs per setting, seeds counted up from data.seed"}),
+            (
+                ("--set",),
+                {
+                    "nargs": "+",
+                    "default": [],
+                    "metavar": "key=a,b",
+                    "help": "any other key, e.g. train.learning_rate=1e-4,2e-4",
+                },
+            ),
+            (
+                ("--only",),
+                {
+                    "nargs": "+",
+                    "default": [],
+                    "metavar": "key=value",
+                    "help": "just the run with these values (wandb's agents)",
+                },
+            ),
+        ],
+    ),
+    "replay": (
+        replay,
+        [
+            *RECIPE[:2],
+            (
+                ("--prompts",),
+                {"metavar": "FILE", "help": "rows to answer; default: the recipe's own that it does not train on"},
+            ),
+            (("--count",), {"type": int, "default": 100, "help": "rows to keep, half of them in each mode"}),
+            (("--out",), {"metavar": "FILE", "help": "default: outputs/<name>-replay.jsonl"}),
         ],
     ),
     "notebooks": (notebooks, [(("names",), {"nargs": "*", "metavar": "NAME", "help": "e.g. 00 03; without one, all"})]),

@@ -177,7 +177,8 @@ def summary(kept: Kept, count: int) -> str:
 
 
 def advice(path: Path, rows: list[dict], recipe: Recipe, mixed: Mix) -> str:
-    """The line for a recipe's data.sources, with the fraction at which every row that is not held out is used once."""
+    """The line for a recipe's data.sources, with the fraction at which every row is used once; a few rows
+    repeat in place of those held out, or the whole mix would shrink."""
     chat = load_chat(recipe.model.model_name, recipe.model.revision)
     texts = [example for row in rows for example in examples(row, "auto", chat)]
     ids = chat.encode([part for e in texts for part in (e.prompt, e.completion)])
@@ -188,10 +189,9 @@ def advice(path: Path, rows: list[dict], recipe: Recipe, mixed: Mix) -> str:
     }
     unit = recipe.data.unit
     share = sizes[unit] / (recipe.data.budget or mixed.report["total"][unit])
-    share *= 1 - max(1, recipe.data.validation_size * share) / len(rows)  # this source holds out rows too
     fraction = math.floor(1000 * min(1.0, max(share, 0.001))) / 1000
     shown = path.relative_to(recipes.ROOT) if path.is_absolute() and path.is_relative_to(recipes.ROOT) else path
     return (
         f"{path}: {sizes[unit]:,} {unit.replace('_', ' ')}. To mix it in, add to data.sources (and take as much off the others, "
-        f"the sum is 1):\n    - {{path: {shown}, format: messages, mode: auto, fraction: {fraction:g}}}"
+        f"the sum is 1):\n    - {{path: {shown}, format: messages, mode: auto, fraction: {fraction:g}, max_repeats: 2}}"
     )

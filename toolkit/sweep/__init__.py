@@ -244,15 +244,23 @@ def write(folder: Path, runs: list[Planned], words: list[str], reasoning, seeds:
     (folder / "recipes").mkdir(parents=True, exist_ok=True)
     (folder / "logs").mkdir(exist_ok=True)
     for run in runs:
-        (folder / "recipes" / f"{run.name}.yaml").write_text(recipes.to_yaml(run.recipe), encoding="utf-8")
+        _put(folder / "recipes" / f"{run.name}.yaml", recipes.to_yaml(run.recipe))
     rows = [{"name": r.name, "parameters": r.parameters, "budget": r.recipe.data.budget, "supervised_tokens": r.tokens,
              "reasoning_share": r.share, "rows": r.rows, "rows_per_step": r.batch, "steps": r.steps,
              "trained_supervised_tokens": r.trained} for r in runs]  # fmt: skip
-    (folder / "sweep.json").write_text(json.dumps({"runs": rows}, indent=1), encoding="utf-8")
+    _put(folder / "sweep.json", json.dumps({"runs": rows}, indent=1))
     words = [*words, "--reasoning", *map(_text, reasoning), "--seeds", str(seeds)]
     words += ["--set", *settings] if settings else []
     grid = wandb_grid(folder.name, runs, words)
-    (folder / "sweep.yaml").write_text(yaml.safe_dump(grid, sort_keys=False), encoding="utf-8")
+    _put(folder / "sweep.yaml", yaml.safe_dump(grid, sort_keys=False))
+
+
+def _put(file: Path, text: str) -> None:
+    """Whole or not at all, and under a name of our own until then: other workers write and read the same files."""
+    if not file.is_file() or file.read_text(encoding="utf-8") != text:
+        partial = file.with_name(f"{file.name}.{os.getpid()}")
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(file)
 
 
 def wandb_grid(name: str, runs: list[Planned], words: list[str]) -> dict:
