@@ -1,4 +1,4 @@
-"""Two processes train what one does: `accelerate launch -m toolkit train` at the same effective batch."""
+"""Two processes train what one does, at the same effective batch: torchrun, which `accelerate launch` starts too, on gloo."""
 
 import json
 import os
@@ -19,7 +19,12 @@ def trained(folder, *launcher, name, accumulation):
     script = folder / "go.py"
     script.write_text(code)
     overrides = [*OVERRIDES, f"name={name}", f"train.gradient_accumulation_steps={accumulation}"]
-    env = os.environ | {"TOOLKIT_OUTPUTS": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = os.environ | {
+        "TOOLKIT_OUTPUTS": str(folder),
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
     done = subprocess.run(
         [sys.executable, *launcher, str(script), *overrides],
         cwd=ROOT,
@@ -42,15 +47,7 @@ def trained(folder, *launcher, name, accumulation):
 
 @pytest.mark.slow
 def test_two_processes_end_where_one_does_at_the_same_effective_batch(tmp_path):
-    launch = (
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes=2",
-        "--num_machines=1",
-        "--mixed_precision=no",
-        "--dynamo_backend=no",
-    )
+    launch = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29611")
     alone, one, _ = trained(tmp_path, name="one", accumulation=2)
     together, two, manifest = trained(tmp_path, *launch, name="two", accumulation=1)
     assert manifest["processes"] == 2
