@@ -382,7 +382,7 @@ def reporting(recipe: Recipe, mixed: Mix, folder: Path):
     start_wandb(recipe, mixed, folder)
     try:
         yield
-    except BaseException:
+    except BaseException:  # an interrupt too closes the run as crashed
         wandb.finish(exit_code=1)
         raise
 

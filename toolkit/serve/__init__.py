@@ -199,7 +199,7 @@ async def _answer(request, engine, ask: Ask, options: Options, limits: Limits):
             writer.delta(first)
             first = await _next(pieces, job)
         return JSONResponse(writer.reply(first))
-    except BaseException:
+    except BaseException:  # whatever ended the request, its reply is no longer wanted
         job.cancelled.set()
         raise
     finally:

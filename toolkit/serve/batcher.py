@@ -78,7 +78,7 @@ class Batcher:
             jobs = self._next()
             try:
                 self._answer(jobs)
-            except Exception:
+            except Exception:  # a request that fails must not take the server down
                 traceback.print_exc(file=sys.stderr)
                 failure = Refused("the model failed on this request; the server's log says why", 500, "server_error")
                 for job in jobs:

@@ -95,7 +95,7 @@ def _process(command: list[str], log: Path, claimed: Path, group: str) -> int:
         try:
             claimed.write_text(json.dumps(_signature(os.getpid(), process.pid)), encoding="utf-8")
             return process.wait()
-        except BaseException:
+        except BaseException:  # an interrupt too must not leave an orphan training
             process.terminate()
             process.wait()
             raise
