@@ -264,6 +264,12 @@ def test_a_template_whose_reply_does_not_continue_the_prompt_is_rejected_with_th
         examples(conversation("non_thinking"), "auto", folder_with(template, tmp_path))
 
 
+def test_a_template_without_a_generation_prompt_is_an_error_that_says_so(tmp_path):
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    with pytest.raises(ToolkitError, match="has no generation prompt.*official template"):
+        examples(conversation("non_thinking"), "auto", folder_with(template, tmp_path))
+
+
 def test_a_template_that_never_ends_the_turn_is_rejected(tmp_path):
     template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
     with pytest.raises(Rejected) as caught:

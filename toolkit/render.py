@@ -51,7 +51,14 @@ class Chat:
                 f"{self.name}: has no chat template: a base model cannot hold a conversation. Choose an instruct or "
                 "hybrid model (e.g. unsloth/Qwen3-4B), or save a chat_template.jinja beside its tokenizer.json"
             )
-        return _environment().from_string(self.template_text)
+        template = _environment().from_string(self.template_text)
+        shown = [template.render(messages=PROBE, add_generation_prompt=p, **self._variables) for p in (True, False)]
+        if shown[0] == shown[1]:
+            raise ToolkitError(
+                f"{self.name}: its chat template has no generation prompt (add_generation_prompt changes nothing), so "
+                "a reply cannot be told from its header. Use the model's official template: chat_template.jinja"
+            )
+        return template
 
     @functools.cached_property
     def fast(self):
