@@ -133,6 +133,24 @@ def test_enable_thinking_false_gives_an_answer_without_reasoning(either):
     assert "reasoning_content" not in reply.choices[0].message.model_dump(exclude_none=True)
 
 
+def test_both_places_where_clients_put_the_switch_are_read_and_must_agree():
+    def thinking(**fields):
+        ask, _ = read_body(json.dumps({"messages": HELLO, **fields}).encode(), 256)
+        return ask.thinking
+
+    assert thinking()
+    assert not thinking(enable_thinking=False)
+    assert not thinking(enable_thinking=False, **QUIET)
+    with pytest.raises(Refused, match="true in one place and false in another"):
+        thinking(enable_thinking=True, **QUIET)
+
+
+def test_a_repetition_penalty_is_refused_rather_than_ignored():
+    with pytest.raises(Refused, match="repetition_penalty is not offered here"):
+        read_body(json.dumps({"messages": HELLO, "repetition_penalty": 1.05}).encode(), 256)
+    read_body(json.dumps({"messages": HELLO, "repetition_penalty": 1.0}).encode(), 256)
+
+
 def test_a_stream_says_the_same_as_the_whole_reply(either):
     options = {"model": "tuned", "messages": SUM, "temperature": 0, "max_tokens": 120}
     whole = client(either).chat.completions.create(**options).choices[0]

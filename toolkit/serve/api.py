@@ -13,8 +13,9 @@ from toolkit.serve.request import Ask, Piece, Refused
 
 NEUTRAL = {
     "n": (1,), "logprobs": (False,), "top_logprobs": (0,), "logit_bias": ({},), "presence_penalty": (0,),
-    "frequency_penalty": (0,), "response_format": ({"type": "text"},), "modalities": (["text"],), "functions": ([],),
-    "function_call": ("none",), "audio": (), "prediction": (), "reasoning_effort": (),
+    "frequency_penalty": (0,), "repetition_penalty": (1,), "response_format": ({"type": "text"},),
+    "modalities": (["text"],), "functions": ([],), "function_call": ("none",), "audio": (), "prediction": (),
+    "reasoning_effort": (),
 }  # fmt: skip
 """What is not offered: accepted as null or at the value that changes nothing, refused otherwise rather than ignored."""
 NUMBERS = {
@@ -102,13 +103,17 @@ def _length(body: dict, most: int) -> int:
 
 
 def _switch(body: dict) -> bool:
-    """enable_thinking, from where vLLM, SGLang and llama-server take it; on by default, as in Qwen3's template."""
+    """enable_thinking, from chat_template_kwargs, where vLLM, SGLang and llama-server take it, or from beside the messages,
+    where EvalScope puts it for its own models; on by default, as in Qwen3's template."""
     given = _field(body, "chat_template_kwargs", (dict,)) or {}
     if unknown := given.keys() - {"enable_thinking"}:
         name = f"chat_template_kwargs.{min(unknown)}"
         raise Refused(f"{name[:100]}: expected only enable_thinking", param="chat_template_kwargs")
-    value = _field(given, "enable_thinking", (bool,), "chat_template_kwargs.")
-    return True if value is None else value
+    inner = _field(given, "enable_thinking", (bool,), "chat_template_kwargs.")
+    outer = _field(body, "enable_thinking", (bool,))
+    if {inner, outer} == {True, False}:
+        raise Refused("enable_thinking: true in one place and false in another", param="enable_thinking")
+    return False not in (inner, outer)
 
 
 def _messages(body: dict) -> list[dict]:
