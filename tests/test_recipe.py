@@ -10,7 +10,7 @@ import yaml
 from toolkit import recipe
 from toolkit.recipe import ROOT, ToolkitError, from_dict, load, to_dict, to_yaml
 
-RECIPES = sorted((ROOT / "data_recipes").rglob("*.yaml"))
+RECIPES = sorted((ROOT / "data_recipes").glob("*.yaml"))
 GOOD = {
     "name": "small",
     "data": {

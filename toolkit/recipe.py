@@ -173,7 +173,7 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
     """
     found = find(path)
     if found is None:
-        known = ", ".join(sorted(p.name for p in (ROOT / "data_recipes").rglob("*.yaml")))
+        known = ", ".join(sorted(p.name for p in (ROOT / "data_recipes").glob("*.yaml")))
         raise ToolkitError(f"{path}: no such recipe. Recipes that ship, in data_recipes/: {known}")
     try:
         values = yaml.safe_load(found.read_text(encoding="utf-8"))
