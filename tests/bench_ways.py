@@ -13,15 +13,43 @@ import time
 from pathlib import Path
 
 MAX_LENGTH, SAMPLE, SEED = 4096, 200, 3407
+OTHER_PYTHON = {"llamafactory": "LLAMAFACTORY_PYTHON"}
+"""Ways that do not install beside us, and the variable that names the interpreter of an environment with them."""
 ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 
 
+class Clock:
+    """Seconds since a way had imported its libraries."""
+
+    def __init__(self):
+        self.begun = time.perf_counter(), time.process_time()
+
+    def read(self) -> dict:
+        return {
+            "after_imports_s": time.perf_counter() - self.begun[0],
+            "after_imports_cpu_s": time.process_time() - self.begun[1],
+        }
+
+
 def ours(work: Path) -> dict:
-    """`compile_mix` from the raw files to the compiled, cached mix."""
+    """`compile_mix` from the raw files to the compiled, cached mix; then anew, with the tokenizers in memory."""
     from toolkit import mix, recipe
 
-    mixed = mix.compile_mix(recipe.load(work / "bench.yaml"), fresh=True)
-    return {"rows": len(mixed.train), "folder": str(mixed.folder)}
+    imports(work)
+    clock, loaded = Clock(), recipe.load(work / "bench.yaml")
+    mixed = mix.compile_mix(loaded, fresh=True)
+    return {"rows": len(mixed.train), "folder": str(mixed.folder), **clock.read()}
+
+
+def warm(work: Path) -> dict:
+    """The same in a process that has its tokenizers in memory, as the floor has."""
+    from toolkit import mix, recipe
+
+    loaded = recipe.load(work / "bench.yaml")
+    mix.compile_mix(loaded, fresh=True)
+    clock = Clock()
+    rows = len(mix.compile_mix(loaded, fresh=True).train)
+    return {"rows": rows, **clock.read()}
 
 
 def again(work: Path) -> dict:
@@ -48,10 +76,10 @@ def floor(work: Path) -> dict:
 
     texts = json.loads((work / "rendered.json").read_text(encoding="utf-8"))
     tokenizer = tokenizers.Tokenizer.from_file(str(work / "qwen3" / "tokenizer.json"))
-    wall, cpu = time.perf_counter(), time.process_time()
+    clock = Clock()
     found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return {"rows": len(found), "tokens": sum(len(e.ids) for e in found), "wall_s": wall, "cpu_s": cpu}
+    took = clock.read()
+    return {"rows": len(found), "tokens": sum(len(e.ids) for e in found), **took}
 
 
 def raw(work: Path, name: str) -> list[dict]:
@@ -102,9 +130,11 @@ def trainer(work: Path, dataset, **settings):
 def trl(work: Path) -> dict:
     """TRL's own preparation with assistant_only_loss."""
     from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer  # noqa: F401 - imported before the clock starts
 
+    clock = Clock()
     made = trainer(work, Dataset.from_dict({"messages": messages(work)}), assistant_only_loss=True)
-    return collated(made, work / "trl.json")
+    return clock.read() | collated(made, work / "trl.json")
 
 
 def notebook(work: Path, responses_only: bool = False) -> dict:
@@ -113,7 +143,9 @@ def notebook(work: Path, responses_only: bool = False) -> dict:
     from unsloth.chat_templates import standardize_sharegpt, train_on_responses_only
     import pandas as pd
     from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer  # noqa: F401 - imported before the clock starts
 
+    clock = Clock()
     tokenizer, _ = tokenizer_and_model(work)
     traces = [m for m in messages(work) if "<think>" in m[-1]["content"]]
     chats = standardize_sharegpt(Dataset.from_list(raw(work, "chat")))
@@ -126,12 +158,45 @@ def notebook(work: Path, responses_only: bool = False) -> dict:
     if responses_only:
         markers = {"instruction_part": "<|im_start|>user\n", "response_part": "<|im_start|>assistant\n"}
         made = train_on_responses_only(made, **markers, num_proc=2)
-    return collated(made, work / ("responses_only.json" if responses_only else "notebook.json"))
+    return clock.read() | collated(made, work / ("responses_only.json" if responses_only else "notebook.json"))
 
 
 def responses_only(work: Path) -> dict:
     """The same with Unsloth's train_on_responses_only."""
     return notebook(work, responses_only=True)
+
+
+def llamafactory(work: Path) -> dict:
+    """LLaMA-Factory's `get_dataset`, its own way from files to ids and labels, with two workers."""
+    from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_tokenizer
+
+    clock = Clock()
+    sharegpt = {"file_name": "chat.jsonl", "formatting": "sharegpt"}
+    alpaca = {"file_name": "math.jsonl", "columns": {"prompt": "problem", "response": "generated_solution"}}
+    (work / "dataset_info.json").write_text(json.dumps({"math": alpaca, "chat": sharegpt}))
+    settings = {
+        "stage": "sft",
+        "do_train": True,
+        "model_name_or_path": str(work / "qwen3"),
+        "dataset_dir": str(work),
+        "dataset": "math,chat",
+        "template": "qwen3",
+        "cutoff_len": MAX_LENGTH,
+        "preprocessing_num_workers": 2,
+        "output_dir": str(work / "trainer"),
+        "overwrite_cache": True,
+        "use_cpu": True,
+    }
+    model, data, training, _, _ = get_train_args(settings)
+    tokens = load_tokenizer(model)
+    template = get_template_and_fix_tokenizer(tokens["tokenizer"], data)
+    dataset = get_dataset(template, model, data, training, stage="sft", **tokens)["train_dataset"]
+    took = clock.read()
+    picked = dataset.select(random.Random(SEED).sample(range(len(dataset)), SAMPLE))
+    (work / "llamafactory.json").write_text(json.dumps([[r["input_ids"], r["labels"]] for r in picked]))
+    return {"rows": len(dataset), **took}
 
 
 def collated(made, file: Path) -> dict:
@@ -147,19 +212,25 @@ def collated(made, file: Path) -> dict:
     return {"rows": len(dataset)}
 
 
-WAYS = {f.__name__: f for f in (ours, again, imports, floor, trl, notebook, responses_only)}
+WAYS = {f.__name__: f for f in (ours, warm, again, imports, floor, trl, notebook, responses_only, llamafactory)}
+
+
+def python_for(way: str) -> str | None:
+    """The interpreter a way runs in; None where it is not there."""
+    return os.environ.get(OTHER_PYTHON[way]) if way in OTHER_PYTHON else sys.executable
 
 
 def run(way: str, work: Path) -> dict:
     """One way in a cold process: its JSON line with wall and CPU seconds and peak memory (of the largest process)."""
-    command = [sys.executable, "-m", "tests.bench_ways", way, str(work)]
+    python = python_for(way)
+    command = [python, "-m", "tests.bench_ways", way, str(work)]
     threads = {"RAYON_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "true", "TOOLKIT_OUTPUTS": str(work / "outputs")}
     cold = {**os.environ, **threads, "HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf" / f"{way}{time.time_ns()}")}
     log = work / f"{way}.log"
     begun = time.perf_counter()
     actions = [(os.POSIX_SPAWN_OPEN, 1, str(log), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)]
     actions.append((os.POSIX_SPAWN_OPEN, 2, str(work / f"{way}.err"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644))
-    pid = os.posix_spawn(sys.executable, command, cold, file_actions=actions)
+    pid = os.posix_spawn(python, command, cold, file_actions=actions)
     _, status, used = os.wait4(pid, 0)
     wall = time.perf_counter() - begun
     if status:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.label_check import violations
-from toolkit import mix, recipe, show
+from toolkit import mix, recipe, render, show
 from toolkit.lint import lint
 from toolkit.recipe import POCKET, ROOT, ToolkitError
 from toolkit.render import load_chat
@@ -327,6 +327,27 @@ def test_the_picture_has_a_bar_per_source_and_unit_and_the_limit_line():
 def lint_of(overrides=(), rows=None, model="pocket"):
     built = build(overrides=overrides, budget=2000)
     return " ".join(lint(built, load_chat(model), mix.compile_mix(built).train if rows is None else rows))
+
+
+@pytest.mark.parametrize("broken", ["one id off", "kind not known"])
+def test_without_a_fast_tokenizer_that_can_be_trusted_ids_are_hugging_faces_and_it_is_said(broken, monkeypatch):
+    right = compiled(budget=2000)
+    assert right.report["tokenizer"] == {"name": "fastokens", "rows_compared": len(right.train[:32])}
+    fast = load_chat("pocket").fast
+
+    class OneOff:
+        def encode_batch_flat(self, texts):
+            ids, ends = fast.encode_batch_flat(texts)
+            return np.where(np.frombuffer(ids, np.int32) == 220, 221, np.frombuffer(ids, np.int32)).tobytes(), ends
+
+    monkeypatch.setattr(render, "_fast", lambda _: OneOff() if broken == "one id off" else None)
+    chat = load_chat("pocket")
+    monkeypatch.setattr(mix, "load_chat", lambda *_: chat)
+    found = mix.compile_mix(build(budget=2000), fresh=True)
+    assert [r.ids.tolist() for r in found.train] == [r.ids.tolist() for r in right.train]
+    assert found.report["tokenizer"] == {"name": "tokenizers"}
+    reason = "other ids for row" if broken == "one id off" else "does not know this kind"
+    assert [w for w in found.report["warnings"] if "Hugging Face tokenizer" in w and reason in w]
 
 
 def test_lint_says_what_a_recipe_will_do_that_its_writer_did_not_mean():

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests import qwen3 as real
 from tests.label_check import violations
 from toolkit.recipe import POCKET, ToolkitError
-from toolkit.render import examples, last_switch, load_chat
+from toolkit.render import _short_merges, examples, last_switch, load_chat
 from toolkit.sources import Rejected
 
 USER = {"role": "user", "content": "What is 2 + 4?"}
@@ -286,3 +286,16 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({}))
     with pytest.raises(ToolkitError, match="tokenizer.json not found"):
         load_chat(str(tmp_path))
+
+
+@pytest.mark.parametrize("layout", [{"indent": 2}, {"indent": 4}, {}])
+def test_merges_in_the_short_form_are_the_same_merges(layout):
+    tokenizer = json.loads((POCKET / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer["model"]["merges"][0] = ["],\n        [", '"\\']
+    text = json.dumps(tokenizer, ensure_ascii=False, **layout)
+    short = json.loads(_short_merges(text))
+    joined = [" ".join(m) if isinstance(m, list) else m for m in short["model"]["merges"]]
+    assert joined == [" ".join(m) for m in tokenizer["model"]["merges"]]
+    assert {**short, "model": 0} == {**tokenizer, "model": 0}
+    assert short["model"]["vocab"] == tokenizer["model"]["vocab"]
+    assert (short["model"]["merges"] == joined) == (layout == {"indent": 2})

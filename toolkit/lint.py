@@ -9,8 +9,20 @@ from toolkit.render import Chat
 
 def lint(recipe: Recipe, chat: Chat, rows: list) -> list[str]:
     """Warnings for a compiled mix: `rows` need `.mode` and `.ids`. The model's kind is found by rendering its template."""
-    checks = _modes(chat, rows), _end_of_turn(chat, rows), _adapter(recipe.lora), _coverage(recipe.train, len(rows))
+    checks = (
+        _tokenizer(chat),
+        _modes(chat, rows),
+        _end_of_turn(chat, rows),
+        _adapter(recipe.lora),
+        _coverage(recipe.train, len(rows)),
+    )
     return [warning for found in checks for warning in found]
+
+
+def _tokenizer(chat: Chat):
+    if chat.fast is None:
+        why = chat.distrust or "fastokens does not know this kind of tokenizer"
+        yield f"ids come from the Hugging Face tokenizer, which is several times slower: {why}"
 
 
 def _modes(chat: Chat, rows: list):

@@ -35,6 +35,8 @@ class Chat:
 
     def __init__(self, folder: Path, name: str):
         self.name = name
+        self.distrust: str | None = None
+        """What went wrong with the fast tokenizer, after which `encode` uses Hugging Face's."""
         self.json = (folder / "tokenizer.json").read_text(encoding="utf-8")
         settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         self.template_text = _template_text(folder, settings)
@@ -60,19 +62,15 @@ class Chat:
             )
         return template
 
-    @functools.cached_property
+    @property
     def fast(self):
-        """fastokens' tokenizer: the same ids several times sooner."""
-        import fastokens
+        """fastokens' tokenizer: the same ids several times sooner. None where it cannot be had."""
+        return None if self.distrust else _fast(self.json)
 
-        return fastokens.Tokenizer.from_json_str(self.json)
-
-    @functools.cached_property
+    @property
     def reference(self):
         """Hugging Face's tokenizer: what `fast` is held against."""
-        import tokenizers
-
-        return tokenizers.Tokenizer.from_str(self.json)
+        return _reference(self.json)
 
     def render(self, messages, tools=None, enable_thinking=None, add_generation_prompt=True) -> str:
         """The text a model sees, as `apply_chat_template` gives it; `enable_thinking=None` leaves the switch out."""
@@ -88,6 +86,10 @@ class Chat:
 
     def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """The same as one int32 array of all ids, and where each text starts and the last one ends in it."""
+        if self.fast is None:
+            found = self.encode_reference(texts)
+            ids = np.fromiter(itertools.chain.from_iterable(found), np.int32)
+            return ids, np.cumsum([0, *map(len, found)], dtype=np.int64)
         ids, ends = self.fast.encode_batch_flat(texts)
         return np.frombuffer(ids, np.int32), np.frombuffer(ends, np.int64)
 
@@ -108,6 +110,34 @@ class Chat:
         if on != off:
             return "hybrid"
         return "thinking_only" if re.search(r"<think>\s*$", on) else "instruct"
+
+
+@functools.lru_cache(maxsize=1)
+def _fast(tokenizer_json: str):
+    import fastokens
+
+    try:
+        return fastokens.Tokenizer.from_json_str(_short_merges(tokenizer_json))
+    except ValueError:
+        return None
+
+
+def _short_merges(tokenizer_json: str) -> str:
+    """Merges in their older, shorter form, "a b" for ["a", "b"], which loads 0.2 s sooner; another layout is left as it is.
+
+    A line break stands in JSON only between values, so no token's text is touched.
+    """
+    head, merges, tail = tokenizer_json.partition('"merges"')
+    for long, short in (('",\n        "', " "), ('[\n        "', '"'), ('"\n      ]', '"')):
+        tail = tail.replace(long, short)
+    return head + merges + tail
+
+
+@functools.lru_cache(maxsize=1)
+def _reference(tokenizer_json: str):
+    import tokenizers
+
+    return tokenizers.Tokenizer.from_str(tokenizer_json)
 
 
 @dataclass(frozen=True)
