@@ -16,7 +16,8 @@ fit.shapes fit.memory fit.gauge fit model generate callbacks train
 evaluate.stats evaluate.questions evaluate.score evaluate.subject evaluate folders compare report
 export.files export.merge export.gguf_file export.parity export.certificate export.model_card export
 serve.request serve.splitter serve.batcher serve.llama serve.engine serve.api serve serve.chat serve.batch
-doctor run sweep.workers sweep replay labels pictures notebook execute bench __main__""".split()
+doctor run sweep.workers sweep replay labels pictures notebook execute
+bench.start bench.weights bench.ways bench.speed bench.cards bench __main__""".split()
 PACKAGE = ROOT / "toolkit"
 MODULES = [p for p in sorted(PACKAGE.rglob("*.py")) if "pocket" not in p.parts and p != PACKAGE / "__init__.py"]
 

@@ -173,23 +173,31 @@ def compare(args):
     from toolkit import compare, report
     from toolkit.recipe import outputs
 
-    out = console()
     found = args.runs or sorted(p.parent for p in outputs().glob("*/eval.json"))
     comparison = compare.compare([p if p.is_dir() else outputs() / p for p in found])
-    out.print(report.table(comparison))
-    files = report.write(comparison, args.out or outputs() / "comparison")
-    out.print(comparison.sentence, style="bold")
-    out.print("  ".join(str(f) for f in files.values()))
+    report.conclude(comparison, args.out or outputs() / "comparison", console())
 
 
 def bench(args):
-    """Time a cold start until the first training step, next to the value recorded before."""
-    from toolkit import bench
+    """Time a cold start; on a GPU, speed and memory of three ways to train, beside the forecasts."""
+    import torch
 
-    measured = bench.measure(args.recipe, args.repeats)
-    console().print(bench.table(measured, bench.recorded()))
-    if args.record:
-        bench.record(measured)
+    from toolkit.bench import cards, speed, start
+    from toolkit.recipe import ToolkitError, outputs
+
+    out, what = console(), args.measure or ("speed" if torch.cuda.is_available() else "start")
+    if what == "start":
+        measured = start.measure(args.recipe or "data_recipes/pocket.yaml", args.repeats)
+        out.print(start.table(measured, start.recorded()))
+        if args.record:
+            start.keep(measured)
+        return
+    if not torch.cuda.is_available():
+        raise ToolkitError(f"bench --measure {what} needs a CUDA card; without one: `python -m toolkit bench`")
+    module, count = (speed, args.repeats) if what == "speed" else (cards, cards.CARDS)
+    file = module.RECORD if args.record else outputs() / module.RECORD.name
+    record = module.measure(args.recipe or "data_recipes/hybrid.yaml", args.sizes, count, file, out.print)
+    out.print(module.markdown(record) + f"\n\nraw results: {file}", markup=False)
 
 
 def chat(args):
@@ -408,9 +416,25 @@ VERBS = {
     "bench": (
         bench,
         [
-            (("recipe",), {"nargs": "?", "default": "data_recipes/pocket.yaml"}),
+            (("recipe",), {"nargs": "?", "help": "default: pocket for a start, hybrid on a GPU"}),
+            (
+                ("--measure",),
+                {
+                    "choices": ("start", "speed", "cards"),
+                    "help": "a cold start, speed beside other ways, or forecasts under capped memory; default: by machine",
+                },
+            ),
+            (
+                ("--sizes",),
+                {
+                    "nargs": "+",
+                    "choices": ("0.6B", "1.7B", "4B", "8B", "14B", "32B"),
+                    "default": ["0.6B", "1.7B", "4B", "8B", "14B"],
+                    "help": "of Qwen3, for speed and cards; random weights, no download",
+                },
+            ),
             (("--repeats",), {"type": int, "default": 3}),
-            (("--record",), {"action": "store_true", "help": "keep it in data_recipes/measured/cpu_start.json"}),
+            (("--record",), {"action": "store_true", "help": "keep it in data_recipes/measured/"}),
         ],
     ),
     "evaluate": (evaluate, [*RUN, (("--level",), {"choices": ("quick", "full"), "help": "default: the recipe's"})]),

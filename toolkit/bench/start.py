@@ -1,4 +1,4 @@
-"""How long until the first training step, phase by phase, next to the value recorded before: `python -m toolkit bench`.
+"""How long until the first training step, phase by phase, next to the value recorded before: `python -m toolkit bench` without a GPU.
 
 print(start_up("data_recipes/pocket.yaml"))  # {"mix": 2.1, "model": 13.0, "first_step": 16.4}
 """
@@ -44,7 +44,7 @@ def measure(recipe: str, repeats: int) -> dict:
         "recipe": recipe,
         "seconds_to": {phase: median(r[phase] for r in runs) for phase in runs[0]},
         "runs": runs,
-        "cpu": _processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1),
         "date": time.strftime("%Y-%m-%d"),
@@ -52,20 +52,22 @@ def measure(recipe: str, repeats: int) -> dict:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The CPU's name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def recorded() -> dict | None:
+def recorded(file: Path = RECORD) -> dict | None:
     """The last recorded measurement, or None."""
-    return json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.is_file() else None
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def record(measured: dict) -> None:
+def keep(measured: dict, file: Path = RECORD) -> None:
     """Keep a measurement as the one to compare with."""
-    RECORD.write_text(json.dumps(measured, indent=1), encoding="utf-8")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(measured, indent=1), encoding="utf-8")
 
 
 def table(measured: dict, before: dict | None):
