@@ -11,10 +11,10 @@ import pytest
 from tests.export_fixtures import base_model, run_folder, tokenizer
 from toolkit.export import export, gguf_path, push
 from toolkit.export.certificate import FAILED, verify
-from toolkit.export.files import read_json
 from toolkit.export.gguf_file import GgufFile, write_gguf
 from toolkit.export.merge import Adapter, Checkpoint, Merged, find_base
 from toolkit.export.parity import adapter_view, base_view, divergence, log_probs
+from toolkit.files import read_json
 from toolkit.recipe import ToolkitError
 
 SILENT = {"say": lambda _: None}

@@ -14,8 +14,9 @@ import pytest
 from tests.export_fixtures import base_model, killed_export, run_folder
 from tests.hub_stand_in import stand_in
 from toolkit.export import export, gguf_path, memory_needed, modelfile, push
-from toolkit.export.files import Ledger, read_json, sha256
+from toolkit.export.ledger import Ledger
 from toolkit.export.merge import Adapter, Base, Checkpoint, Merged, find_base, merge, open_merged, plan_shards
+from toolkit.files import read_json, sha256
 from toolkit.recipe import ROOT, ToolkitError
 
 SILENT = {"say": lambda _: None}

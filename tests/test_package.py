@@ -10,11 +10,11 @@ import pytest
 from toolkit.recipe import ROOT
 
 # The pipeline, left to right: a module uses only modules before it.
-ORDER = """recipe install
+ORDER = """recipe files install
 sources.rows sources.tables sources.conversation sources.formats sources render overlap lint mix show
-fit.shapes fit.memory fit.gauge fit model generate callbacks train
+fit.shapes fit.memory fit.gauge fit model generate tracking callbacks train
 evaluate.stats evaluate.questions evaluate.score evaluate.subject evaluate folders compare report
-export.files export.merge export.gguf_file export.parity export.certificate export.model_card export
+export.ledger export.merge export.gguf_file export.parity export.certificate export.model_card export
 serve.request serve.splitter serve.batcher serve.llama serve.engine serve.api serve serve.chat serve.batch
 doctor run sweep.workers sweep replay labels pictures notebook execute
 bench.start bench.weights bench.ways bench.speed bench.cards bench __main__""".split()

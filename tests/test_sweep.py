@@ -4,6 +4,7 @@ import collections
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -383,3 +384,51 @@ def test_two_stock_wandb_agents_work_through_the_file_and_do_every_run_once(proj
         assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
         assert {agent for agent, _ in service.given} == {"agent1", "agent2"}
     assert ran(project) == {run.name: 1 for run in runs}
+
+
+# --- real training
+
+
+@pytest.mark.slow  # three minutes: four trainings of the pocket model
+def test_a_sweep_over_two_seeds_killed_in_mid_training_ends_bit_for_bit_like_one_that_was_not(tmp_path):
+    words = [sys.executable, "-m", "toolkit", "sweep", "data_recipes/sweep_pocket.yaml", "name=tiny", "data.budget=6000",
+             "train.max_steps=8", "train.eval_steps=0.25", "train.save_steps=0.25", "evaluate.max_new_tokens=16",
+             "train.per_device_train_batch_size=16", "--reasoning", "0.5", "--seeds", "2"]  # fmt: skip
+
+    def start(name):
+        environment = os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path / name), "WANDB_MODE": "offline"}
+        log = open(tmp_path / f"{name}.log", "a")  # noqa: SIM115 - the process writes it
+        return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def runs(name):
+        return sorted((tmp_path / name).glob("tiny-r0.5-s*"))
+
+    def steps_of_second():
+        files = [run / "metrics.jsonl" for run in runs("killed")[1:]]
+        return len(files[0].read_text().splitlines()) if files and files[0].is_file() else 0
+
+    killed = start("killed")
+    deadline = time.monotonic() + 300
+    while steps_of_second() < 4:
+        assert killed.poll() is None, (tmp_path / "killed.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    first = runs("killed")[0]
+    before = {file: file.stat().st_mtime_ns for file in first.rglob("*") if file.is_file()}
+    assert start("killed").wait(timeout=300) == 0, (tmp_path / "killed.log").read_text()
+    assert start("whole").wait(timeout=300) == 0, (tmp_path / "whole.log").read_text()
+
+    assert {file: file.stat().st_mtime_ns for file in first.rglob("*") if file.is_file()} == before
+    assert [run.name for run in runs("killed")] == [run.name for run in runs("whole")]
+    adapters = [
+        [(run / "adapter/adapter_model.safetensors").read_bytes() for run in runs(n)] for n in ("killed", "whole")
+    ]
+    assert adapters[0] == adapters[1]
+    assert adapters[0][0] != adapters[0][1]  # the seeds did differ
+    for pair in zip(runs("killed"), runs("whole"), strict=True):
+        mine, other = (json.loads((run / "eval.json").read_text()) for run in pair)
+        assert {**mine, "seconds": 0} == {**other, "seconds": 0}
+    (one, two) = [(tmp_path / n / "tiny-sweep/comparison.csv").read_text() for n in ("killed", "whole")]
+    assert one == two

@@ -7,17 +7,21 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from toolkit import recipe, train
+from toolkit.mix import Row
 from toolkit.recipe import POCKET, ROOT, ToolkitError, outputs
 
 STEPS, SAVE = 8, 0.25
 RECIPE = f"""
 import sys
-from toolkit import recipe, run
+from toolkit import callbacks, recipe, run
+callbacks.SHARE = 10  # so short a run could not afford its sample replies
 overrides = ["name=" + sys.argv[1], "data.budget=3000", "data.validation_size=8", "train.max_steps={STEPS}",
              "train.eval_steps={SAVE}", "train.save_steps={SAVE}", "train.per_device_train_batch_size=4",
              "train.gradient_accumulation_steps=2", "evaluate.max_new_tokens=16", "train.save_total_limit=4"]
@@ -108,6 +112,32 @@ def test_fixed_prompts_are_answered_in_both_modes_before_during_and_after(runs):
     assert len({(r["step"], r["when"], r["mode"], r["prompt"]) for r in rows}) == len(rows)
 
 
+@pytest.mark.parametrize(("share", "steps"), [(0.05, [30]), (1, [10, 20, 30, 40, 50, 60, 70, 80, 90]), (0, [])])
+def test_sample_replies_never_take_more_than_their_share_of_training(share, steps, tmp_path, monkeypatch):
+    from transformers import TrainerControl, TrainerState
+
+    from toolkit import callbacks
+
+    clock = [0.0]
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(callbacks, "SHARE", share)
+
+    def answers(*_):
+        clock[0] += 2.0
+        return [{"prompt": "?", "mode": "thinking", "reasoning": "", "answer": "", "finished": True}]
+
+    monkeypatch.setattr(callbacks, "answers", answers)
+    samples = callbacks.Samples(tmp_path, None, ("?",), 1, max_new_tokens=8, wandb=False)
+    state, control = TrainerState(max_steps=100), TrainerControl()
+    samples.on_train_begin(None, state, control)
+    for state.global_step in range(1, 101):
+        clock[0] += 0.9 if state.global_step > 20 else 0.3  # it turns out slower than it began
+        if state.global_step % 10 == 0:
+            samples.on_evaluate(None, state, control)
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows if r["when"] == "during"] == steps
+
+
 def test_an_offline_wandb_run_lies_in_the_folder(runs):
     folder, _, _ = runs
     assert list((folder / "whole" / "wandb").glob("offline-run-*/*.wandb"))
@@ -149,6 +179,16 @@ def test_a_batch_has_the_same_loss_packed_and_padded():
     with torch.no_grad():
         losses = [model(**batch, use_cache=False).loss.item() for batch in (padded, packed)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_unsloth_still_reads_the_sign_that_lets_rows_with_labels_go_without_padding():
+    from importlib.util import find_spec
+
+    source = Path(find_spec("unsloth").origin).parent / "models" / "rl.py"
+    rows = [Row(np.arange(n), 1, "s", "thinking", n) for n in (3, 7)]
+    (sign,) = {name for name in vars(train.dataset(rows)) if "unsloth" in name}
+    assert f"_own.get('{sign}')" in source.read_text(encoding="utf-8")
+    assert getattr(train.dataset(rows), sign) == 7
 
 
 def small(name="claimed", overrides=()):

@@ -1,10 +1,11 @@
-"""A stand-in for W&B's sweep service on this machine, so that the stock `wandb sweep` and `wandb agent` can be tried offline.
+"""Stand-ins for W&B's service on this machine, so that the stock `wandb sync`, `wandb sweep` and `wandb agent` can be tried offline.
 
 with SweepService() as service: subprocess.run([*wandb, "agent", "me/project/sweep1"], env=service.environment())
 
-It keeps one sweep, hands out its grid run by run to whichever agent asks, and ends the agents when none is left.
+SweepService keeps one sweep, hands out its grid run by run to whichever agent asks, and ends the agents when none is left.
 """
 
+import gzip
 import itertools
 import json
 import os
@@ -13,22 +14,29 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import yaml
 
+VIEWER = {"id": "1", "name": "me", "username": "me", "entity": "me", "admin": False, "email": "", "flags": "{}",
+          "deletedAt": None, "apiKeys": {"edges": []}, "teams": {"edges": []}}  # fmt: skip
 
-class SweepService:
-    """GraphQL answers for wandb 0.31: create a sweep, register an agent, heartbeat."""
+
+class Service:
+    """W&B's address on this machine: GraphQL goes to `answer(query, variables)`, all else to `take(path, body)`."""
 
     def __init__(self):
-        self.config, self.agents, self.given, self.waiting = "", 0, [], []
         self.lock = threading.Lock()
         service = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
-                sent = self.rfile.read(int(self.headers["Content-Length"]))
+                sent = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+                if self.headers.get("Content-Encoding") == "gzip":
+                    sent = gzip.decompress(sent)
                 found = {}
-                if self.path == "/graphql":  # what else wandb sends (its own error reports) may be thrown away
-                    asked = json.loads(sent)
-                    found = {"data": service.answer(asked["query"], asked.get("variables") or {})}
+                with service.lock:
+                    if self.path == "/graphql":
+                        asked = json.loads(sent)
+                        found = {"data": service.answer(asked["query"], asked.get("variables") or {})}
+                    else:
+                        service.take(self.path, sent)
                 body = json.dumps(found).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
@@ -36,10 +44,13 @@ class SweepService:
                 self.end_headers()
                 self.wfile.write(body)
 
+            do_PUT = do_POST
+
             def log_message(self, *_):
                 pass
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
 
     def __enter__(self):
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -51,29 +62,67 @@ class SweepService:
 
     def environment(self) -> dict:
         """For wandb's own programs: this service instead of the real one, and a key that it would accept."""
-        address = f"http://127.0.0.1:{self.server.server_port}"
-        return os.environ | {
-            "WANDB_BASE_URL": address,
-            "WANDB_API_KEY": "0" * 40,
-            "WANDB_PROJECT": "p",
-            "WANDB_ENTITY": "me",
-        }
+        mine = {"WANDB_BASE_URL": self.address, "WANDB_API_KEY": "0" * 40, "WANDB_PROJECT": "p", "WANDB_ENTITY": "me"}
+        return os.environ | mine
+
+    def take(self, path: str, body: bytes) -> None:
+        """What wandb sends besides GraphQL; its own error reports may be thrown away."""
+
+
+class RunService(Service):
+    """Takes what the stock `wandb sync` reads out of offline runs: their config, summary, history and tables."""
+
+    def __init__(self):
+        super().__init__()
+        self.runs: list[dict] = []
+        """As first announced: name, groupName, jobType, config, …"""
+        self.summary, self.history, self.tables = {}, [], []
 
     def answer(self, query: str, variables: dict) -> dict:
-        with self.lock:
-            if "upsertSweep" in query:
-                return self._keep(variables)
-            if "createAgent" in query:
-                self.agents += 1
-                return {"createAgent": {"agent": {"id": f"agent{self.agents}"}}}
-            if "agentHeartbeat" in query:
-                return self._heartbeat(variables)
-            if "SweepWithRuns" in query:
-                sweep = {"id": "1", "name": "sweep1", "method": "grid", "state": "RUNNING", "config": self.config}
-                return {"project": {"sweep": sweep | {"runs": {"edges": []}}}}
-            user = {"id": "1", "name": "me", "username": "me", "entity": "me", "admin": False, "email": "", "flags": "{}",
-                    "deletedAt": None, "apiKeys": {"edges": []}, "teams": {"edges": []}}  # fmt: skip
-            return {"viewer": user, "serverInfo": {"cliVersionInfo": {}, "features": []}}
+        if "upsertBucket" in query:
+            self.runs.append(variables | {"config": json.loads(variables["config"])})
+            project = {"id": "1", "name": "p", "entity": {"id": "1", "name": "me"}}
+            bucket = {"id": "1", "name": variables["name"], "displayName": "", "sweepName": None, "description": "",
+                      "config": "{}", "project": project, "historyLineCount": 0}  # fmt: skip
+            return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if "createArtifact" in query:  # "we have it already": the tables come as files too
+            artifact = {"__typename": "Artifact", "id": "1", "digest": variables["input"]["digest"], "state": "COMMITTED",
+                        "artifactSequence": {"id": "1", "latestArtifact": None}}  # fmt: skip
+            return {"createArtifact": {"artifact": artifact}}
+        if "createRunFiles" in query:
+            files = [{"name": n, "uploadUrl": f"{self.address}/upload/{n}"} for n in variables["files"]]
+            return {"createRunFiles": {"runID": "1", "uploadHeaders": [], "files": files}}
+        return {"viewer": VIEWER, "serverInfo": {"cliVersionInfo": {}, "features": []}}
+
+    def take(self, path: str, body: bytes) -> None:
+        if path.endswith("/file_stream"):
+            lines = json.loads(body).get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+            self.history += [json.loads(line) for line in lines]
+        elif path.endswith("/wandb-summary.json"):
+            self.summary = json.loads(body)
+        elif path.endswith(".table.json"):
+            self.tables.append(json.loads(body))
+
+
+class SweepService(Service):
+    """GraphQL answers for wandb 0.31: create a sweep, register an agent, heartbeat."""
+
+    def __init__(self):
+        super().__init__()
+        self.config, self.agents, self.given, self.waiting = "", 0, [], []
+
+    def answer(self, query: str, variables: dict) -> dict:
+        if "upsertSweep" in query:
+            return self._keep(variables)
+        if "createAgent" in query:
+            self.agents += 1
+            return {"createAgent": {"agent": {"id": f"agent{self.agents}"}}}
+        if "agentHeartbeat" in query:
+            return self._heartbeat(variables)
+        if "SweepWithRuns" in query:
+            sweep = {"id": "1", "name": "sweep1", "method": "grid", "state": "RUNNING", "config": self.config}
+            return {"project": {"sweep": sweep | {"runs": {"edges": []}}}}
+        return {"viewer": VIEWER, "serverInfo": {"cliVersionInfo": {}, "features": []}}
 
     def _keep(self, variables: dict) -> dict:
         self.config = variables["config"]

@@ -12,6 +12,8 @@ from transformers import TrainerCallback
 from toolkit.generate import generate
 
 MODES = ("thinking", "non_thinking")
+SHARE = 0.05
+"""Of the training time, what sample replies during it may take."""
 
 
 class Metrics(TrainerCallback):
@@ -139,13 +141,19 @@ def _peak_rss(now: int) -> int:
 
 
 class Samples(TrainerCallback):
-    """The recipe's fixed prompts answered in both modes, before, during and after: samples.jsonl, and a wandb Table."""
+    """The recipe's fixed prompts answered in both modes, before, during and after: samples.jsonl, and a wandb Table.
+
+    Answers during training are left out where they would take more than SHARE of it."""
 
     def __init__(self, folder: Path, tokenizer, prompts: tuple[str, ...], seed: int, max_new_tokens: int, wandb: bool):
         self.file = folder / "samples.jsonl"
         self.tokenizer, self.prompts, self.seed, self.max_new_tokens = tokenizer, prompts, seed, max_new_tokens
-        self.wandb, self.seconds = wandb, 0.0
+        self.wandb = wandb
         self._rows: list[dict] = []
+        self._begun = self._from = 0.0
+        """Clock time and step from which training goes on here."""
+        self._last = self._spent = 0.0
+        """Seconds of one round of answers, and of all during training."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):  # noqa: ARG002 - as above
         if not state.is_world_process_zero:
@@ -156,12 +164,19 @@ class Samples(TrainerCallback):
         else:
             rows = [json.loads(line) for line in self.file.read_text(encoding="utf-8").splitlines()]
             self._rows = [r for r in rows if r["step"] <= state.global_step and r["when"] != "after"]
+        self._begun, self._from = time.monotonic(), state.global_step
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):  # noqa: ARG002 - as above
-        if state.is_world_process_zero and all(r["step"] != state.global_step for r in self._rows):
-            self.answer(
-                model, state.global_step, "during"
-            )  # once a step, though each validation set reports on its own
+        answered = any(r["step"] == state.global_step for r in self._rows)  # each validation set reports on its own
+        last = state.global_step >= state.max_steps  # "after" follows at once
+        if state.is_world_process_zero and not answered and not last and self._affordable(state):
+            self.answer(model, state.global_step, "during")
+            self._spent += self._last
+
+    def _affordable(self, state) -> bool:
+        """Whether one more round keeps within SHARE of the time that all of training will take, as far as is known."""
+        done = (state.global_step - self._from) / (state.max_steps - self._from)
+        return self._spent + self._last <= SHARE * (time.monotonic() - self._begun) / done
 
     def answer(self, model, step: int, when: str) -> None:
         """Ask all prompts now and write the file."""
@@ -176,7 +191,7 @@ class Samples(TrainerCallback):
             columns = list(self._rows[0])
             table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in self._rows])
             wandb.log({"samples": table}, commit=False)
-        self.seconds += time.monotonic() - started
+        self._last = time.monotonic() - started
 
 
 def answers(model, tokenizer, prompts, seed: int, max_new_tokens: int) -> list[dict]:

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.evaluate import summary
 from toolkit.evaluate.stats import RESAMPLES, draws, ratios
-from toolkit.folders import GOAL, KL, METRICS, UNITS, Point, Run, alike, group, read_runs, seed_error
+from toolkit.folders import GOAL, KL, METRICS, Point, Run, alike, group, read_runs, seed_error
 from toolkit.recipe import ToolkitError
 
 GUARDS = (("thinking", "adherence"), ("non_thinking", "adherence"), ("non_thinking", "accuracy/chat"))
@@ -176,18 +175,3 @@ def frontier(points: list[Point]) -> list[Point]:
         point for point, (a, b) in zip(points, places, strict=True)
         if not any(x >= a and y >= b and (x, y) != (a, b) for x, y in places)
     ]  # fmt: skip
-
-
-def wandb_summary(comparison: Comparison) -> dict:
-    """What wandb gets: for each run {"config": mix/reasoning_share_<unit>, "summary": eval/…}, under stable names, and the
-    comparison as columns and rows for one Table."""
-    runs = {}
-    for run in (run for point in comparison.points for run in point.runs):
-        runs[run.name] = {
-            "config": {f"mix/reasoning_share_{unit}": run.share(unit) for unit in UNITS},
-            "summary": summary(run.eval),
-        }
-    keys = [f"eval/tuned/{section}/{metric}" for section, metric in METRICS]
-    columns = ["run", *(f"mix/reasoning_share_{unit}" for unit in UNITS), *keys]
-    rows = [[name, *r["config"].values(), *(r["summary"].get(key) for key in keys)] for name, r in runs.items()]
-    return {"runs": runs, "columns": columns, "rows": rows, "recommendation": comparison.sentence}

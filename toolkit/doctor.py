@@ -94,9 +94,9 @@ def _hub() -> Finding:
 
 
 def _wandb() -> Finding:
-    from toolkit.train import has_wandb_account
+    from toolkit.tracking import has_account
 
-    if has_wandb_account():
+    if has_account():
         return Finding("wandb", "account found: runs are uploaded")
     return Finding("wandb", "no account: runs are kept offline", "optional: wandb login, or upload later: wandb sync")
 

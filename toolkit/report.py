@@ -6,9 +6,10 @@ paths = write(compare(runs), Path("outputs/comparison"))  # comparison.csv, .png
 import csv
 import html
 import io
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from toolkit import evaluate, tracking
 from toolkit.compare import MARGIN, RULE, Comparison, noun, retention
 from toolkit.evaluate import show
 from toolkit.folders import GOAL, KL, METRICS, UNITS, Point
@@ -46,6 +47,49 @@ def write(comparison: Comparison, folder: Path) -> dict[str, Path]:
     picture.savefig(paths["png"], dpi=150)
     paths["html"].write_text(page(comparison, _svg(picture)), encoding="utf-8")
     return paths
+
+
+def conclude(comparison: Comparison, folder: Path, console) -> None:
+    """Print the table, the notes and the sentence, write the files, log to wandb what came from there."""
+    console.print(table(comparison))
+    paths = write(comparison, folder)
+    for name, why in comparison.left_out:
+        console.print(f"left out: {name}: {why}", style="yellow")
+    for note in comparison.notes:
+        console.print(f"· {note}")
+    console.print(comparison.sentence, style="bold")
+    console.print("\n".join(str(path) for path in paths.values()))
+    if any(tracking.wanted(run.recipe["train"]) for point in comparison.points for run in point.runs):
+        tracking.comparison(folder, *for_wandb(comparison), console)
+
+
+def for_wandb(comparison: Comparison) -> tuple[str, list[dict], tuple[list, list], dict]:
+    """(key of the x axis, a curve's points, columns and rows of all runs, summary) under the names of toolkit.tracking."""
+
+    def shares(of: Callable[[str], float]) -> dict:
+        return {f"mix/reasoning_share_{unit}": of(unit) for unit in UNITS}
+
+    keys = shown(comparison)
+    points = [
+        shares(point.shares.get)
+        | {
+            f"eval/tuned/{section}/{metric}{'' if end == 'value' else '.' + end}": point.values[section, metric][end]
+            for section, metric in keys
+            for end in ("value", "low", "high")
+        }
+        for point in comparison.points
+    ]
+    names = [f"eval/{name}/{section}/{metric}" for name in ("base", "tuned") for section, metric in keys]
+    rows = [
+        [run.name, *shares(run.share).values(), *(evaluate.summary(run.eval).get(name) for name in names)]
+        for point in comparison.points
+        for run in point.runs
+    ]
+    summary = {"recommendation": comparison.sentence}
+    if comparison.recommended:
+        summary |= {f"recommended/{k}": v for k, v in shares(comparison.recommended.shares.get).items()}
+    axis = f"mix/reasoning_share_{comparison.unit}"
+    return axis, points, (["run", *shares(lambda _: 0.0), *names], rows), summary
 
 
 def shown(comparison: Comparison) -> list[tuple[str, str]]:

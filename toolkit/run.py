@@ -9,6 +9,8 @@ import time
 from pathlib import Path
 
 from toolkit import recipe as recipes
+from toolkit import tracking
+from toolkit.files import write_json
 from toolkit.recipe import Recipe, Source
 
 SAMPLES = "data_recipes/samples"
@@ -117,11 +119,9 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
         batch_size=generation_batch(recipe, mixed),
         say=console.print,
     )
-    from toolkit.train import finish_reporting, write_atomically
-
-    write_atomically(folder / "eval.json", json.dumps(result, ensure_ascii=False, indent=1))
+    write_json(folder / "eval.json", result)
     console.print(evaluation.table(result))
-    finish_reporting(recipe, folder, evaluation.summary(result), console)
+    tracking.finish(recipe, mixed, folder, evaluation.summary(result), console)
     return result
 
 

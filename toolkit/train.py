@@ -15,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit import fit
+from toolkit import fit, tracking
 from toolkit import recipe as recipes
+from toolkit.files import write_json, write_text
 from toolkit.mix import Mix, Row
 from toolkit.model import quiet
 from toolkit.recipe import ROOT, Recipe, ToolkitError, outputs
@@ -51,7 +52,7 @@ def claim(recipe: Recipe, *, fresh: bool = False) -> tuple[Path, str]:
         folder.rename(aside)
     if not written.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(written, recipes.to_yaml(recipe))
+        write_text(written, recipes.to_yaml(recipe))
         return folder, "new"
     if written.read_text(encoding="utf-8") != recipes.to_yaml(recipe):
         raise ToolkitError(
@@ -78,16 +79,6 @@ def _changes(old: Recipe, new: Recipe) -> str:
     return "; ".join(changed[:3]) + ("; …" if len(changed) > 3 else "")
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a whole file or none; a full disk becomes a ToolkitError."""
-    partial = file.with_name(file.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(file)
-    except OSError as error:
-        raise ToolkitError(f"{file}: could not be written ({error.strerror}): free some space and run again") from error
-
-
 def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console, clock: dict | None = None) -> dict:
     """Train the adapter on `model` and leave it in `folder`; goes on from the last whole checkpoint if there is one.
 
@@ -103,10 +94,10 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console, c
         if is_main():
             for name in ("mix.json", "quarantine.jsonl"):
                 shutil.copy(mixed.folder / name, folder / name)
-            write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1))
+            write_json(folder / "manifest.json", manifest)
         checkpoint = last_checkpoint(folder, console)
     settings = dict(recipe.train)
-    with reporting(recipe, mixed, folder):
+    with tracking.training(recipe, mixed, folder) if is_main() else contextlib.nullcontext():
         while True:
             trainer, counter, samples, progress = _trainer(recipe, settings, mixed, model, tokenizer, folder, console)
             try:
@@ -135,7 +126,7 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console, c
         "processes": trainer.args.world_size,
         "packing": trainer.args.packing,
         "padding_free": trainer.args.padding_free,
-        "sample_seconds": round(samples.seconds, 2),
+        "evaluation_seconds": round(trainer.evaluation_seconds, 2),
         "seconds": round(time.time() - started, 2),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -143,7 +134,7 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console, c
         planned = fit.forecast(fit.settings(recipe, max(len(r.ids) for r in mixed.train)), recipe.model.model_name)
         manifest["fit"] = fit.compare(planned, torch.cuda.max_memory_reserved())
         console.print(f"peak memory: {manifest['fit']['error']:+.1%} forecast against measured")
-    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=1))
+    write_json(folder / "manifest.json", manifest)
     return manifest
 
 
@@ -181,12 +172,17 @@ def _trainer(recipe: Recipe, settings: dict, mixed: Mix, model, tokenizer, folde
                 counter.count(inputs)
             return super().compute_loss(model, inputs, *args, **kwargs)
 
+        evaluation_seconds = 0.0
+        """Validation losses and sample replies during training."""
+
         def evaluate(self, eval_dataset=None, **kwargs):
+            started = time.monotonic()
             metrics = super().evaluate(eval_dataset, **kwargs)
             if eval_dataset is None and kwargs.get("metric_key_prefix", "eval") == "eval":
                 losses = {k: metrics[f"eval_{k}_loss"] for k in weights}
                 metrics["eval_loss"] = sum(weights[k] * losses[k] for k in losses) / sum(weights.values())
                 self.log({"eval_loss": metrics["eval_loss"], **{f"eval_{k}_loss": v for k, v in losses.items()}})
+                self.evaluation_seconds += time.monotonic() - started
             return metrics
 
     counter = Counter()
@@ -199,7 +195,7 @@ def _trainer(recipe: Recipe, settings: dict, mixed: Mix, model, tokenizer, folde
         recipe.evaluate.prompts,
         recipe.data.seed,
         max_new_tokens=min(256, recipe.evaluate.max_new_tokens),
-        wandb=to_wandb(recipe),
+        wandb=tracking.wanted(recipe.train),
     )
     progress = Progress(console, counter)
     callbacks = [counter, Metrics(folder), progress, samples]
@@ -212,7 +208,6 @@ def _trainer(recipe: Recipe, settings: dict, mixed: Mix, model, tokenizer, folde
             train_dataset=dataset(mixed.train),
             eval_dataset=validation or None,
             processing_class=tokenizer,
-            data_collator=None if settings.get("packing") else transformers.DataCollatorForSeq2Seq(tokenizer),
             callbacks=callbacks,
         )
     for weight in trainer.model.parameters():
@@ -265,7 +260,11 @@ def dataset(rows: list[Row]):
     columns = {
         name: kind.from_arrays(offsets, pa.array(flat)) for name, flat in (("input_ids", ids), ("labels", labels))
     }
-    return datasets.Dataset(pa.table(columns))
+    made = datasets.Dataset(pa.table(columns))
+    made._unsloth_truncated_to = int(
+        lengths.max()
+    )  # Unsloth's sign that no row needs cutting; without it, batches are padded
+    return made
 
 
 def datasets_by_source(rows: list[Row]) -> dict:
@@ -363,73 +362,3 @@ def commit() -> str | None:
     except FileNotFoundError:  # no git on this machine
         return None
     return done.stdout.strip() or None
-
-
-def to_wandb(recipe: Recipe) -> bool:
-    """Whether this run reports to wandb; `train.report_to` is a name or a list of names."""
-    to = recipe.train["report_to"]
-    return "wandb" in (to if isinstance(to, list) else [to])
-
-
-@contextlib.contextmanager
-def reporting(recipe: Recipe, mixed: Mix, folder: Path):
-    """wandb around a training, left open for the evaluation that follows; closed as crashed on an error."""
-    if not to_wandb(recipe) or not is_main():
-        yield
-        return
-    import wandb
-
-    start_wandb(recipe, mixed, folder)
-    try:
-        yield
-    except BaseException:  # an interrupt too closes the run as crashed
-        wandb.finish(exit_code=1)
-        raise
-
-
-def start_wandb(recipe: Recipe, mixed: Mix, folder: Path) -> None:
-    """Open the run's wandb run; the same folder always continues the same one."""
-    import wandb
-
-    os.environ.setdefault("WANDB_PROJECT", "qwen3-both-modes")
-    os.environ.setdefault("WANDB_SILENT", "true")  # its lines would break the progress display; ours says what matters
-    if not has_wandb_account():
-        os.environ.setdefault("WANDB_MODE", "offline")
-    mix = {f"mix/reasoning_share_{u}": s.get("thinking", 0.0) for u, s in mixed.report["achieved_modes"].items()}
-    wandb.init(
-        name=recipe.name,
-        id=f"{recipe.name}-{recipes.sha256(recipe)[:8]}",
-        group=os.environ.get("TOOLKIT_SWEEP"),
-        dir=str(folder),
-        config={"recipe": recipes.to_dict(recipe), **mix, "mix/achieved": mixed.report["achieved"]},
-        resume="allow",
-        settings=wandb.Settings(silent=True, console="off"),
-    )
-
-
-def has_wandb_account() -> bool:
-    """Whether wandb could upload: a key in the environment or in ~/.netrc."""
-    import netrc
-
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return any("wandb" in host for host in netrc.netrc().hosts)
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
-
-
-def finish_reporting(recipe: Recipe, folder: Path, summary: dict, console) -> None:
-    """Add evaluation to the run's wandb summary and close it; offline, say which command uploads it."""
-    if not to_wandb(recipe):
-        return
-    import wandb
-
-    if wandb.run is None:
-        from toolkit.mix import compile_mix
-
-        start_wandb(recipe, compile_mix(recipe), folder)
-    wandb.run.summary.update(summary)
-    wandb.finish()
-    if os.environ.get("WANDB_MODE") == "offline":
-        console.print(f"wandb: kept offline; upload with `wandb sync {folder / 'wandb'}/offline-run-*`")

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from toolkit.export.certificate import FAILED, uncertify, verify
-from toolkit.export.files import Ledger, read_json, sha256
 from toolkit.export.gguf_file import (
     QUANTS,
     check_quant,
@@ -20,9 +19,11 @@ from toolkit.export.gguf_file import (
     quantize_with_llama_cpp,
     write_gguf,
 )
+from toolkit.export.ledger import Ledger
 from toolkit.export.merge import Checkpoint, Merged, merge, open_merged, size_of
 from toolkit.export.model_card import model_card
 from toolkit.export.parity import POSITIONS
+from toolkit.files import read_json, sha256
 from toolkit.generate import SAMPLING
 from toolkit.recipe import ToolkitError, load
 

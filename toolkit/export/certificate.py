@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.export.files import describe, read_json, write_json, write_text
 from toolkit.export.gguf_file import (
     GgufFile,
     bf16_bits,
@@ -41,6 +40,7 @@ from toolkit.export.parity import (
     stored_view,
     tokenizer_differences,
 )
+from toolkit.files import describe, read_json, write_json, write_text
 from toolkit.generate import SAMPLING, split_reply
 from toolkit.recipe import Evaluate, ToolkitError, load
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.export.files import read_json
 from toolkit.export.merge import Checkpoint
+from toolkit.files import read_json
 from toolkit.recipe import ToolkitError
 
 LLAMA_CPP = "UNSLOTH_LLAMA_CPP_PATH"

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.export.files import Ledger, read_json
+from toolkit.export.ledger import Ledger
+from toolkit.files import read_json
 from toolkit.recipe import POCKET, ToolkitError, find
 
 SHARD_BYTES = 4 * 10**9

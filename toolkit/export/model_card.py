@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-from toolkit.export.files import read_json
+from toolkit.files import read_json
 from toolkit.recipe import load
 
 NOTICES = {

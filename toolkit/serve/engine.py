@@ -6,7 +6,7 @@ engine = open_engine(["outputs/pocket"]); for piece in converse(engine, Ask([{"r
 from collections.abc import Sequence
 from pathlib import Path
 
-from toolkit.export.files import read_json
+from toolkit.files import read_json
 from toolkit.recipe import Model, ToolkitError, load
 from toolkit.serve.batcher import Batcher
 from toolkit.serve.llama import Llama

@@ -93,6 +93,7 @@ def sweep(
     No `reasoning` keeps the recipe's own share; `settings` are `key=value,value` of any recipe key; `only` (`key=value` for every swept key) does just that run, for
     wandb's agents. Raises ToolkitError when the recipe cannot be swept, or at the end when runs failed twice.
     """
+    from toolkit import compare, report
     from toolkit.run import default_console
 
     console = console or default_console()
@@ -106,7 +107,8 @@ def sweep(
         runs = [_chosen(runs, only, base)]
     failed = work([run.name for run in runs], folder, command, console)
     if not only:
-        conclude([run.name for run in runs if run.name not in failed], folder, console)
+        done = [outputs() / run.name for run in runs if run.name not in failed]
+        report.conclude(compare.compare(done), folder, console)
     if failed:
         names = ", ".join(failed)
         raise ToolkitError(f"{len(failed)} of {len(runs)} runs failed: {names}. Logs: {folder / 'logs'}. "
@@ -295,18 +297,3 @@ def _refuse_other_recipes(runs: list[Planned]) -> None:
                 f"{written.parent} holds a run of another recipe, and runs are never overwritten: give the sweep another "
                 "name (name=...), or move that folder away"
             )
-
-
-def conclude(runs: list[str], folder: Path, console) -> None:
-    """The table, the picture and the sentence."""
-    from toolkit import compare, report
-
-    comparison = compare.compare([outputs() / run for run in runs])
-    paths = report.write(comparison, folder)
-    console.print(report.table(comparison))
-    for name, why in comparison.left_out:
-        console.print(f"left out: {name}: {why}", style="yellow")
-    for note in comparison.notes:
-        console.print(f"· {note}")
-    console.print(comparison.sentence, style="bold")
-    console.print(f"{paths['png']}\n{paths['html']}\n{paths['csv']}")
