@@ -55,10 +55,10 @@ chat: setup  ## talk to a run; RUN=name
 serve: setup  ## API and chat page on 127.0.0.1:8000; RUN=name
 	@$(PY) -m toolkit serve $(RUN) $(ARGS)
 
-bench: setup  ## seconds until the first training step, next to the recorded value
+bench: setup  ## how long a start takes; on a GPU, speed and memory beside other ways
 	@$(PY) -m toolkit bench $(ARGS)
 
-bench-mix: setup  ## time and audit the data stage beside the usual ways (minutes; an hour on busy cores)
+bench-mix: setup  ## time and audit the data stage beside the usual ways (a quarter of an hour)
 	@$(PY) -m tests.bench_mix $(ARGS)
 
 notebooks: setup  ## execute every notebook and write its outputs

@@ -392,7 +392,8 @@ def test_two_stock_wandb_agents_work_through_the_file_and_do_every_run_once(proj
 @pytest.mark.slow  # three minutes: four trainings of the pocket model
 def test_a_sweep_over_two_seeds_killed_in_mid_training_ends_bit_for_bit_like_one_that_was_not(tmp_path):
     words = [sys.executable, "-m", "toolkit", "sweep", "data_recipes/sweep_pocket.yaml", "name=tiny", "data.budget=6000",
-             "train.max_steps=8", "train.eval_steps=0.25", "train.save_steps=0.25", "evaluate.max_new_tokens=16",
+             "train.max_steps=8", "train.eval_steps=0.25", "train.save_steps=0.25", "evaluate.max_new_tokens=96",
+             "evaluate.questions.0.max_rows=16", "evaluate.questions.1.max_rows=16",
              "train.per_device_train_batch_size=16", "--reasoning", "0.5", "--seeds", "2"]  # fmt: skip
 
     def start(name):
