@@ -321,7 +321,6 @@ def test_replies_are_shown_as_text_and_never_as_markup():
 # --- execution -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # two to four minutes on two cores: every notebook, whole, with the real library stack
 def test_all_notebooks_run_on_a_cpu(tmp_path):
     """One kernel for all, emptied between them: Unsloth's import takes longer than these notebooks do."""
     whole = _joined()
@@ -347,7 +346,7 @@ def _executed(page, tmp_path):
     from nbclient import NotebookClient
 
     client = NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
+        page, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
     )
     client.execute(env=quiet_environment(tmp_path))
     return page

@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from toolkit.lint import lint
-from toolkit.overlap import Grams, NearDuplicates, signatures, text_key
+from toolkit.overlap import Duplicates, Grams, NearDuplicates, signatures, text_key
 from toolkit.recipe import Data, Recipe, Source, ToolkitError, outputs
 from toolkit.render import SWITCH, Chat, examples, load_chat
 from toolkit.sources import Rejected, conversations, fingerprint
@@ -56,13 +55,6 @@ class Row:
         if unit == "examples":
             return 1
         return len(self.ids) if unit == "tokens" else len(self.ids) - self.prompt_length
-
-
-class Keys(NamedTuple):
-    """What a conversation is known again by: its prompts, its whole text."""
-
-    prompt: bytes
-    text: bytes
 
 
 @dataclass(frozen=True)
@@ -176,19 +168,19 @@ def _fill_all(draws: list[_Draw], planned: dict, recipe: Recipe, chat: Chat, poo
     _ = chat.reference  # loaded now, while the worker still loads the fast one
     held: set[bytes] = set()
     grams = Grams(_question_prompts(recipe)) if data.decontaminate else Grams([])
-    near, seen_texts = NearDuplicates(), set()
+    near, exact = NearDuplicates(), Duplicates()
     for draw in draws:  # all sources hold out first, so that no source trains on another's validation prompt
         name = draw.source.name
-        _hold_out(draw, streams[name], planned[name]["validation"], max_seq_length, held, seen_texts)
+        _hold_out(draw, streams[name], planned[name]["validation"], max_seq_length, held, exact)
     for draw in draws:
-        accept = _Filter(data, max_seq_length, held, grams, near, seen_texts)
+        accept = _Filter(data, max_seq_length, held, grams, near, exact)
         _fill(draw, streams[draw.source.name], accept, data.unit)
         _stop_if_rotten(draw, data.max_rejected)
     return compared
 
 
 def _examples(source: Source, data: Data, chat: Chat, pool: ThreadPoolExecutor, compared: list) -> Iterator:
-    """(number, conversation, [Row] or Rejected, keys) of a source in seeded order; its first batches start at once."""
+    """(number, conversation, [Row] or Rejected, prompt's key) of a source in seeded order; its first batches start at once."""
     batches = _batches(source, data, chat, pool)
     ahead: deque = deque()
     _go_ahead(ahead, batches)
@@ -202,7 +194,7 @@ def _go_ahead(ahead: deque, batches: Iterator) -> None:
 
 
 def _batches(source: Source, data: Data, chat: Chat, pool: ThreadPoolExecutor) -> Iterator:
-    """Yield rendered batches, [(number, conversation, [Example] or Rejected, keys)], and their tokenization under way."""
+    """Yield rendered batches, [(number, conversation, [Example] or Rejected, prompt's key)], and their tokenization under way."""
     rng = np.random.default_rng([data.seed, int(hashlib.sha256(source.name.encode()).hexdigest()[:8], 16)])
     passes = itertools.chain.from_iterable(
         conversations(source, data.seed, data.placeholders) for _ in range(source.max_repeats)
@@ -230,24 +222,24 @@ def _finished(ahead: deque, batches: Iterator, source: Source, compared: list) -
         items, tokenizing = ahead.popleft()
         _go_ahead(ahead, batches)
         tokenized = iter(tokenizing.result())
-        for number, conversation, found, keys in items:
+        for number, conversation, found, prompt in items:
             if isinstance(found, list):
                 rows = [_row(e, *next(tokenized), source, number) for e in found]
                 if (i := next(count)) < 16 or i % 128 == 0:
                     compared.append((rows[-1], (found[-1].prompt, found[-1].completion)))
                 found = rows
-            yield number, conversation, found, keys
+            yield number, conversation, found, prompt
 
 
 def _render(item, source: Source, chat: Chat, rng):
-    """(conversation, [Example] or Rejected, keys); the random draw for soft switches is spent on every row."""
+    """(conversation, [Example] or Rejected, its prompt's key); the random draw for soft switches is spent on every row."""
     switch = rng.random() < source.soft_switch
     if isinstance(item, Rejected):
         return None, item, None
     try:
         conversation = _with_switch(item) if switch and chat.kind == "hybrid" else item
         found = examples(conversation, source.mode, chat, source.turns)
-        return conversation, found, Keys(prompt_key(conversation), text_key(conversation))
+        return conversation, found, prompt_key(conversation)
     except Rejected as rejected:
         return item, rejected, None
 
@@ -267,11 +259,11 @@ def _row(example, ids: np.ndarray, prompt_length: int, signature, source: Source
     return Row(ids, prompt_length, source.name, example.mode, number, signature=signature)
 
 
-def _hold_out(draw: _Draw, stream, wanted: int, max_seq_length: int, held: set, seen_texts: set) -> None:
+def _hold_out(draw: _Draw, stream, wanted: int, max_seq_length: int, held: set, exact: Duplicates) -> None:
     """The first `wanted` usable conversations of a source never train, nor does any other row with their prompts."""
     kept = 0
     while kept < wanted and (item := next(stream, None)):
-        number, conversation, rows, keys = item
+        number, conversation, rows, prompt = item
         draw.seen += 1
         draw.numbers.add(number)
         if isinstance(rows, Rejected):
@@ -281,8 +273,8 @@ def _hold_out(draw: _Draw, stream, wanted: int, max_seq_length: int, held: set, 
         if not fitting:
             draw.drop(number, "too_long", f"{len(rows[-1].ids)} tokens > max_seq_length {max_seq_length}")
             continue
-        held.add(keys.prompt)
-        seen_texts.add(keys.text)
+        held.add(prompt)
+        exact.seen(prompt, conversation)
         draw.validation += [replace(r, conversation=conversation) for r in fitting]
         kept += 1
 
@@ -302,21 +294,20 @@ class _Filter:
     held: set
     grams: Grams
     near: NearDuplicates
-    seen_texts: set
+    exact: Duplicates
 
-    def reason(self, conversation: dict, rows: list[Row], keys: Keys, repeated: bool) -> tuple[str, str] | None:
+    def reason(self, conversation: dict, rows: list[Row], prompt: bytes, repeated: bool) -> tuple[str, str] | None:
         longest = max(len(r.ids) for r in rows)
         if longest > self.max_seq_length:
             return "too_long", f"{longest} tokens > max_seq_length {self.max_seq_length}"
-        if keys.prompt in self.held:
+        if prompt in self.held:
             return "validation_prompt", "a held-out row asks the same"
         if gram := self.grams.shared(conversation):
             return "contaminated", f"shares 13 words with an evaluation prompt: {gram!r}"
         if repeated or self.data.duplicates == "keep":
             return None
-        if keys.text in self.seen_texts:
+        if self.exact.seen(prompt, conversation):
             return "duplicate", "the same conversation, case and spacing aside"
-        self.seen_texts.add(keys.text)
         if self.data.duplicates == "near" and self.near.seen([r.signature for r in rows if r.signature is not None]):
             return "near_duplicate", "nearly the same supervised text as a row before"
         return None
@@ -325,7 +316,7 @@ class _Filter:
 def _fill(draw: _Draw, stream, accept: _Filter, unit: str) -> None:
     """Draw rows until the source's quota is met or it runs dry; a pass after the first repeats rows on purpose."""
     held_numbers = {r.number for r in draw.validation}
-    for number, conversation, rows, keys in stream:
+    for number, conversation, rows, prompt in stream:
         if draw.amount >= draw.quota:
             return
         if number in held_numbers:
@@ -336,7 +327,7 @@ def _fill(draw: _Draw, stream, accept: _Filter, unit: str) -> None:
         if isinstance(rows, Rejected):
             if not repeated:
                 draw.drop(number, rows.reason, rows.detail)
-        elif why := accept.reason(conversation, rows, keys, repeated):
+        elif why := accept.reason(conversation, rows, prompt, repeated):
             if not repeated:
                 draw.drop(number, *why)
         else:

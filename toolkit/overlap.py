@@ -26,6 +26,24 @@ def text_key(conversation: dict) -> bytes:
     return hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
+class Duplicates:
+    """Conversations equal to one before, case and spacing aside. Only those that ask the same are read in full."""
+
+    def __init__(self):
+        self._by_prompt: dict[bytes, dict | set[bytes]] = {}
+
+    def seen(self, prompt: bytes, conversation: dict) -> bool:
+        """Whether it came before; `prompt` is the key of what it asks. Remembers it if not."""
+        before = self._by_prompt.setdefault(prompt, conversation)
+        if before is conversation:
+            return False
+        if not isinstance(before, set):
+            before = self._by_prompt[prompt] = {text_key(before)}
+        known, key = len(before), text_key(conversation)
+        before.add(key)
+        return len(before) == known
+
+
 class Grams:
     """Word 13-grams of evaluation prompts; a prompt of fewer words is held as a whole."""
 
