@@ -1,24 +1,8 @@
 """A random Qwen3 of two layers for tests: `tokenizer = tiny_qwen3.tokenizer(); model = tiny_qwen3.model(tokenizer)`."""
 
-from importlib.resources import files
+from tests import export_fixtures
 
-WORDS = ["user assistant system What is Who are you the sum of one two three four five six plus think answer hello\n"]
-
-
-def tokenizer():
-    """A byte-level tokenizer with Qwen3's control tokens and its official chat template."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = decoders.ByteLevel()
-    raw.train_from_iterator(WORDS, trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    raw.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    raw.add_tokens([AddedToken("<think>", normalized=False), AddedToken("</think>", normalized=False)])
-    made = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    made.chat_template = (files("trl") / "chat_templates/qwen3.jinja").read_text()
-    return made
+tokenizer = export_fixtures.tokenizer
 
 
 def model(tokenizer, adapter_works: bool = True):

@@ -41,10 +41,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def console():
-    """Where people read: colours on a terminal, plain text in a pipe."""
-    from rich.console import Console
+    from toolkit.run import default_console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 160)
+    return default_console()
 
 
 def _recipe(args):

@@ -101,7 +101,7 @@ def table(comparison: Comparison):
     """A rich table: one column a ratio, so that it fits a terminal; the recommended one is marked."""
     from rich.table import Table
 
-    grid = Table(title="Tuned runs against the achieved reasoning share; 95% intervals", caption=comparison.sentence)
+    grid = Table(title="Tuned runs against the achieved reasoning share; 95% intervals")
     grid.add_column("")
     grid.add_column("base", justify="right", style="dim")
     for point in comparison.points:

@@ -21,10 +21,12 @@ DEFAULT_QUESTIONS = (
 
 
 def default_console():
-    """A console for notebooks and scripts."""
+    """Where people read: colours on a terminal and in a notebook, plain wide text in a pipe."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    console = Console(highlight=False)
+    piped = not (console.is_terminal or console.is_jupyter)
+    return Console(highlight=False, soft_wrap=True, width=160) if piped else console
 
 
 def resolve(recipe: Recipe, console) -> Recipe:
