@@ -294,12 +294,14 @@ def test_a_run_in_wandb_has_its_shares_in_the_config_and_its_evaluation_in_the_s
     folder.mkdir()
     flat = evaluate.summary(json.loads((make_run(tmp_path, 0.5) / "eval.json").read_text()))
     mixed = mix.compile_mix(loaded)
-    tracking.finish(loaded, mixed, folder, flat, Console(file=io.StringIO()))
+    replies = [{"mode": "thinking", "prompt": "17 + 25?", "base": "?", "tuned": "42"}]
+    tracking.finish(loaded, mixed, folder, flat, replies, Console(file=io.StringIO()))
     found = synced(folder)
     config = {key: value["value"] for key, value in found.runs[0]["config"].items()}
     assert config["mix/reasoning_share_supervised_tokens"] == pytest.approx(0.75, abs=0.01)
     assert {"mix/reasoning_share_examples", "mix/reasoning_share_tokens"} <= config.keys()
     assert {key: found.summary[key] for key in flat} == flat
+    assert found.tables == [{"columns": list(replies[0]), "data": [list(replies[0].values())]}]
 
 
 def test_the_report_is_one_file_that_needs_no_network_and_the_csv_reads_back(tmp_path):

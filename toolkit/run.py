@@ -123,7 +123,7 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
     )
     write_json(folder / "eval.json", result)
     console.print(evaluation.table(result))
-    tracking.finish(recipe, mixed, folder, evaluation.summary(result), console)
+    tracking.finish(recipe, mixed, folder, evaluation.summary(result), result["samples"], console)
     return result
 
 

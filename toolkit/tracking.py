@@ -1,7 +1,7 @@
 """Runs in wandb: one for each training with its evaluation, one for each comparison; offline where there is no account.
 
 with training(recipe, mixed, folder): ...
-finish(recipe, mixed, folder, {"eval/tuned/thinking/accuracy": 0.9}, console)
+finish(recipe, mixed, folder, evaluate.summary(result), result["samples"], console)
 
 Names that stay: config `mix/reasoning_share_{examples,tokens,supervised_tokens}`; summary
 `eval/{base,tuned,difference}/{thinking,non_thinking,forgetting}/METRIC`, with `.low` and `.high` beside each.
@@ -38,14 +38,15 @@ def training(recipe: Recipe, mixed: Mix, folder: Path) -> Iterator[None]:
         raise
 
 
-def finish(recipe: Recipe, mixed: Mix, folder: Path, summary: dict, console) -> None:
-    """Add evaluation to the run's wandb summary and close it; offline, say which command uploads it."""
+def finish(recipe: Recipe, mixed: Mix, folder: Path, summary: dict, replies: list[dict], console) -> None:
+    """Add evaluation to the run's wandb summary, some replies as a table, and close it; offline, say how to upload it."""
     if not wanted(recipe.train):
         return
     import wandb
 
     run = wandb.run or _start(recipe, mixed, folder)
     run.summary.update(summary)
+    run.log({"eval/replies": wandb.Table(list(replies[0]), [list(row.values()) for row in replies])})
     run.finish()
     _say_how_to_upload(folder, console)
 
