@@ -123,7 +123,7 @@ def _fast(tokenizer_json: str):
 
 
 def _short_merges(tokenizer_json: str) -> str:
-    """Merges in their older, shorter form, "a b" for ["a", "b"], which loads 0.2 s sooner; another layout is left as it is.
+    """Merges in their older, shorter form, "a b" for ["a", "b"], which load sooner; another layout is left as it is.
 
     A line break stands in JSON only between values, so no token's text is touched.
     """

@@ -39,7 +39,7 @@ def training(recipe: Recipe, mixed: Mix, folder: Path) -> Iterator[None]:
 
 
 def finish(recipe: Recipe, mixed: Mix, folder: Path, summary: dict, replies: list[dict], console) -> None:
-    """Add evaluation to the run's wandb summary, some replies as a table, and close it; offline, say how to upload it."""
+    """Add evaluation to the run's wandb summary, some replies as a table, and close it."""
     if not wanted(recipe.train):
         return
     import wandb
@@ -47,8 +47,7 @@ def finish(recipe: Recipe, mixed: Mix, folder: Path, summary: dict, replies: lis
     run = wandb.run or _start(recipe, mixed, folder)
     run.summary.update(summary)
     run.log({"eval/replies": wandb.Table(list(replies[0]), [list(row.values()) for row in replies])})
-    run.finish()
-    _say_how_to_upload(folder, console)
+    _close(run, folder, console)
 
 
 def comparison(folder: Path, share: str, points: list[dict], table: tuple[list, list], summary: dict, console) -> None:
@@ -72,8 +71,7 @@ def comparison(folder: Path, share: str, points: list[dict], table: tuple[list, 
         run.log(point)
     run.log({"comparison": wandb.Table(columns, rows), "picture": wandb.Image(str(folder / "comparison.png"))})
     run.summary.update(summary)
-    run.finish()
-    _say_how_to_upload(folder, console)
+    _close(run, folder, console)
 
 
 def _start(recipe: Recipe, mixed: Mix, folder: Path):
@@ -95,9 +93,11 @@ def _open(folder: Path, **values):
     return wandb.init(dir=str(folder), settings=wandb.Settings(silent=True, console="off"), **values)
 
 
-def _say_how_to_upload(folder: Path, console) -> None:
-    if os.environ.get("WANDB_MODE") == "offline":
-        console.print(f"wandb: kept offline; upload with `wandb sync {folder / 'wandb'}/offline-run-*`")
+def _close(run, folder: Path, console) -> None:
+    """Finish the run and say where it can be seen, or which command brings it there."""
+    offline = f"kept offline; upload with `wandb sync {folder / 'wandb'}/offline-run-*`"
+    console.print(f"wandb: {run.url or offline}")
+    run.finish()
 
 
 def has_account() -> bool:
