@@ -161,10 +161,17 @@ def test_no_ratio_is_recommended_when_all_break_a_mode(tmp_path):
     assert found.sentence == "None of the 3 ratios can be recommended: each breaks a mode or the chat."
 
 
-def test_a_recommended_ratio_that_does_not_beat_the_base_says_so(tmp_path):
+def test_no_ratio_is_recommended_when_none_is_shown_to_beat_the_base(tmp_path):
     found = compare([make_run(tmp_path, s, thinking=a) for s, a in ((0.25, 0.1), (0.75, 0.4))])
+    assert found.recommended is None
+    assert found.sentence.startswith("No ratio is shown to beat the base: 75% reasoning, the highest")
+
+
+def test_of_tied_ratios_only_those_that_beat_the_base_count(tmp_path):
+    shares = ((0.0, 0.1), (0.25, 0.42), (0.75, 0.5))
+    found = compare([make_run(tmp_path, s, thinking=a) for s, a in shares])
     assert found.recommended.label == "75% reasoning"
-    assert "against the base, which it is not shown to beat" in found.sentence
+    assert "tied with 25% reasoning" in found.sentence
 
 
 def test_seeds_are_averaged_and_each_stays_visible(tmp_path):

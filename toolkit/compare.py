@@ -22,9 +22,9 @@ RULE = (
     f"Ratios that lose more than {MARGIN} against the base, beyond their 95% interval, in thinking adherence, non-thinking "
     "adherence or non-thinking chat accuracy are left out: no gain in mathematics pays for a broken mode. Of the rest, the "
     "highest thinking accuracy on the reasoning questions leads; ratios closer to it than the range that chance alone "
-    "gives this many ratios (95%, bootstrap over questions, all pairs at once) tie with it, and of the tied ones the lowest "
-    "reasoning share is recommended: direct rows are shorter, and hold more of what the base could do. If nothing is "
-    "left out and all tie, the differences are within noise."
+    "gives this many ratios (95%, bootstrap over questions, all pairs at once) tie with it, and of the tied ones that are shown "
+    "to beat the base the lowest reasoning share is recommended: direct rows are shorter, and hold more of what the base could "
+    "do. If nothing is left out and all tie, the differences are within noise; if none is shown to beat the base, none is recommended."
 )
 
 
@@ -103,7 +103,12 @@ def decide(points: list[Point], unit: str) -> tuple[Point | None, str, list[str]
     if len(tied) == len(points):
         span = f"{values.min():.2f} to {values.max():.2f}"
         return None, f"The differences are within noise: thinking accuracy runs from {span}, and {gap}.", notes
-    best = min(tied, key=lambda point: (point.shares[unit], -point.values[GOAL]["value"]))
+    better = [point for point in tied if np.quantile(_change(point, *GOAL), 0.025) > 0]
+    if not better:
+        highest = max(tied, key=lambda point: point.values[GOAL]["value"])
+        state = _state(highest, unit)
+        return None, f"No {noun(points)[:-1]} is shown to beat the base: {highest.label}, the highest, {state}.", notes
+    best = min(better, key=lambda point: (point.shares[unit], -point.values[GOAL]["value"]))
     others = [point.label for point in tied if point is not best]
     tie = (
         f"tied with {' and '.join(others)}; {gap}"
@@ -127,7 +132,7 @@ def _state(point: Point, unit: str) -> str:
     found, gain = point.values[GOAL], point.values[GOAL]["value"] - _base_value(point, *GOAL)
     return (
         f"measured as {100 * point.shares[unit]:.1f}% of {unit.replace('_', ' ')}: thinking accuracy {found['value']:.2f} "
-        f"[{found['low']:.2f}, {found['high']:.2f}], {gain:+.2f} [{low:+.2f}, {high:+.2f}] against the base{'' if low > 0 else ', which it is not shown to beat'}"
+        f"[{found['low']:.2f}, {found['high']:.2f}], {gain:+.2f} [{low:+.2f}, {high:+.2f}] against the base"
     )
 
 
