@@ -31,7 +31,9 @@ REFRESH = 4.0
 os.environ.setdefault("JUPYTER_COLUMNS", "150")  # rich would cut tables at 115; wider ones scroll inside their cell
 # JupyterLab sets every <pre> apart by a line or two: a dozen printed lines would fill a screen. Below a line that can
 # scroll something must be left, or its underscores are cut off
-rich.jupyter.JUPYTER_HTML_FORMAT = rich.jupyter.JUPYTER_HTML_FORMAT.replace('style="', 'style="margin:0;padding:0 0 3px;')
+rich.jupyter.JUPYTER_HTML_FORMAT = rich.jupyter.JUPYTER_HTML_FORMAT.replace(
+    'style="', 'style="margin:0;padding:0 0 3px;'
+)
 
 
 @dataclass(frozen=True)

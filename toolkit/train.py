@@ -261,9 +261,8 @@ def dataset(rows: list[Row]):
         name: kind.from_arrays(offsets, pa.array(flat)) for name, flat in (("input_ids", ids), ("labels", labels))
     }
     made = datasets.Dataset(pa.table(columns))
-    made._unsloth_truncated_to = int(
-        lengths.max()
-    )  # Unsloth's sign that no row needs cutting; without it, batches are padded
+    # Unsloth's sign that no row needs cutting: without it, rows that hold ids are padded on a GPU
+    made._unsloth_truncated_to = int(lengths.max())
     return made
 
 
