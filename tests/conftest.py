@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never wait for a network
 
@@ -9,6 +10,8 @@ import pytest
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long; `make test-slow` runs these too")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a script's background jobs begin, and what they start
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
