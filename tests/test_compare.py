@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -299,6 +300,7 @@ def test_a_run_in_wandb_has_its_shares_in_the_config_and_its_evaluation_in_the_s
     loaded = recipe.load("data_recipes/pocket.yaml", ["data.budget=3000"])
     folder = tmp_path / "one"
     folder.mkdir()
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
     flat = evaluate.summary(json.loads((make_run(tmp_path, 0.5) / "eval.json").read_text()))
     mixed = mix.compile_mix(loaded)
     replies = [{"mode": "thinking", "prompt": "17 + 25?", "base": "?", "tuned": "42"}]
@@ -308,6 +310,7 @@ def test_a_run_in_wandb_has_its_shares_in_the_config_and_its_evaluation_in_the_s
     assert config["mix/reasoning_share_supervised_tokens"] == pytest.approx(0.75, abs=0.01)
     assert {"mix/reasoning_share_examples", "mix/reasoning_share_tokens"} <= config.keys()
     assert {key: found.summary[key] for key in flat} == flat
+    assert "WANDB_SERVICE" not in os.environ  # else a child that was killed could not go on with its run
     assert found.tables == [{"columns": list(replies[0]), "data": [list(replies[0].values())]}]
 
 

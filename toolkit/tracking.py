@@ -90,7 +90,11 @@ def _open(folder: Path, **values):
     os.environ.setdefault("WANDB_SILENT", "true")  # its lines would break the progress display; ours says what matters
     if not has_account():
         os.environ.setdefault("WANDB_MODE", "offline")
-    return wandb.init(dir=str(folder), settings=wandb.Settings(silent=True, console="off"), **values)
+    joined = "WANDB_SERVICE" in os.environ
+    run = wandb.init(dir=str(folder), settings=wandb.Settings(silent=True, console="off"), **values)
+    if not joined:  # or child processes would share this one's, where a run whose process was killed stays "in use"
+        os.environ.pop("WANDB_SERVICE", None)
+    return run
 
 
 def _close(run, folder: Path, console) -> None:
