@@ -368,7 +368,7 @@ def test_a_kernel_interrupt_in_mid_training_leaves_a_run_that_goes_on(tmp_path):
         manager.interrupt_kernel()
         assert reply(client, asked)["ename"] == "KeyboardInterrupt"
         assert ask(client, training)["status"] == "ok"
-    folder = next(tmp_path.glob("pocket-*"))
+    folder = next(tmp_path.glob("proper_run-*"))
     steps = [line["step"] for line in map(json.loads, (folder / "metrics.jsonl").open()) if "loss" in line]
     assert steps == list(range(1, 13))
     assert "finished" in json.loads((folder / "manifest.json").read_text())

@@ -35,8 +35,10 @@ def main_first() -> contextlib.AbstractContextManager:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return contextlib.nullcontext()
     import accelerate
+    import torch
 
-    return accelerate.PartialState().main_process_first()
+    # unless told that it is on a CPU, PartialState knows of no other process there, and nobody waits
+    return accelerate.PartialState(cpu=not torch.cuda.is_available()).main_process_first()
 
 
 def claim(recipe: Recipe, *, fresh: bool = False) -> tuple[Path, str]:
