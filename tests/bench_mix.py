@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tests import bench_rows, bench_ways, qwen3
 from tests.label_check import violations
+from toolkit.bench.start import processor
 from toolkit.recipe import ROOT
 
 MEASURED = ROOT / "data_recipes" / "measured" / "bench_mix.json"
@@ -170,11 +171,9 @@ def write_lines(file: Path, lines: int, tokenizer_folder: Path) -> None:
 
 
 def machine() -> dict:
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    model = re.search(r"model name\s*: (.*)", text)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
     return {
-        "cpu": model[1] if model else platform.processor(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests import tiny_qwen3
+from tests import export_fixtures, tiny_qwen3
 from toolkit.evaluate import evaluate, is_rate, score, summary, table
 from toolkit.evaluate.questions import LEVELS, as_question, choose, fingerprint, load_probes, plan
 from toolkit.evaluate.score import Judge, leaks, same_words
@@ -309,7 +309,7 @@ def test_where_all_questions_agree_the_interval_is_the_exact_bound_and_not_a_poi
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny_qwen3.tokenizer()
+    return export_fixtures.tokenizer()
 
 
 def test_divergence_equals_a_plain_softmax_over_each_row_alone(tokenizer, monkeypatch):

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 
-from tests import tiny_qwen3
+from tests import export_fixtures, tiny_qwen3
 from toolkit.generate import (
     SAMPLING,
     Reply,
@@ -33,7 +33,7 @@ CHATS = [
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return tiny_qwen3.tokenizer()
+    return export_fixtures.tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,4 @@
-"""A random Qwen3 of two layers for tests: `tokenizer = tiny_qwen3.tokenizer(); model = tiny_qwen3.model(tokenizer)`."""
-
-from tests import export_fixtures
-
-tokenizer = export_fixtures.tokenizer
+"""A random Qwen3 of two layers for tests: `model = tiny_qwen3.model(export_fixtures.tokenizer())`."""
 
 
 def model(tokenizer, adapter_works: bool = True):

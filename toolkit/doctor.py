@@ -77,12 +77,14 @@ def _packages():
 def _gpu() -> Finding:
     import torch
 
+    from toolkit.model import has_bf16
+
     if not torch.cuda.is_available():
         has_driver = shutil.which("nvidia-smi") is not None
         fix = "a driver is here, but this torch has no CUDA: pip install torch with CUDA" if has_driver else ""
         return Finding("gpu", f"none: {os.cpu_count()} CPU cores, the pocket model trains, larger ones crawl", fix)
     gpu = torch.cuda.get_device_properties(0)
-    half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16 (no bf16 on this card)"
+    half = "bf16" if has_bf16() else "fp16 (no bf16 on this card)"
     count = f", {torch.cuda.device_count()} cards" if torch.cuda.device_count() > 1 else ""
     return Finding("gpu", f"{gpu.name}, {gpu.total_memory / 2**30:.1f} GiB, {half}{count}; CUDA {torch.version.cuda}")
 

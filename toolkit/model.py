@@ -45,6 +45,13 @@ def quiet():
             logging.disable(logging.NOTSET)
 
 
+def has_bf16() -> bool:
+    """Whether the CUDA card here computes in bfloat16; a T4 only emulates it."""
+    import torch
+
+    return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def load_base(section: Model):
     """(model, tokenizer) of a recipe's `model:` section: a dynamic-quant checkpoint, or 16-bit weights quantized on load.
 

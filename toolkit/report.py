@@ -80,11 +80,8 @@ def for_wandb(comparison: Comparison) -> tuple[str, list[dict], tuple[list, list
         for point in comparison.points
     ]
     names = [f"eval/{name}/{section}/{metric}" for name in ("base", "tuned") for section, metric in keys]
-    rows = [
-        [run.name, *shares(run.share).values(), *(evaluate.summary(run.eval).get(name) for name in names)]
-        for point in comparison.points
-        for run in point.runs
-    ]
+    runs = [(run, evaluate.summary(run.eval)) for point in comparison.points for run in point.runs]
+    rows = [[run.name, *shares(run.share).values(), *map(found.get, names)] for run, found in runs]
     summary = {"recommendation": comparison.sentence}
     if comparison.recommended:
         summary |= {f"recommended/{k}": v for k, v in shares(comparison.recommended.shares.get).items()}

@@ -19,7 +19,7 @@ from toolkit import fit, tracking
 from toolkit import recipe as recipes
 from toolkit.files import write_json, write_text
 from toolkit.mix import Mix, Row
-from toolkit.model import quiet
+from toolkit.model import has_bf16, quiet
 from toolkit.recipe import ROOT, Recipe, ToolkitError, outputs
 
 PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "wandb")
@@ -230,7 +230,7 @@ def sft_config(recipe: Recipe, settings: dict, folder: Path, validates: bool):
     import trl
 
     half = torch.cuda.is_available()
-    bf16 = half and torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 only emulates it: fp16 there
+    bf16 = half and has_bf16()
     packing = bool(settings.get("packing"))
     values = {"bf16": bf16, "fp16": half and not bf16, "save_strategy": settings["eval_strategy"], **settings}
     values |= {

@@ -237,11 +237,12 @@ def _trainer(job: Job, plan: Recipe, model, tokenizer, data, adapter=None, **mor
 
 
 def _half():
-    """bfloat16, or float16 on cards that only emulate it (T4)."""
+    """bfloat16, or float16 on cards without it."""
     import torch
 
-    emulated = torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.float16 if emulated else torch.bfloat16
+    from toolkit.model import has_bf16
+
+    return torch.bfloat16 if not torch.cuda.is_available() or has_bf16() else torch.float16
 
 
 def _used(trainer) -> dict:
