@@ -22,7 +22,7 @@ from pathlib import Path
 from tests import bench_rows, bench_ways, qwen3
 from tests.label_check import violations
 from toolkit.bench.start import processor
-from toolkit.recipe import ROOT
+from toolkit.files import ROOT
 
 MEASURED = ROOT / "data_recipes" / "measured" / "bench_mix.json"
 RECIPE = """\

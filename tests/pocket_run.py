@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from toolkit import recipe
-from toolkit.recipe import POCKET, ROOT
+from toolkit.files import POCKET, ROOT
 
 RANK = 8
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from tests.pocket_run import make_run
-from toolkit.recipe import POCKET, ROOT, ToolkitError
+from toolkit.files import POCKET, ROOT, ToolkitError
 from toolkit.serve.batch import answer_file, read_prompts
 
 SUMS = [f"What is {a} + {a + 3}?" for a in range(10, 15)]

@@ -8,7 +8,7 @@ import pytest
 
 from toolkit import fit
 from toolkit.bench import cards, speed, start, ways
-from toolkit.recipe import POCKET, ROOT, ToolkitError
+from toolkit.files import POCKET, ROOT, ToolkitError
 
 SHAPE = "tests/data/bench_shape.json"
 HYBRID = "data_recipes/hybrid.yaml"

@@ -14,8 +14,7 @@ from toolkit.export.certificate import FAILED, verify
 from toolkit.export.gguf_file import GgufFile, write_gguf
 from toolkit.export.merge import Adapter, Checkpoint, Merged, find_base
 from toolkit.export.parity import adapter_view, base_view, divergence, log_probs
-from toolkit.files import read_json
-from toolkit.recipe import ToolkitError
+from toolkit.files import ToolkitError, read_json
 
 SILENT = {"say": lambda _: None}
 

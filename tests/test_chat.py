@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from tests.pocket_run import make_gguf, make_run
-from toolkit.recipe import ROOT
+from toolkit.files import ROOT
 from toolkit.serve import chat as chatting
 from toolkit.serve.chat import chat
 from toolkit.serve.request import Job, Piece, Refused

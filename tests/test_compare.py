@@ -17,8 +17,8 @@ from tests.wandb_service import RunService
 from toolkit import evaluate, mix, recipe, tracking
 from toolkit.compare import compare, frontier, reach
 from toolkit.evaluate import summarize
+from toolkit.files import ToolkitError
 from toolkit.folders import Point, Run
-from toolkit.recipe import ToolkitError
 from toolkit.report import conclude, page, table, write
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)

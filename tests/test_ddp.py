@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from toolkit.recipe import ROOT
+from toolkit.files import ROOT
 
 OVERRIDES = ["data.budget=3000", "data.validation_size=8", "train.max_steps=4", "train.eval_steps=0.5", "train.save_steps=0.5",
              "train.per_device_train_batch_size=4", "evaluate.max_new_tokens=16", "train.report_to=none"]  # fmt: skip

@@ -9,8 +9,8 @@ from toolkit.evaluate.questions import LEVELS, as_question, choose, fingerprint,
 from toolkit.evaluate.score import Judge, leaks, same_words
 from toolkit.evaluate.stats import difference, interval
 from toolkit.evaluate.subject import Subject, divergence
+from toolkit.files import ToolkitError
 from toolkit.generate import Reply, inference, split_reply
-from toolkit.recipe import ToolkitError
 
 SUMS = [{"messages": [{"role": "user", "content": f"{a} + 7?"}], "expected_answer": str(a + 7), "set": "sums"}
         for a in range(20)]  # fmt: skip

@@ -16,8 +16,7 @@ from tests.hub_stand_in import stand_in
 from toolkit.export import export, gguf_path, memory_needed, modelfile, push
 from toolkit.export.ledger import Ledger
 from toolkit.export.merge import Adapter, Base, Checkpoint, Merged, find_base, merge, open_merged, plan_shards
-from toolkit.files import read_json, sha256
-from toolkit.recipe import ROOT, ToolkitError
+from toolkit.files import ROOT, ToolkitError, read_json, sha256
 
 SILENT = {"say": lambda _: None}
 QUANTS = ("f16", "q4_k_m")

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from toolkit import fit, recipe
+from toolkit.files import POCKET, ROOT, ToolkitError
 from toolkit.fit import GIB, Settings, gauge, memory, shapes
-from toolkit.recipe import POCKET, ROOT, ToolkitError
 
 POINTS = json.loads((ROOT / "data_recipes/measured/published.json").read_text(encoding="utf-8"))["points"]
 TARGETS = Settings().target_modules

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from toolkit.recipe import Source, ToolkitError
+from toolkit.files import ToolkitError
+from toolkit.recipe import Source
 from toolkit.sources import conversations
 from toolkit.sources.formats import FORMATS, canonical, recognise
 from toolkit.sources.rows import Rejected

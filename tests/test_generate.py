@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests import export_fixtures, tiny_qwen3
+from toolkit.files import ToolkitError
 from toolkit.generate import (
     SAMPLING,
     Reply,
@@ -16,7 +17,6 @@ from toolkit.generate import (
     split_reply,
     think_probability,
 )
-from toolkit.recipe import ToolkitError
 
 CHATS = [
     [{"role": "user", "content": text}]

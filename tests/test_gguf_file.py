@@ -20,7 +20,7 @@ from toolkit.export.gguf_file import (
     write_gguf,
 )
 from toolkit.export.merge import Checkpoint
-from toolkit.recipe import ROOT, ToolkitError
+from toolkit.files import ROOT, ToolkitError
 
 MEASURED = json.loads((ROOT / "data_recipes" / "measured" / "gguf_parity.json").read_text())
 CASES = MEASURED["cases"]

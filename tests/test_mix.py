@@ -8,8 +8,8 @@ import pytest
 
 from tests.label_check import violations
 from toolkit import mix, recipe, render, show
+from toolkit.files import POCKET, ROOT, ToolkitError
 from toolkit.lint import lint
-from toolkit.recipe import POCKET, ROOT, ToolkitError
 from toolkit.render import load_chat
 
 SAMPLES = "data_recipes/samples"

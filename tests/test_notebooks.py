@@ -15,8 +15,8 @@ import time
 import pytest
 
 from toolkit import execute, labels, notebook, pictures
+from toolkit.files import ROOT, ToolkitError
 from toolkit.notebook import REPOSITORY
-from toolkit.recipe import ROOT, ToolkitError
 from toolkit.render import load_chat
 
 NAMES = "00_quickstart 01_mix 02_train 03_evaluate 04_ratio_sweep 05_export 06_your_own_data".split()

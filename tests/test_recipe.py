@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from toolkit import recipe
-from toolkit.recipe import ROOT, ToolkitError, from_dict, load, to_dict, to_yaml
+from toolkit.files import ROOT, ToolkitError
+from toolkit.recipe import from_dict, load, to_dict, to_yaml
 
 RECIPES = sorted((ROOT / "data_recipes").glob("*.yaml"))
 GOOD = {

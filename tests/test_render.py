@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests import qwen3 as real
 from tests.label_check import violations
-from toolkit.recipe import POCKET, ToolkitError
+from toolkit.files import POCKET, ToolkitError
 from toolkit.render import _short_merges, examples, last_switch, load_chat
 from toolkit.sources import Rejected
 

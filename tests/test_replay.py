@@ -9,9 +9,9 @@ from rich.console import Console
 
 from tests.test_sweep import write_rows
 from toolkit import recipe as recipes
+from toolkit.files import ToolkitError
 from toolkit.generate import Reply, split_reply
 from toolkit.mix import compile_mix, prompt_key
-from toolkit.recipe import ToolkitError
 from toolkit.render import examples, load_chat
 from toolkit.replay import replay, unseen
 from toolkit.sources import conversations

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.pocket_run import make_gguf, make_run
+from toolkit.files import ROOT, ToolkitError
 from toolkit.generate import split_reply
-from toolkit.recipe import ROOT, ToolkitError
 from toolkit.serve import Limits, create_app, listen, serve, settings
 from toolkit.serve.api import read_body
 from toolkit.serve.engine import best_source, gguf_of, open_engine

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from toolkit.recipe import ROOT, Source, ToolkitError
+from toolkit.files import ROOT, ToolkitError
+from toolkit.recipe import Source
 from toolkit.sources import conversations, detect, fingerprint, open_rows, stream_rows, tables
 from toolkit.sources import rows as files
 from toolkit.sources.rows import Rejected

@@ -20,7 +20,7 @@ from tests.wandb_service import SweepService
 from toolkit import recipe as recipes
 from toolkit import sweep as sweeps
 from toolkit.evaluate import summarize
-from toolkit.recipe import ROOT, ToolkitError
+from toolkit.files import ROOT, ToolkitError
 from toolkit.sweep import common_steps, plan, rows_per_step, sweep, workers
 from toolkit.sweep.workers import claim, work
 

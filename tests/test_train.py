@@ -14,8 +14,8 @@ import pytest
 from rich.console import Console
 
 from toolkit import recipe, train
+from toolkit.files import POCKET, ROOT, ToolkitError, outputs
 from toolkit.mix import Row
-from toolkit.recipe import POCKET, ROOT, ToolkitError, outputs
 
 STEPS, SAVE = 8, 0.25
 RECIPE = f"""

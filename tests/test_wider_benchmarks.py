@@ -17,9 +17,9 @@ import yaml
 
 from tests.pocket_run import make_run
 from toolkit.__main__ import parser
+from toolkit.files import POCKET, ROOT
 from toolkit.generate import SAMPLING
 from toolkit.pocket import tasks
-from toolkit.recipe import POCKET, ROOT
 
 FOLDER = ROOT / "data_recipes" / "benchmarks"
 SAMPLES = ROOT / "data_recipes" / "samples"

@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
         from toolkit.install import setup
 
         return setup() or 0
-    from toolkit.recipe import ToolkitError
+    from toolkit.files import ToolkitError
 
     try:
         return VERBS[args.verb][0](args) or 0
@@ -170,7 +170,7 @@ def verify(args):
 def compare(args):
     """Several runs: one table, one picture, one recommendation."""
     from toolkit import compare, report
-    from toolkit.recipe import outputs
+    from toolkit.files import outputs
 
     found = args.runs or sorted(p.parent for p in outputs().glob("*/eval.json"))
     comparison = compare.compare([p if p.is_dir() else outputs() / p for p in found])
@@ -182,7 +182,7 @@ def bench(args):
     import torch
 
     from toolkit.bench import cards, speed, start
-    from toolkit.recipe import ToolkitError, outputs
+    from toolkit.files import ToolkitError, outputs
 
     out, what = console(), args.measure or ("speed" if torch.cuda.is_available() else "start")
     if what == "start":

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.evaluate.stats import RESAMPLES, draws, ratios
+from toolkit.files import ToolkitError
 from toolkit.folders import GOAL, KL, METRICS, Point, Run, alike, group, read_runs, seed_error
-from toolkit.recipe import ToolkitError
 
 GUARDS = (("thinking", "adherence"), ("non_thinking", "adherence"), ("non_thinking", "accuracy/chat"))
 MARGIN = 0.05

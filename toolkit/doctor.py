@@ -8,7 +8,7 @@ import shutil
 import sys
 from dataclasses import dataclass
 
-from toolkit.recipe import ROOT
+from toolkit.files import ROOT
 
 HUB = "https://huggingface.co"
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from toolkit import __version__
-from toolkit.recipe import ROOT, ToolkitError, outputs
+from toolkit.files import ROOT, ToolkitError, outputs
 
 FOLDER = ROOT / "notebooks"
 MEASURED = re.compile(r"(?<=<!--measured-->).*?(?=<!--/measured-->)", re.DOTALL)

@@ -5,7 +5,8 @@ labels.compared(mixed, chat); labels.first_row(Source("data/mine.csv"), chat, {}
 
 from html import escape
 
-from toolkit.recipe import Source, ToolkitError
+from toolkit.files import ToolkitError
+from toolkit.recipe import Source
 from toolkit.render import Chat, examples
 from toolkit.sources import Rejected, conversations, detect, open_rows
 

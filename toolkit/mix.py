@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
+from toolkit.dedup import Duplicates, Grams, NearDuplicates, signatures, text_key
+from toolkit.files import ToolkitError, outputs
 from toolkit.lint import lint
-from toolkit.overlap import Duplicates, Grams, NearDuplicates, signatures, text_key
-from toolkit.recipe import Data, Recipe, Source, ToolkitError, outputs
+from toolkit.recipe import Data, Recipe, Source
 from toolkit.render import SWITCH, Chat, examples, load_chat
 from toolkit.sources import Rejected, conversations, fingerprint
 from toolkit.sources.conversation import CJK
@@ -27,7 +28,7 @@ BATCH = 256
 AHEAD = 16
 """Batches under way at most, while the tokenizer is still being loaded (1 s)."""
 TOLERANCE = 0.01  # an achieved share further than one point from its plan stops the run
-DECIDES = ("mix.py", "render.py", "overlap.py", "sources/*.py")
+DECIDES = ("mix.py", "render.py", "dedup.py", "sources/*.py")
 NOT_MALFORMED = {"too_long", "duplicate", "near_duplicate", "validation_prompt", "contaminated"}
 
 

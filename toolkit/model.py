@@ -8,7 +8,8 @@ import json
 import os
 from pathlib import Path
 
-from toolkit.recipe import POCKET, Lora, Model, ToolkitError, find, outputs
+from toolkit.files import POCKET, ToolkitError, find, outputs
+from toolkit.recipe import Lora, Model
 
 VOID = open(os.devnull, "w")  # noqa: SIM115 - stays open: log handlers made while it is in place keep writing to it
 

@@ -20,8 +20,9 @@ from pathlib import Path
 import rich.jupyter
 
 from toolkit import recipe as recipes
+from toolkit.files import outputs
 from toolkit.labels import THOUGHT, cell
-from toolkit.recipe import Recipe, outputs
+from toolkit.recipe import Recipe
 
 REPOSITORY = "https://github.com/OWNER/REPOSITORY"
 """The project's public address, the one place it is decided. Badges, set-up cells and READMEs repeat it; the tests compare.

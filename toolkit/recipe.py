@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import hashlib
 import importlib.util
-import os
 import re
 import types
 import typing
@@ -16,12 +15,7 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
-POCKET = Path(__file__).resolve().parent / "pocket"
-
-
-class ToolkitError(ValueError):
-    """An error for the person at the keyboard: it names the file, row or key, what was expected and what to do."""
+from toolkit.files import ROOT, ToolkitError, find
 
 
 @dataclass(frozen=True)
@@ -220,17 +214,6 @@ def to_yaml(recipe: Recipe) -> str:
 def sha256(recipe: Recipe) -> str:
     """Identity of a run: the resolved recipe's SHA-256."""
     return hashlib.sha256(to_yaml(recipe).encode()).hexdigest()
-
-
-def outputs() -> Path:
-    """Where runs and caches lie: outputs/ in the project, or $TOOLKIT_OUTPUTS."""
-    return Path(os.environ.get("TOOLKIT_OUTPUTS", ROOT / "outputs"))
-
-
-def find(path: str | Path) -> Path | None:
-    """A file or folder by its path from here, else from the project's root; None where neither has it."""
-    candidates = [Path(path).expanduser(), ROOT / path]
-    return next((c for c in candidates if c.exists()), None)
 
 
 def _override(values: dict, override: str) -> None:

@@ -17,7 +17,7 @@ import jinja2.sandbox
 import jinja2.utils
 import numpy as np
 
-from toolkit.recipe import POCKET, ToolkitError, find
+from toolkit.files import POCKET, ToolkitError, find
 from toolkit.sources import Rejected
 
 SWITCH = re.compile(r"(?<!\S)/(no_think|think)(?!\S)")

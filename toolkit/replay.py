@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from toolkit import recipe as recipes
 from toolkit.evaluate.questions import MODES
 from toolkit.evaluate.score import Judge, has_tags, leaks, thinks
+from toolkit.files import ROOT, ToolkitError, outputs
 from toolkit.generate import Reply
 from toolkit.mix import Mix, prompt_key
-from toolkit.recipe import Recipe, Source, ToolkitError, outputs
+from toolkit.recipe import Recipe, Source
 from toolkit.render import examples, load_chat
 from toolkit.sources import Rejected, conversations
 
@@ -190,7 +190,7 @@ def advice(path: Path, rows: list[dict], recipe: Recipe, mixed: Mix) -> str:
     unit = recipe.data.unit
     share = sizes[unit] / (recipe.data.budget or mixed.report["total"][unit])
     fraction = math.floor(1000 * min(1.0, max(share, 0.001))) / 1000
-    shown = path.relative_to(recipes.ROOT) if path.is_absolute() and path.is_relative_to(recipes.ROOT) else path
+    shown = path.relative_to(ROOT) if path.is_absolute() and path.is_relative_to(ROOT) else path
     return (
         f"{path}: {sizes[unit]:,} {unit.replace('_', ' ')}. To mix it in, add to data.sources (and take as much off the others, "
         f"the sum is 1):\n    - {{path: {shown}, format: messages, mode: auto, fraction: {fraction:g}, max_repeats: 2}}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from toolkit import recipe as recipes
 from toolkit import tracking
-from toolkit.files import write_json
+from toolkit.files import ToolkitError, write_json
 from toolkit.recipe import Recipe, Source
 
 SAMPLES = "data_recipes/samples"
@@ -161,7 +161,7 @@ def read(source: Source, recipe: Recipe) -> list[dict]:
     found = []
     for number, conversation in conversations(source, recipe.data.seed, recipe.data.placeholders):
         if isinstance(conversation, Rejected):
-            raise recipes.ToolkitError(f"{source.path}, row {number}: {conversation.detail}")
+            raise ToolkitError(f"{source.path}, row {number}: {conversation.detail}")
         found.append(conversation)
     return found
 

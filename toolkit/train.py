@@ -17,10 +17,10 @@ import numpy as np
 
 from toolkit import fit, tracking
 from toolkit import recipe as recipes
-from toolkit.files import write_json, write_text
+from toolkit.files import ROOT, ToolkitError, outputs, write_json, write_text
 from toolkit.mix import Mix, Row
 from toolkit.model import has_bf16, quiet
-from toolkit.recipe import ROOT, Recipe, ToolkitError, outputs
+from toolkit.recipe import Recipe
 
 PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "wandb")
 

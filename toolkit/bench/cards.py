@@ -13,7 +13,8 @@ from pathlib import Path
 
 from toolkit import fit
 from toolkit.bench import speed, start, ways
-from toolkit.recipe import ROOT, load
+from toolkit.files import ROOT
+from toolkit.recipe import load
 
 RECORD = ROOT / "data_recipes" / "measured" / "cards_gpu.json"
 CARDS = (8, 12, 16, 24)

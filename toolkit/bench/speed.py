@@ -11,7 +11,8 @@ from statistics import median
 
 from toolkit import fit
 from toolkit.bench import start, ways
-from toolkit.recipe import ROOT, ToolkitError, load, outputs
+from toolkit.files import ROOT, ToolkitError, outputs
+from toolkit.recipe import load
 
 RECORD = ROOT / "data_recipes" / "measured" / "speed_gpu.json"
 NOT_YET = "not measured yet"

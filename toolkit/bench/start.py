@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from toolkit.recipe import ROOT, ToolkitError
+from toolkit.files import ROOT, ToolkitError
 
 RECORD = ROOT / "data_recipes" / "measured" / "cpu_start.json"
 TWO_STEPS = (

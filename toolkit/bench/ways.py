@@ -25,8 +25,9 @@ from pathlib import Path
 import numpy as np
 
 from toolkit import fit, mix
+from toolkit.files import ROOT
 from toolkit.fit.shapes import linear_parameters, lora_tensors
-from toolkit.recipe import ROOT, Recipe, load
+from toolkit.recipe import Recipe, load
 
 REFERENCE = "data_recipes/unsloth_reference.yaml"
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")

@@ -7,8 +7,8 @@ import itertools
 import json
 from pathlib import Path
 
+from toolkit.files import POCKET
 from toolkit.fit.shapes import Facts
-from toolkit.recipe import POCKET
 
 SEED, SCALE = 3407, 0.02
 SIZES = (

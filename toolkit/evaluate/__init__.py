@@ -16,8 +16,8 @@ from toolkit.evaluate.questions import LEVELS, MODES, Ask, Clock, budget_of, cho
 from toolkit.evaluate.score import Judge, answers_at_once, has_tags, leaks, obeys_no_think, thinks, too_long
 from toolkit.evaluate.stats import difference, interval
 from toolkit.evaluate.subject import Subject, bind
+from toolkit.files import ToolkitError
 from toolkit.generate import Reply
-from toolkit.recipe import ToolkitError
 
 MAY_CHANGE = {"identity"}
 """Probe categories a run may mean to change ("who made you?"): reported, but not part of the pooled kl and nll."""

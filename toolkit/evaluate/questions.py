@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.recipe import ToolkitError
+from toolkit.files import ToolkitError
 
 MODES = ("thinking", "non_thinking")
 PROBES = Path(__file__).with_name("probes.jsonl")

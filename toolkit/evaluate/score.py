@@ -12,8 +12,8 @@ import sys
 import threading
 import unicodedata
 
+from toolkit.files import ToolkitError
 from toolkit.generate import Reply
-from toolkit.recipe import ToolkitError
 
 SECONDS = 10.0
 """Longest a comparison may take; `9^{9^{9}}` would take the machine."""

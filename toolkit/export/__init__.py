@@ -23,9 +23,9 @@ from toolkit.export.ledger import Ledger
 from toolkit.export.merge import Checkpoint, Merged, merge, open_merged, size_of
 from toolkit.export.model_card import model_card
 from toolkit.export.parity import POSITIONS
-from toolkit.files import read_json, sha256
+from toolkit.files import ToolkitError, read_json, sha256
 from toolkit.generate import SAMPLING
-from toolkit.recipe import ToolkitError, load
+from toolkit.recipe import load
 
 LIBRARIES = 1.0e9
 """Memory of Python with torch, transformers and llama.cpp loaded, before any weight (measured: 0.8 GB)."""

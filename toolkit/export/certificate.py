@@ -40,9 +40,9 @@ from toolkit.export.parity import (
     stored_view,
     tokenizer_differences,
 )
-from toolkit.files import describe, read_json, write_json, write_text
+from toolkit.files import ToolkitError, describe, read_json, write_json, write_text
 from toolkit.generate import SAMPLING, split_reply
-from toolkit.recipe import Evaluate, ToolkitError, load
+from toolkit.recipe import Evaluate, load
 
 FAILED = "EXPORT_FAILED.txt"
 KL_MEAN, KL_MAX, TOP_1 = 1e-4, 1e-3, 0.99

@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.export.merge import Checkpoint
-from toolkit.files import read_json
-from toolkit.recipe import ToolkitError
+from toolkit.files import ToolkitError, read_json
 
 LLAMA_CPP = "UNSLOTH_LLAMA_CPP_PATH"
 CHUNK = 1 << 22  # values converted at a time by a thread: 16 MB in fp32, whatever the size of the model

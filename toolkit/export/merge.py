@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.export.ledger import Ledger
-from toolkit.files import read_json
-from toolkit.recipe import POCKET, ToolkitError, find
+from toolkit.files import POCKET, ToolkitError, find, read_json
 
 SHARD_BYTES = 4 * 10**9
 DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4), "U8": ("uint8", 1)}

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.export.merge import EMBEDDING, HEAD, Checkpoint, Merged
-from toolkit.recipe import ToolkitError
+from toolkit.files import ToolkitError
 
 HEAD_ROWS = 16384
 TOP = 512

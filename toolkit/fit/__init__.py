@@ -12,10 +12,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from toolkit.files import ToolkitError
 from toolkit.fit import gauge
 from toolkit.fit.memory import CONTEXT, EIGHT_BIT, GIB, WHY, Settings, disk, parts, ram
 from toolkit.fit.shapes import DENSE, SIZES, Facts, facts, parameters
-from toolkit.recipe import Recipe, ToolkitError
+from toolkit.recipe import Recipe
 
 __all__ = [
     "CONTEXT", "DENSE", "GIB", "SIZES", "WHY", "Facts", "Forecast", "Settings", "Suggestion", "card", "choose_model",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit.recipe import POCKET, ToolkitError, find
+from toolkit.files import POCKET, ToolkitError, find
 
 DATA = json.loads((Path(__file__).parent / "fit_facts.json").read_text(encoding="utf-8"))
 SIZES = tuple(DATA["shapes"])

@@ -74,7 +74,7 @@ def listen(host: str, port: int):
     """A bound socket, so that a port that is taken is known before a model is loaded. Raises ToolkitError."""
     import socket
 
-    from toolkit.recipe import ToolkitError
+    from toolkit.files import ToolkitError
 
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

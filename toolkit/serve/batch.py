@@ -8,9 +8,10 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from toolkit.files import ToolkitError
 from toolkit.generate import SAMPLING, Reply, generate
 from toolkit.model import load_run, run_folder
-from toolkit.recipe import Source, ToolkitError
+from toolkit.recipe import Source
 from toolkit.sources import open_rows
 from toolkit.sources.formats import FORMATS, canonical
 from toolkit.sources.rows import Rejected

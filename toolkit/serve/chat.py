@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from toolkit.recipe import ToolkitError, outputs
+from toolkit.files import ToolkitError, outputs
 from toolkit.serve.engine import best_source, open_engine
 from toolkit.serve.request import BASE, Ask, Piece, Refused, converse
 

@@ -6,8 +6,8 @@ engine = open_engine(["outputs/pocket"]); for piece in converse(engine, Ask([{"r
 from collections.abc import Sequence
 from pathlib import Path
 
-from toolkit.files import read_json
-from toolkit.recipe import Model, ToolkitError, load
+from toolkit.files import ToolkitError, read_json
+from toolkit.recipe import Model, load
 from toolkit.serve.batcher import Batcher
 from toolkit.serve.llama import Llama
 from toolkit.serve.request import BASE

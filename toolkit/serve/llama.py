@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from toolkit.recipe import ToolkitError
+from toolkit.files import ToolkitError
 from toolkit.serve.request import Job, Piece, Refused
 from toolkit.serve.splitter import Splitter
 

@@ -9,8 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from toolkit.files import ToolkitError
 from toolkit.generate import SAMPLING
-from toolkit.recipe import ToolkitError
 
 BASE = "base"
 """The name under which a request reaches the model without any adapter."""

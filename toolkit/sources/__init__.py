@@ -9,7 +9,8 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from toolkit.recipe import Source, ToolkitError, find
+from toolkit.files import ToolkitError, find
+from toolkit.recipe import Source
 from toolkit.sources.formats import canonical, recognise
 from toolkit.sources.rows import Rejected, Rows, data_files, fingerprint_of, kind_of
 from toolkit.sources.tables import holds_bytes, open_parquet, open_tables, shuffled, without_nulls

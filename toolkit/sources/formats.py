@@ -6,7 +6,7 @@ canonical({"query": "Hi", "response": "Hello!"}, "query_response", columns={}, p
 import difflib
 import json
 
-from toolkit.recipe import ToolkitError
+from toolkit.files import ToolkitError
 from toolkit.sources.conversation import MAX_TURNS, checked, split_think
 from toolkit.sources.rows import Rejected, kind_name
 

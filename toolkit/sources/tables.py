@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.recipe import ToolkitError
+from toolkit.files import ToolkitError
 from toolkit.sources.rows import BLOCK, Rejected, Rows, decode, fingerprint_of, kind_name, kind_of, open_plain
 
 MAX_ROW = 16 << 20

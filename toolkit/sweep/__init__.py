@@ -27,8 +27,9 @@ from pathlib import Path
 import yaml
 
 from toolkit import recipe as recipes
+from toolkit.files import ToolkitError, outputs
 from toolkit.mix import compile_mix
-from toolkit.recipe import Recipe, ToolkitError, outputs
+from toolkit.recipe import Recipe
 from toolkit.sweep.workers import work
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)

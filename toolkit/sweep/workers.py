@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from toolkit.recipe import outputs
+from toolkit.files import outputs
 
 TRIES, TAIL, PATIENCE = 2, 15, 2.0
 """Attempts at a run, lines of a crashed run's log that are shown, seconds between looks at runs that others hold."""
