@@ -20,3 +20,13 @@ def qwen3(tmp_path_factory):
     from tests import qwen3
 
     return qwen3.build(tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """family("llama3") is a folder with a tiny random model of that family, built once a session (tests/families.py)."""
+    import functools
+
+    from tests import families
+
+    return functools.cache(lambda name: families.build(name, tmp_path_factory.mktemp(name)))
