@@ -16,7 +16,7 @@ fit.shapes fit.memory fit.gauge fit model generate tracking callbacks train
 evaluate.stats evaluate.questions evaluate.score evaluate.subject evaluate folders compare report
 export.ledger export.merge export.gguf_file export.parity export.certificate export.model_card export
 serve.request serve.splitter serve.batcher serve.llama serve.engine serve.api serve serve.chat serve.batch
-doctor run sweep.workers sweep replay labels pictures notebook execute
+run doctor sweep.workers sweep replay labels pictures notebook execute
 bench.start bench.weights bench.ways bench.speed bench.cards bench __main__""".split()
 PACKAGE = ROOT / "toolkit"
 MODULES = [p for p in sorted(PACKAGE.rglob("*.py")) if "pocket" not in p.parts and p != PACKAGE / "__init__.py"]
@@ -59,7 +59,7 @@ def test_importing_the_package_loads_neither_torch_nor_unsloth():
     assert done.stdout.strip() == "set()"
 
 
-def test_help_answers_within_half_a_second():
+def test_help_answers_within_0_3_seconds():
     command = [sys.executable, "-m", "toolkit", "--help"]
     times = []
     for _ in range(3):
@@ -67,7 +67,7 @@ def test_help_answers_within_half_a_second():
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
         times.append(time.perf_counter() - started)
     assert "train" in done.stdout
-    assert min(times) < 0.5
+    assert min(times) < 0.3
 
 
 def test_the_order_above_names_every_module_that_exists_and_no_other():

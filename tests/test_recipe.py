@@ -84,9 +84,15 @@ def test_a_mistake_names_file_and_key_and_the_way_out(values, expected):
         from_dict(values, "here.yaml")
 
 
-def test_a_recipe_that_is_not_there_lists_those_that_are():
-    with pytest.raises(ToolkitError, match="no such recipe.*pocket.yaml"):
+def test_a_recipe_that_is_not_there_suggests_the_nearest_or_lists_all():
+    with pytest.raises(ToolkitError, match="no such recipe. Did you mean 'pocket'"):
         load("data_recipes/pokcet.yaml")
+    with pytest.raises(ToolkitError, match="no such recipe. Known: .*hybrid, .*pocket"):
+        load("zzz")
+
+
+def test_a_recipe_that_ships_is_found_by_its_name():
+    assert load("hybrid") == load("data_recipes/hybrid.yaml")
 
 
 def test_broken_yaml_is_named(tmp_path):

@@ -1,43 +1,155 @@
-"""`python -m toolkit VERB …`, one short function a verb; `python -m toolkit VERB --help` says what each takes."""
+"""The command line: each verb is a function with its arguments beside it.
+
+python -m toolkit --help     (then `python -m toolkit train hybrid train.max_steps=10`)
+"""
 
 import argparse
+import contextlib
+import os
+import re
+import signal
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from toolkit.files import ToolkitError, did_you_mean, outputs, safe_output
+
+VERBS: dict[str, tuple] = {}
+"""Verb → (function, its `arg`s), in the order in which `--help` lists them."""
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+
+
+class Stopped(KeyboardInterrupt):
+    """SIGTERM or SIGHUP: handled like Ctrl-C, so that every `finally` runs. `args[0]` is the signal's number."""
+
+
+# --- the frame: arguments, errors, signals ---------------------------------------------------------------------------
+
+
+def arg(*flags: str, **options) -> tuple[tuple[str, ...], dict]:
+    """One argument of a verb: what argparse's `add_argument` takes."""
+    return flags, options
+
+
+def verb(*arguments):
+    """Make a function a verb: its name on the command line, its docstring as help, `arguments` as its options."""
+
+    def register(function):
+        VERBS[function.__name__] = function, arguments
+        return function
+
+    return register
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one verb. Errors meant for people are printed without a traceback; their exit code is 2."""
-    args = parser().parse_args(argv)
-    if args.verb is None:
+    """Run one verb and return the exit code: 0, 1 (a check failed or a bug), 2 (an error with its fix), 128 + signal."""
+    safe_output()
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words:
         parser().print_help()
         return 0
-    if args.verb == "setup":
-        from toolkit.install import setup
-
-        return setup() or 0
-    from toolkit.files import ToolkitError
-
+    args = argparse.Namespace(verb=words[0])
     try:
-        return VERBS[args.verb][0](args) or 0
+        with _signals():
+            if words[0] not in VERBS and not words[0].startswith("-"):
+                raise ToolkitError(f"{words[0]}: no such verb{did_you_mean(words[0], VERBS)}")
+            words, overrides = take_overrides(words)
+            parser().parse_args(words, args)
+            args.overrides = [*getattr(args, "overrides", ()), *overrides]
+            return VERBS[args.verb][0](args) or 0
     except ToolkitError as error:
+        if os.environ.get("TOOLKIT_DEBUG"):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted: what was finished is kept; the same command goes on from there", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        print("interrupted: finished steps are kept; run the same command again to resume", file=sys.stderr)
+        return 128 + (stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT)
+    except BrokenPipeError:  # the reader of a pipe left (`… | head`); Python would complain once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # the last resort: whatever a library raises becomes a line that helps, and a log
+        if os.environ.get("TOOLKIT_DEBUG"):
+            raise
+        print(_unexpected(error, args), file=sys.stderr)
+        return 1
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line; building it imports nothing but argparse."""
+    """The command line; building it imports nothing heavy."""
     top = argparse.ArgumentParser(
-        prog="python -m toolkit", description="Fine-tune Qwen3 on one GPU; keep both its modes."
+        prog="python -m toolkit", description="Fine-tune a chat model on one GPU, and know what it did to the model."
     )
     verbs = top.add_subparsers(dest="verb", metavar="VERB")
     for name, (function, arguments) in VERBS.items():
-        verb = verbs.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__)
+        sub = verbs.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__)
         for flags, options in arguments:
-            verb.add_argument(*flags, **options)
+            sub.add_argument(*flags, **options)
     return top
+
+
+def take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+    """(other words, overrides): takes `key=value` words out, so that no option with several values swallows them.
+
+    Only `--set` and `--only` are followed by such words themselves: `--set` by its first and by those with a comma,
+    `--only` by all. A word after an option with exactly one value is that value (`--out a=b.jsonl`).
+    """
+    known = {flags[0]: options for flags, options in VERBS[words[0]][1]} if words[0] in VERBS else {}
+    if "overrides" not in known:
+        return words, []
+    kept, overrides, option = [], [], ""
+    for previous, word in zip(["", *words], words, strict=False):
+        if word.startswith("-"):
+            option = word
+        takes = known.get(previous, {})
+        is_value = (
+            ("nargs" not in takes and "action" not in takes and previous in known)
+            or option == "--only"
+            or (option == "--set" and (previous == "--set" or "," in word))
+        )
+        (overrides if OVERRIDE.match(word) and not is_value else kept).append(word)
+    return kept, overrides
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """While a verb runs, SIGTERM and SIGHUP raise Stopped; one that is ignored (nohup) stays ignored."""
+
+    def stop(number, _frame):
+        raise Stopped(number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
+    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
+    for number, handler in before.items():
+        if handler == signal.SIG_DFL:
+            signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _unexpected(error: Exception, args: argparse.Namespace) -> str:
+    """Append the traceback to the run's log and return what to tell the reader."""
+    import traceback
+
+    run = outputs() / str(getattr(args, "name", None) or getattr(args, "run", None) or "")
+    log = run / "run.log" if (run / "recipe.yaml").is_file() else outputs() / "toolkit.log"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a", encoding="utf-8") as file:
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), *sys.argv, file=file)
+            traceback.print_exception(error, file=file)
+        where = f"the traceback is in {log}"
+    except OSError:  # the disk may be what failed
+        where = "set TOOLKIT_DEBUG=1 to see the traceback"
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return (
+        f"error: {type(error).__name__}: {first}\n"
+        f"This is a bug, or a library that failed: {where}. Run the same command again to resume."
+    )
 
 
 def console():
@@ -47,36 +159,62 @@ def console():
 
 
 def _recipe(args):
-    """The recipe an `[RECIPE] [key=value …]` command line means, and a word about why when none was named."""
+    """The recipe of a `[RECIPE] [key=value …]` command line; prints which one, and why, when none was named."""
     from toolkit import recipe
 
-    words = ([args.recipe] if args.recipe else []) + args.overrides
-    path = words.pop(0) if words and "=" not in words[0] else None
+    path = args.recipe
     if path is None:
-        from toolkit.doctor import default_recipe
+        from toolkit.run import default_recipe
 
         path, why = default_recipe()
         console().print(f"{path} ({why})")
-    return recipe.load(path, words)
+    loaded = recipe.load(path, args.overrides)
+    args.name = loaded.name
+    return loaded
 
 
-def setup(args):
+# --- the verbs -------------------------------------------------------------------------------------------------------
+
+RECIPE = (
+    arg("recipe", nargs="?", help="a YAML file or a name in data_recipes/; default: hybrid on a GPU with a Hub, else pocket"),
+    arg("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=10 data.reasoning=0.5"),
+)  # fmt: skip
+FRESH = arg("--fresh", action="store_true", help="compile or train anew; an old run is moved aside")
+RUN = arg("run", type=Path, help="a run's folder, or its name under outputs/")
+SOURCES = {"dest": "source", "choices": ("adapter", "merged", "gguf")}
+WEIGHTS = (
+    arg("--quant", help="which GGUF; default: the first there of q8_0, f16, bf16, q6_k, q5_k_m, q4_k_m"),
+    arg("--max-new-tokens", type=int, default=2048, metavar="N", help="of one reply; default 2048"),
+)
+
+
+@verb()
+def setup(args):  # noqa: ARG001 - every verb takes its arguments
     """Install requirements.txt into this Python."""
+    from toolkit import install
+
+    install.setup()
 
 
+@verb()
 def doctor(args):  # noqa: ARG001 - every verb takes its arguments
     """Say what is installed, what will run, and the fix for what will not."""
     from toolkit.doctor import examine
 
     out = console()
-    findings = list(examine())
-    for finding in findings:
+    for finding in examine():
         mark = "[yellow]![/]" if finding.fix else "[green]✓[/]"
-        out.print(
-            f"{mark} {finding.what:<11} {finding.state}" + (f"\n              → {finding.fix}" if finding.fix else "")
-        )
+        out.print(f"{mark} {finding.what:<11} {finding.state}")
+        if finding.fix:
+            out.print(f"{'':14}→ {finding.fix}", markup=False)
 
 
+@verb(
+    *RECIPE,
+    FRESH,
+    arg("--dry-run", action="store_true", help="only the plan"),
+    arg("--show", type=int, default=0, metavar="N", help="print N rows per source, supervised tokens coloured"),
+)
 def mix(args):
     """Compile a recipe's mix and show it: plan, achieved shares, drops, lengths."""
     from toolkit import mix, render, run, show
@@ -96,29 +234,38 @@ def mix(args):
     out.print(f"mix.json, mix.png and quarantine.jsonl: {mixed.folder}")
 
 
+@verb(*RECIPE, FRESH)
 def train(args):
-    """Fine-tune by a recipe; an unfinished run goes on, a finished one is left alone."""
+    """Fine-tune by a recipe; an unfinished run resumes, a finished one is left alone."""
     from toolkit import run
 
     run.train(_recipe(args), console(), fresh=args.fresh)
 
 
+@verb(RUN, arg("--level", choices=("quick", "full"), help="default: the recipe's"))
 def evaluate(args):
-    """Score a run against its own base, in both modes, with intervals."""
+    """Score a run against its own base, in every mode it has, with intervals."""
     from toolkit import run
 
     run.evaluate(args.run, console(), level=args.level)
 
 
+@verb(
+    *RECIPE,
+    arg("--model", help="forecast this model instead of the recipe's, e.g. unsloth/Qwen3-8B-unsloth-bnb-4bit"),
+    arg("--vram", type=float, metavar="GB", help="the card, e.g. 8; default: the one here"),
+    arg("--measure", action="store_true", help="compile the mix and take its longest row"),
+    arg("--table", action="store_true", help="every Qwen3 on cards of 6 to 24 GB"),
+)
 def fit(args):
     """Say what a run will need in memory, before it is run, and what would make it fit."""
     from toolkit import fit, recipe
 
-    vram = fit.card(args.vram) if args.vram else _memory_here()
     if args.table:
         fit.show_table()
         return
-    found = _recipe(args) if args.recipe or not args.model else recipe.load("data_recipes/hybrid.yaml")
+    vram = fit.card(args.vram) if args.vram else _memory_here()
+    found = _recipe(args) if args.recipe or not args.model else recipe.load("hybrid", args.overrides)
     name = args.model or found.model.model_name
     name = fit.choose_model(vram, found) if name == "auto" else name
     longest, lengths = _lengths(found) if args.measure else (None, ())
@@ -145,6 +292,59 @@ def _lengths(recipe):
     return max(lengths), lengths
 
 
+@verb(
+    arg("recipe", nargs="?", default="data_recipes/sweep_pocket.yaml", help="default: sweep_pocket"),
+    RECIPE[1],
+    arg("--reasoning", nargs="*", type=float, metavar="SHARE",
+        help="default: 0 0.25 0.5 0.75 1; with --set alone, the recipe's own"),
+    arg("--seeds", type=int, default=1, help="runs per setting, seeds counted up from data.seed"),
+    arg("--set", nargs="+", default=[], metavar="key=a,b", help="any other key, e.g. train.learning_rate=1e-4,2e-4"),
+    arg("--only", nargs="+", default=[], metavar="key=value", help="just the run with these values (wandb's agents)"),
+)  # fmt: skip
+def sweep(args):
+    """Train every reasoning share at one budget, compare, recommend; the same command resumes it."""
+    from toolkit import sweep
+
+    reasoning = args.reasoning if args.reasoning is not None else [] if args.set else sweep.RATIOS
+    sweep.sweep(args.recipe, args.overrides, reasoning=reasoning, seeds=args.seeds, settings=args.set, only=args.only,
+                console=console())  # fmt: skip
+
+
+@verb(
+    arg("runs", nargs="*", type=Path, help="run folders or names; without any, every scored run"),
+    arg("--out", type=Path, help="where table, picture and page go; default: outputs/comparison"),
+)
+def compare(args):
+    """Several runs: one table, one picture, one recommendation."""
+    from toolkit import compare, report
+
+    found = args.runs or sorted(p.parent for p in outputs().glob("*/eval.json"))
+    comparison = compare.compare([p if p.is_dir() else outputs() / p for p in found])
+    report.conclude(comparison, args.out or outputs() / "comparison", console())
+
+
+@verb(
+    *RECIPE,
+    arg("--prompts", metavar="FILE", help="rows to answer; default: the recipe's own that it does not train on"),
+    arg("--count", type=int, default=100, help="rows to keep, half of them in each mode"),
+    arg("--out", metavar="FILE", help="default: outputs/<name>-replay.jsonl"),
+)
+def replay(args):
+    """Write the base model's own verified answers as a source that keeps what training would make it forget."""
+    from toolkit import replay
+
+    replay.replay(_recipe(args), prompts=args.prompts, count=args.count, out=args.out, console=console())
+
+
+@verb(
+    RUN,
+    arg("--to", nargs="+", choices=("merged", "gguf"), default=["merged", "gguf"]),
+    arg("--quant", nargs="+", metavar="Q", help="f16 bf16 q8_0 q4_k_m …; default: the recipe's"),
+    arg("--onto", choices=("16bit", "4bit"), default="16bit", help="the base that is merged into"),
+    arg("--no-ollama", dest="ollama", action="store_false", help="write no Modelfile"),
+    arg("--push", metavar="REPO", help="list what would go to the Hub, with the model card"),
+    arg("--really-push", action="store_true", help="with --push: upload it"),
+)
 def export(args):
     """Write merged weights and GGUF files and prove that they are the run: certificate.json."""
     from toolkit import export, model, recipe
@@ -159,6 +359,7 @@ def export(args):
         export.push(folder, args.push, dry_run=not args.really_push, say=console().print)
 
 
+@verb(RUN)
 def verify(args):
     """Check an export against its run again; exit 1 when a gate fails."""
     from toolkit import model
@@ -167,22 +368,78 @@ def verify(args):
     return 0 if certificate.verify(model.run_folder(args.run), say=console().print)["passed"] else 1
 
 
-def compare(args):
-    """Several runs: one table, one picture, one recommendation."""
-    from toolkit import compare, report
-    from toolkit.files import outputs
+@verb(
+    RUN,
+    arg("--from", **SOURCES, help="default: the certified GGUF on a CPU, else the adapter"),
+    *WEIGHTS,
+    arg("--no-think", action="store_true", help="begin in non-thinking mode"),
+)
+def chat(args):
+    """Talk to a run in the terminal: every mode it has, adapter on or off."""
+    from toolkit.serve.chat import chat
 
-    found = args.runs or sorted(p.parent for p in outputs().glob("*/eval.json"))
-    comparison = compare.compare([p if p.is_dir() else outputs() / p for p in found])
-    report.conclude(comparison, args.out or outputs() / "comparison", console())
+    chat(args.run, source=args.source, quant=args.quant, thinking=not args.no_think, max_tokens=args.max_new_tokens)
 
 
+@verb(
+    arg("runs", nargs="+", metavar="run", help="folders or names; several: adapters of one base"),
+    arg("--from", **SOURCES, default="adapter", help="default: adapter, which can also answer as the base"),
+    *WEIGHTS,
+    arg("--host", default="127.0.0.1", help="another needs a token"),
+    arg("--port", type=int, default=8000),
+    arg("--token", help="what requests must bring; made and printed when --host is not this machine"),
+    arg("--timeout", type=float, default=300, metavar="SECONDS", help="of one request; default 300"),
+    arg("--queue", type=int, default=64, metavar="N", help="requests that may wait; beyond, 429; default 64"),
+)
+def serve(args):
+    """OpenAI-compatible API and a chat page, on 127.0.0.1; several runs share their base."""
+    from toolkit import serve
+
+    limits = serve.Limits(args.max_new_tokens, args.timeout, args.queue)
+    options = {"host": args.host, "port": args.port, "token": args.token}
+    serve.serve(args.runs, source=args.source, quant=args.quant, limits=limits, say=print, **options)
+
+
+@verb(
+    RUN,
+    arg("prompts", type=Path, help=".txt (one a line), .jsonl, .json, .csv or .parquet"),
+    arg("replies", type=Path, help="a .jsonl, new or to be continued"),
+    arg("--mode", choices=("both", "thinking", "non_thinking"), default="both"),
+    arg("--max-new-tokens", type=int, default=1024, metavar="N"),
+    arg("--batch-size", type=int, default=16, metavar="N"),
+    arg("--seed", type=int, default=3407),
+)
+def generate(args):
+    """Answer a file of prompts in one mode or both; the same command resumes it."""
+    from rich.progress import Progress
+
+    from toolkit.serve.batch import answer_file
+
+    options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "seed": args.seed}
+    with Progress(console=console()) as bar:
+        task = bar.add_task("answering", total=None)
+        counts = answer_file(args.run, args.prompts, args.replies, args.mode, **options,
+                             progress=lambda done, total: bar.update(task, completed=done, total=total))  # fmt: skip
+    console().print(
+        f"{counts['prompts']} prompts: {counts['answered']} replies written to {args.replies}, {counts['there']} were there, "
+        f"{counts['unfinished']} cut at --max-new-tokens {args.max_new_tokens}"
+    )
+
+
+@verb(
+    arg("recipe", nargs="?", help="default: pocket for a start, hybrid on a GPU"),
+    arg("--measure", choices=("start", "speed", "cards"),
+        help="a cold start, speed beside other ways, or forecasts under capped memory; default: by machine"),
+    arg("--sizes", nargs="+", choices=("0.6B", "1.7B", "4B", "8B", "14B", "32B"),
+        default=["0.6B", "1.7B", "4B", "8B", "14B"], help="of Qwen3, for speed and cards; random weights, no download"),
+    arg("--repeats", type=int, default=3),
+    arg("--record", action="store_true", help="keep it in data_recipes/measured/"),
+)  # fmt: skip
 def bench(args):
     """Time a cold start; on a GPU, speed and memory of three ways to train, beside the forecasts."""
     import torch
 
     from toolkit.bench import cards, speed, start
-    from toolkit.files import ToolkitError, outputs
 
     out, what = console(), args.measure or ("speed" if torch.cuda.is_available() else "start")
     if what == "start":
@@ -199,245 +456,13 @@ def bench(args):
     out.print(module.markdown(record) + f"\n\nraw results: {file}", markup=False)
 
 
-def chat(args):
-    """Talk to a run in the terminal: both modes, adapter on or off."""
-    from toolkit.serve.chat import chat
-
-    chat(args.run, source=args.source, quant=args.quant, thinking=not args.no_think, max_tokens=args.max_new_tokens)
-
-
-def serve(args):
-    """OpenAI-compatible API and a chat page, on 127.0.0.1; several runs share their base."""
-    from toolkit import serve
-
-    limits = serve.Limits(args.max_new_tokens, args.timeout, args.queue)
-    options = {"host": args.host, "port": args.port, "token": args.token}
-    serve.serve(args.runs, source=args.source, quant=args.quant, limits=limits, say=print, **options)
-
-
-def generate(args):
-    """Answer a file of prompts in one mode or both; run again, it goes on where it stopped."""
-    from rich.progress import Progress
-
-    from toolkit.serve.batch import answer_file
-
-    options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "seed": args.seed}
-    with Progress(console=console()) as bar:
-        task = bar.add_task("answering", total=None)
-        counts = answer_file(args.run, args.prompts, args.replies, args.mode, **options,
-                             progress=lambda done, total: bar.update(task, completed=done, total=total))  # fmt: skip
-    console().print(
-        f"{counts['prompts']} prompts: {counts['answered']} replies written to {args.replies}, {counts['there']} were there, "
-        f"{counts['unfinished']} cut at --max-new-tokens {args.max_new_tokens}"
-    )
-
-
-def sweep(args):
-    """Train every reasoning share at one budget, compare, recommend; the same command goes on where it stopped."""
-    from toolkit import sweep
-
-    words = ([args.recipe] if args.recipe else []) + args.overrides
-    path = words.pop(0) if words and "=" not in words[0] else "data_recipes/sweep_pocket.yaml"
-    reasoning = args.reasoning if args.reasoning is not None else [] if args.set else sweep.RATIOS
-    sweep.sweep(
-        path, words, reasoning=reasoning, seeds=args.seeds, settings=args.set, only=args.only, console=console()
-    )
-
-
-def replay(args):
-    """Write the base model's own verified answers as a source that keeps what training would make it forget."""
-    from toolkit import replay
-
-    replay.replay(_recipe(args), prompts=args.prompts, count=args.count, out=args.out, console=console())
-
-
+@verb(arg("names", nargs="*", metavar="NAME", help="e.g. 00 03; without one, all"))
 def notebooks(args):
     """Execute the notebooks and write their outputs, all at once."""
     from toolkit import execute
 
     execute.execute(execute.notebooks(args.names), console().print)
 
-
-RECIPE = [
-    (("recipe",), {"nargs": "?", "help": "a YAML file; without one, hybrid on a GPU with a Hub, else pocket"}),
-    (("overrides",), {"nargs": "*", "metavar": "key=value", "help": "e.g. train.max_steps=10 data.reasoning=0.5"}),
-    (("--fresh",), {"action": "store_true", "help": "compile or train anew; an old run is moved aside"}),
-]
-RUN = [(("run",), {"type": Path, "help": "a run's folder, or its name under outputs/"})]
-WEIGHTS = [
-    (("--quant",), {"help": "which GGUF; default: the first there of q8_0, f16, bf16, q6_k, q5_k_m, q4_k_m"}),
-    (("--max-new-tokens",), {"type": int, "default": 2048, "metavar": "N", "help": "of one reply; default 2048"}),
-]
-SOURCES = {"dest": "source", "choices": ("adapter", "merged", "gguf")}
-VERBS = {
-    "setup": (setup, []),
-    "doctor": (doctor, []),
-    "mix": (
-        mix,
-        [
-            *RECIPE,
-            (("--dry-run",), {"action": "store_true", "help": "only the plan"}),
-            (
-                ("--show",),
-                {
-                    "type": int,
-                    "default": 0,
-                    "metavar": "N",
-                    "help": "print N rows per source, supervised tokens coloured",
-                },
-            ),
-        ],
-    ),
-    "train": (train, RECIPE),
-    "fit": (
-        fit,
-        [
-            *RECIPE[:2],
-            (
-                ("--model",),
-                {"help": "forecast this model instead of the recipe's, e.g. unsloth/Qwen3-8B-unsloth-bnb-4bit"},
-            ),
-            (("--vram",), {"type": float, "metavar": "GB", "help": "the card, e.g. 8; default: the one here"}),
-            (("--measure",), {"action": "store_true", "help": "compile the mix and take its longest row"}),
-            (("--table",), {"action": "store_true", "help": "every Qwen3 on cards of 6 to 24 GB"}),
-        ],
-    ),
-    "compare": (
-        compare,
-        [
-            (("runs",), {"nargs": "*", "type": Path, "help": "run folders or names; without any, every scored run"}),
-            (("--out",), {"type": Path, "help": "where table, picture and page go; default: outputs/comparison"}),
-        ],
-    ),
-    "export": (
-        export,
-        [
-            *RUN,
-            (("--to",), {"nargs": "+", "choices": ("merged", "gguf"), "default": ["merged", "gguf"]}),
-            (("--quant",), {"nargs": "+", "metavar": "Q", "help": "f16 bf16 q8_0 q4_k_m …; default: the recipe's"}),
-            (("--onto",), {"choices": ("16bit", "4bit"), "default": "16bit", "help": "the base that is merged into"}),
-            (("--no-ollama",), {"dest": "ollama", "action": "store_false", "help": "write no Modelfile"}),
-            (("--push",), {"metavar": "REPO", "help": "list what would go to the Hub, with the model card"}),
-            (("--really-push",), {"action": "store_true", "help": "with --push: upload it"}),
-        ],
-    ),
-    "verify": (verify, RUN),
-    "chat": (
-        chat,
-        [
-            *RUN,
-            (("--from",), SOURCES | {"help": "default: the certified GGUF on a CPU, else the adapter"}),
-            *WEIGHTS,
-            (("--no-think",), {"action": "store_true", "help": "begin in non-thinking mode"}),
-        ],
-    ),
-    "serve": (
-        serve,
-        [
-            (("runs",), {"nargs": "+", "metavar": "run", "help": "folders or names; several: adapters of one base"}),
-            (
-                ("--from",),
-                SOURCES | {"default": "adapter", "help": "default: adapter, which can also answer as the base"},
-            ),
-            *WEIGHTS,
-            (("--host",), {"default": "127.0.0.1", "help": "another needs a token"}),
-            (("--port",), {"type": int, "default": 8000}),
-            (("--token",), {"help": "what requests must bring; made and printed when --host is not this machine"}),
-            (
-                ("--timeout",),
-                {"type": float, "default": 300, "metavar": "SECONDS", "help": "of one request; default 300"},
-            ),
-            (
-                ("--queue",),
-                {"type": int, "default": 64, "metavar": "N", "help": "requests that may wait; beyond, 429; default 64"},
-            ),
-        ],
-    ),
-    "generate": (
-        generate,
-        [
-            *RUN,
-            (("prompts",), {"type": Path, "help": ".txt (one a line), .jsonl, .json, .csv or .parquet"}),
-            (("replies",), {"type": Path, "help": "a .jsonl, new or to be gone on with"}),
-            (("--mode",), {"choices": ("both", "thinking", "non_thinking"), "default": "both"}),
-            (("--max-new-tokens",), {"type": int, "default": 1024, "metavar": "N"}),
-            (("--batch-size",), {"type": int, "default": 16, "metavar": "N"}),
-            (("--seed",), {"type": int, "default": 3407}),
-        ],
-    ),
-    "sweep": (
-        sweep,
-        [
-            *RECIPE[:2],
-            (
-                ("--reasoning",),
-                {
-                    "nargs": "*",
-                    "type": float,
-                    "metavar": "SHARE",
-                    "help": "default: 0 0.25 0.5 0.75 1; with --set alone, the recipe's own",
-                },
-            ),
-            (("--seeds",), {"type": int, "default": 1, "help": "runs per setting, seeds counted up from data.seed"}),
-            (
-                ("--set",),
-                {
-                    "nargs": "+",
-                    "default": [],
-                    "metavar": "key=a,b",
-                    "help": "any other key, e.g. train.learning_rate=1e-4,2e-4",
-                },
-            ),
-            (
-                ("--only",),
-                {
-                    "nargs": "+",
-                    "default": [],
-                    "metavar": "key=value",
-                    "help": "just the run with these values (wandb's agents)",
-                },
-            ),
-        ],
-    ),
-    "replay": (
-        replay,
-        [
-            *RECIPE[:2],
-            (
-                ("--prompts",),
-                {"metavar": "FILE", "help": "rows to answer; default: the recipe's own that it does not train on"},
-            ),
-            (("--count",), {"type": int, "default": 100, "help": "rows to keep, half of them in each mode"}),
-            (("--out",), {"metavar": "FILE", "help": "default: outputs/<name>-replay.jsonl"}),
-        ],
-    ),
-    "notebooks": (notebooks, [(("names",), {"nargs": "*", "metavar": "NAME", "help": "e.g. 00 03; without one, all"})]),
-    "bench": (
-        bench,
-        [
-            (("recipe",), {"nargs": "?", "help": "default: pocket for a start, hybrid on a GPU"}),
-            (
-                ("--measure",),
-                {
-                    "choices": ("start", "speed", "cards"),
-                    "help": "a cold start, speed beside other ways, or forecasts under capped memory; default: by machine",
-                },
-            ),
-            (
-                ("--sizes",),
-                {
-                    "nargs": "+",
-                    "choices": ("0.6B", "1.7B", "4B", "8B", "14B", "32B"),
-                    "default": ["0.6B", "1.7B", "4B", "8B", "14B"],
-                    "help": "of Qwen3, for speed and cards; random weights, no download",
-                },
-            ),
-            (("--repeats",), {"type": int, "default": 3}),
-            (("--record",), {"action": "store_true", "help": "keep it in data_recipes/measured/"}),
-        ],
-    ),
-    "evaluate": (evaluate, [*RUN, (("--level",), {"choices": ("quick", "full"), "help": "default: the recipe's"})]),
-}
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from toolkit.files import ROOT
 
-HUB = "https://huggingface.co"
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -25,31 +23,6 @@ class Finding:
 def examine() -> list[Finding]:
     """All findings, quickest first."""
     return [*_python(), *_packages(), _gpu(), _hub(), _wandb(), _disk(), default_recipe_finding()]
-
-
-def default_recipe() -> tuple[str, str]:
-    """(recipe, why): `hybrid` where there is a CUDA card and the Hub answers, else `pocket`."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "data_recipes/pocket.yaml", "no CUDA card here: the pocket Qwen3 that ships with the package, on the CPU"
-    if not hub_answers():
-        return "data_recipes/pocket.yaml", "the Hub does not answer: the pocket Qwen3 that ships with the package"
-    return "data_recipes/hybrid.yaml", f"{torch.cuda.get_device_name(0)} and the Hub answers"
-
-
-def hub_answers(seconds: float = 3.0) -> bool:
-    """Whether huggingface.co answers; never asked when HF_HUB_OFFLINE is set."""
-    import urllib.error
-    import urllib.request
-
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}:
-        return False
-    try:
-        with urllib.request.urlopen(os.environ.get("HF_ENDPOINT", HUB), timeout=seconds):
-            return True
-    except (urllib.error.URLError, OSError, ValueError):
-        return False
 
 
 def _python():
@@ -90,6 +63,8 @@ def _gpu() -> Finding:
 
 
 def _hub() -> Finding:
+    from toolkit.run import hub_answers
+
     if hub_answers():
         return Finding("hub", "answers")
     return Finding("hub", "does not answer", "local folders, the Hub's local cache and the pocket model still work")
@@ -109,5 +84,7 @@ def _disk() -> Finding:
 
 
 def default_recipe_finding() -> Finding:
+    from toolkit.run import default_recipe
+
     recipe, why = default_recipe()
     return Finding("make train", f"{recipe}: {why}")

@@ -4,6 +4,7 @@ with lock(run, "export"): write_json(run / "eval.json", result); read_json(run /
 """
 
 import contextlib
+import difflib
 import hashlib
 import json
 import math
@@ -20,6 +21,13 @@ POCKET = Path(__file__).resolve().parent / "pocket"
 
 class ToolkitError(ValueError):
     """An error for the person at the keyboard: it names the file, row or key, what was expected and what to do."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of an error message about a name nobody knows: the nearest known one, else all of them."""
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1)
+    return f". Did you mean {near[0]!r}?" if near else f". Known: {', '.join(names) or 'none yet'}"
 
 
 def outputs() -> Path:

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from toolkit.files import POCKET, ToolkitError, find, outputs
+from toolkit.files import POCKET, ToolkitError, did_you_mean, find, outputs
 from toolkit.recipe import Lora, Model
 
 VOID = open(os.devnull, "w")  # noqa: SIM115 - stays open: log handlers made while it is in place keep writing to it
@@ -111,8 +111,8 @@ def run_folder(folder: str | Path) -> Path:
     """A run's folder by path or by name under outputs/. Raises ToolkitError when there is no finished run."""
     found = next((p for p in (Path(folder), outputs() / folder) if (p / "recipe.yaml").is_file()), None)
     if found is None:
-        runs = sorted(p.parent.name for p in (outputs()).glob("*/recipe.yaml"))
-        raise ToolkitError(f"{folder}: no run there. Runs in outputs/: {', '.join(runs) or 'none yet (make train)'}")
+        runs = [p.parent.name for p in outputs().glob("*/recipe.yaml")]
+        raise ToolkitError(f"{folder}: no such run in {outputs()}{did_you_mean(str(folder), runs)}")
     if not (found / "adapter" / "adapter_config.json").is_file():
         raise ToolkitError(f"{found}: this run has no adapter yet: finish it with the `train` command that began it")
     return found

@@ -51,7 +51,7 @@ class Said:
 @functools.cache
 def place() -> tuple[bool, str]:
     """(whether full-size models can be trained here, why), asked once a session."""
-    from toolkit.doctor import default_recipe
+    from toolkit.run import default_recipe
 
     path, why = default_recipe()
     return not path.endswith("pocket.yaml"), why

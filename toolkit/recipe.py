@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from toolkit.files import ROOT, ToolkitError, find
+from toolkit.files import ROOT, ToolkitError, did_you_mean, find
 
 
 @dataclass(frozen=True)
@@ -161,14 +161,16 @@ class Recipe:
 
 
 def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Read a recipe file, apply dotted overrides (`train.max_steps=10`), and check every key and type.
+    """Read a recipe file, or one of data_recipes/ by name, apply dotted overrides and check every key and type.
 
     Raises ToolkitError naming the file and the key, with the nearest known key where one was mistyped.
     """
-    found = find(path)
+    found = next((f for f in (find(path), find(f"data_recipes/{path}.yaml")) if f and f.is_file()), None)
     if found is None:
-        known = ", ".join(sorted(p.name for p in (ROOT / "data_recipes").glob("*.yaml")))
-        raise ToolkitError(f"{path}: no such recipe. Recipes that ship, in data_recipes/: {known}")
+        known = [p.stem for p in (ROOT / "data_recipes").glob("*.yaml")]
+        raise ToolkitError(
+            f"{path}: no such recipe{did_you_mean(Path(path).stem, known)} (recipes lie in data_recipes/)"
+        )
     try:
         values = yaml.safe_load(found.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -5,6 +5,7 @@ folder = train(recipe.load("data_recipes/pocket.yaml")); result = evaluate(folde
 
 import dataclasses
 import json
+import os
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from toolkit import tracking
 from toolkit.files import ToolkitError, write_json
 from toolkit.recipe import Recipe, Source
 
+HUB = "https://huggingface.co"
 SAMPLES = "data_recipes/samples"
 DEFAULT_QUESTIONS = (
     Source(f"{SAMPLES}/heldout_reasoning.jsonl", name="sums", format="openmath"),
@@ -27,6 +29,31 @@ def default_console():
     console = Console(highlight=False)
     piped = not (console.is_terminal or console.is_jupyter)
     return Console(highlight=False, soft_wrap=True, width=160) if piped else console
+
+
+def default_recipe() -> tuple[str, str]:
+    """(recipe, why): `hybrid` where there is a CUDA card and the Hub answers, else `pocket`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "data_recipes/pocket.yaml", "no CUDA card here: the pocket Qwen3 that ships with the package, on the CPU"
+    if not hub_answers():
+        return "data_recipes/pocket.yaml", "the Hub does not answer: the pocket Qwen3 that ships with the package"
+    return "data_recipes/hybrid.yaml", f"{torch.cuda.get_device_name(0)} and the Hub answers"
+
+
+def hub_answers(seconds: float = 3.0) -> bool:
+    """Whether huggingface.co answers; never asked when HF_HUB_OFFLINE is set."""
+    import urllib.error
+    import urllib.request
+
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}:
+        return False
+    try:
+        with urllib.request.urlopen(os.environ.get("HF_ENDPOINT", HUB), timeout=seconds):
+            return True
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
 
 
 def resolve(recipe: Recipe, console) -> Recipe:

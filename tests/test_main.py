@@ -1,0 +1,117 @@
+"""The command line: options leave overrides alone, mistakes get a suggestion, failures say where the log is."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from toolkit import __main__ as cli
+from toolkit.files import ROOT
+
+PROBE = """
+import signal, sys, time
+from toolkit import __main__ as cli
+@cli.verb()
+def probe(args):
+    "probe"
+    print("started", flush=True)
+    {body}
+sys.exit(cli.main(["probe"]))
+"""
+
+
+def parsed(line: str):
+    words, overrides = cli.take_overrides(line.split())
+    args = cli.parser().parse_args(words)
+    return args, overrides
+
+
+def start(body: str, outputs) -> subprocess.Popen:
+    environment = os.environ | {"TOOLKIT_OUTPUTS": str(outputs)}
+    environment.pop("TOOLKIT_DEBUG", None)
+    return subprocess.Popen([sys.executable, "-c", PROBE.format(body=body)], env=environment, cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "overrides"),
+    [
+        ("sweep R --reasoning 0 1 data.budget=8000", {"recipe": "R", "reasoning": [0, 1]}, ["data.budget=8000"]),
+        ("sweep R --set a.b=1,2 data.budget=8000 --seeds 2", {"set": ["a.b=1,2"], "seeds": 2}, ["data.budget=8000"]),
+        ("sweep R --set a=1,2 b=3,4", {"set": ["a=1,2", "b=3,4"]}, []),
+        ("sweep R x=1 --only a=1 b=2", {"only": ["a=1", "b=2"]}, ["x=1"]),
+        ("train --fresh train.max_steps=2", {"recipe": None, "fresh": True}, ["train.max_steps=2"]),
+        ("train train.max_steps=2 pocket", {"recipe": "pocket"}, ["train.max_steps=2"]),
+        ("mix pocket --show 2 data.budget=8", {"recipe": "pocket", "show": 2}, ["data.budget=8"]),
+        ("replay pocket --out a=b.jsonl data.seed=1", {"out": "a=b.jsonl"}, ["data.seed=1"]),
+        ("fit --vram 8 lora.r=8", {"recipe": None, "vram": 8}, ["lora.r=8"]),
+    ],
+)
+def test_options_never_swallow_overrides(line, options, overrides):
+    args, found = parsed(line)
+    assert found == overrides
+    assert {key: getattr(args, key) for key in options} == options
+
+
+def test_every_verb_says_what_it_does():
+    assert {"train", "mix", "evaluate", "export"} <= set(cli.VERBS)
+    for function, _ in cli.VERBS.values():
+        assert function.__doc__.splitlines()[0].endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("trian", "trian: no such verb. Did you mean 'train'?"),
+        ("train hybird", "Did you mean 'hybrid'?"),
+        ("train pocket max_steps", "override 'max_steps': expected key=value"),
+        ("evaluate no-such-run-at-all", "no such run"),
+    ],
+)
+def test_a_mistyped_name_is_an_error_with_a_suggestion(line, said, capsys):
+    assert cli.main(line.split()) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_signals_end_a_verb_in_order_and_say_how_to_resume(name, tmp_path):
+    process = start("try: time.sleep(60)\n    finally: print('closed', flush=True)", tmp_path)
+    assert process.stdout.readline() == "started\n"
+    time.sleep(0.1)
+    process.send_signal(getattr(signal, name))
+    out, err = process.communicate(timeout=20)
+    assert out == "closed\n"
+    assert err == "interrupted: finished steps are kept; run the same command again to resume\n"
+    assert process.returncode == 128 + getattr(signal, name)
+
+
+def test_an_unexpected_exception_ends_with_one_line_and_its_traceback_is_in_the_log(tmp_path):
+    process = start("1 / 0", tmp_path)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert err.splitlines()[0] == "error: ZeroDivisionError: division by zero"
+    assert f"the traceback is in {tmp_path / 'toolkit.log'}. Run the same command again to resume." in err
+    assert (
+        "1 / 0" in (tmp_path / "toolkit.log").read_text()
+        or "ZeroDivisionError" in (tmp_path / "toolkit.log").read_text()
+    )
+
+
+def test_the_log_of_a_run_is_in_its_folder(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.yaml").touch()
+    process = start("args.name = 'mine'; 1 / 0", tmp_path)
+    assert str(tmp_path / "mine" / "run.log") in process.communicate(timeout=20)[1]
+    assert "ZeroDivisionError" in (tmp_path / "mine" / "run.log").read_text()
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    process = start("for _ in range(100000): print('x' * 100)", tmp_path)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=20) == 0
+    assert process.stderr.read() == ""
