@@ -8,7 +8,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from toolkit.pocket.build import ADDED, SPECIAL, SPLIT
+from data_recipes.pocket.build import ADDED, SPECIAL, SPLIT
 
 FIRST_SPECIAL = 151643
 

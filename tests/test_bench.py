@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.bench import cards, speed, start, ways
 from toolkit import fit
-from toolkit.bench import cards, speed, start, ways
 from toolkit.files import POCKET, ROOT, ToolkitError
 
 SHAPE = "tests/data/bench_shape.json"
@@ -63,7 +63,7 @@ def test_random_weights_load_whole_and_weigh_what_fit_says(tmp_path, tied):
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    from toolkit.bench import weights
+    from tests.bench import weights
 
     config = json.loads((ROOT / SHAPE).read_text()) | {"tie_word_embeddings": tied}
     (tmp_path / "config.json").write_text(json.dumps(config))

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 
+from tests.bench import cards, ways
 from toolkit import fit, recipe
-from toolkit.bench import cards, ways
 
 pytestmark = pytest.mark.skipif(  # a look at the driver, as importing torch would cost every collection two seconds
     shutil.which("nvidia-smi") is None, reason="needs a CUDA card: nvidia-smi is not found"

@@ -14,7 +14,8 @@ import time
 
 import pytest
 
-from toolkit import execute, labels, notebook, pictures
+from tests import run_notebooks
+from toolkit import labels, notebook, pictures
 from toolkit.files import ROOT, ToolkitError
 from toolkit.notebook import REPOSITORY
 from toolkit.render import load_chat
@@ -79,7 +80,7 @@ every = pytest.mark.parametrize("name", NAMES)
 
 
 def test_the_folder_holds_these_notebooks_and_no_other():
-    assert [path.stem for path in execute.notebooks()] == NAMES
+    assert [path.stem for path in run_notebooks.notebooks()] == NAMES
 
 
 def test_the_set_up_cell_is_the_same_everywhere_and_knows_the_address():
@@ -153,7 +154,7 @@ def test_cells_are_short_and_hold_no_function_no_dead_branch_and_no_code_that_is
 
 def prose(markdown: str) -> str:
     """Markdown without what `execute` wrote and what is not prose."""
-    markdown = execute.MEASURED.sub(" ", markdown)
+    markdown = run_notebooks.MEASURED.sub(" ", markdown)
     for pattern in NOT_PROSE:
         markdown = re.sub(pattern, " ", markdown, flags=re.DOTALL)
     return markdown
@@ -181,16 +182,18 @@ def test_a_typed_number_would_be_found():
 
 @every
 def test_outputs_are_those_of_these_cells_and_this_version(name):
-    assert execute.stale(read(name)) == "", "run `make notebooks`"
+    assert run_notebooks.stale(read(name)) == "", "run `make notebooks`"
 
 
 def test_outputs_of_changed_cells_are_called_stale():
     cell = {"cell_type": "code", "source": ["print(1)"], "outputs": [{"text": ["1"]}], "metadata": {}}
     page = {"cells": [{**cell, "source": ["set up"], "outputs": []}, cell]}
-    page["metadata"] = {"toolkit": {"version": execute.__version__, "sources": execute.sources_sha256(page)}}
-    assert execute.stale(page) == ""
+    page["metadata"] = {
+        "toolkit": {"version": run_notebooks.__version__, "sources": run_notebooks.sources_sha256(page)}
+    }
+    assert run_notebooks.stale(page) == ""
     cell["source"] = ["print(2)"]
-    assert "changed" in execute.stale(page)
+    assert "changed" in run_notebooks.stale(page)
 
 
 @every
@@ -199,7 +202,7 @@ def test_outputs_hold_no_widget_no_error_no_warning_and_no_path_of_the_machine_t
         for output in cell.get("outputs", ()):
             assert output["output_type"] != "error"
             assert output.get("name") != "stderr", output["text"]
-            assert not execute.WIDGETS & output.get("data", {}).keys()
+            assert not run_notebooks.WIDGETS & output.get("data", {}).keys()
             assert not re.search(r"/(home|root|work|tmp|content)/\w", json.dumps({**output, "data": _texts(output)}))
 
 
@@ -417,5 +420,5 @@ def test_a_failing_cell_is_reported_with_its_notebook_and_leaves_the_file_alone(
     path.write_text(json.dumps(broken), encoding="utf-8")
     before = path.read_bytes()
     with pytest.raises(ToolkitError, match="broken.ipynb.*the oven is cold"):
-        execute.execute([path])
+        run_notebooks.execute([path])
     assert path.read_bytes() == before

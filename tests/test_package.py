@@ -16,8 +16,7 @@ fit.shapes fit.memory fit.gauge fit model generate tracking callbacks train
 evaluate.stats evaluate.questions evaluate.score evaluate.subject evaluate folders compare report
 export.ledger export.merge export.gguf_file export.parity export.certificate export.model_card export
 serve.request serve.splitter serve.batcher serve.llama serve.engine serve.api serve serve.chat serve.batch
-run doctor sweep.workers sweep replay labels pictures notebook execute
-bench.start bench.weights bench.ways bench.speed bench.cards bench __main__""".split()
+run doctor sweep.workers sweep replay labels pictures notebook __main__""".split()
 PACKAGE = ROOT / "toolkit"
 MODULES = [p for p in sorted(PACKAGE.rglob("*.py")) if "pocket" not in p.parts and p != PACKAGE / "__init__.py"]
 

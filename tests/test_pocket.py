@@ -5,7 +5,7 @@ from random import Random
 
 import pytest
 
-from toolkit.pocket import build, samples, score, tasks, words
+from data_recipes.pocket import build, samples, score, tasks, words
 
 TOLERANCE = 0.03  # three replies in a hundred: matrix products differ in their last bits between processors
 

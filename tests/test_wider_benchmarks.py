@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from data_recipes.pocket import tasks
 from tests.pocket_run import make_run
 from toolkit.__main__ import parser
 from toolkit.files import POCKET, ROOT
 from toolkit.generate import SAMPLING
-from toolkit.pocket import tasks
 
 FOLDER = ROOT / "data_recipes" / "benchmarks"
 SAMPLES = ROOT / "data_recipes" / "samples"

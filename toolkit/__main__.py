@@ -426,43 +426,5 @@ def generate(args):
     )
 
 
-@verb(
-    arg("recipe", nargs="?", help="default: pocket for a start, hybrid on a GPU"),
-    arg("--measure", choices=("start", "speed", "cards"),
-        help="a cold start, speed beside other ways, or forecasts under capped memory; default: by machine"),
-    arg("--sizes", nargs="+", choices=("0.6B", "1.7B", "4B", "8B", "14B", "32B"),
-        default=["0.6B", "1.7B", "4B", "8B", "14B"], help="of Qwen3, for speed and cards; random weights, no download"),
-    arg("--repeats", type=int, default=3),
-    arg("--record", action="store_true", help="keep it in data_recipes/measured/"),
-)  # fmt: skip
-def bench(args):
-    """Time a cold start; on a GPU, speed and memory of three ways to train, beside the forecasts."""
-    import torch
-
-    from toolkit.bench import cards, speed, start
-
-    out, what = console(), args.measure or ("speed" if torch.cuda.is_available() else "start")
-    if what == "start":
-        measured = start.measure(args.recipe or "data_recipes/pocket.yaml", args.repeats)
-        out.print(start.table(measured, start.recorded()))
-        if args.record:
-            start.keep(measured)
-        return
-    if not torch.cuda.is_available():
-        raise ToolkitError(f"bench --measure {what} needs a CUDA card; without one: `python -m toolkit bench`")
-    module, count = (speed, args.repeats) if what == "speed" else (cards, cards.CARDS)
-    file = module.RECORD if args.record else outputs() / module.RECORD.name
-    record = module.measure(args.recipe or "data_recipes/hybrid.yaml", args.sizes, count, file, out.print)
-    out.print(module.markdown(record) + f"\n\nraw results: {file}", markup=False)
-
-
-@verb(arg("names", nargs="*", metavar="NAME", help="e.g. 00 03; without one, all"))
-def notebooks(args):
-    """Execute the notebooks and write their outputs, all at once."""
-    from toolkit import execute
-
-    execute.execute(execute.notebooks(args.names), console().print)
-
-
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -1,1 +1,1 @@
-"""The pocket Qwen3: both modes in a few million parameters, for work offline. `python -m toolkit.pocket.build`"""
+"""The pocket Qwen3 that ships: weights, tokenizer, card. It is built by `python -m data_recipes.pocket.build`."""

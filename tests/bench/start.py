@@ -1,4 +1,4 @@
-"""How long until the first training step, phase by phase, next to the value recorded before: `python -m toolkit bench` without a GPU.
+"""How long until the first training step, phase by phase, next to the value recorded before: `python -m tests.bench` without a GPU.
 
 print(start_up("data_recipes/pocket.yaml"))  # {"mix": 2.1, "model": 13.0, "first_step": 16.4}
 """

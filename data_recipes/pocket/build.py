@@ -1,4 +1,4 @@
-"""Build the pocket Qwen3 from nothing: tokenizer, data, training, card. `python -m toolkit.pocket.build`"""
+"""Build the pocket Qwen3 from nothing: tokenizer, data, training, card. `python -m data_recipes.pocket.build`"""
 
 import argparse
 import importlib.util
@@ -9,9 +9,10 @@ from datetime import date
 from pathlib import Path
 from random import Random
 
-from toolkit.pocket import tasks, words
+from data_recipes.pocket import tasks, words
+from toolkit.files import POCKET
 
-FOLDER = Path(__file__).parent
+FOLDER = POCKET
 SEED = 3407
 STEPS, BATCH = 1700, 32
 MUON_LEARNING_RATE, ADAMW_LEARNING_RATE = 4e-3, 3e-3
@@ -242,10 +243,10 @@ def how_it_was_made(steps: int, seconds: float) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the model goes (default: this package)")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="where the model goes (default: toolkit/pocket)")
     parser.add_argument("--steps", type=int, default=STEPS)
     arguments = parser.parse_args()
-    from toolkit.pocket import score
+    from data_recipes.pocket import score
 
     seconds = build(arguments.folder, arguments.steps)
     score.write_card(arguments.folder, how_it_was_made(arguments.steps, seconds))

@@ -1,14 +1,16 @@
-"""Execute the notebooks and write their outputs, all at once, by machine: `python -m toolkit notebooks`.
+"""Execute the notebooks and write their outputs, all at once, by machine: `python -m tests.run_notebooks`.
 
 execute(notebooks())  # each in a fresh kernel, top to bottom; committed outputs come from nowhere else
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -153,3 +155,16 @@ def _lines(text) -> list[str]:
     for path, name in ((str(outputs()), "outputs"), (str(ROOT) + "/", ""), (str(ROOT), ".")):
         whole = whole.replace(path, name)
     return whole.splitlines(keepends=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.run_notebooks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="e.g. 00 03; without one, all")
+    try:
+        execute(notebooks(parser.parse_args().names))
+    except ToolkitError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Speed and memory of three ways to train the same rows (`ways.py`), on every size: `python -m toolkit bench` on a GPU.
+"""Speed and memory of three ways to train the same rows (`ways.py`), on every size: `python -m tests.bench` on a GPU.
 
 record = speed.measure("data_recipes/hybrid.yaml", ["0.6B"], repeats=3, file=Path("speed.json")); print(speed.markdown(record))
 """
@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
+from tests.bench import start, ways
 from toolkit import fit
-from toolkit.bench import start, ways
 from toolkit.files import ROOT, ToolkitError, outputs
 from toolkit.recipe import load
 

@@ -1,4 +1,4 @@
-"""Do forecasts tell what fits? Runs under capped memory, standing for smaller cards: `python -m toolkit bench --measure cards`.
+"""Do forecasts tell what fits? Runs under capped memory, standing for smaller cards: `python -m tests.bench --measure cards`.
 
 record = cards.measure("data_recipes/hybrid.yaml", ["8B"], [8, 12], Path("cards.json")); print(cards.markdown(record))
 
@@ -11,8 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.bench import speed, start, ways
 from toolkit import fit
-from toolkit.bench import speed, start, ways
 from toolkit.files import ROOT
 from toolkit.recipe import load
 

@@ -1,4 +1,4 @@
-"""What the pocket model can do, measured in both modes on held-out questions. `python -m toolkit.pocket.score`"""
+"""What the pocket model can do, measured in both modes on held-out questions. `python -m data_recipes.pocket.score`"""
 
 import argparse
 import json
@@ -7,9 +7,10 @@ from itertools import cycle
 from pathlib import Path
 from random import Random
 
-from toolkit.pocket import tasks
+from data_recipes.pocket import tasks
+from toolkit.files import POCKET
 
-FOLDER = Path(__file__).parent
+FOLDER = POCKET
 SEED = 11
 MAX_NEW_TOKENS = 112  # the longest worked sum of the new skill is about 70 tokens
 THINK = re.compile(r"<think>\n(?P<reasoning>.*?)\n?</think>\n\n(?P<answer>.*)", re.DOTALL)
@@ -24,21 +25,21 @@ offline, on a CPU.
   embeddings.
 - **Tokenizer**: own byte-level BPE of {vocabulary:,} tokens with Qwen2's split rule and Qwen3's added tokens; Qwen3's
   official chat template.
-- **Data**: the seeded world of `tasks.py` and `words.py`, written for this project: sums of one and two digits with
+- **Data**: the seeded world of `tasks.py` and `words.py` in `data_recipes/pocket/`, written for this project: sums of one and two digits with
   worked steps, and everyday questions
   ({skills}).
   Both modes on both kinds of question, one to three turns, system prompts, `/think` and `/no_think`. One instance in
   ten is held out for ever; one-digit sums, small talk and follow-up questions ("And of dark?") are not.
 - **Labels**: the completion after the prompt that inference shows, up to `<|im_end|>`; nothing else.
 - **Not taught**: three-digit sums (`{new_skill}`). They are what the sample recipes teach it.
-- **Made by** `python -m toolkit.pocket.build`: seed {seed}, {steps:,} steps of {batch} conversations, {seconds:,} s of
+- **Made by** `python -m data_recipes.pocket.build`: seed {seed}, {steps:,} steps of {batch} conversations, {seconds:,} s of
   training on {hardware}, {date}, torch {torch}, transformers {transformers}.
 
 | mode | questions | right answer | keeps to its mode | n |
 |---|---|--:|--:|--:|
 {table}
 
-Measured by `python -m toolkit.pocket.score` (greedy, seed {score_seed}, held-out questions, float32). "Keeps to its
+Measured by `python -m data_recipes.pocket.score` (greedy, seed {score_seed}, held-out questions, float32). "Keeps to its
 mode": thinking is a non-empty, closed block, an answer behind it and `<|im_end|>`; not thinking is an answer without a
 trace of a block or of worked steps; the switch (`/no_think` in the question) must first write the empty block.
 

@@ -1,6 +1,6 @@
 """How fast and how right the data stage is beside the usual ways: raw JSONL → ids and labels, cold, on this machine.
 
-python -m tests.bench_mix [speed ids audit memory]; --table prints data_recipes/measured/bench_mix.json without running
+python -m tests.bench.mix [speed ids audit memory]; --table prints data_recipes/measured/bench_mix.json without running
 
 LLaMA-Factory does not install beside us: `pip install llamafactory==0.9.5` in an environment of its own, whose interpreter
 LLAMAFACTORY_PYTHON names, puts it into the same rounds.
@@ -19,9 +19,10 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from tests import bench_rows, bench_ways, qwen3
+from tests import qwen3
+from tests.bench import mix_rows, mix_ways
+from tests.bench.start import processor
 from tests.label_check import violations
-from toolkit.bench.start import processor
 from toolkit.files import ROOT
 
 MEASURED = ROOT / "data_recipes" / "measured" / "bench_mix.json"
@@ -54,10 +55,10 @@ IM_END, NEWLINE = 151645, 198
 def prepare(work: Path) -> None:
     """Rows, tokenizer, recipe, and for the floor the rendered strings, by transformers' own apply_chat_template."""
     qwen3.build(work / "qwen3")
-    bench_rows.write(work, work / "qwen3")
+    mix_rows.write(work, work / "qwen3")
     (work / "bench.yaml").write_text(RECIPE.format(work=work), encoding="utf-8")
     tokenizer = hf_tokenizer(work)
-    texts = [tokenizer.apply_chat_template(m, tokenize=False) for m in bench_ways.messages(work)]
+    texts = [tokenizer.apply_chat_template(m, tokenize=False) for m in mix_ways.messages(work)]
     (work / "rendered.json").write_text(json.dumps(texts), encoding="utf-8")
 
 
@@ -72,9 +73,9 @@ def speed(work: Path, rounds: int, slow_rounds: int) -> dict:
     found = {way: [] for way in TITLES}
     for i in range(rounds):
         for way in ROUNDS + USUAL:
-            if (way in ROUNDS or i < slow_rounds) and bench_ways.python_for(way):
-                found[way].append(bench_ways.run(way, work))
-    return {"runs": found, "imports": bench_ways.run("imports", work)}
+            if (way in ROUNDS or i < slow_rounds) and mix_ways.python_for(way):
+                found[way].append(mix_ways.run(way, work))
+    return {"runs": found, "imports": mix_ways.run("imports", work)}
 
 
 def ids(work: Path) -> dict:
@@ -107,9 +108,9 @@ def compiled(work: Path):
 def audit(work: Path) -> dict:
     """What each way teaches, on 200 random rows of it, by plain string work on the decoded labels."""
     tokenizer = hf_tokenizer(work)
-    problems = {m[0]["content"] for m in bench_ways.messages(work)[: bench_rows.TRACES]}
+    problems = {m[0]["content"] for m in mix_ways.messages(work)[: mix_rows.TRACES]}
     mixed, raw = compiled(work)
-    picked = random.Random(bench_ways.SEED).sample(mixed.train, bench_ways.SAMPLE)
+    picked = random.Random(mix_ways.SEED).sample(mixed.train, mix_ways.SAMPLE)
     broken = [r for r in picked if violations(tokenizer, r.ids.tolist(), r.prompt_length, raw[r.source][r.number])]
     found = {"ours": _audit([[r.ids.tolist(), r.labels.tolist()] for r in picked], tokenizer, problems)}
     found["ours"] |= {
@@ -152,17 +153,17 @@ def memory(work: Path, rounds: int) -> dict:
         for times in (1, TIMES):
             with open(big / "big.jsonl", "wb") as out:
                 out.writelines([(big / "one.jsonl").read_bytes()] * times)
-            runs = [bench_ways.run("ours", big) for _ in range(rounds)]
+            runs = [mix_ways.run("ours", big) for _ in range(rounds)]
             found[str(times * FEW)] = {"runs": runs, "source_mb": (big / "big.jsonl").stat().st_size >> 20}
     finally:
         for file in big.glob("*.jsonl"):
             file.unlink()
-    return {**found, "imports": bench_ways.run("imports", big)}
+    return {**found, "imports": mix_ways.run("imports", big)}
 
 
 def write_lines(file: Path, lines: int, tokenizer_folder: Path) -> None:
     """Different question and answer rows, about 270 tokens each."""
-    writer = bench_rows.Writer(tokenizer_folder)
+    writer = mix_rows.Writer(tokenizer_folder)
     words = [writer.word() for _ in range(1 << 20)]
     with open(file, "w", encoding="utf-8") as out:
         for i, start in enumerate(writer.rng.integers(0, len(words) - 2 * WORDS_A_ROW, lines).tolist()):

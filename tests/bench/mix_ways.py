@@ -1,6 +1,6 @@
 """The ways from raw JSONL to ids and labels that the data-stage benchmark compares, each run in a process of its own.
 
-python -m tests.bench_ways ours WORK      # WORK holds math.jsonl, chat.jsonl, qwen3/, bench.yaml; prints one JSON line
+python -m tests.bench.mix_ways ours WORK      # WORK holds math.jsonl, chat.jsonl, qwen3/, bench.yaml; prints one JSON line
 """
 
 import json
@@ -225,7 +225,7 @@ def python_for(way: str) -> str | None:
 def run(way: str, work: Path) -> dict:
     """One way in a cold process: its JSON line with wall and CPU seconds and peak memory (of the largest process)."""
     python = python_for(way)
-    command = [python, "-m", "tests.bench_ways", way, str(work)]
+    command = [python, "-m", "tests.bench.mix_ways", way, str(work)]
     threads = {"RAYON_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "true", "TOOLKIT_OUTPUTS": str(work / "outputs")}
     cold = {**os.environ, **threads, "HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "hf" / f"{way}{time.time_ns()}")}
     log = work / f"{way}.log"

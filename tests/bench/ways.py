@@ -33,7 +33,7 @@ REFERENCE = "data_recipes/unsloth_reference.yaml"
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 SEED = 3407
 LENGTHS = {"thinking": (2500, 0.73), "non_thinking": (250, 0.75)}
-"""Median and log-deviation in tokens: OpenMathReasoning and FineTome, as in tests/bench_rows.py."""
+"""Median and log-deviation in tokens: OpenMathReasoning and FineTome, as in tests/bench/mix_rows.py."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Job:
 
 def run(job: Job) -> dict:
     """The job's result, or {"failed": reason}."""
-    command = [sys.executable, "-m", "toolkit.bench.ways", json.dumps(dataclasses.asdict(job))]
+    command = [sys.executable, "-m", "tests.bench.ways", json.dumps(dataclasses.asdict(job))]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "TOOLKIT_OUTPUTS": job.work}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
@@ -118,7 +118,7 @@ def flops(shape: fit.Facts, lengths: list[int], lora: int) -> int:
 
 def weights(job: Job) -> dict:
     """Write the random model, every linear layer in 4-bit: Unsloth's dynamic checkpoints keep some in 16-bit."""
-    from toolkit.bench import weights
+    from tests.bench import weights
 
     weights.write(job.model, fit.facts(job.size))
     return {}
@@ -128,7 +128,7 @@ def rate(job: Job) -> dict:  # noqa: ARG001 - every job's function takes it
     """16-bit matrix rate in FLOP/s: the median of 20 square products; and what it was measured on."""
     import torch
 
-    from toolkit.bench.start import processor
+    from tests.bench.start import processor
 
     cuda = torch.cuda.is_available()
     n, device = (8192, "cuda") if cuda else (512, "cpu")

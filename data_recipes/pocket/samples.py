@@ -1,4 +1,4 @@
-"""Write `data_recipes/samples/`: real formats, the pocket world's content. `python -m toolkit.pocket.samples`"""
+"""Write `data_recipes/samples/`: real formats, the pocket world's content. `python -m data_recipes.pocket.samples`"""
 
 import argparse
 import json
@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from random import Random
 
-from toolkit.pocket import score, tasks
+from data_recipes.pocket import score, tasks
+from toolkit.files import ROOT
 
-FOLDER = Path(__file__).parents[2] / "data_recipes" / "samples"
+FOLDER = ROOT / "data_recipes" / "samples"
 SEED = 20
 REASONING_ROWS, CHAT_ROWS = 1800, 3600  # a chat row has 9 supervised tokens, a worked sum about 60
 SOURCES = {tasks.NEW_SKILL: "pocket_new_skill", "sum2": "pocket_known_sums"}
@@ -16,7 +17,7 @@ SOURCES = {tasks.NEW_SKILL: "pocket_new_skill", "sum2": "pocket_known_sums"}
 README = """# Sample data
 
 Small files in the formats of the datasets the recipes use, so that everything runs offline with the pocket model.
-Their content is the pocket world (`toolkit/pocket/tasks.py`). Written by `python -m toolkit.pocket.samples`, byte for
+Their content is the pocket world (`data_recipes/pocket/tasks.py`). Written by `python -m data_recipes.pocket.samples`, byte for
 byte; do not edit by hand.
 
 | file | rows | schema | content |

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from operator import itemgetter
 from random import Random
 
-from toolkit.pocket import words
+from data_recipes.pocket import words
 
 HELD_OUT_SHARE = 10  # one instance in ten never trains
 NEW_SKILL = "sum3"  # what the pocket model was never taught: for a fine-tune to add

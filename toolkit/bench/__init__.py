@@ -1,1 +1,0 @@
-"""`python -m toolkit bench`: `start` times a cold start; on a GPU `speed` compares three ways and `cards` tries the forecasts."""
