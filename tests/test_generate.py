@@ -6,12 +6,15 @@ import numpy as np
 import pytest
 
 from tests import export_fixtures, tiny_qwen3
+from toolkit.family import KINDS, QWEN3_SAMPLING, family_of, sampling_of
 from toolkit.files import ToolkitError
 from toolkit.generate import (
-    SAMPLING,
+    LONG_PROMPTS,
     Reply,
+    end_tokens,
     generate,
     inference,
+    modes_of,
     rows_that_fit,
     sampler,
     split_reply,
@@ -90,12 +93,12 @@ def test_greedy_replies_equal_a_plain_loop_without_batch_padding_or_cache(model,
         assert reply.text == tokenizer.decode(new[:-1] if reply.finished else new)
 
 
-@pytest.mark.parametrize("mode", SAMPLING)
+@pytest.mark.parametrize("mode", QWEN3_SAMPLING)
 def test_sampled_tokens_follow_hugging_face_s_own_truncated_distribution(mode):
     import torch
     from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-    values, rows = SAMPLING[mode], 20000
+    values, rows = QWEN3_SAMPLING[mode], 20000
     scores = torch.randn(1, 60, generator=torch.Generator().manual_seed(5)) * 2
     expected = TemperatureLogitsWarper(values["temperature"])(None, scores)
     expected = TopPLogitsWarper(values["top_p"])(None, TopKLogitsWarper(values["top_k"])(None, expected)).softmax(-1)[0]
@@ -165,3 +168,79 @@ def test_trouble_is_named(model, tokenizer):
         generate(model, tokenizer, CHATS, "loud", max_new_tokens=4, seed=0)
     assert generate(model, tokenizer, [], "thinking", max_new_tokens=4, seed=0) == []
     assert Reply("", "", "", 0, 0, False, False, True).finished
+
+
+FAMILIES = {
+    "qwen3": ("hybrid", ["<|im_end|>", "<|endoftext|>"]),
+    "qwen3_instruct_2507": ("instruct", ["<|im_end|>", "<|endoftext|>"]),
+    "qwen3_thinking_2507": ("thinking_only", ["<|im_end|>", "<|endoftext|>"]),
+    "qwen2.5": ("instruct", ["<|im_end|>", "<|endoftext|>"]),
+    "llama3": ("instruct", ["<|eot_id|>", "<|end_of_text|>"]),
+    "gemma3": ("instruct", ["<end_of_turn>", "<eos>"]),
+    "smollm2": ("instruct", ["<|im_end|>"]),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_replies_in_the_modes_it_has_and_stops_at_its_end_of_turn(name, family):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    kind, ends = FAMILIES[name]
+    tokenizer = AutoTokenizer.from_pretrained(family(name))
+    model = AutoModelForCausalLM.from_pretrained(family(name), dtype="float32")
+    assert modes_of(tokenizer) == KINDS[kind]
+    model.generation_config.eos_token_id = None  # as a checkpoint without the file: the template still tells
+    assert tokenizer.convert_tokens_to_ids(ends[0]) in end_tokens(model, tokenizer)
+    for mode in KINDS[kind]:
+        replies = generate(model, tokenizer, CHATS[:3], mode, max_new_tokens=5, seed=1)
+        assert replies == generate(model, tokenizer, CHATS[:3], mode, max_new_tokens=5, seed=1, batch_size=1)
+        assert all(reply.opened for reply in replies if kind == "thinking_only")
+        assert all(r.reasoning_tokens + r.answer_tokens <= 5 for r in replies)
+    for mode in {"thinking", "non_thinking"} - set(KINDS[kind]):
+        with pytest.raises(ToolkitError, match=f"expected one of {KINDS[kind][0]}, which this model has"):
+            generate(model, tokenizer, CHATS[:1], mode, max_new_tokens=5, seed=1)
+
+
+def test_a_base_model_without_a_template_is_refused_with_the_way_out(tokenizer):
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    with pytest.raises(ToolkitError, match="Choose an instruct or hybrid model"):
+        modes_of(bare)
+
+
+def test_a_model_samples_with_its_own_values():
+    own = {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "min_p": None}
+    assert sampling_of(family_of("gemma3_text"), "non_thinking", own) == {**own, "min_p": 0.0}
+    assert sampling_of(family_of("qwen3"), "thinking", own) == QWEN3_SAMPLING["thinking"]  # one file for two modes
+
+
+def test_a_top_k_of_zero_leaves_every_token_in():
+    import torch
+
+    picks = sampler({"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}, np.linspace(0, 1, 400)[:, None])
+    assert set(picks(None, torch.zeros(400, 40)).argmax(-1).tolist()) == set(range(40))
+
+
+def test_no_prompt_is_cut_to_the_training_length_while_replies_are_generated(model, tokenizer):
+    inner = model.base_model.model.model
+    inner.max_seq_length = 4  # what Unsloth sets; a longer prompt would lose its end, the generation prompt included
+    with inference(model, tokenizer):
+        assert vars(inner)[LONG_PROMPTS]
+    assert LONG_PROMPTS not in vars(inner)
+    del inner.max_seq_length
+
+
+@pytest.mark.parametrize(
+    ("file", "names"),
+    [
+        ("models/llama.py", [LONG_PROMPTS, "max_seq_length", "_flag_for_generation"]),
+        ("models/_decode_graphs.py", ["def release_for_training(model)"]),
+    ],
+)
+def test_private_names_of_unsloth_that_replies_rely_on_still_exist(file, names):
+    import importlib.util
+    from pathlib import Path
+
+    folder = Path(importlib.util.find_spec("unsloth").submodule_search_locations[0])
+    text = (folder / file).read_text(encoding="utf-8")
+    assert [name for name in names if name not in text] == []

@@ -1,23 +1,22 @@
-"""Replies in thinking and non-thinking mode, batched, reasoning split from answer.
+"""Replies of a chat model in each of its modes: batched, the reasoning split from the answer.
 
 replies = generate(model, tokenizer, [[{"role": "user", "content": "12 + 30?"}]], "thinking", max_new_tokens=512, seed=3407)
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from toolkit.family import KINDS, THINK_CLOSE, THINK_OPEN, family_of, kind_of, sampling_of
+from toolkit.family import QWEN3_SAMPLING as SAMPLING  # noqa: F401 - export and serve still import it from here
 from toolkit.files import ToolkitError
 
-SAMPLING = {
-    "thinking": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
-    "non_thinking": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0},
-}
-"""Qwen3's own values for each mode (model card of Qwen/Qwen3-8B, "Best Practices")."""
-
-STATE = ("training", "gradient_checkpointing", "_flag_for_generation")
+LONG_PROMPTS = "_unsloth_allow_packed_overlength"
+"""Unsloth cuts a prompt to `max_seq_length` without an error unless this mark stands on the module (models/llama.py)."""
+STATE = ("training", "gradient_checkpointing", "_flag_for_generation", LONG_PROMPTS)
 """What generating may change on a module. Unsloth's generate() switches checkpointing off and leaves its inference flag
 behind when it meets a model in eval mode; with that flag a later training step would run kernels without gradients."""
 
@@ -44,13 +43,46 @@ def split_reply(text: str) -> tuple[str, str, bool, bool]:
     """(reasoning, answer, opened, closed): what stands before the first `</think>` and what after it.
 
     Text before `<think>` belongs to the answer. A block that never closes leaves no answer but what stood before it."""
-    before, opening, after = text.partition("<think>")
+    before, opening, after = text.partition(THINK_OPEN)
     opened = bool(opening)
-    inside, closing, rest = (after if opened else before).partition("</think>")
+    inside, closing, rest = (after if opened else before).partition(THINK_CLOSE)
     if not opened and not closing:
         return "", text.strip(), False, False
     answer = (before + rest) if opened else rest
     return inside.strip(), answer.strip(), opened, bool(closing)
+
+
+def modes_of(tokenizer) -> tuple[str, ...]:
+    """The modes a model has, found by rendering its chat template. Raises ToolkitError for a base model without one."""
+    if not tokenizer.chat_template:
+        raise ToolkitError(
+            f"{tokenizer.name_or_path}: no chat template: a base model cannot hold a conversation. Choose an instruct "
+            "or hybrid model, or save a chat_template.jinja beside its tokenizer.json"
+        )
+    return KINDS[kind_of(lambda messages, **switch: _template(tokenizer, messages, **switch))]
+
+
+def prompts(tokenizer, conversations: Sequence[list[dict]], mode: str, tools=None) -> tuple[list[str], list[list[int]]]:
+    """(texts, token ids) of what the model is shown. Raises ToolkitError for a mode that it does not have."""
+    if mode not in (modes := modes_of(tokenizer)):
+        raise ToolkitError(f"mode {mode!r}: expected one of {', '.join(modes)}, which this model has")
+    texts = [_template(tokenizer, c, tools=tools, enable_thinking=mode == "thinking") for c in conversations]
+    return texts, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+
+def _template(tokenizer, messages: list[dict], **values) -> str:
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **values)
+
+
+def end_tokens(model, tokenizer) -> set[int]:
+    """Tokens that end a turn: those of generation_config.json and of the tokenizer, and the one with which the chat
+    template closes a turn. Base checkpoints and some fine-tunes list only one of them."""
+    listed = model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    turn = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": "probe-reply"}]
+    closing = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("probe-reply")[2].strip()
+    first = tokenizer(closing, add_special_tokens=False)["input_ids"][:1]
+    return found | (set(first) & set(tokenizer.added_tokens_decoder))
 
 
 def generate(
@@ -64,57 +96,59 @@ def generate(
     batch_size: int = 32,
     tools: list[dict] | None = None,
     greedy: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> list[Reply]:
-    """One reply to each conversation, in their order; sampled with `SAMPLING[mode]` unless `greedy`.
+    """One reply to each conversation, in their order; sampled with the model's values for the mode unless `greedy`.
 
     A reply depends on (seed, index of its conversation), not on the batch it falls into: every row draws its uniforms
     from a stream of its own, and neither torch's random state nor the model's training state is touched. What is left
     is rounding: another batch size pads otherwise, and a 16-bit model may then turn a near tie.
-    `progress(done, total)` is called after each batch. Raises ToolkitError if a prompt leaves no room for a reply."""
-    texts = [_prompt(tokenizer, messages, mode, tools) for messages in conversations]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    `progress(n)` is called after each batch of n. Raises ToolkitError if a prompt leaves no room for a reply."""
+    texts, ids = prompts(tokenizer, conversations, mode, tools)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # the longest first: what does not fit fails at once
-    replies: dict[int, Reply] = {}
+    values = sampling_of(family_of(model.config.model_type), mode, model.generation_config.to_dict())
+    ends, replies = end_tokens(model, tokenizer), {}
     with inference(model, tokenizer):
-        while len(replies) < len(order):
-            longest = ids[order[len(replies)]]
-            limit = _room(model, longest, max_new_tokens)
-            fit = rows_that_fit(model.config, len(longest) + limit, _free_memory(model), batch_size)
-            rows = order[len(replies) : len(replies) + fit]
-            chooser = None if greedy else sampler(SAMPLING[mode], _uniforms(seed, rows, limit))
-            generated = _continue(model, tokenizer, [ids[i] for i in rows], limit, chooser)
-            opened = [texts[i].rstrip().endswith("<think>") for i in rows]
-            replies.update(zip(rows, map(_reply(tokenizer, _ends(model, tokenizer)), generated, opened), strict=True))
+        while rest := order[len(replies) :]:
+            limit = _room(model, len(ids[rest[0]]), max_new_tokens)
+            fit = rows_that_fit(model.config, len(ids[rest[0]]) + limit, free_memory(model), batch_size)
+            rows = rest[:fit]
+            chooser = None if greedy else sampler(values, _uniforms(seed, rows, limit))
+            generated = _continue(model, tokenizer, [ids[i] for i in rows], limit, ends, chooser)
+            for i, new in zip(rows, generated, strict=True):
+                replies[i] = _reply(tokenizer, new, ends, texts[i].rstrip().endswith(THINK_OPEN))
             if progress:
-                progress(len(replies), len(order))
+                progress(len(rows))
     return [replies[i] for i in range(len(order))]
 
 
 def think_probability(
-    model,
-    tokenizer,
-    conversations: Sequence[list[dict]],
-    mode: str,
-    *,
-    batch_size: int = 32,
-    tools: list[dict] | None = None,
+    model, tokenizer, conversations: Sequence[list[dict]], mode: str, *, batch_size: int = 32
 ) -> list[float]:
-    """Probability of `<think>` at the first generated position of each conversation; 1.0 where the prompt opens it."""
-    texts = [_prompt(tokenizer, messages, mode, tools) for messages in conversations]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    token = _tag(tokenizer, "<think>")
+    """Probability that the reply to each conversation begins with `<think>` (with the tag's first token, where it is not
+    a token of its own); 1.0 where the prompt opens the block."""
+    texts, ids = prompts(tokenizer, conversations, mode)
+    token = tokenizer(THINK_OPEN, add_special_tokens=False)["input_ids"][0]
     result: list[float] = []
     with inference(model, tokenizer):
         for start in range(0, len(ids), batch_size):
-            logits = _first_logits(model, tokenizer, ids[start : start + batch_size])
-            result += logits.float().softmax(-1)[:, token].tolist()
-    return [1.0 if text.rstrip().endswith("<think>") else p for text, p in zip(texts, result, strict=True)]
+            # Through generate(): the one call whose left padding means the same in Hugging Face and in Unsloth's kernels
+            output = model.generate(
+                **_pad(model, tokenizer, ids[start : start + batch_size]),
+                max_new_tokens=1,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+                pad_token_id=_pad_token(tokenizer),
+            )
+            result += output.logits[0].float().softmax(-1)[:, token].tolist()
+    return [1.0 if text.rstrip().endswith(THINK_OPEN) else p for text, p in zip(texts, result, strict=True)]
 
 
 @contextlib.contextmanager
 def inference(model, tokenizer) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards model and tokenizer are as they were, so it may interrupt a training."""
+    """Evaluation mode without gradients, prompts never cut; afterwards model and tokenizer are as they were, so it may
+    interrupt a training."""
     import torch
 
     states = [(vars(module), {k: vars(module)[k] for k in STATE if k in vars(module)}) for module in model.modules()]
@@ -123,6 +157,9 @@ def inference(model, tokenizer) -> Iterator[None]:
     side = tokenizer.padding_side  # Unsloth's generate() sets it
     model.eval()
     try:
+        for attributes, _ in states:
+            if "max_seq_length" in attributes:
+                attributes[LONG_PROMPTS] = True
         with torch.no_grad(), autocast(model):
             yield
     finally:
@@ -154,7 +191,8 @@ def sampler(values: dict, uniforms: np.ndarray) -> Callable:
 
     def choose(_input_ids, scores):
         nonlocal step
-        top = torch.topk(scores.float() / values["temperature"], min(values["top_k"], scores.shape[-1]), dim=-1)
+        count = min(values["top_k"] or scores.shape[-1], scores.shape[-1])  # 0 means all
+        top = torch.topk(scores.float() / values["temperature"], count, dim=-1)
         share = top.values.softmax(-1)
         nucleus = share.cumsum(-1) - share < values["top_p"]
         share = share * (nucleus & (share >= values["min_p"] * share[:, :1]))
@@ -167,39 +205,36 @@ def sampler(values: dict, uniforms: np.ndarray) -> Callable:
     return choose
 
 
-def _prompt(tokenizer, messages: list[dict], mode: str, tools: list[dict] | None) -> str:
-    if mode not in SAMPLING:
-        raise ToolkitError(f"mode {mode!r}: expected one of {', '.join(SAMPLING)}")
-    return tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, add_generation_prompt=True, enable_thinking=mode == "thinking"
-    )
-
-
 def _uniforms(seed: int, rows: list[int], steps: int) -> np.ndarray:
     # 1 - 2^-24 at most: a uniform that rounds to 1.0 in float32 would fall off the end of the distribution
     drawn = np.stack([np.random.Generator(np.random.Philox([seed, row])).random(steps) for row in rows])
     return np.minimum(drawn, 1 - 2.0**-24)
 
 
-def _room(model, prompt: list[int], max_new_tokens: int) -> int:
+def _room(model, prompt_tokens: int, max_new_tokens: int) -> int:
     """New tokens that fit behind the longest prompt of a batch; Unsloth refuses to go beyond the model's positions."""
-    room = model.config.max_position_embeddings - len(prompt)
-    if room < 1:
+    positions = model.config.get_text_config().max_position_embeddings
+    if prompt_tokens >= positions:
         raise ToolkitError(
-            f"a prompt of {len(prompt)} tokens leaves no room for a reply: the model was loaded for "
-            f"{model.config.max_position_embeddings}; shorten it or raise model.max_seq_length"
+            f"a prompt of {prompt_tokens} tokens leaves no room for a reply: the model was loaded for {positions}; "
+            "shorten it or raise model.max_seq_length"
         )
-    return min(max_new_tokens, room)
+    return min(max_new_tokens, positions - prompt_tokens)
 
 
 def rows_that_fit(config, tokens: int, free_bytes: float, batch_size: int) -> int:
     """Rows of a batch whose 16-bit key-value cache fits at full length, with 30% left for everything else: 32 rows of
     8,192 tokens would take Qwen3-4B 38 GB."""
-    row = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
+    text = config.get_text_config()
+    head_dim = (
+        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    )  # Qwen2 does not state it
+    row = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * tokens
     return int(max(1, min(batch_size, 0.7 * free_bytes / row)))
 
 
-def _free_memory(model) -> float:
+def free_memory(model) -> float:
+    """Bytes of GPU memory that torch can still use, its own reserve included; infinite on a CPU."""
     import torch
 
     if model.device.type != "cuda":
@@ -207,11 +242,17 @@ def _free_memory(model) -> float:
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
+def _pad_token(tokenizer) -> int:
+    return (
+        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    )  # Llama 3 has no padding
+
+
 def _pad(model, tokenizer, ids: list[list[int]]) -> dict:
     import torch
 
     width = max(map(len, ids))
-    rows = [[tokenizer.pad_token_id] * (width - len(row)) + row for row in ids]
+    rows = [[_pad_token(tokenizer)] * (width - len(row)) + row for row in ids]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in ids]
     return {
         "input_ids": torch.tensor(rows, device=model.device),
@@ -219,60 +260,35 @@ def _pad(model, tokenizer, ids: list[list[int]]) -> dict:
     }
 
 
-def _ends(model, tokenizer) -> list[int]:
-    """Tokens that end a turn. Qwen3 lists two; its base checkpoints and some fine-tunes list one, or the other."""
-    listed = model.generation_config.eos_token_id
-    listed = listed if isinstance(listed, list) else [listed]
-    return sorted({tokenizer.eos_token_id, *(token for token in listed if token is not None)})
-
-
-def _continue(model, tokenizer, ids: list[list[int]], limit: int, chooser: Callable | None) -> list[list[int]]:
+def _continue(model, tokenizer, ids: list[list[int]], limit: int, ends: set[int], chooser) -> list[list[int]]:
     batch = _pad(model, tokenizer, ids)
     output = model.generate(
         **batch,
         max_new_tokens=limit,
         do_sample=False,
         use_cache=True,
-        eos_token_id=_ends(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id,
+        repetition_penalty=1.0,  # Qwen2.5's file says 1.1, which would also count the padding of a row
+        eos_token_id=sorted(ends),
+        pad_token_id=_pad_token(tokenizer),
         logits_processor=[chooser] if chooser else [],
     )
+    if model.device.type == "cuda" and "unsloth" in sys.modules:
+        from unsloth.models._decode_graphs import release_for_training
+
+        release_for_training(model)  # its key-value buffers would stay, and the next batch be planned smaller
     return output[:, batch["input_ids"].shape[1] :].tolist()
 
 
-def _first_logits(model, tokenizer, ids: list[list[int]]):
-    # Through generate(): it is the one call whose left padding means the same in Hugging Face and in Unsloth's kernels
-    output = model.generate(
-        **_pad(model, tokenizer, ids),
-        max_new_tokens=1,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return output.logits[0]
-
-
-def _tag(tokenizer, tag: str) -> int:
-    token = tokenizer.convert_tokens_to_ids(tag)
-    if token is None or token == tokenizer.unk_token_id:
-        raise ToolkitError(
-            f"this tokenizer has no {tag} token, so it is not a Qwen3 with both modes: use a Qwen3 checkpoint"
-        )
-    return token
-
-
-def _reply(tokenizer, ends: list[int]) -> Callable[[list[int], bool], Reply]:
-    opening, closing = _tag(tokenizer, "<think>"), _tag(tokenizer, "</think>")
-
-    def build(ids: list[int], prompt_opens: bool) -> Reply:
-        end = next((i for i, token in enumerate(ids) if token in ends), None)
-        body = ids[:end]
-        text = tokenizer.decode(body, skip_special_tokens=False)
-        reasoning, answer, opened, closed = split_reply("<think>" * prompt_opens + text)
-        inside = body.index(closing) if closing in body else len(body) if opened else 0
-        tags = sum(token in (opening, closing) for token in body)
-        thought = sum(token != opening for token in body[:inside])
-        return Reply(reasoning, answer, text, thought, len(body) - thought - tags, opened, closed, end is not None)
-
-    return build
+def _reply(tokenizer, ids: list[int], ends: set[int], prompt_opens: bool) -> Reply:
+    end = next((i for i, token in enumerate(ids) if token in ends), None)
+    body = ids[:end]
+    text = tokenizer.decode(body, skip_special_tokens=False)
+    reasoning, answer, opened, closed = split_reply(THINK_OPEN * prompt_opens + text)
+    opening, closing = tokenizer([THINK_OPEN, THINK_CLOSE], add_special_tokens=False)["input_ids"]
+    if len(closing) > 1:  # the tags are ordinary text to this tokenizer
+        tags, thought = 0, len(tokenizer(reasoning, add_special_tokens=False)["input_ids"])
+    else:
+        tags = sum(token in opening + closing for token in body)
+        inside = body.index(closing[0]) if closing[0] in body else len(body) if opened else 0
+        thought = sum(token not in opening for token in body[:inside])
+    return Reply(reasoning, answer, text, thought, len(body) - thought - tags, opened, closed, end is not None)

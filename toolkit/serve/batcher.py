@@ -12,7 +12,7 @@ import traceback
 
 import numpy as np
 
-from toolkit.generate import _ends, _pad, inference, sampler
+from toolkit.generate import _pad, end_tokens, inference, sampler
 from toolkit.serve.request import Job, Piece, Refused
 from toolkit.serve.splitter import Splitter
 
@@ -31,7 +31,7 @@ class Batcher:
         self.model, self.tokenizer, self.adapters = model, tokenizer, names
         self.names, self.waiting = list(names), waiting
         self.context = model.config.max_position_embeddings
-        self.ends = _ends(model, tokenizer)
+        self.ends = end_tokens(model, tokenizer)
         self._adapted = any(names.values())
         self._queue: list[Job] = []
         self._news = threading.Condition()
