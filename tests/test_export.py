@@ -172,7 +172,7 @@ def test_an_adapter_of_another_kind_or_model_is_refused_by_name(run):
 
 
 @pytest.mark.parametrize(
-    "at", ["gguf/*.q4_k_m.gguf.partial", pytest.param("merged/*.safetensors.partial", marks=pytest.mark.slow)]
+    "at", ["gguf/*.q4_k_m.gguf.*.partial", pytest.param("merged/*.safetensors.*.partial", marks=pytest.mark.slow)]
 )
 def test_killed_in_the_middle_and_run_again_gives_identical_files(at, run, exported):
     assert killed_export(run, at) == -9

@@ -9,17 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.export_fixtures import gguf_tensors, random_checkpoint, tokenizer
+from tests import families
+from tests.export_fixtures import PROJECTIONS, gguf_tensors, random_checkpoint, tokenizer
 from toolkit.export.gguf_file import (
     QUANTS,
     GgufFile,
     check_quant,
     check_supported,
-    file_bytes,
+    convertible,
+    plan_tensors,
     use_more_bits,
     write_gguf,
+    write_lora_gguf,
 )
 from toolkit.export.merge import Checkpoint
+from toolkit.export.parity import file_divergence, llama_server
 from toolkit.files import ROOT, ToolkitError
 
 MEASURED = json.loads((ROOT / "data_recipes" / "measured" / "gguf_parity.json").read_text())
@@ -112,7 +116,9 @@ def test_the_predicted_size_is_that_of_the_tensors(quant, checkpoint, tmp_path):
 
     model = checkpoint(4, True, 96)
     write_gguf(model, tmp_path / "x.gguf", quant, "x")
-    assert file_bytes(model, quant) == sum(int(t.n_bytes) for t in gguf.GGUFReader(tmp_path / "x.gguf").tensors)
+    assert sum(t.bytes for t in plan_tensors(model, quant)) == sum(
+        int(t.n_bytes) for t in gguf.GGUFReader(tmp_path / "x.gguf").tensors
+    )
 
 
 def test_the_header_says_what_the_folder_says(checkpoint, tmp_path):
@@ -143,10 +149,68 @@ def test_a_real_qwen3_vocabulary_goes_over_whole(qwen3, tmp_path):
     assert file.value("tokenizer.ggml.eos_token_id") == 151645
 
 
-def test_another_architecture_is_refused_with_the_way_to_take(checkpoint, monkeypatch):
+ARCHITECTURES = ("qwen3", "qwen2.5", "llama3", "gemma3", "smollm2")
+
+
+def adapted(folder: Path, adapter: Path, **lora):
+    """The model of `folder` in fp32 with a random adapter, also saved to `adapter`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    torch.manual_seed(1)
+    settings = {"r": 8, "lora_alpha": 16, "target_modules": PROJECTIONS} | lora
+    model = get_peft_model(model, LoraConfig(**settings))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data += torch.randn_like(weight) * 0.03
+    model.save_pretrained(adapter)
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_llama_cpp_computes_the_base_and_with_the_lora_the_tuned_model_of_every_family(name, tmp_path):
+    import torch
+
+    folder, ids = families.build(name, tmp_path / "base"), list(range(5, 60))
+    model = adapted(folder, tmp_path / "adapter", use_rslora=name == "llama3")
+    with torch.inference_mode():
+        tuned = model(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
+        with model.disable_adapter():
+            base = model(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
+    write_gguf(Checkpoint(folder), tmp_path / "base.gguf", "f16", "base")
+    config = json.loads((folder / "config.json").read_text())
+    write_lora_gguf(tmp_path / "adapter", config, tmp_path / "lora.gguf")
+    with llama_server(tmp_path / "base.gguf", lora=tmp_path / "lora.gguf") as post:
+
+        def kl(reference, scale: int) -> float:
+            return file_divergence(post, reference, [ids], 70, lora=[{"id": 0, "scale": scale}])["mean"]
+
+        assert kl(tuned, 1) < 1e-5
+        assert kl(base, 0) < 1e-5
+        assert kl(base, 1) > 1e-2  # the two can be told apart
+
+
+@pytest.mark.parametrize("trained", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "lm_head"]}])
+def test_a_gguf_lora_refuses_what_it_cannot_hold(trained, tmp_path):
+    folder = families.build("qwen3", tmp_path / "base")
+    adapted(folder, tmp_path / "adapter", **trained)
+    with pytest.raises(ToolkitError, match=r"trained as a whole.*merged GGUF"):
+        write_lora_gguf(tmp_path / "adapter", json.loads((folder / "config.json").read_text()), tmp_path / "x.gguf")
+    assert not list(tmp_path.glob("x.gguf*"))
+
+
+def test_another_architecture_is_refused_with_the_way_out(checkpoint, monkeypatch):
     model = checkpoint(4, True, 96)
-    monkeypatch.setitem(model.config, "architectures", ["Qwen3MoeForCausalLM"])
-    with pytest.raises(ToolkitError, match=r"Qwen3MoeForCausalLM.*UNSLOTH_LLAMA_CPP_PATH.*save_pretrained_gguf"):
+    assert convertible("qwen3", model.config) is None
+    assert "'mistral' is not among those converted here. Merged weights" in convertible("mistral", {})
+    assert "attention_bias" in convertible("qwen3", model.config | {"attention_bias": True})
+    assert "rope type 'dynamic'" in convertible(
+        "qwen3", model.config | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    )
+    monkeypatch.setitem(model.config, "model_type", "qwen3_moe")
+    with pytest.raises(ToolkitError, match=r"'qwen3_moe'.*--to merged.*convert_hf_to_gguf\.py"):
         check_supported(model)
 
 

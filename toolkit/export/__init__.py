@@ -15,7 +15,7 @@ from toolkit.export.gguf_file import (
     QUANTS,
     check_quant,
     check_supported,
-    file_bytes,
+    plan_tensors,
     quantize_with_llama_cpp,
     write_gguf,
 )
@@ -115,7 +115,7 @@ def _plan(run: Path, merged: Merged, quants: list[str], ledger: Ledger, say: Cal
 
     whole = sum(map(size_of(merged), merged.names()))
     here = sum(f["bytes"] for n, f in ledger.files.items() if (run / n).is_file())
-    disk = {"merged": whole} | {q: file_bytes(merged, q) for q in quants}
+    disk = {"merged": whole} | {q: sum(t.bytes for t in plan_tensors(merged, q)) for q in quants}
     needed = max(0, sum(disk.values()) - here) * 1.01 + 20e6  # headers, vocabulary and merges of each file
     free, memory, room = shutil.disk_usage(run).free, memory_needed(merged), psutil.virtual_memory().available
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in disk.items())

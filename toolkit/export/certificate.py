@@ -14,24 +14,23 @@ import numpy as np
 
 from toolkit.export.gguf_file import (
     GgufFile,
-    bf16_bits,
     chat_template,
     check_supported,
+    converted,
     encode,
-    fp32,
+    end_of_turn,
     gguf_names,
+    load_tokenizer,
 )
 from toolkit.export.merge import Checkpoint, Merged, open_merged
 from toolkit.export.parity import (
     adapter_view,
     base_view,
     divergence,
-    end_of_turn,
     file_divergence,
     hf_encode,
     hf_render,
     llama_server,
-    load_tokenizer,
     log_probs,
     merging_view,
     probe_sequences,
@@ -211,39 +210,34 @@ def _memory() -> int:
 def _tensor_checks(file: str, found: dict, merged: Checkpoint, report: _Report) -> None:
     """Every tensor of the file against the merged folder: equal in F16 and BF16, within rounding when quantized."""
     worst, missing = 0.0, 0
-    for stored, name, shape in gguf_names(merged):
+    found.pop("rope_freqs.weight", None)
+    for stored, name in gguf_names(merged.config, merged.names()):
         if name in found:
-            bits = bf16_bits(merged, stored).reshape(-1, shape[-1])
-            worst = max(worst, _rounding(bits, found.pop(name)))
+            worst = max(worst, _rounding(converted(merged.config, stored, merged.tensor(stored)), found.pop(name)))
         else:
             missing += 1
     report.at_most(f"{file}: tensors missing or unknown", missing + len(found), 0)
     report.at_most(f"{file}: worst tensor, error in units of what its type allows", worst, 1)
 
 
-def _rounding(bits: np.ndarray, tensor) -> float:
+def _rounding(ours, theirs) -> float:
     """Error of a stored tensor in units of its type's allowance; for lossless types 0 or infinite."""
-    kind, rows = tensor.tensor_type.name, max(1, (1 << 22) // bits.shape[1])
-    if math.prod(tensor.shape) != bits.size:
-        return math.inf
-    data, error, power = tensor.data.reshape(len(bits), -1), 0.0, 1e-30
-    for start in range(0, len(bits), rows):
-        part, ours = data[start : start + rows], bits[start : start + rows]
-        if kind in LOSSLESS:
-            if not np.array_equal(part.view(np.uint8).reshape(len(ours), -1), encode(ours, kind)):
-                return math.inf
-        else:
-            more, values = _squared_error(part, ours, tensor.tensor_type)
-            error, power = error + more, power + values
-    return math.sqrt(error / power) / ROUNDING.get(kind, 0.5)
-
-
-def _squared_error(part: np.ndarray, bits: np.ndarray, kind) -> tuple[float, float]:
     import gguf
 
-    values = fp32(bits)
-    difference = gguf.dequantize(part, kind) - values
-    return float(np.sum(difference**2, dtype=np.float64)), float(np.sum(values**2, dtype=np.float64))
+    kind, ours = theirs.tensor_type.name, ours.reshape(-1, ours.shape[-1])
+    if math.prod(theirs.shape) != ours.numel():
+        return math.inf
+    data, error, power, rows = theirs.data.reshape(len(ours), -1), 0.0, 1e-30, max(1, (1 << 22) // ours.shape[1])
+    for start in range(0, len(ours), rows):
+        part, values = data[start : start + rows], ours[start : start + rows]
+        if kind in LOSSLESS:
+            if not np.array_equal(part.view(np.uint8).reshape(len(values), -1), encode(values, kind)):
+                return math.inf
+        else:
+            values = values.float().numpy()
+            error += float(np.sum((gguf.dequantize(part, theirs.tensor_type) - values) ** 2, dtype=np.float64))
+            power += float(np.sum(values**2, dtype=np.float64))
+    return math.sqrt(error / power) / ROUNDING.get(kind, 0.5)
 
 
 def _content_checks(name: str, file: GgufFile, run: Path, tokenizer, report: _Report) -> None:

@@ -1,4 +1,4 @@
-"""A merged Qwen3 folder becomes a GGUF file, quantized by llama.cpp's own routine: pip packages only, no compiler.
+"""A folder of safetensors becomes a GGUF file, and an adapter a GGUF LoRA: pip packages only, no compiler.
 
 write_gguf(Checkpoint(run / "merged"), run / "gguf" / "hybrid.q4_k_m.gguf", "q4_k_m", "hybrid")
 """
@@ -12,20 +12,21 @@ import re
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from toolkit.export.merge import Checkpoint
-from toolkit.files import ToolkitError, read_json
+from toolkit.export.merge import Adapter, Checkpoint
+from toolkit.family import family_of
+from toolkit.files import ToolkitError, complete, read_json
 
 LLAMA_CPP = "UNSLOTH_LLAMA_CPP_PATH"
-CHUNK = 1 << 22  # values converted at a time by a thread: 16 MB in fp32, whatever the size of the model
+CHUNK = 1 << 22
+"""Values converted at a time by a thread: 16 MB in fp32, whatever the size of the model."""
 
 
-@dataclass(frozen=True)
-class Quant:
+class Quant(NamedTuple):
     """One of llama.cpp's file types, with the tensor types it mixes."""
 
     file_type: str
@@ -36,7 +37,7 @@ class Quant:
     """output.weight, or the embedding where it is the head too."""
 
 
-# llama.cpp, src/llama-quant.cpp: llama_tensor_get_type. Held against llama_model_quantize itself on 28- and 36-layer
+# llama.cpp, src/llama-quant.cpp: llama_tensor_get_type. Compared with llama_model_quantize itself on 28- and 36-layer
 # shapes, tied and untied: data_recipes/measured/gguf_parity.json.
 QUANTS = {
     "f16": Quant("MOSTLY_F16", "F16", "F16", "F16"),
@@ -47,6 +48,70 @@ QUANTS = {
     "q4_k_m": Quant("MOSTLY_Q4_K_M", "Q4_K", "Q6_K", "Q6_K"),
 }
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+WAY_OUT = (
+    "Merged weights (--to merged) work; for a GGUF have llama.cpp (github.com/ggml-org/llama.cpp) in a folder and run "
+    "its convert_hf_to_gguf.py on the merged folder"
+)
+
+QWEN_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+QWEN_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {
+    QWEN_WORDS + r"\p{N}" + QWEN_REST: "qwen2",
+    QWEN_WORDS + r"\p{N}{1,3}" + QWEN_REST: "llama-bpe",
+    "Digits": "smollm",
+}
+"""How tokenizer.json splits text before a byte-level BPE → llama.cpp's name for it (src/llama-vocab.cpp)."""
+
+
+def convertible(model_type: str, config: dict, tokenizer: dict | None = None) -> str | None:
+    """Why a model cannot become a GGUF file here, with the way out; None if it can.
+
+    `config` is config.json, `tokenizer` the content of tokenizer.json (without it the vocabulary is not looked at)."""
+    reason = None
+    if family_of(model_type).gguf is None or "text_config" in config:
+        reason = f"model type {model_type!r} is not among those converted here"
+    else:
+        reason = _unsupported(_full_config(config | {"model_type": model_type}))
+        if reason is None and tokenizer is not None:
+            reason = None if pre_tokenizer(tokenizer) else "its pre-tokenizer is none that llama.cpp is known to have"
+    return reason and f"{reason}. {WAY_OUT}"
+
+
+def _full_config(config: dict):
+    """config.json with transformers' defaults, old and new spellings alike."""
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(**config)
+
+
+def _unsupported(config) -> str | None:
+    """What llama.cpp's graph of this architecture does not compute."""
+    for key in ("attention_bias", "mlp_bias", "use_sliding_window", "attn_logit_softcapping"):
+        if getattr(config, key, None):
+            return f"config.json: {key} = {getattr(config, key)!r} is not converted here"
+    kind = _rope(config)["rope_type"]
+    if kind not in ROPE_TYPES:
+        return f"config.json: rope type {kind!r} is not converted here, only {', '.join(ROPE_TYPES)}"
+    if config.model_type == "gemma3_text":
+        # llama.cpp derives the scale from the head size, in its 62-layer model (27B) from the hidden size.
+        shared = config.hidden_size / config.num_attention_heads
+        expected = shared if config.num_hidden_layers == 62 else config.head_dim
+        if config.query_pre_attn_scalar != expected:
+            return f"config.json: query_pre_attn_scalar = {config.query_pre_attn_scalar}, llama.cpp has {expected:g}"
+    return None
+
+
+def check_supported(checkpoint: Checkpoint) -> None:
+    """Raises ToolkitError, with the way out, for a model that cannot be converted."""
+    reason = convertible(checkpoint.config.get("model_type", "unknown"), checkpoint.config)
+    if reason:
+        raise ToolkitError(f"{checkpoint.folder}: {reason}")
+
+
+def _rope(config) -> dict:
+    """Position parameters; where layers differ (Gemma 3) those of full attention."""
+    return config.rope_parameters.get("full_attention", config.rope_parameters)
 
 
 def use_more_bits(layer: int, layers: int) -> bool:
@@ -68,26 +133,12 @@ def tensor_type(name: str, shape: tuple[int, ...], quant: Quant, layers: int, ti
     return "F16" if kind.startswith("Q") and shape[-1] % 32 else kind
 
 
-def check_supported(checkpoint: Checkpoint) -> None:
-    """Raises ToolkitError, with the way to take instead, for anything but a dense Qwen3."""
-    config = checkpoint.config
-    odd = {k: config.get(k) for k in ("attention_bias", "use_sliding_window") if config.get(k)}
-    if config.get("architectures") != ["Qwen3ForCausalLM"] or odd:
-        what = ", ".join(map(str, config.get("architectures", ["no architecture"]))) + "".join(f", {k}" for k in odd)
-        raise ToolkitError(
-            f"{checkpoint.folder}: {what} is not converted here (dense Qwen3 is). The way to take: have llama.cpp "
-            f"(github.com/ggml-org/llama.cpp) in a folder, set {LLAMA_CPP} to it, UNSLOTH_LLAMA_CPP_OFFLINE=1 and "
-            "UNSLOTH_AUTO_INSTALL=0 before Python starts, then model.save_pretrained_gguf(...) of Unsloth on a GPU, or "
-            f"python ${LLAMA_CPP}/convert_hf_to_gguf.py on the merged folder. Nothing was downloaded"
-        )
-
-
 def check_quant(quant: str) -> None:
     """Quantizations that are not ours need the user's own llama.cpp; says so before anything is written."""
     if quant not in QUANTS and _llama_quantize() is None:
         raise ToolkitError(
             f"quantization {quant!r}: expected one of {', '.join(QUANTS)}. For llama.cpp's others set {LLAMA_CPP} to a "
-            "folder with a built llama-quantize; it is then used by itself. Nothing was downloaded"
+            "folder with a built llama-quantize. Nothing was downloaded"
         )
 
 
@@ -98,111 +149,163 @@ def _llama_quantize() -> Path | None:
 
 
 def quantize_with_llama_cpp(source: Path, path: Path, quant: str) -> None:
-    """A quantization only llama.cpp knows, from our F16 or BF16 file, by the user's own llama-quantize."""
+    """A quantization only llama.cpp knows, from our F16 file, by the user's own llama-quantize."""
     command = [str(_llama_quantize()), str(source), str(path), quant.upper()]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise ToolkitError(f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()[-400:]}")
 
 
-def file_bytes(checkpoint, quant: str) -> int:
-    """Size of the tensors in a GGUF of this quantization (an unknown one is taken for F16: the safe side)."""
+class Planned(NamedTuple):
+    """A tensor on its way into a GGUF file."""
+
+    stored: str
+    name: str
+    """GGUF's."""
+    shape: tuple[int, ...]
+    kind: str
+    """GGML type."""
+
+    @property
+    def bytes(self) -> int:
+        import gguf
+
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
+        return math.prod(self.shape) // block * size
+
+
+def plan_tensors(model, quant: str) -> Iterator[Planned]:
+    """Every tensor of a file, in the checkpoint's order. An unknown quantization is taken for F16, the safe side."""
+    layers = model.config["num_hidden_layers"]
+    for stored, name in gguf_names(model.config, model.names()):
+        shape = model.shape(stored)
+        yield Planned(
+            stored, name, shape, tensor_type(name, shape, QUANTS.get(quant, QUANTS["f16"]), layers, model.tied)
+        )
+
+
+def gguf_names(config: dict, names: list[str]) -> Iterator[tuple[str, str]]:
+    """(stored name, GGUF name) by gguf's map of the architecture. Raises ToolkitError for a tensor it lacks."""
     import gguf
 
-    total = 0
-    for _, name, shape in gguf_names(checkpoint):
-        kind = tensor_type(name, shape, QUANTS.get(quant, QUANTS["f16"]), _layers(checkpoint), checkpoint.tied)
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-        total += math.prod(shape) // block * size
-    return total
+    arch = family_of(config["model_type"]).gguf
+    code = next(code for code, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    known = gguf.get_tensor_name_map(code, config["num_hidden_layers"])
+    for stored in names:
+        new = known.get_name(stored, try_suffixes=(".weight", ".bias"))
+        if new is None:
+            raise ToolkitError(f"{stored}: llama.cpp's {arch} has no such tensor; is this another architecture?")
+        yield stored, new
 
 
-def write_gguf(checkpoint: Checkpoint, path: Path, quant: str, name: str) -> None:
-    """Writes `path`, a tensor at a time. Raises ToolkitError for what is not a dense Qwen3 in bf16."""
+def converted(config: dict, name: str, tensor):
+    """The values llama.cpp's graph expects (its convert_hf_to_gguf.py, modify_tensors), from those stored."""
+    family = family_of(config["model_type"]).gguf
+    if family == "gemma3" and name.endswith("norm.weight"):
+        return tensor.float() + 1  # Gemma multiplies by 1 + weight
+    projection = re.search(r"\.self_attn\.([qk])_proj\.", name)
+    if family == "llama" and projection:  # rotated in neighbouring pairs there, in halves here
+        heads = config["num_attention_heads"]
+        if projection[1] == "k":
+            heads = config.get("num_key_value_heads") or heads
+        return tensor.reshape(heads, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+    return tensor
+
+
+def write_gguf(model, path: Path, quant: str, name: str, tokenizer: Path | None = None) -> None:
+    """Write `path`, a tensor at a time, from a Checkpoint or a Merged.
+
+    `tokenizer` is the folder of tokenizer and template (the model's own by default). Raises ToolkitError for a model
+    that cannot be converted."""
     import gguf
 
-    check_supported(checkpoint)
-    writer = gguf.GGUFWriter(path, "qwen3")
-    plan = []
-    for stored, new, shape in gguf_names(checkpoint):
-        kind = gguf.GGMLQuantizationType[tensor_type(new, shape, QUANTS[quant], _layers(checkpoint), checkpoint.tied)]
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        writer.add_tensor_info(new, shape, np.dtype(np.float32), math.prod(shape) // block * size, kind)
-        plan.append((stored, shape, kind))
-    _metadata(writer, checkpoint, name, gguf.LlamaFileType[QUANTS[quant].file_type])
+    check_supported(model)
+    writer = header(model, tokenizer or model.folder, quant, name, path)
+    plan = list(plan_tensors(model, quant))
+    for tensor in plan:
+        kind = gguf.GGMLQuantizationType[tensor.kind]
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, kind)
+    factors = rope_factors(model.config)
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for stored, shape, kind in plan:
-                writer.write_tensor_data(_convert(bf16_bits(checkpoint, stored), shape, kind, pool))
+            for tensor in plan:
+                values = converted(model.config, tensor.stored, model.tensor(tensor.stored))
+                writer.write_tensor_data(_encode_whole(values, tensor.kind, pool))
+        if factors is not None:
+            writer.write_tensor_data(factors)
     finally:
         writer.close()
 
 
-def _layers(checkpoint) -> int:
-    return checkpoint.config["num_hidden_layers"]
+def write_lora_gguf(adapter: Path, config: dict, path: Path) -> None:
+    """Write a PEFT adapter as a GGUF LoRA (F32) for the GGUF of its base, whose config.json is `config`.
 
-
-def gguf_names(checkpoint) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-    """(stored name, GGUF name, shape) of every tensor, layer by layer as the checkpoint has them."""
+    llama.cpp multiplies the factors by alpha / rank. Raises ToolkitError where whole weights were trained
+    (`modules_to_save`) or the head of a tied model, which a GGUF LoRA cannot hold."""
     import gguf
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, _layers(checkpoint))
-    for stored in checkpoint.names():
-        new = names.get_name(stored, try_suffixes=(".weight", ".bias"))
-        if new is None:
-            raise ToolkitError(f"{stored}: a dense Qwen3 has no such tensor; is this another architecture?")
-        yield stored, new, checkpoint.shape(stored)
+    lora = Adapter(adapter)
+    names = sorted({re.sub(r"lora_[AB]\.weight$", "weight", n) for n in lora.tensors})
+    whole = [n for n in names if lora.factors(n) is None]
+    if whole or ("lm_head.weight" in names and config.get("tie_word_embeddings")):
+        raise ToolkitError(
+            f"{adapter}: {(whole or ['lm_head.weight'])[0]} is trained as a whole, which a GGUF LoRA cannot hold; "
+            "export the run and use the merged GGUF"
+        )
+    with complete(path) as partial:
+        writer = gguf.GGUFWriter(partial, family_of(config["model_type"]).gguf)
+        writer.add_type(gguf.GGUFType.ADAPTER)
+        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, lora.scaling * lora.config["r"])
+        for stored, name in gguf_names(config, names):
+            a, b = lora.factors(stored)
+            writer.add_tensor(f"{name}.lora_a", a.numpy())
+            writer.add_tensor(f"{name}.lora_b", converted(config, stored, b).contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
-def bf16_bits(checkpoint: Checkpoint, name: str) -> np.ndarray:
-    if checkpoint.entries[name][1]["dtype"] != "BF16":
-        raise ToolkitError(f"{checkpoint.folder}: {name} is {checkpoint.entries[name][1]['dtype']}, expected BF16")
-    return checkpoint.raw(name).view(np.uint16)
+def _encode_whole(tensor, kind: str, pool: ThreadPoolExecutor) -> np.ndarray:
+    """The tensor's bytes in GGML type `kind`, a few rows at a time: (rows, bytes of a row)."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    step = max(1, CHUNK // rows.shape[1])
+    parts = pool.map(lambda start: encode(rows[start : start + step], kind), range(0, len(rows), step))
+    return np.concatenate(list(parts))
 
 
-def fp32(bits: np.ndarray) -> np.ndarray:
-    """bf16 is the upper half of fp32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def _convert(bits: np.ndarray, shape: tuple[int, ...], kind, pool: ThreadPoolExecutor) -> np.ndarray:
-    """The tensor's bytes in GGML's type `kind`, a few rows at a time."""
+def encode(rows, kind: str) -> np.ndarray:
+    """Rows of a torch tensor → rows of bytes in a GGML type."""
     import gguf
+    import torch
 
-    columns, rows = shape[-1], math.prod(shape[:-1])
-    block, size = gguf.GGML_QUANT_SIZES[kind]
-    bits = bits.reshape(rows, columns)
-    out = np.empty((rows, columns // block * size), np.uint8)
-    step = max(1, CHUNK // columns)
-
-    def convert(start: int) -> None:
-        out[start : start + step] = encode(bits[start : start + step], kind.name)
-
-    for _ in pool.map(convert, range(0, rows, step)):
-        pass
-    return out
-
-
-def encode(bits: np.ndarray, kind: str) -> np.ndarray:
-    """Rows of bf16 bits → rows of bytes in a GGML type."""
     if kind == "BF16":
-        return np.ascontiguousarray(bits).view(np.uint8)
-    values = fp32(bits)
+        return rows.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
+    values = rows.float().contiguous().numpy()
     if kind == "F32":
         return values.view(np.uint8)
     if kind == "F16":
         if np.abs(values).max(initial=0) > np.finfo(np.float16).max:
             raise ToolkitError("a weight is too large for F16: export bf16 or q8_0 instead of f16")
         return values.astype(np.float16).view(np.uint8)
-    return _ggml_quantize(values, kind)
+    code = gguf.GGMLQuantizationType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[code]
+    out = np.empty((len(values), values.shape[1] // block * size), np.uint8)
+    written = _ggml()(int(code), values.ctypes.data, out.ctypes.data, 0, *values.shape, None)
+    if written != out.nbytes:
+        raise ToolkitError(f"ggml_quantize_chunk wrote {written} bytes for {kind}, expected {out.nbytes}")
+    return out
 
 
 @functools.cache
 def _ggml():
-    """llama.cpp inside xllamacpp. The symbol is exported, not promised: the pinned version goes with the tests."""
+    """llama.cpp inside xllamacpp. The symbol is exported, not promised: the version is pinned and a test uses it."""
     library = ctypes.CDLL(importlib.util.find_spec("xllamacpp.xllamacpp").origin)
     function = library.ggml_quantize_chunk
     function.restype = ctypes.c_size_t
@@ -210,88 +313,145 @@ def _ggml():
     return function
 
 
-def _ggml_quantize(values: np.ndarray, kind: str) -> np.ndarray:
+def header(model, tokenizer: Path, quant: str, name: str, path: Path | None = None):
+    """A GGUFWriter that holds every key of the header and no tensor; `.kv_data[0]` is what a file must say."""
     import gguf
 
-    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    out = np.empty((len(values), values.shape[1] // block * size), np.uint8)
-    code = int(gguf.GGMLQuantizationType[kind])
-    written = _ggml()(code, values.ctypes.data, out.ctypes.data, 0, *values.shape, None)
-    if written != out.nbytes:
-        raise ToolkitError(f"ggml_quantize_chunk wrote {written} bytes for {kind}, expected {out.nbytes}")
-    return out
-
-
-def _metadata(writer, checkpoint: Checkpoint, name: str, file_type) -> None:
-    import gguf
-
-    config = checkpoint.config
+    config = _full_config(model.config)
+    writer = gguf.GGUFWriter(path, family_of(config.model_type).gguf)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_size_label(gguf.size_label(*writer.get_total_parameter_count()[:3], 0))
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
-    writer.add_key_length(config["head_dim"])
-    writer.add_value_length(config["head_dim"])
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    _rope(writer, config)
-    writer.add_file_type(file_type)
+    writer.add_size_label(gguf.size_label(sum(math.prod(model.shape(n)) for n in model.names()), 0, 0, 0))
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    _positions(writer, config)
+    if QUANTS.get(quant):
+        writer.add_file_type(gguf.LlamaFileType[QUANTS[quant].file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    _vocabulary(writer, checkpoint.folder, config["vocab_size"])
+    _vocabulary(writer, tokenizer, config.vocab_size)
+    return writer
 
 
-def _rope(writer, config: dict) -> None:
-    """transformers 5 writes `rope_parameters`, older checkpoints `rope_theta` and `rope_scaling`."""
-    stretched = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    rope = {"rope_theta": config.get("rope_theta")} | stretched
+def _positions(writer, config) -> None:
+    """Rotary positions, and Gemma 3's layers that see only a window."""
+    import gguf
+
+    rope = _rope(config)
     writer.add_rope_freq_base(rope["rope_theta"])
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "yarn":
-        import gguf
-
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    if rope["rope_type"] in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope["rope_type"] == "yarn":
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
-    elif kind != "default":
-        raise ToolkitError(f"config.json: rope type {kind!r} is not converted here, only default and yarn")
+    if config.model_type == "gemma3_text":
+        writer.add_rope_freq_base_swa(config.rope_parameters["sliding_attention"]["rope_theta"])
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+        if config.final_logit_softcapping:
+            writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def rope_factors(config: dict) -> np.ndarray | None:
+    """Llama 3.1's stretched positions as llama.cpp takes them: plain frequencies by stretched ones, (head_dim / 2,)."""
+    full = _full_config(config)
+    if _rope(full)["rope_type"] != "llama3":
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](full, "cpu")
+    plain = _rope(full)["rope_theta"] ** -(np.arange(len(stretched), dtype=np.float64) / len(stretched))
+    return (plain / stretched.double().numpy()).astype(np.float32)
+
+
+def pre_tokenizer(tokenizer: dict) -> str | None:
+    """llama.cpp's `tokenizer.ggml.pre` for a tokenizer.json; "default" for SentencePiece's layout, None if unknown."""
+    if tokenizer["model"].get("byte_fallback"):
+        spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        return "default" if tokenizer["normalizer"] == spaces and tokenizer["model"]["merges"] else None
+    outer = tokenizer["pre_tokenizer"] or {}
+    steps = outer.get("pretokenizers", [outer])
+    if steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
+        return None
+    first = steps[0]
+    return SPLITS.get(first["pattern"].get("Regex") if first["type"] == "Split" else first["type"])
 
 
 def _vocabulary(writer, folder: Path, size: int) -> None:
-    """Token list, merges, special ids and the chat template; ids beyond the tokenizer are marked unused."""
+    """Tokens, types, merges or scores, special ids and the chat template; ids beyond the tokenizer are unused."""
     import gguf
 
-    tokenizer, settings = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
-    tokens = [f"[PAD{i}]" for i in range(size)]
-    types = [gguf.TokenType.UNUSED] * size
+    tokenizer = read_json(folder / "tokenizer.json")
+    pre = pre_tokenizer(tokenizer)
+    if pre is None:
+        raise ToolkitError(f"{folder / 'tokenizer.json'}: llama.cpp is not known to have its pre-tokenizer. {WAY_OUT}")
+    pieces = pre == "default"
+    tokens, types = [f"[PAD{i}]" for i in range(size)], [gguf.TokenType.UNUSED] * size
     for token, i in tokenizer["model"]["vocab"].items():
-        tokens[i], types[i] = token, gguf.TokenType.NORMAL
+        byte = pieces and re.fullmatch(r"<0x[0-9A-F]{2}>", token)
+        tokens[i], types[i] = token, gguf.TokenType.BYTE if byte else gguf.TokenType.NORMAL
     for added in tokenizer["added_tokens"]:
-        control = added["special"] or re.fullmatch(r"<\|.*\|>", added["content"])
-        tokens[added["id"]] = added["content"]
-        types[added["id"]] = gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("qwen2")
+        text, i = added["content"], added["id"]
+        control = added["special"] or re.fullmatch(r"<\|.*\|>", text)
+        types[i] = gguf.TokenType.CONTROL if control else gguf.TokenType.USER_DEFINED
+        # llama.cpp looks for these in the raw text, before spaces become ▁
+        tokens[i] = text.replace("▁", " ") if pieces and not control else text
+    unknown = tokenizer["model"].get("unk_token")
+    if pieces and unknown:
+        types[tokens.index(unknown)] = gguf.TokenType.UNKNOWN
+    writer.add_tokenizer_model("llama" if pieces else "gpt2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
+    if pieces:
+        writer.add_token_scores(_scores(tokenizer, size))
+        writer.add_add_space_prefix(False)
     writer.add_token_types(types)
-    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in tokenizer["model"]["merges"]])
-    _special_ids(writer, settings, {t["content"]: t["id"] for t in tokenizer["added_tokens"]}, folder)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(chat_template(folder))
+    _special(folder, size, merges=not pieces).add_to_gguf(writer, quiet=True)
 
 
-def _special_ids(writer, settings: dict, ids: dict[str, int], folder: Path) -> None:
-    add = {"eos": writer.add_eos_token_id, "pad": writer.add_pad_token_id, "bos": writer.add_bos_token_id}
-    for kind, write in add.items():
-        token = settings.get(f"{kind}_token")
-        text = token["content"] if isinstance(token, dict) else token
-        if text is not None and text not in ids:
-            raise ToolkitError(f"{folder / 'tokenizer_config.json'}: {kind}_token {text!r} is not in tokenizer.json")
-        if text is not None:
-            write(ids[text])
+def _scores(tokenizer: dict, size: int) -> list[float]:
+    """SentencePiece scores: llama.cpp joins the pair whose piece scores highest, tokenizers the pair ranked first.
+
+    All pairs that make one piece have neighbouring ranks, so a piece's first rank orders them alike."""
+    scores = {}
+    for rank, merge in enumerate(tokenizer["model"]["merges"]):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        scores.setdefault("".join(pair), -float(rank))
+    by_id = {i: scores.get(token, 0.0) for token, i in tokenizer["model"]["vocab"].items()}
+    return [by_id.get(i, 0.0) for i in range(size)]
+
+
+def _special(folder: Path, size: int, merges: bool):
+    """gguf's reading of special ids, merges and template, with what it leaves to llama.cpp's defaults stated."""
+    import gguf
+
+    special = gguf.SpecialVocab(folder, load_merges=merges, n_vocab=size)
+    special.chat_template = chat_template(folder)
+    special.add_special_token = {"bos": False} | special.add_special_token
+    end = end_of_turn(load_tokenizer(folder))
+    if special.special_token_ids.get("eos") != end:
+        special.special_token_ids["eot"] = end
+    return special
+
+
+def load_tokenizer(folder: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def end_of_turn(tokenizer) -> int:
+    """The token the template closes an assistant turn with, whatever the tokenizer's own settings say."""
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
+    return tokenizer.encode(text, add_special_tokens=False)[-1]
 
 
 def chat_template(folder: Path) -> str:

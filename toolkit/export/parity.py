@@ -184,12 +184,6 @@ def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.sum(np.exp(reference, dtype=np.float64) * (reference.astype(np.float64) - other), axis=1)
 
 
-def load_tokenizer(folder: Path):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
 def hf_encode(tokenizer) -> Callable:
     return lambda text: tokenizer.encode(text, add_special_tokens=False)
 
@@ -236,12 +230,6 @@ def tokenizer_differences(encode: Callable, render: Callable, tokenizer) -> tupl
     return texts, sum(render(*case) != text for case, text in zip(cases, rendered, strict=True))
 
 
-def end_of_turn(tokenizer) -> int:
-    """The token the template closes an assistant turn with, whatever the tokenizer's own settings say."""
-    text = tokenizer.apply_chat_template([USER, {"role": "assistant", "content": "4"}], tokenize=False).rstrip()
-    return tokenizer.encode(text, add_special_tokens=False)[-1]
-
-
 def probe_sequences(tokenizer) -> list[list[int]]:
     """A few hundred positions of conversation, both modes and both kinds of reply."""
     render, encode = hf_render(tokenizer), hf_encode(tokenizer)
@@ -255,16 +243,21 @@ def probe_sequences(tokenizer) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def llama_server(path: Path, context: int = 2048) -> Iterator[Callable[[str, dict], dict]]:
+def llama_server(path: Path, context: int = 2048, lora: Path | None = None) -> Iterator[Callable[[str, dict], dict]]:
     """The llama-server inside xllamacpp on a free local port; yields `post(route, body)`.
 
-    Weights are memory-mapped. A small model gets one thread: more would mostly wait for each other."""
+    Weights are memory-mapped. A small model gets one thread: more would mostly wait for each other. With `lora`, a GGUF
+    LoRA, a request chooses its part by {"lora": [{"id": 0, "scale": 0 to 1}]}; without that it is fully applied."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_ctx, params.n_parallel, params.warmup, params.verbosity, params.port = context, 1, False, -1, 0
     params.cache_ram_mib, params.n_ctx_checkpoints = 0, 0
+    if lora:
+        applied = xllamacpp.CommonAdapterLoraInfo()
+        applied.path, applied.scale = str(lora), 1.0
+        params.lora_adapters = [applied]
     threads = 1 if path.stat().st_size < 2e8 else os.cpu_count()
     for cpu in (params.cpuparams, params.cpuparams_batch):
         cpu.n_threads, cpu.poll = threads, 0  # sleep while waiting: spinning threads collapse on a shared machine
@@ -288,7 +281,9 @@ def llama_server(path: Path, context: int = 2048) -> Iterator[Callable[[str, dic
     del server
 
 
-def file_divergence(post: Callable, reference: np.ndarray, sequences: list[list[int]], plain_token: int) -> dict:
+def file_divergence(
+    post: Callable, reference: np.ndarray, sequences: list[list[int]], plain_token: int, **more
+) -> dict:
     """KL and top-1 agreement of a served file with `reference`, over its top 512 tokens and one bucket for the rest.
 
     One prompt per position, a request per text. The sampled token is forced to `plain_token`: the probabilities are
@@ -298,7 +293,7 @@ def file_divergence(post: Callable, reference: np.ndarray, sequences: list[list[
         "n_probs": TOP,
         "logit_bias": [[plain_token, 1000.0]],
         "response_fields": ["index", "completion_probabilities"],
-    }
+    } | more
     tops = []
     for ids in sequences:
         prompts = [ids[:end] for end in range(1, len(ids) + 1)]
