@@ -1,25 +1,18 @@
 """A comparison recommends where it should, says noise where it should, and never mixes evaluations silently."""
 
 import csv
-import io
 import json
-import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import yaml
-from rich.console import Console
 
-from tests.wandb_service import RunService
-from toolkit import evaluate, mix, recipe, tracking
 from toolkit.compare import compare, frontier, reach
 from toolkit.evaluate import summarize
 from toolkit.files import ToolkitError
 from toolkit.folders import Point, Run
-from toolkit.report import conclude, page, table, write
+from toolkit.report import page, table, write
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 QUESTIONS = 60
@@ -244,74 +237,6 @@ def test_the_frontier_holds_what_nothing_beats(tmp_path):
         for s, a, c in ((0.0, 0.4, 0.95), (0.5, 0.7, 0.9), (0.75, 0.6, 0.8), (1.0, 0.9, 0.7))
     ]
     assert [p.label for p in frontier(compare(runs).points)] == ["0% reasoning", "50% reasoning", "100% reasoning"]
-
-
-def synced(folder):
-    """What wandb's own `wandb sync` reads out of the offline runs of a folder."""
-    runs = [str(path) for path in folder.glob("wandb/offline-run-*")]
-    with RunService() as service:
-        done = subprocess.run(
-            [sys.executable, "-m", "wandb", "sync", "--yes", *runs],
-            env=service.environment(),
-            capture_output=True,
-            text=True,
-        )
-    assert done.returncode == 0, done.stderr
-    return service
-
-
-def test_ratios_stand_side_by_side_in_wandb_under_stable_names(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    runs = [make_run(tmp_path / "runs", s, settings={"report_to": "wandb"}) for s in (0.25, 0.75)]
-    folder = tmp_path / "ratios-sweep"
-    conclude(compare(runs), folder, Console(file=io.StringIO()))
-    found = synced(folder)
-    assert found.runs[0]["groupName"] == "ratios-sweep"
-    assert found.runs[0]["jobType"] == "comparison"
-    assert "recommended" in found.summary["recommendation"].lower() or "noise" in found.summary["recommendation"]
-    curve = [(line["mix/reasoning_share_supervised_tokens"], line["eval/tuned/thinking/accuracy"])
-             for line in found.history if "eval/tuned/thinking/accuracy" in line]  # fmt: skip
-    assert curve == [(0.25, 0.5), (0.75, 0.5)]
-    (table,) = found.tables
-    assert table["columns"][:4] == [
-        "run",
-        *(f"mix/reasoning_share_{u}" for u in ("examples", "tokens", "supervised_tokens")),
-    ]
-    assert {"eval/base/forgetting/kl", "eval/tuned/non_thinking/adherence"} <= set(table["columns"])
-    assert [row[0] for row in table["data"]] == [run.name for run in runs]
-    assert all(len(row) == len(table["columns"]) and None not in row for row in table["data"])
-
-
-def test_without_wandb_the_comparison_is_there_all_the_same(tmp_path, monkeypatch):
-    def refuse(*_, **__):
-        raise ConnectionError("the cable was pulled")
-
-    monkeypatch.setattr(tracking, "_open", refuse)
-    runs = [make_run(tmp_path, s, settings={"report_to": ["wandb"]}) for s in (0.25, 0.75)]
-    said = io.StringIO()
-    conclude(compare(runs), tmp_path / "out", Console(file=said))
-    assert "the cable was pulled" in said.getvalue()
-    assert (tmp_path / "out" / "comparison.html").is_file()
-
-
-def test_a_run_in_wandb_has_its_shares_in_the_config_and_its_evaluation_in_the_summary(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
-    loaded = recipe.load("data_recipes/pocket.yaml", ["data.budget=3000"])
-    folder = tmp_path / "one"
-    folder.mkdir()
-    monkeypatch.delenv("WANDB_SERVICE", raising=False)
-    flat = evaluate.summary(json.loads((make_run(tmp_path, 0.5) / "eval.json").read_text()))
-    mixed = mix.compile_mix(loaded)
-    replies = [{"mode": "thinking", "prompt": "17 + 25?", "base": "?", "tuned": "42"}]
-    tracking.finish(loaded, mixed, folder, flat, replies, Console(file=io.StringIO()))
-    found = synced(folder)
-    config = {key: value["value"] for key, value in found.runs[0]["config"].items()}
-    assert config["mix/reasoning_share_supervised_tokens"] == pytest.approx(0.75, abs=0.01)
-    assert {"mix/reasoning_share_examples", "mix/reasoning_share_tokens"} <= config.keys()
-    assert {key: found.summary[key] for key in flat} == flat
-    assert "WANDB_SERVICE" not in os.environ  # else a child that was killed could not go on with its run
-    assert found.tables == [{"columns": list(replies[0]), "data": [list(replies[0].values())]}]
 
 
 def test_the_report_is_one_file_that_needs_no_network_and_the_csv_reads_back(tmp_path):

@@ -127,7 +127,7 @@ def test_sample_replies_never_take_more_than_their_share_of_training(share, step
         return [{"prompt": "?", "mode": "thinking", "reasoning": "", "answer": "", "finished": True}]
 
     monkeypatch.setattr(callbacks, "answers", answers)
-    samples = callbacks.Samples(tmp_path, None, ("?",), 1, max_new_tokens=8, wandb=False)
+    samples = callbacks.Samples(tmp_path, None, ("?",), 1, max_new_tokens=8)
     state, control = TrainerState(max_steps=100), TrainerControl()
     samples.on_train_begin(None, state, control)
     for state.global_step in range(1, 101):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
+from toolkit import tracking
 from toolkit.generate import generate
 
 MODES = ("thinking", "non_thinking")
@@ -32,8 +33,10 @@ class Metrics(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):  # noqa: ARG002 - as above
         if not state.is_world_process_zero:
             return
+        row = {"step": state.global_step, "epoch": state.epoch, **logs}
         with open(self.file, "a") as file:
-            file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **logs}) + "\n")
+            file.write(json.dumps(row) + "\n")
+        tracking.log(row)
 
 
 class Progress(TrainerCallback):
@@ -145,10 +148,9 @@ class Samples(TrainerCallback):
 
     Answers during training are left out where they would take more than SHARE of it."""
 
-    def __init__(self, folder: Path, tokenizer, prompts: tuple[str, ...], seed: int, max_new_tokens: int, wandb: bool):
+    def __init__(self, folder: Path, tokenizer, prompts: tuple[str, ...], seed: int, max_new_tokens: int):
         self.file = folder / "samples.jsonl"
         self.tokenizer, self.prompts, self.seed, self.max_new_tokens = tokenizer, prompts, seed, max_new_tokens
-        self.wandb = wandb
         self._rows: list[dict] = []
         self._begun = self._from = 0.0
         """Clock time and step from which training goes on here."""
@@ -185,12 +187,7 @@ class Samples(TrainerCallback):
         self._rows += [{"step": step, "when": when, **row} for row in found]
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in self._rows]
         self.file.write_text("".join(lines), encoding="utf-8")
-        if self.wandb:
-            import wandb
-
-            columns = list(self._rows[0])
-            table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in self._rows])
-            wandb.log({"samples": table}, commit=False)
+        tracking.log_table("samples", self._rows)
         self._last = time.monotonic() - started
 
 

@@ -59,8 +59,10 @@ def conclude(comparison: Comparison, folder: Path, console) -> None:
         console.print(f"· {note}")
     console.print(comparison.sentence, style="bold")
     console.print("\n".join(str(path) for path in paths.values()))
-    if any(tracking.wanted(run.recipe["train"]) for point in comparison.points for run in point.runs):
-        tracking.comparison(folder, *for_wandb(comparison), console)
+    if any(tracking.logs_to_wandb(run.recipe["train"]) for point in comparison.points for run in point.runs):
+        axis, points, (columns, rows), summary = for_wandb(comparison)
+        logged = [dict(zip(["runs", *columns[1:]], row, strict=True)) for row in rows]
+        tracking.comparison(folder, logged, (axis, points), summary, console)
 
 
 def for_wandb(comparison: Comparison) -> tuple[str, list[dict], tuple[list, list], dict]:

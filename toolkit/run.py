@@ -11,7 +11,7 @@ from pathlib import Path
 
 from toolkit import recipe as recipes
 from toolkit import tracking
-from toolkit.files import ToolkitError, write_json
+from toolkit.files import ToolkitError, outputs, read_json, write_json
 from toolkit.recipe import Recipe, Source
 
 HUB = "https://huggingface.co"
@@ -97,11 +97,15 @@ def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = Tr
     if not training.is_main():
         console.quiet = True  # under accelerate every process runs this function; one of them talks
     recipe = resolve(recipe, console)
+    if training.is_main():
+        tracking.check(recipe.train, outputs() / recipe.name, console.print)
     with training.main_first():
         folder, state = training.claim(recipe, fresh=fresh and training.is_main())
         if state != "finished":
             mixed = compile_mix(recipe, console)
     if state == "finished" and (not score or (folder / "eval.json").is_file()):
+        if score and training.is_main():
+            log_evaluation(recipe, folder, console)  # a kill may have come between eval.json and wandb
         console.print(f"{folder} is finished already: `python -m toolkit evaluate {recipe.name}` scores it again")
         return folder
     loaded = None
@@ -150,8 +154,16 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
     )
     write_json(folder / "eval.json", result)
     console.print(evaluation.table(result))
-    tracking.finish(recipe, mixed, folder, evaluation.summary(result), result["samples"], console)
+    log_evaluation(recipe, folder, console)
     return result
+
+
+def log_evaluation(recipe: Recipe, folder: Path, console) -> None:
+    """Send a run's eval.json to wandb, unless that was done before."""
+    from toolkit import evaluate as evaluation
+
+    result = read_json(folder / "eval.json")
+    tracking.finish(recipe, folder, evaluation.summary(result), result.get("samples", []), console)
 
 
 def generation_batch(recipe: Recipe, mixed) -> int:

@@ -1,116 +1,342 @@
-"""Runs in wandb: one for each training with its evaluation, one for each comparison; offline where there is no account.
+"""Experiment trackers: one wandb run per training with its evaluation, one per comparison; never a reason to stop.
 
-with training(recipe, mixed, folder): ...
-finish(recipe, mixed, folder, evaluate.summary(result), result["samples"], console)
+tracking.check(recipe.train, folder)     # before the model is loaded; then `with tracking.training(recipe, mixed, folder):`
 
-Names that stay: config `mix/reasoning_share_{examples,tokens,supervised_tokens}`; summary
-`eval/{base,tuned,difference}/{thinking,non_thinking,forgetting}/METRIC`, with `.low` and `.high` beside each.
+Callers and what they pass: `run.train` calls `check`, then `training` around the trainer; the metrics callback passes every
+line of metrics.jsonl to `log` (KEYS says which of its values go to wandb, under which name); the sample callback passes its
+rows to `log_table`; `train.sft_config` gives transformers only `other_trackers(recipe.train)`, because its own wandb callback
+would add 400 keys and local paths; after eval.json is written, and again when a finished run is opened, `finish` adds the
+evaluation. Config holds the recipe and `mix/reasoning_share_{examples,tokens,supervised_tokens}`; the summary holds
+`evaluate.summary(result)`: `eval/{base,tuned,difference}/{thinking,non_thinking,forgetting}/METRIC`.
 """
 
 import contextlib
 import hashlib
+import importlib.util
 import os
-from collections.abc import Iterator
+import re
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from toolkit import recipe as recipes
+from toolkit.files import ToolkitError, read_json, sha256, write_text
 from toolkit.mix import Mix
 from toolkit.recipe import Recipe
 
+PACKAGES = {
+    "wandb": "wandb",
+    "tensorboard": "tensorboard",
+    "swanlab": "swanlab",
+    "trackio": "trackio",
+    "mlflow": "mlflow",
+}
+"""`report_to` name → the Python package it needs."""
+KEYS = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+    "epoch": "train/epoch",
+    "tokens": "train/tokens",
+    "supervised_tokens": "train/supervised_tokens",
+    "tokens_per_second": "speed/tokens_per_second",
+    "supervised_tokens_per_second": "speed/supervised_tokens_per_second",
+    "peak_memory_gib": "memory/peak_gib",
+    "eval_loss": "validation/loss",
+}
+"""Key of a metrics.jsonl line → key in wandb's history. `eval_SOURCE/MODE_loss` becomes `validation/loss/SOURCE/MODE`."""
+MAX_SOURCES = 12
+"""Validation losses by source and mode that are logged, so that history and summary stay below 60 keys."""
+REACH_SECONDS = 5
+FINISH_SECONDS = 60
+"""How long a finished run waits for its upload; what is left stays in the folder for `wandb sync`."""
 
-def wanted(train: dict) -> bool:
-    """Whether a run reports to wandb, by its recipe's `train:` section; `report_to` is a name or a list of names."""
-    to = train.get("report_to", "none")
-    return "wandb" in (to if isinstance(to, list) else [to])
+_run = None
+"""The open wandb run of this process."""
+_failed = False
+"""Whether an error of the open run was said already."""
+_say: Callable[[str], None] = print
+
+
+def trackers(train: dict) -> list[str]:
+    """Names in a recipe's `train.report_to`, which is a name, a list of names or `none`."""
+    to = train.get("report_to") or "none"
+    return [name for name in (to if isinstance(to, list | tuple) else [to]) if name != "none"]
+
+
+def logs_to_wandb(train: dict) -> bool:
+    """Whether a run with this `train:` section reports to wandb."""
+    return "wandb" in trackers(train)
+
+
+def other_trackers(train: dict) -> list[str]:
+    """What transformers itself reports to: every tracker but wandb."""
+    return [name for name in trackers(train) if name != "wandb"]
+
+
+def check(train: dict, folder: Path, say: Callable[[str], None] = print) -> None:
+    """Before a model is loaded: every tracker's package is installed, and wandb can upload or goes offline, saying why.
+
+    Raises ToolkitError for an unknown tracker or a missing package. Takes at most about REACH_SECONDS.
+    """
+    global _say
+    _say = say
+    for name in trackers(train):
+        if name not in PACKAGES:
+            raise ToolkitError(f"train.report_to: {name}: expected one of {', '.join(PACKAGES)} or none")
+        if importlib.util.find_spec(PACKAGES[name]) is None:
+            raise ToolkitError(
+                f"train.report_to: {name} needs a package that is not installed: "
+                f"`pip install {PACKAGES[name]}`, or set train.report_to=none"
+            )
+    if not logs_to_wandb(train):
+        return
+    if reason := _offline_reason():
+        os.environ["WANDB_MODE"] = "offline"
+        say(f"wandb: {reason}; this run is kept offline in {folder / 'wandb'}, and training continues")
+
+
+def has_account() -> bool:
+    """Whether wandb could upload: a key in the environment or in ~/.netrc."""
+    return bool(_api_key())
+
+
+def _api_key() -> str:
+    import netrc
+
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        hosts = netrc.netrc().hosts
+        return next((found[2] for host, found in hosts.items() if "wandb" in host), "")
+    return ""
+
+
+def _offline_reason() -> str:
+    """Why an account cannot be used now; empty where it can, or where nobody asked for uploads."""
+    key = _api_key()
+    if not key or os.environ.get("WANDB_MODE", "online") != "online":
+        return ""
+    if len(key.rpartition("-")[2]) < 40:  # wandb's own rule for keys, which it only checks after a prompt
+        return "the API key is malformed (expected 40 characters or more; `wandb login` stores a new one)"
+    base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    answered: list[str] = []
+    # a thread, because a name look-up has no timeout of its own
+    asking = threading.Thread(target=lambda: answered.append(_ask(base)), daemon=True)
+    asking.start()
+    asking.join(REACH_SECONDS)
+    return answered[0] if answered else f"{base} did not answer within {REACH_SECONDS} seconds"
+
+
+def _ask(base: str) -> str:
+    """Empty when the address answers in any way, else the reason why it cannot be reached."""
+    import urllib.error
+    import urllib.request
+
+    try:
+        urllib.request.urlopen(base, timeout=REACH_SECONDS).close()
+    except urllib.error.HTTPError:  # it answers
+        return ""
+    except (OSError, ValueError) as error:
+        return f"{base} cannot be reached ({getattr(error, 'reason', error)})"
+    return ""
+
+
+def _attempt(what: str, action: Callable, *args, **values):
+    """Call wandb; training never stops because of logging. The first error of a run is said, later ones are not."""
+    global _failed
+    try:
+        return action(*args, **values)
+    except Exception as error:  # wandb raises its own errors, OSError, ValueError, protobuf's …
+        if not _failed:
+            reason = str(error).strip() or type(error).__name__
+            _say(f"wandb: {what} failed ({reason.splitlines()[0]}); training continues, every number is in metrics.jsonl")
+        _failed = True
+        return None
 
 
 @contextlib.contextmanager
 def training(recipe: Recipe, mixed: Mix, folder: Path) -> Iterator[None]:
     """wandb around a training, left open for the evaluation that follows; closed as crashed on an error."""
-    if not wanted(recipe.train):
-        yield
-        return
-    run = _start(recipe, mixed, folder)
+    if _run:  # of a training that was not evaluated
+        _attempt("closing the run before", _run.finish)
+    if logs_to_wandb(recipe.train):
+        _attempt("starting a run", _start, recipe, mixed.report, folder)
+        _attempt("logging the mix", _log_mix, mixed, folder)
     try:
         yield
     except BaseException:  # an interrupt too closes the run as crashed
-        run.finish(exit_code=1)
+        if _run:
+            _attempt("closing the run", _run.finish, exit_code=1)
         raise
 
 
-def finish(recipe: Recipe, mixed: Mix, folder: Path, summary: dict, replies: list[dict], console) -> None:
-    """Add evaluation to the run's wandb summary, some replies as a table, and close it."""
-    if not wanted(recipe.train):
+def log(row: dict) -> None:
+    """Log a line of metrics.jsonl: the values that KEYS and the losses by source name, against `step`."""
+    if _run is None:
         return
+    named = {KEYS[key]: value for key, value in row.items() if key in KEYS and value is not None}
+    sources = [key for key in row if key.startswith("eval_") and key.endswith("_loss") and "/" in key]
+    for key in sources[:MAX_SOURCES]:
+        named["validation/loss/" + key.removeprefix("eval_").removesuffix("_loss")] = row[key]
+    if named:
+        _attempt("logging", _run.log, {"step": row["step"], **named})
+
+
+def log_table(key: str, rows: Sequence[dict]) -> None:
+    """Log rows with equal keys as a table, e.g. the replies to the fixed prompts under `samples`."""
+    if _run and rows:
+        _attempt(f"logging {key}", _put_table, key, rows)
+
+
+def _put_table(key: str, rows: Sequence[dict]) -> None:
     import wandb
 
-    run = wandb.run or _start(recipe, mixed, folder)
-    run.summary.update(summary)
-    run.log({"eval/replies": wandb.Table(list(replies[0]), [list(row.values()) for row in replies])})
-    _close(run, folder, console)
+    table = wandb.Table(list(rows[0]), [[scrub(value) for value in row.values()] for row in rows])
+    # Bound by hand, wandb keeps the table among the run's own files; else a second copy is staged under the home
+    # folder, whose path would be written into the run.
+    table.bind_to_run(_run, key, _run.step)
+    _run.log({key: table})
 
 
-def comparison(folder: Path, share: str, points: list[dict], table: tuple[list, list], summary: dict, console) -> None:
-    """A run that holds a comparison: `points` as curves over the key `share`, `table` (columns, rows) of all runs,
-    comparison.png of `folder`, and `summary`. The same runs compared again go to the same wandb run."""
+def _log_mix(mixed: Mix, folder: Path) -> None:
+    """The mix as a table (one row per source) and as a picture."""
     import wandb
 
-    columns, rows = table
-    key = hashlib.sha256(" ".join(sorted(row[0] for row in rows)).encode()).hexdigest()[:8]
+    from toolkit import show
+
+    if _run is None:
+        return
+    report = mixed.report
+    rows = [
+        {"source": name, "planned": report["planned"][name], "rows": source["rows_kept"], "tokens": source["tokens"]}
+        | {unit: shares.get(name, 0.0) for unit, shares in report["achieved"].items()}
+        for name, source in report["sources"].items()
+    ]
+    _put_table("mix/shares", rows)
+    show.figure(mixed).savefig(folder / "mix.png", dpi=120)
+    _run.log({"mix/picture": wandb.Image(str(folder / "mix.png"))})
+
+
+def finish(recipe: Recipe, folder: Path, summary: dict, replies: list[dict], console) -> None:
+    """Add the evaluation in `folder`/eval.json to the run's wandb summary, some replies as a table, and close it.
+
+    Does nothing when this eval.json has been logged already, so that it may be called whenever a run is opened.
+    """
+    global _run, _say
+    _say = console.print
+    logged, digest = folder / "wandb" / "evaluation.sha256", sha256(folder / "eval.json")
+    if not logs_to_wandb(recipe.train) or (logged.is_file() and logged.read_text() == digest and _run is None):
+        return
+    if _run is None:
+        _attempt("starting a run", _start, recipe, read_json(folder / "mix.json"), folder)
+    if _run:
+        _attempt("logging the evaluation", _run.summary.update, scrub(summary))
+        log_table("eval/replies", replies)
+    if _run:
+        _attempt("closing the run", _close, folder, console)
+        _attempt("marking the evaluation as logged", write_text, logged, digest)
+    _run = None
+
+
+def comparison(folder: Path, rows: list[dict], curve: tuple[str, list[dict]], summary: dict, console) -> None:
+    """A wandb run that holds a comparison: its table, picture and summary, and a curve over a share.
+
+    `curve` is (key of the x axis, one dict per point). The same runs compared again continue the same wandb run."""
+    global _run, _say
+    _say = console.print
+    share, points = curve
+    key = hashlib.sha256(" ".join(sorted(str(row["runs"]) for row in rows)).encode()).hexdigest()[:8]
     name = f"{folder.name}-comparison"
-    try:
-        run = _open(folder, name=name, id=f"{name}-{key}", group=folder.name, job_type="comparison", resume="allow")
-    except (
-        Exception
-    ) as error:  # wandb raises many kinds: no network, another worker logging it right now; the files are there
-        console.print(f"wandb: the comparison was not logged ({error})")
+    values = {
+        "name": name,
+        "id": f"{name}-{key}",
+        "group": folder.name,
+        "job_type": "comparison",
+        "tags": ["comparison"],
+    }
+    _attempt("starting a run", _open, folder, **values)
+    if _run is None:
         return
-    run.define_metric(share)
-    run.define_metric("eval/*", step_metric=share)
-    for point in points:
-        run.log(point)
-    run.log({"comparison": wandb.Table(columns, rows), "picture": wandb.Image(str(folder / "comparison.png"))})
-    run.summary.update(summary)
-    _close(run, folder, console)
+
+    def send() -> None:
+        import wandb
+
+        _run.define_metric(share)
+        _run.define_metric("eval/*", step_metric=share)
+        for point in points:
+            _run.log(point)
+        _put_table("comparison", rows)
+        _run.log({"picture": wandb.Image(str(folder / "comparison.png"))})
+        _run.summary.update(scrub(summary))
+        _close(folder, console)
+
+    _attempt("logging the comparison", send)
+    _run = None
 
 
-def _start(recipe: Recipe, mixed: Mix, folder: Path):
-    """The wandb run of a run folder; the same folder always continues the same one."""
-    mix = {f"mix/reasoning_share_{u}": s.get("thinking", 0.0) for u, s in mixed.report["achieved_modes"].items()}
-    config = {"recipe": recipes.to_dict(recipe), **mix, "mix/achieved": mixed.report["achieved"]}
-    key = recipes.sha256(recipe)[:8]
-    group = os.environ.get("TOOLKIT_SWEEP")
-    return _open(folder, name=recipe.name, id=f"{recipe.name}-{key}", group=group, config=config, resume="allow")
+def _start(recipe: Recipe, report: dict, folder: Path) -> None:
+    """Open the wandb run of a run folder; the same folder always continues the same one."""
+    thinking = {unit: shares.get("thinking", 0.0) for unit, shares in report["achieved_modes"].items()}
+    shares = {f"mix/reasoning_share_{unit}": share for unit, share in thinking.items()}
+    config = {"recipe": recipes.to_dict(recipe), **shares, "mix/achieved": report["achieved"]}
+    tags = [Path(recipe.model.model_name).name, f"{100 * thinking[report['unit']]:.0f}% reasoning"]
+    name, group = recipe.name, os.environ.get("TOOLKIT_SWEEP") or recipe.name
+    _open(folder, name=name, id=f"{name}-{recipes.sha256(recipe)[:8]}", group=group, job_type="train",
+          tags=[tag[:64] for tag in tags], config=scrub(config))  # fmt: skip
+    _run.define_metric("step")
+    _run.define_metric("*", step_metric="step")
 
 
-def _open(folder: Path, **values):
+def _open(folder: Path, **values) -> None:
+    global _run, _failed
     import wandb
 
+    _run, _failed = None, False
     os.environ.setdefault("WANDB_PROJECT", "qwen3-both-modes")
     os.environ.setdefault("WANDB_SILENT", "true")  # its lines would break the progress display; ours says what matters
     if not has_account():
         os.environ.setdefault("WANDB_MODE", "offline")
+    settings = wandb.Settings(
+        silent=True, console="off", init_timeout=20, finish_timeout=FINISH_SECONDS, disable_git=True, disable_code=True,
+        # what wandb records by itself names the machine, the user and the program's path
+        x_disable_meta=True, x_disable_machine_info=True, host="-", username="-", email="", program="toolkit",
+        program_relpath="toolkit", program_abspath="toolkit", root_dir=str(folder),
+    )  # fmt: skip
     joined = "WANDB_SERVICE" in os.environ
-    run = wandb.init(dir=str(folder), settings=wandb.Settings(silent=True, console="off"), **values)
+    try:
+        _run = wandb.init(dir=str(folder), settings=settings, resume="allow", **values)
+    except wandb.errors.CommError as error:
+        _say(f"wandb: no connection ({str(error).splitlines()[0]}); this run is kept offline")
+        _run = wandb.init(dir=str(folder), settings=settings, resume="allow", mode="offline", **values)
     if not joined:  # or child processes would share this one's, where a run whose process was killed stays "in use"
         os.environ.pop("WANDB_SERVICE", None)
-    return run
 
 
-def _close(run, folder: Path, console) -> None:
-    """Finish the run and say where it can be seen, or which command brings it there."""
+def _close(folder: Path, console) -> None:
+    """Finish the run and say where it can be seen, or which command uploads it."""
     offline = f"kept offline; upload with `wandb sync {folder / 'wandb'}/offline-run-*`"
-    console.print(f"wandb: {run.url or offline}")
-    run.finish()
+    console.print(f"wandb: {_run.url or offline}", soft_wrap=True)
+    logs = Path(_run.settings.sync_dir) / "logs"
+    _run.finish()
+    shutil.rmtree(logs, ignore_errors=True)  # wandb's own debug logs hold absolute paths
 
 
-def has_account() -> bool:
-    """Whether wandb could upload: a key in the environment or in ~/.netrc."""
-    import netrc
-
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return any("wandb" in host for host in netrc.netrc().hosts)
-    except (FileNotFoundError, netrc.NetrcParseError):
-        return False
+def scrub(value):
+    """A copy of plain values in which the home folder is `~`, its name is gone from paths, and secrets are `***`."""
+    if isinstance(value, dict):
+        hidden = {"token", "hf_token", "hub_token", "api_key", "password"}
+        return {key: "***" if key in hidden and child else scrub(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [scrub(child) for child in value]
+    if not isinstance(value, str):
+        return value
+    home = str(Path("~").expanduser())
+    value = re.sub(rf"{re.escape(home)}(?=[/\\]|$)", "~", value) if len(home) > 1 else value
+    if len(Path(home).name) > 2:  # the same name in another path: /mnt/NAME/data, /scratch/NAME
+        value = re.sub(rf"(?<=[/\\]){re.escape(Path(home).name)}(?=[/\\]|$)", "~", value)
+    for name, secret in os.environ.items():
+        if re.search("KEY|TOKEN|SECRET|PASSWORD", name) and len(secret) >= 8:
+            value = value.replace(secret, "***")
+    return re.sub(r"\bhf_[A-Za-z0-9]{20,}\b", "***", value)

@@ -197,7 +197,6 @@ def _trainer(recipe: Recipe, settings: dict, mixed: Mix, model, tokenizer, folde
         recipe.evaluate.prompts,
         recipe.data.seed,
         max_new_tokens=min(256, recipe.evaluate.max_new_tokens),
-        wandb=tracking.wanted(recipe.train),
     )
     progress = Progress(console, counter)
     callbacks = [counter, Metrics(folder), progress, samples]
@@ -234,6 +233,7 @@ def sft_config(recipe: Recipe, settings: dict, folder: Path, validates: bool):
     packing = bool(settings.get("packing"))
     values = {"bf16": bf16, "fp16": half and not bf16, "save_strategy": settings["eval_strategy"], **settings}
     values |= {
+        "report_to": tracking.other_trackers(recipe.train) or "none",
         "output_dir": str(folder / "checkpoints"),
         "run_name": recipe.name,
         "seed": recipe.data.seed,
