@@ -6,7 +6,10 @@ import sys
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from tests.recipe_strategies import overrides, recipe_values
 from toolkit import recipe
 from toolkit.files import ROOT, ToolkitError
 from toolkit.recipe import from_dict, load, to_dict, to_yaml
@@ -60,23 +63,41 @@ def test_the_resolved_recipe_alone_gives_the_same_recipe_back():
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        (broken("data", "sources", 0, "fractoin", 0.5), "data.sources.0.fractoin.*did you mean 'fraction'"),
-        (broken("train", "learning_rte", 0.1), "train.learning_rte.*did you mean 'learning_rate'"),
+        (broken("data", "sources", 0, "fractoin", 0.5), "data.sources.0.fractoin.*Did you mean 'fraction'"),
+        (broken("train", "learning_rte", 0.1), "train.learning_rte.*Did you mean 'learning_rate'"),
         (broken("train", "learning_rate", "2e-4"), r"train.learning_rate.*write 2\.0e-4"),
         (broken("train", "per_device_train_batch_size", "many"), "train.per_device_train_batch_size.*number"),
         (broken("train", "output_dir", "x"), "train.output_dir: not set here.*outputs/<name>"),
         (broken("model", "max_seq_length", "long"), "model.max_seq_length: expected a whole number, found 'long'"),
         (broken("model", "load_in_4bit", 1), "model.load_in_4bit: expected true or false"),
-        (broken("model", "load_in_4bits", True), "model.load_in_4bits.*did you mean 'load_in_4bit'"),
-        (broken("lora", "lora_alhpa", 3), "lora.lora_alhpa.*did you mean 'lora_alpha'"),
+        (broken("model", "load_in_4bits", True), "model.load_in_4bits.*Did you mean 'load_in_4bit'"),
+        (broken("lora", "lora_alhpa", 3), "lora.lora_alhpa.*Did you mean 'lora_alpha'"),
         (broken("data", "unit", "rows"), "data.unit: expected one of supervised_tokens, tokens, examples"),
         (broken("data", "sources", 0, "fraction", 0.5), "fractions must sum to 1.*= 0.9"),
-        (broken("data", "sources", 0, "fraction", -0.5), "fraction .*from 0 to 1"),
+        (
+            broken("data", "sources", 0, "fraction", -0.5),
+            r"data.sources.0.fraction: expected a number >= 0.0, found -0.5",
+        ),
         (broken("data", "sources", []), "at least one source"),
         (broken("data", None), "data is missing"),
         (broken("model", "model_name", None), "model.model_name is missing"),
         (broken("name", "a/b"), "name: 'a/b' becomes a folder"),
+        (broken("name", "n" * 4000), "name: 'nnn.*up to 100 letters"),
         (["name"], "expected keys"),
+        (broken(7, "x"), "unknown key 7. Known"),
+        (broken("data", "validation_size", -1), "data.validation_size: expected a whole number >= 0, found -1"),
+        (broken("data", "seed", -1), "data.seed: expected a whole number >= 0, found -1"),
+        (broken("data", "budget", 0), "data.budget: expected a whole number >= 1, found 0"),
+        (broken("data", "sources", 0, "soft_switch", 7), "soft_switch: expected a number <= 1.0, found 7"),
+        (broken("data", "sources", 0, "max_rows", 0), "data.sources.0.max_rows: expected a whole number >= 1, found 0"),
+        (broken("data", "placeholders", {"NAME": 7}), "data.placeholders....: expected .*text.*found {'NAME': 7}"),
+        (broken("data", "sources", 0, "columns", {1: 2}), "data.sources.0.columns....: expected text, found {'1': 2}"),
+        (broken("train", "learning_rate", -1), "train.learning_rate: expected a number above 0, found -1"),
+        (broken("train", "learning_rate", float("nan")), "expected text, finite numbers"),
+        (
+            broken("data", "sources", 1, "fraction", None),
+            r"data.sources.1.fraction \(b\): .*found none; write e.g. `fraction: 0.33`",
+        ),
     ],
 )
 def test_a_mistake_names_file_and_key_and_the_way_out(values, expected):
@@ -114,8 +135,12 @@ def test_data_reasoning_needs_to_know_which_sources_reason():
         from_dict(broken("data", "sources", 0, "mode", "auto"), overrides=["data.reasoning=0.5"])
 
 
-@pytest.mark.parametrize("override", ["train.max_steps", "data.sources.9.fraction=1", "name.first=x"])
-def test_an_override_that_points_nowhere_is_an_error(override):
+OVERRIDES = ["train.max_steps", "data.sources.9.fraction=1", "data.sources.².fraction=1", "name.first=x", "data.budget=[",
+             "data.seed=2026-13-45", "data.seed=&a [*a]", "data.seed=!!bool x", "name=" + "[" * 5000]  # fmt: skip
+
+
+@pytest.mark.parametrize("override", OVERRIDES, ids=lambda text: text[:30])
+def test_an_override_that_points_nowhere_or_is_no_yaml_is_an_error(override):
     with pytest.raises(ToolkitError, match="override"):
         from_dict(GOOD, overrides=[override])
 
@@ -135,6 +160,55 @@ def test_the_field_names_read_from_source_are_those_of_the_imported_class():
 
 def test_every_default_of_the_train_section_is_a_field_of_sftconfig():
     assert set(recipe.TRAIN_DEFAULTS) <= set(recipe.sft_fields())
+
+
+def sources_of(*paths, **data):
+    return from_dict(broken("data", {"sources": [{"path": p} for p in paths], **data})).data.sources
+
+
+def test_without_any_fraction_the_counts_are_the_mix():
+    assert [s.fraction for s in sources_of("a.jsonl#500", "b.jsonl#200")] == [None, None]
+    assert [s.fraction for s in sources_of("a.jsonl", "b.jsonl")] == [None, None]
+    assert sources_of("a.jsonl", budget=100)[0].fraction == 1.0
+    with pytest.raises(ToolkitError, match=r"data.sources.0.fraction.*leave out every fraction, data.budget"):
+        sources_of("a.jsonl#500", "b.jsonl#200", budget=100)
+
+
+def test_sources_of_one_file_name_are_told_apart_by_their_folder():
+    names = [s.name for s in sources_of("a/train.csv#2000", "b/train.csv", "b/train.csv#5", "c/other.jsonl.gz")]
+    assert names == ["a-train", "b-train-2", "b-train-3", "other"]
+
+
+def test_the_misspelled_author_of_self_cognition_sets_is_the_author():
+    assert from_dict(broken("data", "placeholders", {"AUTHOER": "We"})).data.placeholders == {"AUTHOR": "We"}
+
+
+def test_a_path_of_4000_characters_is_no_such_recipe():
+    with pytest.raises(ToolkitError, match="no such recipe"):
+        load("x" * 4000)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(recipe_values(), overrides())
+def test_any_recipe_is_read_and_written_back_equal_or_refused_in_words(values, words):
+    try:
+        built = from_dict(values, "fuzz.yaml", words)
+    except ToolkitError as error:
+        if not str(error).startswith(("fuzz.yaml: ", "override ")):
+            raise
+        return
+    assert from_dict(yaml.safe_load(to_yaml(built))) == built
+    assert recipe.sha256(from_dict(to_dict(built))) == recipe.sha256(built)
+    assert len({s.name for s in built.data.sources}) == len(built.data.sources)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text() | st.binary())
+def test_any_file_is_a_recipe_or_an_error_in_words(tmp_path_factory, content):
+    file = tmp_path_factory.mktemp("fuzz") / "x.yaml"
+    file.write_bytes(content if isinstance(content, bytes) else content.encode(errors="surrogatepass"))
+    with pytest.raises(ToolkitError, match="x.yaml: "):
+        load(file)
 
 
 def test_sections_are_frozen():

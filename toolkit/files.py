@@ -27,7 +27,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of an error message about a name nobody knows: the nearest known one, else all of them."""
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=1)
-    return f". Did you mean {near[0]!r}?" if near else f". Known: {', '.join(names) or 'none yet'}"
+    return f". Did you mean {near[0]!r}?" if near else f". Known: {', '.join(names[:40]) or 'none yet'}"
 
 
 def outputs() -> Path:

@@ -1,21 +1,31 @@
-"""A recipe: everything that decides a run, in one YAML file.
+"""A recipe: everything that decides a run, in one YAML file, strictly read.
 
-recipe = load("data_recipes/hybrid.yaml", ["train.max_steps=10", "data.reasoning=0.5"])
+from toolkit import recipe; loaded = recipe.load("hybrid", ["train.max_steps=10", "data.reasoning=0.5"])
 """
 
+import ast
 import dataclasses
-import difflib
+import functools
 import hashlib
 import importlib.util
+import json
+import math
 import re
-import types
 import typing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 
+import msgspec
 import yaml
 
 from toolkit.files import ROOT, ToolkitError, did_you_mean, find
+
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(gt=0)]
+Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]  # what numpy and torch accept
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,7 @@ class Source:
     """One dataset of a mix."""
 
     path: str
-    """A Hub name, `modelscope://owner/name`, or a local file or folder; `path:subset` and `path#500` work too."""
+    """A Hub name, `modelscope://owner/name`, or a local file or folder; `path:subset` and `path#500` (examples) work too."""
     name: str = ""
     """What reports call it; by default the last part of `path`."""
     split: str = "train"
@@ -32,18 +42,21 @@ class Source:
     """Pins a Hub dataset to a commit; the commit used is recorded either way."""
     format: str = "auto"
     """alpaca, messages, sharegpt, query_response, prompt_completion, openmath, question or columns; detected if clear."""
+    system: str | None = None
+    """System prompt for rows that have none."""
     columns: dict[str, str] = field(default_factory=dict)
     """Column names by role, e.g. {user: question, assistant: answer_zh}."""
-    mode: typing.Literal["auto", "thinking", "non_thinking"] = "auto"
+    mode: Literal["auto", "thinking", "non_thinking"] = "auto"
     """`auto` decides per row: a row with reasoning is thinking, one without is not."""
-    fraction: float | None = None
-    """Share of the mix, counted in `data.unit`; the fractions of all sources sum to 1."""
-    turns: typing.Literal["last", "each"] = "last"
+    fraction: Share | None = None
+    """Share of the mix, counted in `data.unit`; the fractions of all sources sum to 1. Without any fraction, `path#500`
+    takes 500 examples and a plain path all there are."""
+    turns: Literal["last", "each"] = "last"
     """Supervise the last assistant turn, or make every assistant turn an example of its own."""
-    max_rows: int | None = None
-    max_repeats: int = 1
+    max_rows: Positive | None = None
+    max_repeats: Positive = 1
     """How often a row may be used when the source is smaller than its quota."""
-    soft_switch: float = 0.0
+    soft_switch: Share = 0.0
     """Share of rows that carry /think or /no_think in the user turn, as Qwen3 was trained."""
 
 
@@ -52,19 +65,19 @@ class Data:
     """What is mixed, counted in which unit, and what is held out."""
 
     sources: tuple[Source, ...]
-    seed: int = 3407
-    unit: typing.Literal["supervised_tokens", "tokens", "examples"] = "supervised_tokens"
-    budget: int | None = None
+    seed: Seed = 3407
+    unit: Literal["supervised_tokens", "tokens", "examples"] = "supervised_tokens"
+    budget: Positive | None = None
     """Size of the mix in `unit`; null takes as much as the fractions allow."""
-    validation_size: int = 100
+    validation_size: Count = 100
     """Rows held out before anything trains, shared between the sources by their fractions."""
-    max_rejected: float = 0.05
+    max_rejected: Share = 0.05
     """Stop when more than this share of a source's rows is malformed."""
-    duplicates: typing.Literal["near", "exact", "keep"] = "near"
+    duplicates: Literal["near", "exact", "keep"] = "near"
     """`near` drops rows whose text is almost the same (MinHash), `exact` only equal ones after normalisation."""
     decontaminate: bool = True
     """Drop training rows that share a 13-gram with an evaluation prompt."""
-    placeholders: dict = field(default_factory=dict)
+    placeholders: dict[str, str | dict[str, str]] = field(default_factory=dict)
     """What fills {{NAME}} and {{AUTHOR}}: a text, or texts by language, e.g. {NAME: {zh: 小麦, en: Wheat}}."""
 
 
@@ -74,7 +87,7 @@ class Model:
 
     model_name: str
     """A Hub name, a local folder, `pocket` (ships with the package) or `auto` (the largest Qwen3 that fits this card)."""
-    max_seq_length: int = 4096
+    max_seq_length: Positive = 4096
     """Longest row in tokens; longer rows are dropped and counted, never cut."""
     load_in_4bit: bool = True
     revision: str | None = None
@@ -85,9 +98,9 @@ class Model:
 class Lora:
     """The adapter; further keys are arguments of Unsloth's `FastLanguageModel.get_peft_model`."""
 
-    r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.0
+    r: Positive = 16
+    lora_alpha: float = 32.0  # not 32: a value read back from YAML is written the same
+    lora_dropout: Share = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     use_rslora: bool = False
     extra: dict = field(default_factory=dict)
@@ -97,13 +110,13 @@ class Lora:
 class Evaluate:
     """How a run is scored."""
 
-    level: typing.Literal["quick", "full"] = "quick"
+    level: Literal["quick", "full"] = "quick"
     questions: tuple[Source, ...] = ()
     """Held-out sets with an expected answer; without any, validation rows that carry one are used."""
     prompts: tuple[str, ...] = ("Who are you?", "What is 17 + 25?")
     """Answered in both modes before, during and after training."""
-    max_new_tokens: int = 1024
-    early_stopping_patience: int | None = None
+    max_new_tokens: Positive = 1024
+    early_stopping_patience: Positive | None = None
     """Stop after so many evaluations without a better validation loss."""
 
 
@@ -136,9 +149,11 @@ TRAIN_DEFAULTS = {
     "load_best_model_at_end": True,
     "report_to": "wandb",
 }
+ABOVE_ZERO = """learning_rate num_train_epochs per_device_train_batch_size gradient_accumulation_steps
+per_device_eval_batch_size""".split()
 OWNED = {
-    "output_dir": "runs live in outputs/<name>: set `name`",
-    "max_length": "set model.max_seq_length; rows are never cut",
+    "output_dir": "a run is written to outputs/<name>: set `name`",
+    "max_length": "set model.max_seq_length; rows are never truncated",
     "assistant_only_loss": "labels follow the label rule (README, “What is trained on”)",
     "completion_only_loss": "labels follow the label rule (README, “What is trained on”)",
     "seed": "set data.seed: one seed decides rows and training",
@@ -148,7 +163,7 @@ OWNED = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run, whole."""
+    """One run."""
 
     name: str
     data: Data
@@ -160,7 +175,26 @@ class Recipe:
     export: Export = field(default_factory=Export)
 
 
-def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+SECTIONS = {"data": Data, "model": Model, "lora": Lora, "evaluate": Evaluate, "export": Export}
+CHOICES = {
+    name: typing.get_args(hint)
+    for section in (Source, Data, Evaluate)
+    for name, hint in typing.get_type_hints(section).items()
+    if typing.get_origin(hint) is Literal
+}
+KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "array": "a list"}
+KINDS |= {"object": "a section with keys", "null": "nothing"}
+HINTS = {
+    "sources": " (at least one {path, fraction})",
+    "model_name": " (e.g. unsloth/Qwen3-4B-unsloth-bnb-4bit, a local folder, auto or pocket)",
+    "name": " (the run's folder will be outputs/<name>)",
+}
+
+
+# --- reading and writing ---------------------------------------------------------------------------------------------
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, or one of data_recipes/ by name, apply dotted overrides and check every key and type.
 
     Raises ToolkitError naming the file and the key, with the nearest known key where one was mistyped.
@@ -172,40 +206,49 @@ def load(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
             f"{path}: no such recipe{did_you_mean(Path(path).stem, known)} (recipes lie in data_recipes/)"
         )
     try:
-        values = yaml.safe_load(found.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ToolkitError(f"{path}: not readable as YAML: {error}") from error
-    return from_dict(values, str(path), overrides)
+        text = found.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ToolkitError(f"{path}: expected a YAML file in UTF-8 ({error})") from error
+    return from_dict(_yaml(text, str(path)), str(path), overrides)
 
 
-def from_dict(values: dict, where: str = "recipe", overrides: typing.Sequence[str] = ()) -> Recipe:
+def from_dict(values: dict, where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
     """Build a checked recipe from plain values, as read from YAML. Raises ToolkitError."""
     if not isinstance(values, dict):
         raise ToolkitError(f"{where}: expected keys like `name:`, `data:`, `model:`, found {type(values).__name__}")
-    values = yaml.safe_load(yaml.safe_dump(values))  # a copy that overrides may change
+    values = _plain(values, where)
     for override in overrides:
-        _override(values, override)
+        apply_override(values, override)
     reasoning = values["data"].pop("reasoning", None) if isinstance(values.get("data"), dict) else None
-    recipe = _build(Recipe, values, where, "")
-    recipe = dataclasses.replace(recipe, data=_with_names_and_fractions(recipe.data, reasoning, where))
-    _check_train(recipe.train, where)
-    if not re.fullmatch(r"[\w.\-]+", recipe.name) or recipe.name.startswith("."):
-        raise ToolkitError(f"{where}: name: {recipe.name!r} becomes a folder: use letters, digits, '-', '_' and '.'")
-    return dataclasses.replace(recipe, train={**TRAIN_DEFAULTS, **recipe.train})
+    for path, section, node in _sections(values):
+        _take_extra_keys(path, section, node, where)
+    try:
+        built = msgspec.convert(values, Recipe, strict=True)
+    except msgspec.ValidationError as error:
+        raise ToolkitError(f"{where}: {_explain(str(error), values)}") from error
+    _check_train(built.train, where)
+    if not re.fullmatch(r"\w[\w.\-]{0,99}", built.name):
+        shown = built.name if len(built.name) <= 100 else f"{built.name[:100]}…"
+        raise ToolkitError(
+            f"{where}: name: {shown!r} becomes a folder: use up to 100 letters, digits, '-', '_' and '.'"
+        )
+    data = _with_fractions(dataclasses.replace(built.data, sources=_named(built.data.sources)), reasoning, where)
+    # AUTHOER is how some self-cognition sets spell AUTHOR
+    fill = {"AUTHOR" if name == "AUTHOER" else name: value for name, value in data.placeholders.items()}
+    return dataclasses.replace(
+        built,
+        data=dataclasses.replace(data, placeholders=fill),
+        train=TRAIN_DEFAULTS | built.train,
+        evaluate=dataclasses.replace(built.evaluate, questions=_named(built.evaluate.questions)),
+    )
 
 
 def to_dict(recipe: Recipe) -> dict:
     """The resolved recipe as plain values; `from_dict` reads them back to an equal recipe."""
-
-    def plain(value):
-        if dataclasses.is_dataclass(value):
-            fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-            return {**{k: v for k, v in fields.items() if k != "extra"}, **fields.get("extra", {})}
-        if isinstance(value, tuple | list):
-            return [plain(v) for v in value]
-        return {k: plain(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    return plain(recipe)
+    values = msgspec.to_builtins(recipe)
+    for name in ("model", "lora"):
+        values[name] |= values[name].pop("extra")
+    return json.loads(json.dumps(values))  # tuples become lists
 
 
 def to_yaml(recipe: Recipe) -> str:
@@ -218,76 +261,94 @@ def sha256(recipe: Recipe) -> str:
     return hashlib.sha256(to_yaml(recipe).encode()).hexdigest()
 
 
-def _override(values: dict, override: str) -> None:
-    path, sep, text = override.partition("=")
-    if not sep:
+def _yaml(text: str, where: str):
+    try:
+        return _plain(yaml.safe_load(text), where)
+    except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        # PyYAML's constructors let the others through, for tagged values and dates that cannot be built
+        raise ToolkitError(f"{where}: not readable as YAML: {error}") from error
+
+
+def _plain(values, where: str):
+    """A copy that holds only what JSON has: text as keys, no dates, no NaN, no loops. Raises ToolkitError."""
+    try:
+        return json.loads(json.dumps(values, allow_nan=False))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ToolkitError(f"{where}: expected text, finite numbers, lists and `key: value` only ({error})") from error
+
+
+def apply_override(values: dict, override: str) -> None:
+    """Set one dotted key of plain values, as in `train.max_steps=10` or `data.sources.0.fraction=0.5`."""
+    path, separator, text = override.partition("=")
+    if not separator:
         raise ToolkitError(f"override {override!r}: expected key=value, e.g. train.max_steps=10")
-    value = yaml.safe_load(text) if text else None
+    value = _yaml(text, f"override {override!r}") if text else None
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
         value = float(value)  # YAML reads 2e-4 as text; on a command line nobody means text
     if value is False and text == "no":
         value = "no"  # eval_strategy=no is a word to SFTConfig; who means false writes false
-    *parents, last = path.split(".")
-    node = values
-    for key in parents:
-        node = _child(node, key, override)
-    _child(node, last, override)  # checks that the last step leads somewhere too
-    node[int(last) if isinstance(node, list) else last] = value
+    node, keys = values, path.split(".")
+    for i, key in enumerate(keys):
+        if isinstance(node, list):
+            if not (key.isdecimal() and len(key) < 10 and int(key) < len(node)):
+                raise ToolkitError(f"override {override!r}: {key!r} is not a position from 0 to {len(node) - 1}")
+            key = int(key)
+        elif not isinstance(node, dict):
+            raise ToolkitError(f"override {override!r}: {'.'.join(keys[:i])} is {node!r}, not a section with keys")
+        if i == len(keys) - 1:
+            node[key] = value
+        else:
+            node = node[key] if isinstance(node, list) else node.setdefault(key, {})
 
 
-def _child(node, key: str, override: str):
-    if isinstance(node, list):
-        if not key.isdigit() or int(key) >= len(node):
-            raise ToolkitError(f"override {override!r}: {key!r} is not a position from 0 to {len(node) - 1}")
-        return node[int(key)]
-    if not isinstance(node, dict):
-        raise ToolkitError(f"override {override!r}: nothing lies under {key!r}")
-    return node.setdefault(key, {})
+# --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _build(cls, values, where: str, path: str):
-    """One section from plain values, strictly: unknown, missing and mistyped keys are errors."""
-    if not isinstance(values, dict):
-        raise ToolkitError(f"{where}: {path or 'recipe'}: expected a section with keys, found {values!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.name != "extra"}
-    hints = typing.get_type_hints(cls)
-    extra = {k: v for k, v in values.items() if k not in fields}
+def _sections(values: dict) -> Iterator[tuple[str, type, dict]]:
+    """(dotted path, class, values) of every section that is there."""
+    found = [("", Recipe, values), *((f"{name}.", cls, values.get(name)) for name, cls in SECTIONS.items())]
+    for parent, key in (("data", "sources"), ("evaluate", "questions")):
+        section = values.get(parent)
+        sources = section.get(key) if isinstance(section, dict) else None
+        found += [
+            (f"{parent}.{key}.{i}.", Source, s) for i, s in enumerate(sources if isinstance(sources, list) else ())
+        ]
+    return (entry for entry in found if isinstance(entry[2], dict))
+
+
+def _take_extra_keys(path: str, section: type, node: dict, where: str) -> None:
+    """Refuse unknown keys; those that Unsloth's function takes move to `extra`. One text where a list belongs is a list."""
+    fields = {f.name: f.type for f in dataclasses.fields(section) if f.name != "extra"}
+    extra = [key for key in node if key not in fields]
+    allowed = passthrough(section) if extra else []
+    for key in extra:
+        if key not in allowed:
+            raise ToolkitError(f"{where}: unknown key {path}{key}{did_you_mean(str(key), [*fields, *allowed])}")
     if extra:
-        allowed = passthrough(cls)
-        for key in extra:
-            if key not in allowed:
-                raise unknown_key(where, f"{path}{key}", key, [*fields, *allowed])
-    kwargs = {k: _convert(hints[k], v, where, f"{path}{k}") for k, v in values.items() if k in fields}
-    missing = [
-        f.name
-        for f in fields.values()
-        if f.name not in kwargs and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ToolkitError(f"{where}: {path}{missing[0]} is missing" + MEANING.get(missing[0], ""))
-    return cls(**kwargs, **({"extra": extra} if extra else {}))
+        node["extra"] = {key: node.pop(key) for key in extra}
+    for key, kind in fields.items():
+        if kind == tuple[str, ...] and isinstance(node.get(key), str):
+            node[key] = [node[key]]
 
 
-def _convert(hint, value, where: str, path: str):
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin is types.UnionType:
-        return None if value is None else _convert(args[0], value, where, path)
-    if origin is typing.Literal:
-        if value not in args:
-            raise ToolkitError(f"{where}: {path}: expected one of {', '.join(map(str, args))}, found {value!r}")
-        return value
-    if origin is tuple:
-        items = value if isinstance(value, list) else [value]
-        return tuple(_convert(args[0], v, where, f"{path}.{i}") for i, v in enumerate(items))
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where, f"{path}.")
-    accepted = {float: (int, float), int: (int,), str: (str,), bool: (bool,)}.get(hint, (dict,))
-    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
-        expected = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}.get(
-            hint, "key: value"
-        )
-        raise ToolkitError(f"{where}: {path}: expected {expected}, found {value!r}{_number_hint(value)}")
-    return value
+def _explain(error: str, values: dict) -> str:
+    """msgspec's message with the recipe's words: dotted key, what was expected, the value found."""
+    text, _, location = error.partition(" - at `")
+    keys = [word.strip("[]") for word in re.findall(r"\[[^]]*\]|[^.`$\[\]]+", location)]
+    path = ".".join(keys)
+    if missing := re.search(r"missing required field `(\w+)`", text):
+        return f"{'.'.join([*keys, missing[1]])} is missing{HINTS.get(missing[1], '')}"
+    found = values
+    for key in keys:
+        if key == "...":  # msgspec does not name the key of a free dictionary
+            break
+        found = found[int(key)] if isinstance(found, list) else found[key]
+    if "enum" in text:
+        expected = f"one of {', '.join(CHOICES[keys[-1]])}"
+    else:
+        expected = text.removeprefix("Expected ").partition(", got")[0]
+        expected = re.sub(r"`([\w |]+)`", lambda m: " or ".join(KINDS.get(w, w) for w in m[1].split(" | ")), expected)
+    return f"{path}: expected {expected}, found {found!r}{_number_hint(found)}"
 
 
 def _number_hint(value) -> str:
@@ -296,33 +357,58 @@ def _number_hint(value) -> str:
     return ""
 
 
-MEANING = {
-    "sources": " (at least one {path, fraction})",
-    "model_name": " (e.g. unsloth/Qwen3-4B-unsloth-bnb-4bit, a local folder, auto or pocket)",
-    "name": " (the run's folder will be outputs/<name>)",
-}
+def _check_train(train: dict, where: str) -> None:
+    """Names and kinds of the `train:` section against TRL's SFTConfig, without importing it."""
+    known = sft_fields() if train.keys() - TRAIN_DEFAULTS.keys() else {}
+    for key, value in train.items():
+        if key in OWNED:
+            raise ToolkitError(f"{where}: train.{key}: not set here: {OWNED[key]}")
+        if known and key not in known:
+            raise ToolkitError(f"{where}: unknown key train.{key}{did_you_mean(str(key), known)}")
+        default = type(TRAIN_DEFAULTS.get(key))
+        kind = known.get(key) or {float: "float", int: "int | float", str: "str"}.get(default, "")
+        if isinstance(value, bool) and "bool" not in kind and "str" in kind:
+            raise ToolkitError(
+                f"{where}: train.{key}: expected text, found {value} (YAML reads no as false: write 'no')"
+            )
+        if isinstance(value, str) and "str" not in kind and ("float" in kind or "int" in kind):
+            raise ToolkitError(f"{where}: train.{key}: expected a number, found {value!r}{_number_hint(value)}")
+        if key in ABOVE_ZERO and not (type(value) in (int, float) and math.isfinite(value) and value > 0):
+            raise ToolkitError(f"{where}: train.{key}: expected a number above 0, found {value!r}")
 
 
-def unknown_key(where: str, path: str, key: str, known: typing.Iterable[str]) -> ToolkitError:
-    """The error for a key nobody knows, with the nearest known one."""
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known)[:40])}"
-    return ToolkitError(f"{where}: unknown key {path!r}: {hint}")
+# --- sources ---------------------------------------------------------------------------------------------------------
 
 
-def _with_names_and_fractions(data: Data, reasoning: float | None, where: str) -> Data:
-    if not data.sources:
-        raise ToolkitError(f"{where}: data.sources: expected at least one source, found none")
-    sources = [dataclasses.replace(s, name=s.name or _short_name(s.path)) for s in data.sources]
-    names = [s.name for s in sources]
-    sources = [
-        dataclasses.replace(s, name=f"{s.name}-{i}") if names.count(s.name) > 1 else s for i, s in enumerate(sources)
+def _named(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+    """Sources with a name each: that of the file; where two are equal also its folder's, then a number."""
+    paths = [re.sub(r"(\.(jsonl?|csv|tsv|parquet|gz))*(#\d+)?$", "", s.path.rstrip("/")).split("/") for s in sources]
+    names = [s.name or path[-1] or s.path for s, path in zip(sources, paths, strict=True)]
+    names = [
+        name if s.name or names.count(name) == 1 else "-".join(path[-2:])
+        for s, path, name in zip(sources, paths, names, strict=True)
     ]
-    if len(sources) == 1 and sources[0].fraction is None:
+    names = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, start=1)]
+    return tuple(dataclasses.replace(s, name=name) for s, name in zip(sources, names, strict=True))
+
+
+def _with_fractions(data: Data, reasoning: float | None, where: str) -> Data:
+    """Check that the fractions are all there, or none: the mix is then the sources' `#N` counts, or all they hold."""
+    sources = list(data.sources)
+    if len({s.name for s in sources}) < max(1, len(sources)):
+        raise ToolkitError(f"{where}: data.sources: expected at least one source, and names that differ")
+    shared = data.budget is not None or reasoning is not None
+    if len(sources) == 1 and sources[0].fraction is None and (shared or "#" not in sources[0].path):
         sources = [dataclasses.replace(sources[0], fraction=1.0)]
-    for i, source in enumerate(sources):
-        if source.fraction is None or not 0 <= source.fraction <= 1:
-            raise ToolkitError(f"{where}: data.sources.{i}.fraction ({source.name}): expected a number from 0 to 1")
+    without = [i for i, s in enumerate(sources) if s.fraction is None]
+    if without and (shared or len(without) < len(sources)):
+        raise ToolkitError(
+            f"{where}: data.sources.{without[0]}.fraction ({sources[without[0]].name}): expected a number from 0 to 1, found "
+            f"none; write e.g. `fraction: {1 / len(sources):.2g}`, so that all fractions sum to 1 (or leave out every "
+            "fraction, data.budget and data.reasoning: `path#500` then takes 500 examples, a plain path all there are)"
+        )
+    if without:
+        return data
     if reasoning is not None:
         sources = _rescale(sources, reasoning, where)
     total = sum(s.fraction for s in sources)
@@ -330,10 +416,6 @@ def _with_names_and_fractions(data: Data, reasoning: float | None, where: str) -
         parts = " + ".join(f"{s.fraction:g} ({s.name})" for s in sources)
         raise ToolkitError(f"{where}: data.sources: fractions must sum to 1, found {parts} = {total:g}")
     return dataclasses.replace(data, sources=tuple(sources))
-
-
-def _short_name(path: str) -> str:
-    return re.sub(r"\.(jsonl?|csv|parquet|gz)\b", "", path.rstrip("/").split("/")[-1])
 
 
 def _rescale(sources: list[Source], reasoning: float, where: str) -> list[Source]:
@@ -355,57 +437,29 @@ def _rescale(sources: list[Source], reasoning: float, where: str) -> list[Source
     ]
 
 
-def _check_train(train: dict, where: str) -> None:
-    """Names and kinds of the `train:` section against TRL's SFTConfig, without importing it."""
-    known = sft_fields() if train.keys() - TRAIN_DEFAULTS.keys() else {}
-    for key, value in train.items():
-        if key in OWNED:
-            raise ToolkitError(f"{where}: train.{key}: not set here: {OWNED[key]}")
-        default = TRAIN_DEFAULTS.get(key)
-        kind = known.get(key) or {float: "float", int: "int | float", str: "str"}.get(type(default), "")
-        if known and key not in known:
-            raise unknown_key(where, f"train.{key}", key, known)
-        if isinstance(value, bool) and "bool" not in kind and "str" in kind:
-            raise ToolkitError(
-                f"{where}: train.{key}: expected text, found {value} (YAML reads no as false: write 'no')"
-            )
-        if isinstance(value, str) and "str" not in kind and ("float" in kind or "int" in kind):
-            raise ToolkitError(f"{where}: train.{key}: expected a number, found {value!r}{_number_hint(value)}")
+# --- what Unsloth and TRL accept, read from their installed source: importing them takes seconds ---------------------
 
 
 def sft_fields() -> dict[str, str]:
-    """Field names of TRL's SFTConfig with their annotations, read from the installed source (importing takes seconds)."""
+    """Field names of TRL's SFTConfig with their annotations."""
     files = ("transformers", "training_args.py", "TrainingArguments"), ("trl", "trainer/sft_config.py", "SFTConfig")
-    return {name: kind for package, file, cls in files for name, kind in _class_fields(_installed(package) / file, cls)}
+    fields = [n for file in files for cls in _definitions(*file) for n in cls.body if isinstance(n, ast.AnnAssign)]
+    return {node.target.id: ast.unparse(node.annotation) for node in fields}
 
 
-def passthrough(cls) -> list[str]:
-    """Argument names of the Unsloth function a section's further keys go to; empty for closed sections."""
-    target = {Model: ("loader.py", "from_pretrained"), Lora: ("llama.py", "get_peft_model")}.get(cls)
+def passthrough(section: type) -> list[str]:
+    """Argument names of the Unsloth function that a section's further keys go to; empty for closed sections."""
+    target = {Model: ("loader.py", "from_pretrained"), Lora: ("llama.py", "get_peft_model")}.get(section)
     if target is None:
         return []
-    file, function = target
-    return _arguments(_installed("unsloth") / "models" / file, function)
+    found = [f.args for f in _definitions("unsloth", f"models/{target[0]}", target[1])]
+    return sorted({a.arg for args in found for a in args.args + args.kwonlyargs} - {"model", "args", "kwargs"})
 
 
-def _installed(package: str) -> Path:
+@functools.cache
+def _definitions(package: str, file: str, name: str) -> list[ast.ClassDef | ast.FunctionDef]:
     spec = importlib.util.find_spec(package)
     if spec is None:
         raise ToolkitError(f"{package} is not installed: run `make setup` or `python -m toolkit setup`")
-    return Path(spec.submodule_search_locations[0])
-
-
-def _class_fields(file: Path, cls: str) -> list[tuple[str, str]]:
-    import ast
-
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    node = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == cls)
-    return [(n.target.id, ast.unparse(n.annotation)) for n in node.body if isinstance(n, ast.AnnAssign)]
-
-
-def _arguments(file: Path, function: str) -> list[str]:
-    import ast
-
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    nodes = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == function]
-    return sorted({a.arg for n in nodes for a in n.args.args + n.args.kwonlyargs} - {"model", "args", "kwargs"})
+    tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8"))
+    return [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == name]
