@@ -2,6 +2,8 @@
 
 A valid recipe with some keys replaced by values of another kind, out of range, misspelled, missing or unheard of."""
 
+import json
+
 from hypothesis import strategies as st
 
 SCALARS = (
@@ -30,15 +32,24 @@ train.neftune_noise_alpha evaluate evaluate.prompts evaluate.questions evaluate.
 export.quantisation data.sorces modle train.learning_rte""".split()  # fmt: skip
 
 
+SENSIBLE = {"name": "other", "data.sources.0.name": "mine", "data.sources.0.max_repeats": 3, "data.sources.0.soft_switch": 0.5,
+            "data.sources.0.system": "Be brief.", "data.seed": 1, "data.unit": "examples", "data.validation_size": 0,
+            "data.placeholders": {"NAME": "x"}, "model.max_seq_length": 512, "model.dtype": "float16", "lora.r": 8,
+            "lora.target_modules": "q_proj", "train.learning_rate": 1e-3, "train.eval_strategy": "no",
+            "train.neftune_noise_alpha": 5, "evaluate.level": "full", "export.quantization_method": ["f16", "q8_0"]}  # fmt: skip
+
+
 @st.composite
 def recipe_values(draw) -> dict:
-    """Plain values of a recipe: valid, but for up to four keys."""
-    shares = draw(st.sampled_from([(0.75, 0.25), (None, None), (1, 0), (0.5, None), (0.9, 0.9)]))
+    """Plain values of a recipe: valid, but for up to two keys."""
+    shares = draw(st.sampled_from([(0.75, 0.25), (1, 0), (None, None), (0.5, 0.5), (0.9, 0.9)]))
     modes = draw(st.sampled_from([("thinking", "non_thinking"), ("auto", "auto")]))
     paths = draw(st.sampled_from([("a.jsonl", "b.jsonl"), ("a/train.csv#5", "b/train.csv#7"), ("same", "same")]))
     sources = [{"path": p, "mode": m, "fraction": f} for p, m, f in zip(paths, modes, shares, strict=True)]
     values = {"name": "fuzz", "data": {"sources": sources}, "model": {"model_name": "pocket"}}
-    for key, value in draw(st.lists(st.tuples(st.sampled_from(KEYS), VALUES), max_size=4)):
+    for key in draw(st.lists(st.sampled_from(sorted(SENSIBLE)), max_size=4, unique=True)):
+        _put(values, key.split("."), SENSIBLE[key])
+    for key, value in draw(st.just([]) | st.lists(st.tuples(st.sampled_from(KEYS), VALUES), max_size=2)):
         _put(values, key.split("."), value)
     return values
 
@@ -59,4 +70,5 @@ def overrides():
     texts = st.sampled_from(["", "1", "-1", "0.5", "[", "{", "{a: [", "2026-13-45", "&a [*a]", "!!python/object:os.system x",
                              "!!bool x", "{1: 2}", "no", "2e-4", "'", "- x", "*a", "%", "\t", "pocket", ".nan"])  # fmt: skip
     known = st.builds("{}={}".format, st.sampled_from(KEYS), texts | st.text(max_size=6))
-    return st.lists(known | st.text(max_size=12), max_size=3)
+    sensible = st.sampled_from(sorted(SENSIBLE)).map(lambda key: f"{key}={json.dumps(SENSIBLE[key])}")
+    return st.lists(sensible, max_size=2) | st.lists(known | st.text(max_size=12), max_size=3)

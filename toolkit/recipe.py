@@ -270,9 +270,9 @@ def _yaml(text: str, where: str):
 
 
 def _plain(values, where: str):
-    """A copy that holds only what JSON has: text as keys, no dates, no NaN, no loops. Raises ToolkitError."""
+    """A copy that holds only what JSON in UTF-8 can: no dates, NaN, loops, unpaired surrogates. Raises ToolkitError."""
     try:
-        return json.loads(json.dumps(values, allow_nan=False))
+        return json.loads(json.dumps(values, allow_nan=False, ensure_ascii=False).encode())
     except (ValueError, TypeError, RecursionError) as error:
         raise ToolkitError(f"{where}: expected text, finite numbers, lists and `key: value` only ({error})") from error
 
