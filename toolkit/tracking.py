@@ -151,7 +151,9 @@ def _attempt(what: str, action: Callable, *args, **values):
     except Exception as error:  # wandb raises its own errors, OSError, ValueError, protobuf's …
         if not _failed:
             reason = str(error).strip() or type(error).__name__
-            _say(f"wandb: {what} failed ({reason.splitlines()[0]}); training continues, every number is in metrics.jsonl")
+            _say(
+                f"wandb: {what} failed ({reason.splitlines()[0]}); training continues, every number is in metrics.jsonl"
+            )
         _failed = True
         return None
 
