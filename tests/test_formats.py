@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 
 from toolkit.files import ToolkitError
 from toolkit.recipe import Source
-from toolkit.sources import conversations
+from toolkit.sources import Rejected, conversations
 from toolkit.sources.formats import FORMATS, canonical, recognise
-from toolkit.sources.rows import Rejected
 
 DATA = Path(__file__).parent / "data" / "formats"
 NAMES = {"NAME": {"zh": "小麦", "en": "Wheat"}, "AUTHOR": "the bakery"}
@@ -185,7 +184,6 @@ def test_no_tools_leave_no_key(tools):
         {"messages": [ASK, TELL], "tools": "3"},
         {"messages": [ASK, TELL], "tools": ["oven"]},
         {"messages": [ASK, TELL], "tools": [{"type": "function"}]},
-        {"messages": [ASK, {"role": "assistant", "tool_calls": "oven()"}]},
         {"messages": [ASK, {"role": "assistant", "tool_calls": ["oven"]}]},
         {"messages": [ASK, {"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": "{"}}]}]},
         {"messages": [ASK, {"role": "assistant", "tool_calls": [{"function": {"name": "a", "arguments": [1]}}]}]},
@@ -218,6 +216,7 @@ def test_broken_tools_are_rejected(row):
         ([ASK, {"role": "assistant", "content": None}], "null_field"),
         ([{"role": "user", "content": 3}, TELL], "wrong_type"),
         ([ASK, {"role": "assistant", "content": "x", "thinking": 3}], "wrong_type"),
+        ([ASK, {"role": "assistant", "tool_calls": "oven()"}], "wrong_type"),
         (["Why?", TELL], "wrong_type"),
         ('[{"role": "user", "content": "x"}]', "wrong_type"),
         ({"role": "user"}, "wrong_type"),
@@ -227,7 +226,7 @@ def test_broken_tools_are_rejected(row):
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, TELL], "not_text"),
         ([ASK, TELL] * 501, "too_many_turns"),
         ([ASK, TELL] * 500_000, "too_many_turns"),
-        ([{"role": "user", "content": "x" * 1_000_000}, TELL], "field_too_long"),
+        ([{"role": "user", "content": "x" * 1_000_000}, TELL], "row_too_long"),
         ([{"role": "user", "content": "a\x00b"}, TELL], "control_character"),
         ([ASK, {"role": "assistant", "content": "\x1b[31mred"}], "control_character"),
         ([ASK, {"role": "assistant", "content": "half \ud83c"}], "broken_text"),
@@ -243,6 +242,64 @@ def test_calls_need_no_content_and_end_a_row_well():
         "content": "",
         "tool_calls": [{"type": "function", "function": {"name": "oven", "arguments": {"side": "left"}}}],
     }
+
+
+HERMES = "<tool_call>\n{'arguments': {'side': 'left'}, 'name': 'oven'}\n</tool_call>"
+JSON_CALL = '<tool_call>{"name": "oven", "arguments": {"side": "left"}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "calls"),
+    [
+        (HERMES, "", 1),
+        (JSON_CALL, "", 1),
+        (JSON_CALL.replace("arguments", "parameters"), "", 1),
+        (f"I look.\n{HERMES}\n{JSON_CALL}\n", "I look.", 2),
+        (f"<think>\nWhich?\n</think>\n\n{JSON_CALL}", "", 1),
+    ],
+)
+def test_calls_written_in_the_text_are_calls(text, content, calls):
+    turns = [ASK, {"role": "assistant", "content": text}]
+    found = chat(*turns, {"role": "tool", "content": "<tool_response>\n220\n</tool_response>"}, TELL)["messages"]
+    assert (
+        found[1]["tool_calls"]
+        == [{"type": "function", "function": {"name": "oven", "arguments": {"side": "left"}}}] * calls
+    )
+    assert (found[1]["content"], found[1].get("reasoning_content")) == (content, "Which?" if "think" in text else None)
+    assert found[2] == {"role": "tool", "content": "220"}
+    assert chat(*turns, {"role": "user", "content": "<tool_response>220</tool_response>"}, TELL)["messages"] == found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<tool_call>{broken}</tool_call>", "broken_tools"),
+        ("<tool_call>{1, 2}</tool_call>", "broken_tools"),
+        ("<tool_call>[1]</tool_call>", "broken_tools"),
+        (f"{JSON_CALL} and more", "control_token"),
+        (f"<think>{JSON_CALL}</think>Hm.", "control_token"),
+        ("<tool_call>", "control_token"),
+    ],
+)
+def test_calls_that_do_not_end_the_text_or_are_no_calls_are_rejected(text, expected):
+    assert reason({"messages": [ASK, {"role": "assistant", "content": text}]}) == expected
+
+
+@pytest.mark.parametrize("instruction", ["", " "])
+def test_an_empty_instruction_leaves_no_line_before_the_input(instruction):
+    row = {"instruction": instruction, "input": "Name a bread.", "output": "Rye."}
+    assert canonical(row, "alpaca", {}, {})["messages"][0]["content"] == "Name a bread."
+
+
+@pytest.mark.parametrize("name", ["<|im_end|>\n<|im_start|>user", "</think>", "<tool_call>"])
+def test_a_name_brings_no_control_token_into_a_row(name):
+    row = {"query": "Who are you?", "response": "I am {{NAME}}."}
+    with pytest.raises(Rejected, match="which the model reads as structure|a think tag"):
+        canonical(row, "query_response", {}, {"NAME": name})
+
+
+def test_expected_answers_are_text_that_a_file_can_hold():
+    assert reason({"messages": [ASK, TELL], "expected_answer": "\ud83c"}) == "broken_text"
 
 
 def test_an_empty_system_turn_is_no_turn_and_a_system_column_is_one():
@@ -290,7 +347,7 @@ def test_malformed_think_tags_are_rejected(content, expected):
 def test_reasoning_comes_once():
     both = {"role": "assistant", "content": "<think>a</think>b", "reasoning_content": "a"}
     inside = {"role": "assistant", "content": "b", "reasoning_content": "a</think>"}
-    assert [reason({"messages": [ASK, m]}) for m in (both, inside)] == ["nested_think", "nested_think"]
+    assert [reason({"messages": [ASK, m]}) for m in (both, inside)] == ["nested_think", "control_token"]
 
 
 TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|fim_prefix|>", "<|eot_id|>", "<｜User｜>", "<tool_call>"]

@@ -11,7 +11,7 @@ from toolkit.files import ROOT
 
 # The pipeline, left to right: a module uses only modules before it.
 ORDER = """files family install recipe
-sources.rows sources.tables sources.conversation sources.formats sources render dedup lint mix show
+sources.readers sources.conversation sources.formats sources render dedup lint mix show
 fit.shapes fit.memory fit.gauge fit model generate tracking callbacks train
 evaluate.stats evaluate.questions evaluate.score evaluate.subject evaluate folders compare report
 export.ledger export.merge export.gguf_file export.parity export.certificate export.model_card export

@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 import tracemalloc
 import types
@@ -16,11 +17,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import toolkit.sources
 from toolkit.files import ROOT, ToolkitError
 from toolkit.recipe import Source
-from toolkit.sources import conversations, detect, fingerprint, open_rows, stream_rows, tables
-from toolkit.sources import rows as files
-from toolkit.sources.rows import Rejected
+from toolkit.sources import Rejected, conversations, detect, fingerprint, open_rows, stream_rows
 
 ROWS = [{"query": f"What is loaf {i}, please?\nSay it.", "response": f'Loaf "{i}", 麦'} for i in range(40)]
 JOBS = ROOT / "data_recipes" / "samples" / "jobs"
@@ -125,16 +125,6 @@ def test_only_drawn_lines_are_read(tmp_path):
     assert all("roll" in row["query"] for n, row in draw if n != number)
 
 
-@pytest.mark.parametrize("pool", [300, 1500, 1 << 20])
-def test_parquet_rows_come_once_whatever_fits_into_memory(tmp_path, monkeypatch, pool):
-    monkeypatch.setattr(tables, "POOL", pool)
-    path = write(tmp_path / "a.parquet")
-    found = drawn(path)
-    assert sorted(n for n, _ in found) == list(range(1, 41))
-    assert all(row == ROWS[n - 1] for n, row in found)
-    assert [n for n, _ in found] != sorted(n for n, _ in found)
-
-
 def test_keys_that_arrow_filled_with_nulls_are_gone(tmp_path):
     rows = [{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "name": {"x": 1}}]}]
     rows += [{"messages": [{"role": "user", "content": "q", "name": {"y": 2}}, {"role": "assistant", "content": "b"}]}]
@@ -161,19 +151,27 @@ GOOD = b'{"query": "a", "response": "b"}\n'
         ("a.json", b'{"rows": [1]}', "expected a list of rows"),
         ("a.json", b'[{"a": 1},', "broken JSON"),
         ("a.json", b"[" * 100_000, "broken JSON"),
-        ("a.json", '[{"query": "Brötchen"}]'.encode("latin1"), "line 1: not UTF-8, perhaps latin1: convert it: iconv"),
+        ("a.json", '[{"query": "Brötchen"}]'.encode("latin1"), "line 1: not UTF-8. It reads as cp1252 '.*Brötchen"),
+        ("a.jsonl", GOOD + '{"query": "麦"}'.encode() + b'\n{"query": "\xff\x81"}', "line 3: not UTF-8, and no common"),
         ("a.jsonl", GOOD + GOOD + b'{"query": "Br\xf6"}', "line 3: not UTF-8"),
-        ("a.jsonl", GOOD.decode().encode("utf-16"), "not UTF-8, perhaps utf-16"),
-        ("a.jsonl", b'[{"query": "a"}]', "a JSON array belongs in a .json file"),
+        ("a.jsonl", GOOD.decode().encode("utf-16"), "line 1: not UTF-8. It reads as utf-16 "),
+        (
+            "a.jsonl",
+            b'{\n  "query": "a",\n  "response": "b"\n}\n' * 2,
+            "rows can be read.*one JSON object a line.*jq -c",
+        ),
+        ("a.jsonl", b'[{"query": "a"},\n', "broken JSON"),
+        ("a.jsonl", b'{"text": "Bread is baked."}\n', "split it into `prompt` and `completion`"),
         ("a.jsonl", b"{oops\n{again", "none of the first 2 rows can be read"),
-        ("a.csv", b"query,response\n", "a header .* and no rows"),
-        ("a.csv", b"query,query\na,b\n", "stand twice in the header: query"),
+        ("a.csv", b"query,response\n", "is empty: no rows under the header query, response"),
+        ("a.csv", b"query,query\na,b\n", "stands twice in the header: query, query"),
         ("a.csv", b'query,response\na,"open\nb,c\n', "is a quote left open"),
-        ("a.csv", b"query;response\na;b\n", "expected commas, not ';'"),
-        ("a.parquet", b"PAR1 but cut", "not a whole parquet file"),
+        ("a.parquet", b"PAR1 but cut", "not readable as parquet"),
         ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-9], "not a whole gzip file"),
         ("a.jsonl.gz", GOOD, "not a whole gzip file"),
         ("a.txt", b"x", "unknown kind of file: expected .jsonl"),
+        ("a.xlsx", b"PK", "save the sheet as CSV"),
+        ("a.zip", b"PK", "unpack it"),
         ("a.parquet.gz", b"x", "unknown kind of file"),
     ],
 )
@@ -189,18 +187,120 @@ def test_broken_files_are_refused_with_their_reason(tmp_path, name, content, mes
         ("a.json", b"\xef\xbb\xbf[" + GOOD + b"]", [None]),
         ("a.json", GOOD + GOOD, [None, None]),
         ("a.json", b'{"data": [' + GOOD + b', "text"]}', [None, "wrong_type"]),
+        ("a.jsonl", b'\n[\n {\n "query": "a", "response": "b"},' + GOOD + b"]", [None, None]),
         ("a.csv", b"\xef\xbb\xbfquery, response\r\na,b\r\n\r\nc,d\r\n", [None, None]),
+        ("a.csv", b'query;response\na;b\n"c;d";"e, f"\n', [None, None]),
+        ("a.tsv", b"query\tresponse\na\tb\n", [None]),
         ("a.csv", b"query,response\na\na,b,c\nd,e\n", ["wrong_columns", "wrong_columns", None]),
         ("a.jsonl", GOOD + b"[1]\n3\nnull\n", [None, "wrong_type", "wrong_type", "wrong_type"]),
         ("a.jsonl", GOOD + b"[" * 100_000, [None, "broken_json"]),
         ("a.jsonl", GOOD + b'{"query": ' + b"9" * 5000 + b"}", [None, "broken_json"]),
-        ("a.jsonl", GOOD + b'{"query": "' + b"x" * (17 << 20) + b'"}', [None, "row_too_long"]),
+        ("a.jsonl", GOOD + b'{"query": "' + b"x" * (17 << 20) + b'", "response": "a"}', [None, "row_too_long"]),
     ],
 )
 def test_broken_rows_do_not_stop_the_others(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     found = sorted(conversations(Source(str(tmp_path / name)), 1, {}), key=lambda item: item[0])
     assert [row.reason if isinstance(row, Rejected) else None for _, row in found] == expected
+
+
+CHINESE = '{"query": "面包为什么会发起来?", "response": "因为酵母产生二氧化碳。"}\n'
+GERMAN = '{"query": "Was ist ein Brötchen?", "response": "Ein süßes Stück Brot."}\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [(CHINESE, "gb18030"), (CHINESE, "gbk"), (GERMAN, "cp1252"), (CHINESE, "utf-16"), (GERMAN, "utf-16")],
+)
+@pytest.mark.parametrize("name", ["a b.jsonl", "a.json"])
+@pytest.mark.parametrize("command", [r"iconv .*?'(?= \(without)", r"(?<=without iconv: )python .*(?=\)$)"])
+def test_the_command_in_the_error_turns_a_file_of_another_encoding_into_the_same_text(
+    tmp_path, text, encoding, name, command
+):
+    path = tmp_path / name
+    path.write_bytes((f"[{text}]" if name == "a.json" else text).encode(encoding))
+    found = re.search(command, refused(path))[0].replace("python -c", f"{sys.executable} -c")
+    subprocess.run(found, shell=True, check=True)
+    (_, row), *_ = drawn(path.with_name(f"utf8-{name}"))
+    assert row == json.loads(text)
+
+
+def test_all_encodings_that_decode_a_file_are_shown_with_what_they_read(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"query": "你好,世界"}'.encode("big5"))
+    message = refused(tmp_path / "a.jsonl")
+    assert re.search("as big5 '[^']*你好,世界.*as cp1252 '[^']*§A", message)
+    assert "gb18030" not in message  # would read characters of private use
+
+
+@pytest.mark.parametrize(
+    "path", ["x" * 4000, "a/" * 2000, "owner/" + "x" * 4000, f"/{'x' * 4000}.jsonl", "\0", "~nobody/x"]
+)
+def test_a_path_that_no_system_has_is_an_error_of_readable_length(path):
+    assert len(refused(path)) < 1000
+
+
+def test_names_as_ms_swift_writes_them_are_understood(tmp_path, monkeypatch):
+    asked = modelscope_client(monkeypatch, tmp_path)
+    write(tmp_path / "train.jsonl")
+    (tmp_path / "clean").mkdir()
+    write(tmp_path / "clean" / "train.jsonl", ROWS[:7])
+    assert len(drawn("modelscope://AI-ModelScope/alpaca-gpt4-data-zh#5")) == 5
+    assert len(drawn("modelscope://AI-ModelScope/alpaca-gpt4-data-zh:clean#6")) == 6
+    assert asked == [("AI-ModelScope/alpaca-gpt4-data-zh", "master")] * 2
+    assert "AI-ModelScope/alpaca-gpt4-data-en: the Hub is out of reach" in refused(
+        "AI-ModelScope/alpaca-gpt4-data-en#500"
+    )
+    assert "owner/set:small" not in refused("owner/set:small#500")
+
+
+@pytest.mark.parametrize(
+    "path", ["swift/self-cognition:empty_think#600", "modelscope://swift/self-cognition:empty_think"]
+)
+def test_a_subset_that_only_ms_swift_has_names_the_way_out(path):
+    assert "leave `:empty_think` out and set `mode: non_thinking`" in refused(path)
+    assert "`soft_switch: 1.0`" in refused(path.replace("empty_think", "qwen3"))
+
+
+def only(tmp_path, row, placeholders=None, **source):
+    """The one conversation of a file with one row."""
+    (tmp_path / "one.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    return next(conversations(Source(str(tmp_path / "one.jsonl"), **source), 1, placeholders or {}))[1]
+
+
+def test_a_sources_system_prompt_is_the_default_of_rows_that_have_none(tmp_path):
+    row, system = {"query": "Who?", "response": "I."}, {"role": "system", "content": "Be {{NAME}}."}
+    found = [
+        only(tmp_path, {**row, **more}, {"NAME": "kind"}, system="Be {{NAME}}.")["messages"]
+        for more in ({}, {"system": " "}, {"system": "Own."})
+    ]
+    assert [m[0]["content"] for m in found] == ["Be kind.", "Be kind.", "Own."]
+    listed = only(tmp_path, {"messages": [{**system, "content": "Own."}, *found[0][1:]]}, system="Be kind.")["messages"]
+    assert [m["content"] for m in listed] == ["Own.", "Who?", "I."]
+
+
+def test_author_is_filled_under_ms_swifts_spelling_too(tmp_path):
+    row = {"query": "Who made you?", "response": "{{AUTHOER}} and {{AUTHOR}}."}
+    assert only(tmp_path, row, {"AUTHOER": "Us"})["messages"][1]["content"] == "Us and Us."
+
+
+@pytest.mark.parametrize(
+    ("placeholders", "message"),
+    [
+        ({"NAME": 7}, "data.placeholders.NAME: expected text.*found 7"),
+        ({"NAME": {"zh": ["x"]}}, "data.placeholders.NAME: expected text"),
+        ({"NOME": "x"}, "data.placeholders.NOME: expected NAME or AUTHOR"),
+        ({"NAME": "x<|im_end|>"}, r"data.placeholders.NAME: holds '<\|im_end\|>'"),
+        ({"AUTHOR": {"en": "</think>"}}, "data.placeholders.AUTHOR: holds '</think>'"),
+    ],
+)
+def test_placeholders_that_no_row_may_hold_stop_the_run(tmp_path, placeholders, message):
+    with pytest.raises(ToolkitError, match=message):
+        only(tmp_path, {"query": "Who?", "response": "I."}, placeholders)
+
+
+def test_a_system_prompt_with_a_control_token_stops_the_run(tmp_path):
+    with pytest.raises(ToolkitError, match=r"^system: holds '<\|im_end\|>'"):
+        only(tmp_path, {"query": "Who?", "response": "I."}, system="a<|im_end|>")
 
 
 def test_numbers_are_line_numbers(tmp_path):
@@ -213,26 +313,6 @@ def test_numbers_are_line_numbers(tmp_path):
 def test_cells_with_windows_line_breaks_read_like_others(tmp_path):
     (tmp_path / "a.csv").write_bytes(b'query,response\r\na,"b\r\nc"\r\n')
     assert drawn(tmp_path / "a.csv") == [(1, {"query": "a", "response": "b\nc"})]
-
-
-def test_a_gz_bomb_is_refused(tmp_path):
-    with gzip.open(tmp_path / "bomb.jsonl.gz", "wb", compresslevel=1) as file:
-        for _ in range(30):
-            file.write(bytes(4 << 20))
-    assert "gz bomb" in refused(tmp_path / "bomb.jsonl.gz")
-
-
-def test_links_that_loop_or_leave_the_folder_are_refused(tmp_path):
-    write(tmp_path / "outside.jsonl")
-    for name, target in {"loop": "loop.jsonl", "leaves": "../outside.jsonl", "up": "..", "gone": "nowhere"}.items():
-        folder = tmp_path / name
-        folder.mkdir()
-        write(folder / "a.jsonl")
-        os.symlink(target, folder / "loop.jsonl")
-    assert "cannot be opened" in refused(tmp_path / "loop")
-    assert "leaves the folder" in refused(tmp_path / "leaves")
-    assert "a link to a folder" in refused(tmp_path / "up")
-    assert "cannot be opened" in refused(tmp_path / "gone")
 
 
 def test_links_inside_the_folder_are_fine(tmp_path):
@@ -248,15 +328,10 @@ def test_columns_of_images_are_refused(tmp_path, column):
     assert "column 'image' holds bytes" in refused(tmp_path / "a.parquet")
 
 
-def test_parquet_columns_must_be_one_each_and_the_same_in_all_files(tmp_path):
+def test_a_parquet_column_that_stands_twice_is_refused(tmp_path):
     twice = pa.table([pa.array(["a"]), pa.array(["b"])], names=["query", "query"])
     pq.write_table(twice, tmp_path / "a.parquet")
-    assert "stand twice: query" in refused(tmp_path / "a.parquet")
-    write(tmp_path / "a.parquet")
-    pq.write_table(pa.table({"other": ["a"]}), tmp_path / "b.parquet")
-    assert "b.parquet: columns other, but a.parquet has query, response" in refused(tmp_path)
-    write(tmp_path / "b.parquet").rename(tmp_path / "b.jsonl")
-    assert "holds parquet beside jsonl" in refused(tmp_path)
+    assert "a.parquet: not readable as parquet: Multiple matches for FieldRef.Name(query)" in refused(tmp_path)
 
 
 def test_row_limits_and_subsets_stand_in_the_path_as_swift_users_write_them(tmp_path):
@@ -280,24 +355,11 @@ def test_a_missing_file_names_its_neighbours(tmp_path):
 
 def test_fingerprints_follow_the_content_and_nothing_else(tmp_path):
     first, second = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl")
-    assert (
-        fingerprint(Source(str(first))) == fingerprint(Source(str(second))) == open_rows(Source(str(first))).fingerprint
-    )
+    assert fingerprint(Source(str(first))) == fingerprint(Source(str(second)))
     before = fingerprint(Source(str(tmp_path)))
     write(second, ROWS[:-1])
     assert fingerprint(Source(str(first))) != fingerprint(Source(str(second)))
     assert fingerprint(Source(str(tmp_path))) != before
-
-
-def test_fingerprints_of_long_files_see_head_tail_and_size(tmp_path):
-    path, seen = tmp_path / "a.jsonl", set()
-    for size, place in ((70 << 20, 0), (70 << 20, (70 << 20) - 1), (71 << 20, 5)):
-        with open(path, "wb") as file:  # a sparse file: no bytes on the disk
-            file.truncate(size)
-            file.seek(place)
-            file.write(b"x")
-        seen.add(files.fingerprint_of(path, [path]))
-    assert len(seen) == 3
 
 
 def test_without_a_network_a_hub_source_says_what_to_do():
@@ -326,14 +388,17 @@ def cached(tmp_path, monkeypatch):
     )
     info.write_to_directory(str(folder))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    toolkit.sources._hub_builder.cache_clear()
 
 
 @pytest.mark.usefixtures("cached")
 def test_without_a_network_the_cached_copy_is_used_with_its_revision():
     rows = open_rows(Source("owner/bakery"))
     found = list(rows.draw(1))
-    assert all(row == ROWS[number - 1] for number, row in found)
-    assert (len(found), rows.size, rows.revision, rows.fingerprint) == (40, 40, SHA, SHA)
+    assert sorted(row["query"] for _, row in found) == sorted(row["query"] for row in ROWS)
+    assert (len(found), rows.size, rows.revision, fingerprint(Source("owner/bakery"))) == (40, 40, SHA, SHA)
+    assert "Available splits: ['train']" in refused("owner/bakery", split="cot")
+    assert "Available configs in the cache: ['default']" in refused("owner/bakery:small")
     assert "not revision abc" in refused("owner/bakery", revision="abc")
 
 
@@ -354,11 +419,17 @@ def test_modelscope_without_its_client_names_the_line_to_install_it(monkeypatch)
     assert "pip install modelscope==" in refused("modelscope://owner/bakery#5")
 
 
-def test_modelscope_rows_are_read_from_the_downloaded_folder(tmp_path, monkeypatch):
+def modelscope_client(monkeypatch, folder) -> list:
+    """Puts a stand-in for ModelScope's client, which is no requirement, in place; returns what it is asked for."""
     asked = []
     client = types.ModuleType("modelscope")
-    client.dataset_snapshot_download = lambda name, revision: asked.append((name, revision)) or str(tmp_path)
+    client.dataset_snapshot_download = lambda name, revision: asked.append((name, revision)) or str(folder)
     monkeypatch.setitem(sys.modules, "modelscope", client)
+    return asked
+
+
+def test_modelscope_rows_are_read_from_the_downloaded_folder(tmp_path, monkeypatch):
+    asked = modelscope_client(monkeypatch, tmp_path)
     write(tmp_path / "train.jsonl")
     assert len(drawn("modelscope://owner/bakery#5", revision="v1")) == 5
     assert asked == [("owner/bakery", "v1")]

@@ -14,7 +14,7 @@ from toolkit.model import load_run, run_folder
 from toolkit.recipe import Source
 from toolkit.sources import open_rows
 from toolkit.sources.formats import FORMATS, canonical
-from toolkit.sources.rows import Rejected
+from toolkit.sources.readers import Rejected
 
 MODES = {"both": tuple(SAMPLING), **{mode: (mode,) for mode in SAMPLING}}
 SETTINGS = ("run", "seed", "max_new_tokens")

@@ -1,25 +1,41 @@
 """Rows from the Hub, ModelScope or a local file, each turned into one canonical conversation.
 
-for number, conversation in conversations(Source("data/chat.jsonl"), seed=3407, placeholders={}): ...
+source = Source("data_recipes/samples/jobs/domain.json"); number, conversation = next(conversations(source, 3407, {}))
 """
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+from toolkit.family import CONTROL_TOKEN, THINK_TAG
 from toolkit.files import ToolkitError, find
 from toolkit.recipe import Source
 from toolkit.sources.formats import canonical, recognise
-from toolkit.sources.rows import Rejected, Rows, data_files, fingerprint_of, kind_of
-from toolkit.sources.tables import holds_bytes, open_parquet, open_tables, shuffled, without_nulls
+from toolkit.sources.readers import (
+    Rejected,
+    Rows,
+    data_files,
+    ending,
+    fingerprint_of,
+    open_files,
+    refuse_bytes,
+    without_nulls,
+)
 
 __all__ = ["Rejected", "Rows", "canonical", "conversations", "detect", "fingerprint", "open_rows"]
 
 HUB_BUFFER = 2_000
 """Rows of a stream that are shuffled together, after its files are: so many come down before the first is drawn."""
-PLACEHOLDERS = ("NAME", "AUTHOR")
+MODELSCOPE = "modelscope://"
+SWIFT_SUBSETS = {
+    "empty_think": "leave `:empty_think` out and set `mode: non_thinking`: the empty think block is then in the prompt, "
+    "where inference puts it",
+    "qwen3": "leave `:qwen3` out and set `mode: non_thinking` and `soft_switch: 1.0`, which adds /no_think to the question",
+}
+"""Subsets of swift/self-cognition that ms-swift computes while it loads: no file has them."""
 OFFLINE = (
     "Without a network: download it elsewhere (hf download --repo-type dataset NAME --local-dir data/NAME), set `path` "
     "to that folder, or start from the rows that ship in data_recipes/samples/"
@@ -31,20 +47,38 @@ def conversations(source: Source, seed: int, placeholders: dict) -> Iterator[tup
 
     Raises ToolkitError for trouble with the whole source and for an unfilled {{NAME}} or {{AUTHOR}}.
     """
-    if unknown := placeholders.keys() - set(PLACEHOLDERS):
-        raise ToolkitError(f"data.placeholders.{min(unknown)}: expected {' or '.join(PLACEHOLDERS)}")
+    placeholders = _checked_placeholders(placeholders)
+    _check_text("system", source.system or "")
     rows = open_rows(source)
     format = detect(source, rows)
     for number, row in rows.draw(seed):
         try:
             if isinstance(row, Rejected):
                 raise row
-            yield number, canonical(row, format, source.columns, placeholders)
+            yield number, canonical(row, format, source.columns, placeholders, source.system)
         except Rejected as rejected:
             place = rows.where(number)
             if rejected.reason == "unfilled_placeholder":
                 raise ToolkitError(f"{place}: {rejected.detail}") from rejected
             yield number, Rejected(rejected.reason, f"{place}: {rejected.detail}")
+
+
+def _checked_placeholders(placeholders: dict) -> dict:
+    """The placeholders under NAME and AUTHOR. Raises ToolkitError for other names and for texts no row may hold."""
+    found = {str(key).replace("AUTHOER", "AUTHOR"): value for key, value in placeholders.items()}
+    for key, value in found.items():
+        if key not in ("NAME", "AUTHOR"):
+            raise ToolkitError(f"data.placeholders.{key}: expected NAME or AUTHOR")
+        for text in value.values() if isinstance(value, dict) else [value]:
+            _check_text(f"data.placeholders.{key}", text)
+    return found
+
+
+def _check_text(key: str, text) -> None:
+    if not isinstance(text, str):
+        raise ToolkitError(f"{key}: expected text, or texts by language {{zh: …, en: …}}, found {text!r}")
+    if hit := CONTROL_TOKEN.search(text) or THINK_TAG.search(text):
+        raise ToolkitError(f"{key}: holds {hit[0]!r}, which the model reads as structure: leave it out")
 
 
 def detect(source: Source, rows: Rows) -> str:
@@ -58,177 +92,120 @@ def open_rows(source: Source) -> Rows:
     `#500` and `max_rows` keep that many rows of the seed's order. Raises ToolkitError.
     """
     source, found = _located(source)
-    if found:
-        rows = _open_local(found, source)
-    elif source.path.startswith("modelscope://"):
-        rows = _open_local(_modelscope_folder(source), source)
-    else:
-        rows = _open_hub(source)
-    return rows if source.max_rows is None else _limited(rows, source.max_rows)
-
-
-def fingerprint(source: Source) -> str:
-    """What `open_rows(source).fingerprint` will be, without reading rows: quick for local files of any size."""
-    source, found = _located(source)
-    return fingerprint_of(*_local_files(found, source)) if found else open_rows(source).fingerprint
-
-
-def _located(source: Source) -> tuple[Source, Path | None]:
-    """The source with `#N` and `:subset` taken off its path, and the local file or folder it means, if any."""
-    path, found = source.path, find(source.path) if source.path.strip() else None
-    if not found and (match := re.fullmatch(r"(.+)#(\d+)", path)):
-        limit = int(match[2])
-        source = replace(source, path=(path := match[1]), max_rows=min(limit, source.max_rows or limit))
-        found = find(path)
-    if not found and (match := re.fullmatch(r"(.+[^:/]):([\w.\-]+)", path)):
-        source = replace(source, path=(path := match[1]), subset=match[2])
-        found = find(path)
-    if not found and _looks_local(path):
-        raise ToolkitError(
-            f"{path}: no such file or folder, from here or from the project's root{_beside(path)}. A Hub name is owner/name"
-        )
-    return source, found
-
-
-def _looks_local(path: str) -> bool:
-    if path.startswith("modelscope://"):
-        return False
-    return path.startswith((".", "/", "~")) or path.count("/") != 1 or kind_of(Path(path)) is not None
-
-
-def _beside(path: str) -> str:
-    folder = find(Path(path).parent)
-    names = sorted(f.name for f in folder.iterdir() if kind_of(f)) if folder and folder.is_dir() else []
-    return f"; {folder} has {', '.join(names[:8])}" if names else ""
-
-
-def _limited(rows: Rows, limit: int) -> Rows:
+    rows = open_files(*found) if found else stream_rows(source, *_hub_stream(source))
+    limit = source.max_rows
+    if limit is None:
+        return rows
     if limit < 1:
-        raise ToolkitError(f"{rows.location}: expected a number of rows from 1, found {limit}")
+        raise ToolkitError(f"{source.path}: expected a number of rows from 1, found {limit}")
     size = limit if rows.size is None else min(limit, rows.size)
     return replace(rows, size=size, draw=lambda seed: islice(rows.draw(seed), limit))
 
 
-def _local_files(path: Path, source: Source) -> tuple[Path, list[Path]]:
-    if source.subset:
-        folder = path / source.subset
-        if not folder.is_dir() or not folder.resolve().is_relative_to(path.resolve()):
-            raise ToolkitError(f"{path}: subset {source.subset!r}: expected a folder of that name in it")
-        path = folder
-    return path, data_files(path, source.split)
+def fingerprint(source: Source) -> str:
+    """SHA-256 of a local source's files, or the commit of one on the Hub; no rows are read."""
+    source, found = _located(source)
+    return fingerprint_of(*found) if found else _hub_stream(source)[1]
 
 
-def _open_local(path: Path, source: Source) -> Rows:
-    path, files = _local_files(path, source)
-    kinds = {kind_of(f) for f in files}
-    if "parquet" not in kinds:
-        return open_tables(path, files)
-    if len(kinds) > 1:
-        raise ToolkitError(f"{path}: holds parquet beside {', '.join(sorted(kinds - {'parquet'}))}: name one file")
-    return open_parquet(path, files)
+def _located(source: Source) -> tuple[Source, tuple[Path, list[Path]] | None]:
+    """The source with `#N` and `:subset` taken off its path, and, unless it is on the Hub, (path, its data files)."""
+    path = source.path
+    if not find(path) and (match := re.fullmatch(r"(.+)#(\d+)", path)):
+        path, limit = match[1], int(match[2])
+        source = replace(source, path=path, max_rows=min(limit, source.max_rows or limit))
+    if not find(path) and (match := re.fullmatch(r"(.+[^:/]):([\w.\-]+)", path)):
+        source = replace(source, path=match[1], subset=match[2])
+        path = match[1]
+    folder = find(path) if path.strip() else None
+    if not folder and source.subset in SWIFT_SUBSETS:
+        raise ToolkitError(f"{path}:{source.subset}: only ms-swift has this subset: {SWIFT_SUBSETS[source.subset]}")
+    if path.startswith(MODELSCOPE):
+        folder = _modelscope_folder(path, source.revision)
+    elif not folder and (
+        path.startswith((".", "/", "~")) or path.count("/") != 1 or len(path) > 96 or ending(Path(path))
+    ):
+        near = find(Path(path).parent)
+        names = sorted(f.name for f in near.iterdir() if ending(f)) if near and near.is_dir() else []
+        beside = f"; {near} has {', '.join(names[:8])}" if names else ""
+        raise ToolkitError(
+            f"{path[:200]}: no such file or folder, from here or from the project's root{beside}. A Hub name is owner/name"
+        )
+    if folder and source.subset:
+        inside = folder / source.subset
+        if not inside.is_dir() or not inside.resolve().is_relative_to(folder.resolve()):
+            raise ToolkitError(f"{folder}: subset {source.subset!r}: expected a folder of that name in it")
+        folder = inside
+    return source, (folder, data_files(folder, source.split)) if folder else None
 
 
-def _modelscope_folder(source: Source) -> Path:
+def _modelscope_folder(path: str, revision: str | None) -> Path:
     """ModelScope has no stream that stands still between versions: the data set is downloaded, once."""
     try:
         from modelscope import dataset_snapshot_download
     except ModuleNotFoundError as error:
-        raise ToolkitError(f"{source.path}: needs ModelScope's client: pip install modelscope==1.40.2") from error
-    name = source.path.removeprefix("modelscope://")
+        raise ToolkitError(f"{path}: needs ModelScope's client: pip install modelscope==1.40.2") from error
     try:
-        return Path(dataset_snapshot_download(name, revision=source.revision or "master"))
+        return Path(dataset_snapshot_download(path.removeprefix(MODELSCOPE), revision=revision or "master"))
     except Exception as error:  # the client has its own kinds for network, names and rights
-        raise ToolkitError(f"{source.path}: not reachable: {error}. {OFFLINE}") from error
+        raise ToolkitError(f"{path}: not reachable: {error}. {OFFLINE}") from error
 
 
-def _open_hub(source: Source) -> Rows:
-    """A stream of the Hub's rows at one commit, or the copy in the local cache where the Hub is out of reach."""
+@functools.lru_cache  # one look at the Hub per process: fingerprint and rows are of the same commit
+def _hub_builder(path: str, subset: str | None, revision: str | None):
+    """The `datasets` builder of a Hub data set; of the copy in its cache where the Hub is out of reach."""
     import datasets
-    import httpx
-    import huggingface_hub
-    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    return datasets.load_dataset_builder(path, subset, revision=revision)
+
+
+def _hub_stream(source: Source) -> tuple:
+    """(stream of a Hub data set, or of the copy in the cache of `datasets`, its commit). Raises ToolkitError."""
+    import datasets
 
     try:
-        sha = huggingface_hub.HfApi().dataset_info(source.path, revision=source.revision).sha
-        stream = datasets.load_dataset(source.path, source.subset, split=source.split, revision=sha, streaming=True)
-        return stream_rows(source, stream, sha)
-    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        builder = _hub_builder(source.path, source.subset, source.revision)
+        commit, cached = str(builder.hash), type(builder).__name__ == "Cache"
+        stream = builder.as_streaming_dataset(source.split)
+    except datasets.exceptions.DatasetNotFoundError as error:
         raise ToolkitError(
-            f"{source.path}: no such dataset or revision on the Hub, or not yours to see (hf auth login). "
-            f"For a local file, give its path with the ending. {error}"
+            f"{source.path}: {error} It may be private (hf auth login), or ModelScope's: {MODELSCOPE}{source.path}. "
+            "For a local file, give its path with the ending"
         ) from error
-    except (OSError, httpx.HTTPError) as error:
-        return _cached_rows(source, error)
-    except ToolkitError:
-        raise
+    except OSError as error:
+        raise ToolkitError(
+            f"{source.path}: the Hub is out of reach, and there is no cached copy: {error}. {OFFLINE}"
+        ) from error
     except ValueError as error:  # unknown subset or split: the message lists the known ones
         raise ToolkitError(f"{source.path}: {error}") from error
+    if cached and not commit.startswith(source.revision or ""):
+        raise ToolkitError(
+            f"{source.path}: the Hub is out of reach and the cached copy is {commit}, not revision {source.revision}"
+        )
+    return stream, commit
 
 
 def stream_rows(source: Source, stream, revision: str) -> Rows:
     """Rows of a datasets.IterableDataset; numbers count the rows drawn, as a stream has no other."""
     import httpx
 
-    _refuse_bytes(source, stream.features)
-    fields = list(stream.column_names or next(iter(stream)))
+    where = f"{source.path}@{revision[:12]}"
+
+    def rows(some) -> Iterator[dict]:
+        try:
+            yield from map(without_nulls, some)
+        except (OSError, ValueError, httpx.HTTPError) as error:
+            raise ToolkitError(f"{where}: the stream broke off: {error.__cause__ or error}. {OFFLINE}") from error
+
+    if stream.features:
+        refuse_bytes(stream.features.arrow_schema, where)
+    first = next(rows(stream.take(1)), None)
+    if first is None:
+        raise ToolkitError(f"{where}: is empty: expected at least one row")
     known = (stream.info.splits or {}).get(source.split)
 
     def draw(seed: int) -> Iterator[tuple[int, dict]]:
-        try:
-            for number, row in enumerate(stream.shuffle(seed=seed, buffer_size=HUB_BUFFER), start=1):
-                yield number, without_nulls(row)
-        except (OSError, httpx.HTTPError) as error:
-            raise ToolkitError(f"{source.path}: the stream broke off: {error}. {OFFLINE}") from error
+        return enumerate(rows(stream.shuffle(seed=seed, buffer_size=HUB_BUFFER)), start=1)
 
-    where = f"{source.path}@{revision[:12]}"
     size = known.num_examples if known else None
-    return Rows(size, fields, revision, revision, where, draw, lambda number: f"{where} drawn row {number}")
-
-
-def _cached_rows(source: Source, cause: Exception) -> Rows:
-    """Rows of a dataset that the datasets library has kept on this machine."""
-    from datasets.packaged_modules.cache.cache import Cache
-
-    try:
-        builder = Cache(
-            repo_id=source.path,
-            config_name=source.subset,
-            version="auto",
-            hash="auto",
-            dataset_name=source.path.split("/")[-1],
-        )
-        dataset = builder.as_dataset(source.split)
-    except ValueError as error:
-        raise ToolkitError(
-            f"{source.path}: the Hub is out of reach ({cause}) and no cached copy fits ({error}). {OFFLINE}"
-        ) from error
-    if source.revision and not builder.hash.startswith(source.revision):
-        raise ToolkitError(
-            f"{source.path}: the Hub is out of reach and the cached copy is {builder.hash}, "
-            f"not revision {source.revision}"
-        )
-    _refuse_bytes(source, dataset.features)
-
-    def draw(seed: int) -> Iterator[tuple[int, dict]]:
-        order = shuffled(len(dataset), seed)
-        while some := list(islice(order, 256)):
-            columns = dataset[some]
-            for number, *values in zip(some, *columns.values(), strict=True):
-                yield number + 1, without_nulls(dict(zip(columns, values, strict=True)))
-
-    where = f"{source.path}@{builder.hash[:12]}"
-    return Rows(
-        len(dataset),
-        dataset.column_names,
-        builder.hash,
-        builder.hash,
-        where,
-        draw,
-        lambda number: f"{where} row {number}",
-    )
-
-
-def _refuse_bytes(source: Source, features) -> None:
-    held = [field.name for field in features.arrow_schema if holds_bytes(field.type)] if features else []
-    if held:
-        raise ToolkitError(f"{source.path}: column {held[0]!r} holds bytes (images, audio), only text is trained on")
+    return Rows(size, list(stream.column_names or first), where, draw, lambda n: f"{where} drawn row {n}", revision)
