@@ -22,7 +22,7 @@ MODULES = [p for p in sorted(PACKAGE.rglob("*.py")) if "pocket" not in p.parts a
 
 
 def name_of(path) -> str:
-    """`sources/rows.py` is sources.rows, `sources/__init__.py` is sources."""
+    """`sources/readers.py` is sources.readers, `sources/__init__.py` is sources."""
     return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
