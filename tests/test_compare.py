@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+from tests.evaluation import long_table
 from toolkit.compare import compare, frontier, reach
 from toolkit.evaluate import summarize
 from toolkit.files import ToolkitError
@@ -64,7 +65,7 @@ def make_run(
                 "seed": 3407,
                 "budget": {"max_new_tokens": 64, "samples": 1},
                 "fingerprints": {"questions": questions, "probes": "p"},
-                **summarize(sums(*rates, kl), 1),
+                **summarize(long_table(sums(*rates, kl)), 1),
             },
         )
     return folder
@@ -120,7 +121,7 @@ def test_small_differences_are_called_noise(tmp_path):
         right = (rng.random(QUESTIONS) < 0.5 + 0.005 * i).astype(float).tolist()
         pair = [{"accuracy": (content["per_question"]["thinking"][n]["accuracy"])} for n in ("base", "tuned")]
         pair[1]["accuracy"] = (right, [1.0] * QUESTIONS)
-        again = summarize({"thinking": pair}, 1)
+        again = summarize(long_table({"thinking": pair}), 1)
         content["tuned"]["thinking"]["accuracy"] = again["tuned"]["thinking"]["accuracy"]
         content["per_question"]["thinking"]["tuned"]["accuracy"] = again["per_question"]["thinking"]["tuned"][
             "accuracy"

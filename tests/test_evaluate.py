@@ -1,15 +1,21 @@
 """Scripted models that always think, never do, leak, never close or guess score exactly what they must; intervals cover."""
 
+import io
+import json
+
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests import export_fixtures, tiny_qwen3
-from toolkit.evaluate import evaluate, is_rate, score, summary, table
-from toolkit.evaluate.questions import LEVELS, as_question, choose, fingerprint, load_probes, plan
+from tests.evaluation import long_table
+from toolkit.evaluate import evaluate, is_rate, read, score, summarize, summary, table, verdict
+from toolkit.evaluate.base_replies import checksum
+from toolkit.evaluate.questions import LEVELS, as_question, choose, fingerprint, load_probes, plan, sized
 from toolkit.evaluate.score import Judge, leaks, same_words
 from toolkit.evaluate.stats import difference, interval
-from toolkit.evaluate.subject import Subject, divergence
-from toolkit.files import ToolkitError
+from toolkit.evaluate.subject import Subject, divergence, logits_at_once
+from toolkit.files import ROOT, ToolkitError
 from toolkit.generate import Reply, inference, split_reply
 
 SUMS = [{"messages": [{"role": "user", "content": f"{a} + 7?"}], "expected_answer": str(a + 7), "set": "sums"}
@@ -79,16 +85,16 @@ def kls(rows):
     return [{"tokens": 10, "base": 5.0, "tuned": 5.0 + row["extra"], "kl": row["extra"]} for row in rows]
 
 
-def run(tuned, base=perfect, level="quick", questions=SUMS, chat=CHAT, validation=()):
+def run(tuned, base=perfect, level="quick", questions=SUMS, chat=CHAT, validation=(), size=None, **subject):
     scripts = (base, tuned)
     subject = Subject(
         reply=lambda conversations, mode, on: [scripts[on](c, mode) for c in conversations],
         first=lambda conversations, mode, on: [0.9 if on and mode == "thinking" else 0.1] * len(conversations),
         own=lambda conversations, _mode, _tokens: [{"extra": 1.0 if c[0]["content"] == "identity" else 3.0}
                                                    for c in conversations],
-        divergence=kls,
+        **{"divergence": kls, **subject},
     )  # fmt: skip
-    return score(subject, questions, chat, PROBES, validation, level=level, seed=3407, max_new_tokens=64)
+    return score(subject, questions, chat, PROBES, validation, level=level, size=size, seed=3407, max_new_tokens=64)
 
 
 def values(result, mode, name="tuned"):
@@ -188,10 +194,7 @@ def test_the_result_has_the_documented_keys_and_flat_names():
     assert set(result["tuned"]["non_thinking"]["accuracy"]) == {"value", "low", "high", "n"}
     flat = summary(result)
     assert flat["eval/tuned/thinking/accuracy"] == 1.0
-    assert flat["eval/difference/thinking/think_probability"] == pytest.approx(0.8)
-    assert table(result).row_count == sum(
-        "/" not in m or m[:3] in ("acc", "swi") for d in result["difference"].values() for m in d
-    )
+    assert (len(flat), {name.split("/")[1] for name in flat}) == (24, {"base", "tuned", "difference"})
 
 
 def test_nothing_to_ask_is_an_error():
@@ -277,7 +280,7 @@ def test_the_probe_set_is_frozen_bilingual_and_balanced():
 
 
 def test_a_switch_in_mid_conversation_comes_after_a_turn_with_the_other_switch():
-    asks = [a for a in plan(SUMS, "thinking", LEVELS["quick"]) if a.purpose == "switch/mid_conversation"]
+    asks = [a for a in plan(SUMS, "thinking", LEVELS["quick"], switches=True) if a.purpose == "switch/mid_conversation"]
     assert {a.must_think for a in asks} == {True, False}
     for ask in asks:
         first, second, third = ask.messages
@@ -332,12 +335,181 @@ def test_divergence_equals_a_plain_softmax_over_each_row_alone(tokenizer, monkey
         assert (found["tokens"], found["kl"] > 0) == (len(row["input_ids"]) - start, True)
 
 
-def test_an_adapter_that_changes_nothing_scores_no_difference(tokenizer):
-    model, said = tiny_qwen3.model(tokenizer, adapter_works=False), []
+def test_an_adapter_that_changes_nothing_scores_no_difference(tokenizer, tmp_path):
+    model, console = tiny_qwen3.model(tokenizer, adapter_works=False), Console(file=io.StringIO(), width=80)
     rows = [{"input_ids": [20, 21, 22, 23], "prompt_length": 2, "source": "s", "mode": "thinking"}]
-    result = evaluate(model, tokenizer, SUMS[:4], CHAT[:2], PROBES, rows, seed=1, max_new_tokens=6, say=said.append)
+    asked = SUMS[:4], CHAT[:2], PROBES, rows
+    result = evaluate(model, tokenizer, *asked, seed=1, max_new_tokens=6, console=console, cache=tmp_path)
     for section in ("thinking", "non_thinking", "forgetting"):
         for metric, found in result["difference"][section].items():
             assert found["value"] in (None, pytest.approx(0.0, abs=1e-6)), metric
-    assert "replies" in said[0]
-    assert "about" in said[1]
+    assert "replies (base and tuned, thinking and non_thinking)" in " ".join(console.file.getvalue().split())
+
+
+FROZEN = json.loads((ROOT / "tests/data/intervals.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", FROZEN["cases"], ids=lambda case: case["name"])
+def test_intervals_are_to_the_last_digit_those_of_before_the_long_table(case):
+    first, second, settings = case["first"], case["second"], {"seed": case["seed"], "rate": case["rate"]}
+    assert interval(*second, **settings) == case["interval"]
+    assert difference(first, second, **settings) == case["difference"]
+
+
+def test_an_evaluation_summed_up_from_the_long_table_equals_the_frozen_one():
+    run = FROZEN["run"]
+    assert json.loads(json.dumps(summarize(long_table(run["sums"]), run["seed"]))) == run["result"]
+
+
+def test_values_that_are_not_numbers_count_as_not_measured_and_the_verdict_says_that_the_run_is_broken():
+    diverged = [{"tokens": 10, "base": 5.0, "tuned": float("nan"), "kl": float("nan")}] * 2
+    result = run(never_thinks, divergence=lambda rows: diverged[: len(rows)])
+    assert result["tuned"]["forgetting"]["kl"] == {"value": None, "low": None, "high": None, "n": 0}
+    assert "BROKEN" in result["verdict"][-1]
+    json.dumps(result, allow_nan=False)
+
+
+def test_a_short_training_is_asked_fewer_questions_by_its_steps_alone():
+    assert [sized("quick", steps).questions for steps in (None, 1000, 256, 255, 128, 60, 6)] == [
+        64,
+        64,
+        64,
+        32,
+        32,
+        8,
+        8,
+    ]
+    assert sized("full", steps=6) == LEVELS["full"]
+    small = run(perfect, size=sized("quick", steps=6))
+    assert small["budget"]["replies"] < run(perfect)["budget"]["replies"] / 2
+    assert (
+        small["fingerprints"]["questions"] == run(perfect, size=sized("quick", steps=63))["fingerprints"]["questions"]
+    )
+
+
+@pytest.mark.parametrize("modes", [("non_thinking",), ("thinking",)])
+def test_a_model_with_one_mode_is_scored_in_that_mode_alone(modes):
+    result = run(perfect, modes=modes, switches=False)
+    for name in ("base", "tuned", "difference", "per_question"):
+        assert set(result[name]) == {*modes, "forgetting"}
+    assert not {m for m in result["tuned"][modes[0]] if m.startswith(("switch", "think_probability"))}
+    assert {row["mode"] for row in result["samples"]} == set(modes)
+    assert "thinking" not in " ".join(result["verdict"])
+
+
+def test_a_model_without_a_thinking_mode_keeps_to_its_mode_when_it_answers_without_tags():
+    loud = run(leaks_aloud, base=never_thinks, modes=("non_thinking",), switches=False)
+    assert values(loud, "non_thinking")["adherence"] == 1.0  # it has no thinking to leak
+    assert values(run(always_thinks, modes=("non_thinking",), switches=False), "non_thinking")["adherence"] == 0.0
+
+
+def without_answers(_conversation, _mode):
+    return reply(THOUGHT + "I do not know")
+
+
+@pytest.mark.parametrize(("base", "tuned", "last"), [
+    (without_answers, perfect, "result: better than the base in say with thinking (+100 points), sums with thinking (+100 points)"),
+    (perfect, without_answers, "result: WORSE than the base in say with thinking (-100 points), sums with thinking (-100 points)"),
+    (perfect, perfect, "result: no change shown"),
+    (perfect, endless, "result: WORSE than the base in keeps to its mode with thinking (-100 points)"),
+])  # fmt: skip
+def test_the_verdict_says_in_a_few_lines_what_changed_and_ends_with_better_or_worse(base, tuned, last):
+    lines = run(tuned, base=base)["verdict"]
+    assert 4 <= len(lines) <= 8
+    assert lines[-1].startswith(last), lines
+    if base is without_answers:
+        assert lines[1] == "sums with thinking: 0% → 100% (+100 points, certain)"
+    if tuned is endless:
+        assert lines[1] == "sums with thinking: not measured (100% of replies cut by the token limit)"
+
+
+def test_a_verdict_on_nothing_says_so():
+    assert verdict({}) == ["result: nothing could be measured"]
+
+
+def rendered(result, width) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table(result, width=width))
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_no_name_or_number_of_the_table_is_cut_at_80_and_120_columns(width):
+    rows = [{"source": s, "mode": "thinking", "extra": 1.0} for s in ("openmath_sample", "finetome_sample")]
+    text = rendered(run(without_answers, validation=rows), width)
+    assert "openmath_sample" in text
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for words in ("sums right", "say right", "keeps to the mode", "obeys /no_think", "obeys the later switch",
+                  "-1.000 [-1.000, -0.832]", "thinking mode", "non-thinking mode"):  # fmt: skip
+        assert words in text
+    assert ("1.000 [0.832, 1.000]" in text) == (width == 120)
+
+
+def test_the_table_has_no_row_twice_and_none_that_is_zero_for_both():
+    text = rendered(run(perfect), 80)
+    assert "reasoning questions right" not in text
+    assert "cut by the token limit" not in text
+
+
+def test_the_base_is_asked_once_and_its_replies_are_used_again_unless_the_file_is_damaged(tokenizer, tmp_path):
+    model, console = tiny_qwen3.model(tokenizer), Console(file=io.StringIO())
+
+    def scored(**changes):
+        settings = {"seed": 1, "max_new_tokens": 6, "console": console, "cache": tmp_path} | changes
+        result = evaluate(model, tokenizer, SUMS[:4], CHAT[:2], PROBES, **settings)
+        return {key: value for key, value in result.items() if key != "seconds"}
+
+    fresh = scored()
+    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(files) == 4  # replies and greedy answers, in two modes
+    assert scored() == fresh
+    for file in files:
+        file.write_bytes(file.read_bytes().replace(b'"answer": "', b'"answer": "x').replace(b"1", b"2"))
+    assert scored() == fresh
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == files
+    scored(seed=2)
+    assert len(list(tmp_path.iterdir())) == 6  # greedy answers know no seed
+
+
+def test_the_checksum_of_a_base_is_the_same_under_every_adapter_and_another_for_other_weights(tokenizer):
+    import torch
+
+    one, other = (tiny_qwen3.model(tokenizer, adapter_works=works) for works in (True, False))
+    assert checksum(one) == checksum(other)
+    with torch.no_grad():
+        one.get_base_model().model.embed_tokens.weight[7, 3] += 1
+    assert checksum(one) != checksum(other)
+
+
+def test_logits_take_half_of_the_free_memory_at_most():
+    assert logits_at_once(1 << 28, float("inf")) == 1 << 28
+    assert logits_at_once(1 << 28, 1e9) * 8 <= 0.5e9
+
+
+def test_a_damaged_eval_json_is_named(tmp_path):
+    (tmp_path / "eval.json").write_text('{"base": {"thin')
+    with pytest.raises(ToolkitError, match="eval.json"):
+        read(tmp_path)
+    (tmp_path / "eval.json").write_text('{"base": {}}')
+    with pytest.raises(ToolkitError, match="eval.json: no tuned, difference in it: evaluate again"):
+        read(tmp_path)
+
+
+def test_a_model_without_an_adapter_is_refused(tokenizer):
+    with pytest.raises(ToolkitError, match="needs a PeftModel"):
+        evaluate(tiny_qwen3.model(tokenizer).get_base_model(), tokenizer, SUMS)
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "llama3", "gemma3", "smollm2", "qwen3_thinking_2507"])
+def test_every_family_is_evaluated_in_the_modes_it_has(name, family, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(family(name))
+    base = AutoModelForCausalLM.from_pretrained(family(name), dtype="float32")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    console = Console(file=io.StringIO())
+    result = evaluate(model, tokenizer, SUMS[:3], CHAT[:1], PROBES, max_new_tokens=4, console=console, cache=tmp_path)
+    assert result["modes"] == ["thinking" if "thinking" in name else "non_thinking"]
+    assert result["difference"]["forgetting"]["kl"]["value"] == pytest.approx(0.0, abs=1e-6)

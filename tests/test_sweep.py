@@ -15,6 +15,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from tests.evaluation import long_table
 from tests.test_compare import sums
 from tests.wandb_service import SweepService
 from toolkit import recipe as recipes
@@ -66,7 +67,13 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "runner.py").write_text(RUNNER)
     rates = {"thinking": (0.4, 0.9, 1.0), "non_thinking": (0.2, 0.9, 1.0)}
-    asked = {"level": "quick", "seed": 3407, "budget": {}, "fingerprints": {}, **summarize(sums(rates, rates, 0.1), 1)}
+    asked = {
+        "level": "quick",
+        "seed": 3407,
+        "budget": {},
+        "fingerprints": {},
+        **summarize(long_table(sums(rates, rates, 0.1)), 1),
+    }
     (tmp_path / "out" / "eval.json").write_text(json.dumps(asked))
     write_rows(tmp_path / "maths.jsonl", 90, "Carry the one, then add the tens and the hundreds. " * 3)
     write_rows(tmp_path / "talk.jsonl", 300, "")

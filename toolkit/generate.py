@@ -78,11 +78,21 @@ def end_tokens(model, tokenizer) -> set[int]:
     """Tokens that end a turn: those of generation_config.json and of the tokenizer, and the one with which the chat
     template closes a turn. Base checkpoints and some fine-tunes list only one of them."""
     listed = model.generation_config.eos_token_id
-    found = {tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])} - {None}
+    listed = listed if isinstance(listed, list) else [listed]
+    return {tokenizer.eos_token_id, closing_token(tokenizer), *listed} - {None}
+
+
+def closing_token(tokenizer) -> int | None:
+    """The token with which the chat template closes an assistant's turn; the end-of-sequence token where it has none."""
     turn = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": "probe-reply"}]
     closing = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("probe-reply")[2].strip()
     first = tokenizer(closing, add_special_tokens=False)["input_ids"][:1]
-    return found | (set(first) & set(tokenizer.added_tokens_decoder))
+    return first[0] if first and first[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
+
+
+def sampling_values(model, mode: str) -> dict:
+    """The temperature, top_p, top_k and min_p that a model is sampled with."""
+    return sampling_of(family_of(model.config.model_type), mode, model.generation_config.to_dict())
 
 
 def generate(
@@ -106,8 +116,7 @@ def generate(
     `progress(n)` is called after each batch of n. Raises ToolkitError if a prompt leaves no room for a reply."""
     texts, ids = prompts(tokenizer, conversations, mode, tools)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # the longest first: what does not fit fails at once
-    values = sampling_of(family_of(model.config.model_type), mode, model.generation_config.to_dict())
-    ends, replies = end_tokens(model, tokenizer), {}
+    values, ends, replies = sampling_values(model, mode), end_tokens(model, tokenizer), {}
     with inference(model, tokenizer):
         while rest := order[len(replies) :]:
             limit = _room(model, len(ids[rest[0]]), max_new_tokens)
@@ -139,7 +148,7 @@ def think_probability(
                 do_sample=False,
                 output_logits=True,
                 return_dict_in_generate=True,
-                pad_token_id=_pad_token(tokenizer),
+                pad_token_id=pad_token(tokenizer),
             )
             result += output.logits[0].float().softmax(-1)[:, token].tolist()
     return [1.0 if text.rstrip().endswith(THINK_OPEN) else p for text, p in zip(texts, result, strict=True)]
@@ -242,7 +251,7 @@ def free_memory(model) -> float:
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
-def _pad_token(tokenizer) -> int:
+def pad_token(tokenizer) -> int:
     return (
         tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     )  # Llama 3 has no padding
@@ -252,7 +261,7 @@ def _pad(model, tokenizer, ids: list[list[int]]) -> dict:
     import torch
 
     width = max(map(len, ids))
-    rows = [[_pad_token(tokenizer)] * (width - len(row)) + row for row in ids]
+    rows = [[pad_token(tokenizer)] * (width - len(row)) + row for row in ids]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in ids]
     return {
         "input_ids": torch.tensor(rows, device=model.device),
@@ -269,7 +278,7 @@ def _continue(model, tokenizer, ids: list[list[int]], limit: int, ends: set[int]
         use_cache=True,
         repetition_penalty=1.0,  # Qwen2.5's file says 1.1, which would also count the padding of a row
         eos_token_id=sorted(ends),
-        pad_token_id=_pad_token(tokenizer),
+        pad_token_id=pad_token(tokenizer),
         logits_processor=[chooser] if chooser else [],
     )
     if model.device.type == "cuda" and "unsloth" in sys.modules:

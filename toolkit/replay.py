@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from toolkit.evaluate.questions import MODES
 from toolkit.evaluate.score import Judge, has_tags, leaks, thinks
+from toolkit.family import MODES
 from toolkit.files import ROOT, ToolkitError, outputs
 from toolkit.generate import Reply
 from toolkit.mix import Mix, prompt_key

@@ -150,7 +150,7 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
         level=level,
         max_new_tokens=min(recipe.evaluate.max_new_tokens, LEVELS[level].max_new_tokens),
         batch_size=generation_batch(recipe, mixed),
-        say=console.print,
+        console=console,
     )
     write_json(folder / "eval.json", result)
     console.print(evaluation.table(result))

@@ -5,13 +5,15 @@ with Judge() as judge: judge.right("So it is \\boxed{42}.", "42")  # True
 
 import contextlib
 import json
-import queue
 import re
 import subprocess
 import sys
 import threading
 import unicodedata
+from collections.abc import Iterable
 
+from toolkit.evaluate.questions import Ask
+from toolkit.family import THINK_CLOSE, THINK_TAG
 from toolkit.files import ToolkitError
 from toolkit.generate import Reply
 
@@ -28,15 +30,47 @@ LENGTH_FACTOR = 3.0
 """A direct answer longer than this many times the base's is reasoning that moved outside the block."""
 
 
+def marks(
+    ask: Ask, reply: Reply, question: dict, base_tokens: float, judge: "Judge", *, hybrid: bool
+) -> Iterable[tuple[str, float, int]]:
+    """(metric, value, weight) of one reply; `base_tokens` is the usual length of the base's answer to the same prompt.
+
+    A reply that the limit cut counts nothing for accuracy (weight 0), so that its share stands in `cut` alone."""
+    if ask.purpose == "switch/hard":
+        yield ask.purpose, not has_tags(reply.text), 1
+    elif ask.purpose != "answer":
+        yield ask.purpose, thinks(reply) if ask.must_think else obeys_no_think(reply), 1
+    else:
+        yield "cut", not reply.finished, 1
+        yield "reasoning_tokens", reply.reasoning_tokens, 1
+        yield "answer_tokens", reply.answer_tokens, 1
+        parts = adherence_parts(ask.mode, reply, base_tokens, hybrid)
+        yield "adherence", thinks(reply) if ask.mode == "thinking" else all(parts.values()), 1
+        yield from ((f"adherence/{name}", kept, 1) for name, kept in parts.items())
+        right = reply.finished and judge.right(reply.answer, question["expected_answer"])
+        yield "accuracy/chat" if question["chat"] else "accuracy", right, int(reply.finished)
+        yield f"accuracy/set/{question['set']}", right, int(reply.finished)
+
+
+def adherence_parts(mode: str, reply: Reply, base_tokens: float, hybrid: bool) -> dict[str, bool]:
+    """What keeping to a mode is made of. A block that the limit cut open did not close: it counts against thinking mode
+    (endless thinking is how that mode dies), and `cut` stands beside it. A model without a thinking mode has none to
+    leak from: it answers, without tags."""
+    answered = bool(reply.answer)
+    if mode == "thinking":
+        thought = bool(reply.opened and reply.reasoning)
+        whole = {"thought": thought, "closed": reply.closed, "answered": answered}
+        return whole | ({"finished": thinks(reply)} if reply.finished else {})
+    direct = {"no_tags": not has_tags(reply.text), "answered": answered}
+    if hybrid:
+        direct |= {"no_leak": not leaks(reply), "short": reply.answer_tokens <= LENGTH_FACTOR * base_tokens}
+    return direct
+
+
 def thinks(reply: Reply) -> bool:
     """What thinking mode promises: a block that is not empty, is closed, and has an answer after it."""
-    after = reply.text.partition("</think>")[2].strip()
+    after = reply.text.partition(THINK_CLOSE)[2].strip()
     return bool(reply.opened and reply.reasoning and after and not has_tags(after))
-
-
-def answers_at_once(reply: Reply, base_tokens: float) -> bool:
-    """What non-thinking mode promises: an answer without tags, without thinking aloud, not far longer than the base's."""
-    return bool(reply.answer) and not (has_tags(reply.text) or leaks(reply) or too_long(reply, base_tokens))
 
 
 def obeys_no_think(reply: Reply) -> bool:
@@ -45,15 +79,13 @@ def obeys_no_think(reply: Reply) -> bool:
 
 
 def has_tags(text: str) -> bool:
-    return "<think>" in text or "</think>" in text
+    """Whether a think tag stands in the text."""
+    return bool(THINK_TAG.search(text))
 
 
 def leaks(reply: Reply) -> bool:
+    """Whether the answer thinks aloud."""
     return bool(LEAK.search(reply.answer))
-
-
-def too_long(reply: Reply, base_tokens: float) -> bool:
-    return reply.answer_tokens > LENGTH_FACTOR * base_tokens
 
 
 def is_mathematics(expected: str) -> bool:
@@ -82,12 +114,13 @@ class Judge:
     """Compares answers; mathematics in a process of its own, which is ended when a comparison takes too long.
 
     math-verify's own timeout is an alarm signal: it fails outside the main thread (notebook servers, training callbacks),
-    and no signal interrupts a big-integer power. Without it nothing ends `9^{9^{9}}`. Hence a process."""
+    and no signal interrupts a big-integer power: nothing but the end of its process stops `9^{9^{9}}`. It is a plain
+    child process, since `multiprocessing` would import the caller's script once more, which runs it again where the
+    script has no `if __name__ == "__main__"`."""
 
     def __init__(self, seconds: float = SECONDS):
         self.seconds, self.timeouts = seconds, 0
         self.process: subprocess.Popen | None = None
-        self.lines: queue.Queue[str] = queue.Queue()
         self.known: dict[tuple[str, str], bool] = {}
 
     def right(self, answer: str, expected: str) -> bool:
@@ -101,46 +134,34 @@ class Judge:
         return self.known[key]
 
     def _verified(self, answer: str, expected: str) -> bool:
+        if self.process is None:
+            self._start()
         # math-verify finds no number that touches Chinese text: 答案是42。
         apart = re.sub(r"[\u3000-\u9fff\uff00-\uffef]+", " ", answer)
-        process = self.process or self._start()
-        process.stdin.write(json.dumps([apart, expected]) + "\n")
-        process.stdin.flush()
-        try:
-            line = self.lines.get(timeout=self.seconds)
-        except queue.Empty:
-            self.timeouts += 1
-            self.close()
-            return False
-        if not line:
-            self.close()
-            raise ToolkitError("math-verify ended unexpectedly: run `python -c 'import math_verify'` to see why")
-        return json.loads(line)
+        timer = threading.Timer(self.seconds, self.process.kill)
+        timer.start()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps([apart, expected]) + "\n")
+            self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        timer.cancel()
+        if line:
+            return json.loads(line)
+        self.close()  # killed by the timer, or dead for want of memory: no verdict, and a fresh process for the next
+        self.timeouts += 1
+        return False
 
-    def _start(self) -> subprocess.Popen:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", SERVE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
-        )
-        self.lines = queue.Queue()
-        threading.Thread(target=_forward, args=(self.process.stdout, self.lines), daemon=True).start()
-        ready = self.lines.get(timeout=120)  # importing sympy takes seconds on a busy machine
-        if not ready:
+    def _start(self) -> None:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen([sys.executable, "-c", WORKER], **pipes, text=True, encoding="utf-8")
+        if not self.process.stdout.readline():  # "ready": importing sympy takes seconds, which are no comparison's
             raise ToolkitError("math-verify did not start: run `python -c 'import math_verify'` to see why")
-        return self.process
 
     def close(self) -> None:
         """End the process; a next comparison starts another."""
         if self.process:
             self.process.kill()
-            self.process.wait()
-            for pipe in (self.process.stdin, self.process.stdout):
-                with contextlib.suppress(OSError):
-                    pipe.close()
+            self.process.communicate()
             self.process = None
 
     def __enter__(self) -> "Judge":
@@ -151,7 +172,7 @@ class Judge:
 
 
 # What the process runs. `None` switches math-verify's alarm off: here the clock is the parent's.
-SERVE = r"""
+WORKER = r"""
 import json, logging, sys
 logging.disable(logging.CRITICAL)
 from math_verify import parse, verify
@@ -164,13 +185,6 @@ for line in sys.stdin:
         found = parse(f"${answer}$", parsing_timeout=None)
     print(json.dumps(bool(verify(gold, found, timeout_seconds=None))), flush=True)
 """
-
-
-def _forward(stream, lines: queue.Queue) -> None:
-    with contextlib.suppress(ValueError):  # closed while it waited
-        for line in stream:
-            lines.put(line)
-    lines.put("")
 
 
 def _squeezed(text: str) -> str:

@@ -46,6 +46,11 @@ def difference(first, second, *, seed: int, rate: bool = False) -> dict:
     return {"value": float(value), "low": float(low), "high": float(high), "n": n}
 
 
+def is_rate(metric: str) -> bool:
+    """Whether a metric counts replies, so that it lies between 0 and 1 and its extremes have an exact bound."""
+    return metric.split("/")[0] in ("accuracy", "adherence", "switch", "cut")
+
+
 @functools.lru_cache(maxsize=4)
 def draws(n: int, seed: int) -> np.ndarray:
     """(RESAMPLES, n): how often each of n questions is drawn; the same for every metric over as many questions."""

@@ -6,14 +6,31 @@ subject.reply([[{"role": "user", "content": "12 + 30?"}]], "thinking", True)  # 
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from toolkit.generate import Reply, generate, inference, think_probability
+from toolkit.evaluate.base_replies import base_replies_key, checksum, remembered
+from toolkit.evaluate.questions import fingerprint
+from toolkit.family import MODES, family_of
+from toolkit.files import ToolkitError
+from toolkit.generate import (
+    Reply,
+    closing_token,
+    free_memory,
+    generate,
+    inference,
+    modes_of,
+    pad_token,
+    prompts,
+    think_probability,
+)
 
 LOGITS = 1 << 26
-"""Logits held at a time for a batch of rows (128 MB in 16 bits)."""
+"""Logits held at a time for a batch of rows (128 MB in 16 bits, twice: base and tuned)."""
 LONG_LOGITS = 1 << 28
 """The same for one long row (512 MB): beyond it the row is read again for each part, which costs time instead."""
+BYTES_PER_LOGIT = 8
+"""Base and tuned in float32, as accelerate's wrapper returns them after a training in the same process."""
 CHUNK = 128
 """Positions whose full distributions are compared at once in float32 (78 MB each at Qwen3's 151,936 entries)."""
 
@@ -30,6 +47,9 @@ class Subject:
     """(conversations, mode, tokens) → the base's greedy answers as rows {"input_ids", "prompt_length"}."""
     divergence: Callable[[list[dict]], list[dict]]
     """rows → sums over each completion: {"tokens", "base": NLL in nats, "tuned": NLL, "kl": of tuned from base}."""
+    modes: tuple[str, ...] = MODES
+    switches: bool = True
+    """Whether it obeys /think and /no_think."""
 
 
 def bind(
@@ -39,26 +59,52 @@ def bind(
     seed: int,
     max_new_tokens: int,
     batch_size: int = 32,
-    progress: Callable[[int, int], None] | None = None,
+    progress=None,
+    cache: Path | None = None,
 ) -> Subject:
-    """The four functions of a loaded run (a PeftModel): base and tuned differ by nothing but the adapter."""
+    """The four functions of a loaded run (a PeftModel): base and tuned differ by nothing but the adapter.
+
+    `progress` has `advance(n)` and `skip(n)` (toolkit.progress); `cache` is the folder of the base's replies."""
+    if not hasattr(model, "disable_adapter"):
+        raise ToolkitError("evaluation needs a PeftModel: its base is the model with the adapter off (get_peft_model)")
+    limits = {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
+    modes = modes_of(tokenizer)
+    weights = cache and checksum(model)
+
+    def base_key(conversations, mode, **settings):
+        """What decides the base's replies; the batch size, which only decides their rounding, is left out."""
+        ids = prompts(tokenizer, conversations, mode)[1]
+        return base_replies_key(model, weights, mode) | {"prompts": fingerprint(ids)} | settings
 
     def reply(conversations, mode, adapter):
-        with switched(model, adapter):
-            return generate(model, tokenizer, conversations, mode, max_new_tokens=max_new_tokens, seed=seed,
-                            batch_size=batch_size, progress=progress)  # fmt: skip
+        def ask() -> list[dict]:
+            advance = progress and progress.advance
+            with switched(model, adapter):
+                return [asdict(r) for r in generate(model, tokenizer, conversations, mode, progress=advance, **limits)]
+
+        if adapter or not cache:
+            return [Reply(**row) for row in ask()]
+        key = base_key(conversations, mode, max_new_tokens=max_new_tokens, seed=seed)
+        rows, found = remembered(cache, key, ask)
+        if found and progress:
+            progress.skip(len(rows))
+        return [Reply(**row) for row in rows]
 
     def first(conversations, mode, adapter):
         with switched(model, adapter):
             return think_probability(model, tokenizer, conversations, mode, batch_size=batch_size)
 
     def own(conversations, mode, tokens):
-        with switched(model, adapter=False):
-            replies = generate(model, tokenizer, conversations, mode, max_new_tokens=tokens, seed=seed,
-                               batch_size=batch_size, greedy=True)  # fmt: skip
-        return [_row(tokenizer, *pair, mode) for pair in zip(conversations, replies, strict=True)]
+        def ask() -> list[dict]:
+            with switched(model, adapter=False):
+                greedy = limits | {"max_new_tokens": tokens}
+                replies = generate(model, tokenizer, conversations, mode, greedy=True, **greedy)
+            return answered_rows(tokenizer, conversations, mode, replies)
 
-    return Subject(reply, first, own, lambda rows: divergence(model, tokenizer, rows, batch_size))
+        return remembered(cache, base_key(conversations, mode, greedy=tokens), ask)[0] if cache else ask()
+
+    switches = len(modes) > 1 and family_of(model.config.model_type).switches
+    return Subject(reply, first, own, lambda rows: divergence(model, tokenizer, rows, batch_size), modes, switches)
 
 
 @contextlib.contextmanager
@@ -75,23 +121,32 @@ def divergence(model, tokenizer, rows: Sequence[dict], batch_size: int = 32) -> 
     with inference(model, tokenizer):
         while order:
             width = len(rows[order[0]]["input_ids"])
-            fit = max(1, min(batch_size, LOGITS // (width * model.config.vocab_size)))
+            fit = max(1, min(batch_size, logits_at_once(LOGITS, free_memory(model)) // (width * _vocabulary(model))))
             batch, order = order[:fit], order[fit:]
             found.update(zip(batch, _batch_divergence(model, tokenizer, [rows[i] for i in batch]), strict=True))
     return [found[i] for i in range(len(rows))]
+
+
+def logits_at_once(wanted: int, free_bytes: float) -> int:
+    """`wanted` logits, or as many as fill half of the free memory."""
+    return int(min(wanted, free_bytes / 2 / BYTES_PER_LOGIT))
+
+
+def _vocabulary(model) -> int:
+    return model.config.get_text_config().vocab_size
 
 
 def _batch_divergence(model, tokenizer, rows: list[dict]) -> list[dict]:
     import torch
 
     width = max(len(row["input_ids"]) for row in rows)
-    filled = [row["input_ids"] + [tokenizer.pad_token_id] * (width - len(row["input_ids"])) for row in rows]
+    filled = [row["input_ids"] + [pad_token(tokenizer)] * (width - len(row["input_ids"])) for row in rows]
     ids = torch.tensor(filled, device=model.device)
     places = torch.arange(1, width, device=model.device)
     lengths = torch.tensor([[row["prompt_length"], len(row["input_ids"])] for row in rows], device=model.device)
     wanted = (places >= lengths[:, :1]) & (places < lengths[:, 1:])  # position p is judged by the logits at p - 1
     sums = {name: torch.zeros(len(rows), dtype=torch.float64) for name in ("base", "tuned", "kl")}
-    part = max(CHUNK, LONG_LOGITS // (len(rows) * model.config.vocab_size))
+    part = max(CHUNK, logits_at_once(LONG_LOGITS, free_memory(model)) // (len(rows) * _vocabulary(model)))
     for start in range(int(lengths[:, 0].min()) - 1, width - 1, part):
         end = min(start + part, width - 1)
         logits = [_logits(model, ids[:, :end], end - start, adapter) for adapter in (False, True)]
@@ -118,10 +173,11 @@ def _token_sums(pair: list, targets) -> dict:
     return {"base": nll[0], "tuned": nll[1], "kl": (base.exp() * (base - tuned)).sum(-1)}
 
 
-def _row(tokenizer, messages: list[dict], reply: Reply, mode: str) -> dict:
-    prompt = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=mode == "thinking"
-    )
-    prompt_ids, answer_ids = tokenizer([prompt, reply.text], add_special_tokens=False)["input_ids"]
-    end = [tokenizer.eos_token_id] if reply.finished else []
-    return {"input_ids": prompt_ids + answer_ids + end, "prompt_length": len(prompt_ids)}
+def answered_rows(tokenizer, conversations: list[list[dict]], mode: str, replies: list[Reply]) -> list[dict]:
+    """Prompts with their replies as rows {"input_ids", "prompt_length"}, the end-of-turn token included."""
+    _, asked = prompts(tokenizer, conversations, mode)
+    said = tokenizer([r.text for r in replies], add_special_tokens=False)["input_ids"] if replies else []
+    closing = closing_token(tokenizer)
+    ends = [[closing] if r.finished and closing is not None else [] for r in replies]
+    rows = zip(asked, said, ends, strict=True)
+    return [{"input_ids": ids + new + end, "prompt_length": len(ids)} for ids, new, end in rows]

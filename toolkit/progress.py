@@ -1,0 +1,47 @@
+"""Progress with time left, for everything that takes longer than five seconds.
+
+with Progress(console, "evaluating", total=640) as progress: progress.advance(32)
+"""
+
+import time
+
+
+class Progress:
+    """A bar with time left on a terminal or in a notebook; elsewhere a line every ten seconds."""
+
+    PLAIN_EVERY = 10  # seconds
+
+    def __init__(self, console, title: str, total: int):
+        self.console, self.title, self.total, self.done = console, title, total, 0
+        self.bar = None
+
+    def __enter__(self) -> "Progress":
+        self.started = self.printed = time.monotonic()
+        if self.console.is_terminal or self.console.is_jupyter:
+            from rich import progress
+
+            columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn()
+            self.bar = progress.Progress(*columns, progress.TimeRemainingColumn(), console=self.console, transient=True)
+            self.task = self.bar.add_task(self.title, total=self.total)
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def advance(self, count: int) -> None:
+        """`count` more are done."""
+        self.done += count
+        now = time.monotonic()
+        if self.bar:
+            self.bar.update(self.task, completed=self.done, total=self.total)
+        elif now - self.printed >= self.PLAIN_EVERY and self.done < self.total:
+            self.printed = now
+            left = (now - self.started) / self.done * (self.total - self.done)
+            self.console.print(f"{self.title}: {self.done} of {self.total}, about {left:.0f} s left")
+
+    def skip(self, count: int) -> None:
+        """`count` need not be done; they do not count for the time left."""
+        self.total -= count
+        self.advance(0)
