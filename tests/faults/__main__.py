@@ -1,0 +1,113 @@
+"""The fault campaign as one command: a table (fault, phase, tries, survived), recorded in data_recipes/measured/faults.json.
+
+python -m tests.faults            (all; half an hour on two cores)    python -m tests.faults --quick --only "kill -9"
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="0", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1",
+                  CUDA_VISIBLE_DEVICES="", WANDB_MODE="offline")  # fmt: skip
+
+RECORD = Path(__file__).resolve().parents[2] / "data_recipes" / "measured" / "faults.json"
+
+
+def worker(todo, done, scratch: Path) -> None:
+    """Take (fault index, try) from a queue until it is empty; a process of its own, since forks of it are killed."""
+    from tests.faults.campaign import FAULTS, die_with_parent, try_fault
+    from tests.faults.workplace import preload
+
+    die_with_parent()
+    preload()
+    while (item := todo.get()) is not None:
+        started = time.monotonic()
+        lost = try_fault(FAULTS[item[0]], item[1], scratch)
+        done.put((*item, lost, time.monotonic() - started))
+
+
+def campaign(tries: list[tuple[int, int]], workers: int, scratch: Path, say=print) -> dict:
+    """{fault index: [None (survived) or what was lost, …]}."""
+    from tests.faults.campaign import FAULTS
+
+    context = multiprocessing.get_context("spawn")
+    todo, done = context.Queue(), context.Queue()
+    processes = [context.Process(target=worker, args=(todo, done, scratch / str(i))) for i in range(workers)]
+    for item in [*tries, *[None] * workers]:
+        todo.put(item)
+    for process in processes:
+        process.start()
+    outcomes: dict[int, list] = {}
+    for number in range(1, len(tries) + 1):
+        index, turn, lost, seconds = done.get()
+        outcomes.setdefault(index, []).append(lost)
+        say(
+            f"{number}/{len(tries)}  {FAULTS[index].name}, {FAULTS[index].phase} #{turn}: {lost or 'survived'}  {seconds:.0f} s"
+        )
+    for process in processes:
+        process.join()
+    return outcomes
+
+
+def rows_of(outcomes: dict) -> list[dict]:
+    """The table: one row per fault and phase."""
+    from tests.faults.campaign import FAULTS
+
+    rows = []
+    for index, found in sorted(outcomes.items()):
+        skipped = [f for f in found if f and f.startswith("skipped")]
+        lost = [f for f in found if f and not f.startswith("skipped")]
+        row = {"fault": FAULTS[index].name, "phase": FAULTS[index].phase, "tries": len(found),
+               "survived": found.count(None), "skipped": len(skipped)}  # fmt: skip
+        rows.append(row | ({"lost": lost} if lost else {}))
+    return rows
+
+
+def main() -> int:
+    """Run the campaign; exit 1 when anything was lost."""
+    options = argparse.ArgumentParser(prog="python -m tests.faults")
+    options.add_argument("--quick", action="store_true", help="the subset that `make test` runs")
+    options.add_argument("--only", help="faults whose name or phase holds this text")
+    options.add_argument("--record", action="store_true", help=f"write {RECORD.name}")
+    options.add_argument("--workers", type=int, default=2)
+    args = options.parse_args()
+    from rich.console import Console
+    from rich.table import Table
+
+    from tests.faults.campaign import FAULTS
+
+    chosen = [
+        (i, turn)
+        for i, one in enumerate(FAULTS)
+        if not args.only or args.only in f"{one.name} {one.phase}"
+        for turn in range(int(one.quick) if args.quick else one.tries)
+    ]
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
+        outcomes = campaign(chosen, args.workers, Path(scratch))
+    rows, minutes = rows_of(outcomes), (time.monotonic() - started) / 60
+    table = Table(title=f"{len(chosen)} faults in {minutes:.1f} minutes")
+    for heading in ("fault", "phase", "tries", "survived"):
+        table.add_column(heading)
+    for row in rows:
+        table.add_row(row["fault"], row["phase"], str(row["tries"] - row["skipped"]), str(row["survived"]))
+    Console().print(table)
+    lost = [row for row in rows if "lost" in row]
+    for row in lost:
+        print(f"LOST: {row['fault']}, {row['phase']}: {row['lost'][0]}")
+    if args.record:
+        from tests.bench.start import processor
+        from toolkit.train import commit
+
+        RECORD.write_text(json.dumps({"machine": f"{processor()}, {os.cpu_count()} cores", "date": time.strftime("%Y-%m-%d"), "commit": commit(),
+                                      "minutes": round(minutes, 1), "rows": rows}, indent=1) + "\n")  # fmt: skip
+    return bool(lost)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
