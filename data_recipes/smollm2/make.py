@@ -109,7 +109,9 @@ def write_weights(tensors: list, header: dict, folder: Path) -> None:
     weights = {}
     for tensor in tensors:
         values = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
-        name = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}.get(tensor.name)
+        name = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}.get(
+            tensor.name
+        )
         if name is None:
             _, layer, part, _ = tensor.name.split(".")
             name = f"model.layers.{layer}.{RENAMED[part]}.weight"

@@ -410,10 +410,12 @@ def wandb_stalls(place: Workplace, turn: int) -> None:
 # --- running them -------------------------------------------------------------------------------------------------------------
 
 
-@functools.cache
+@functools.cache  # an undisturbed run that fails is not remembered, and fails every fault that needs it
 def reference(kind: str, scratch: Path) -> dict:
     """The files of an undisturbed run of a kind."""
-    place = Workplace(scratch / f"reference-{kind}")
+    folder = scratch / f"reference-{kind}"
+    shutil.rmtree(folder, ignore_errors=True)
+    place = Workplace(folder)
     for command in {"trained": [TRAIN], "exported": [TRAIN, EXPORT], "mixed": [MIX, TRAIN], "swept": [SWEEP]}[kind]:
         must(place, command)
     return swept(place) if kind == "swept" else place.result()
@@ -431,9 +433,9 @@ def swept(place: Workplace) -> dict:
 
 def try_fault(one: Fault, turn: int, scratch: Path) -> str | None:
     """None when the run survived, otherwise what was lost; "skipped: …" where this machine cannot make the fault."""
-    expected = reference(one.ends_in, scratch) if one.ends_in else None
     place = Workplace(scratch / f"{random.getrandbits(64):016x}")
     try:
+        expected = reference(one.ends_in, scratch) if one.ends_in else None
         one.act(place, turn)
         if one.ends_in == "mixed":
             must(place, TRAIN)  # the mix is right if what is trained on it is

@@ -44,7 +44,7 @@ class Workplace:
     """One outputs folder, with commands run in it one after the other or side by side."""
 
     def __init__(self, folder: Path):
-        self.outputs, self.count = folder, 0
+        self.outputs, self.count = folder.resolve(), 0
         folder.mkdir(parents=True, exist_ok=True)
         self.limit = 300.0
         """Seconds after which a command is taken to hang."""
