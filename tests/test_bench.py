@@ -46,7 +46,7 @@ def test_text_rows_are_the_same_tokens(tokenizer):
 
 
 def test_flops_equal_a_count_by_hand():
-    shape = fit.facts(SHAPE)
+    shape = fit.shape(SHAPE)
     layer = 128 * 128 + 2 * 128 * 64 + 128 * 128 + 3 * 128 * 256  # q, k and v, o, MLP
     head = 2048 * 128
     forward = 2 * (2 * layer + head) * 10  # a multiplication and an addition a weight and token, 10 tokens
@@ -67,7 +67,7 @@ def test_random_weights_load_whole_and_weigh_what_fit_says(tmp_path, tied):
 
     config = json.loads((ROOT / SHAPE).read_text()) | {"tie_word_embeddings": tied}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    folder = weights.write(tmp_path / "model", fit.facts(str(tmp_path)))
+    folder = weights.write(tmp_path / "model", config)
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
@@ -108,7 +108,7 @@ def test_a_way_that_fails_is_kept_with_its_reason(tmp_path):
 
 def test_a_failure_that_is_not_of_memory_says_nothing_about_a_forecast(work, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # without CUDA the cap itself fails
-    run = cards.tried(ways.Job("ours", str(work), SHAPE, cap=2**30, **TINY), fit.card(8))
+    run = cards.tried(ways.Job("ours", str(work), SHAPE, cap=2**30, **TINY), fit.usable_vram(8))
     assert run["says"] is True
     assert run["fits"] is None
     assert run["failed"]

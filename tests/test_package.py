@@ -12,7 +12,7 @@ from toolkit.files import ROOT
 # The pipeline, left to right: a module uses only modules before it.
 ORDER = """files family progress install recipe
 sources.readers sources.conversation sources.formats sources render dedup lint mix show
-fit.shapes fit.memory fit.gauge fit model generate tracking callbacks train
+fit model generate tracking callbacks train
 evaluate.stats evaluate.questions evaluate.score evaluate.base_replies evaluate.subject evaluate.text evaluate folders compare report
 export.ledger export.merge export.gguf_file export.parity export.certificate export.model_card export
 serve.request serve.splitter serve.batcher serve.llama serve.engine serve.api serve serve.chat serve.batch

@@ -253,43 +253,29 @@ def evaluate(args):
 @verb(
     *RECIPE,
     arg("--model", help="forecast this model instead of the recipe's, e.g. unsloth/Qwen3-8B-unsloth-bnb-4bit"),
-    arg("--vram", type=float, metavar="GB", help="the card, e.g. 8; default: the one here"),
+    arg("--vram", type=float, default=0, metavar="GB", help="plan for a card of this size; default: the one here"),
     arg("--measure", action="store_true", help="compile the mix and take its longest row"),
     arg("--table", action="store_true", help="every Qwen3 on cards of 6 to 24 GB"),
 )
 def fit(args):
     """Say what a run will need in memory, before it is run, and what would make it fit."""
-    from toolkit import fit, recipe
-
-    if args.table:
-        fit.show_table()
-        return
-    vram = fit.card(args.vram) if args.vram else _memory_here()
-    found = _recipe(args) if args.recipe or not args.model else recipe.load("hybrid", args.overrides)
-    name = args.model or found.model.model_name
-    name = fit.choose_model(vram, found) if name == "auto" else name
-    longest, lengths = _lengths(found) if args.measure else (None, ())
-    fit.show(fit.forecast(fit.settings(found, longest), name), vram, lengths)
-
-
-def _memory_here() -> int:
-    """This machine's GPU memory in bytes, or an 8 GB card's where there is none."""
     import torch
 
-    from toolkit import fit
+    from toolkit import fit, mix, recipe
 
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    console().print("no CUDA card here: an 8 GB card is assumed (--vram)")
-    return fit.card(8)
-
-
-def _lengths(recipe):
-    """Longest row and all row lengths of the compiled mix."""
-    from toolkit import mix
-
-    lengths = [len(row.ids) for row in mix.compile_mix(recipe).train]
-    return max(lengths), lengths
+    if args.table:
+        fit.show_table(console=console())
+        return
+    found = _recipe(args) if args.recipe or not args.model else recipe.load("hybrid", args.overrides)
+    if not args.vram and not torch.cuda.is_available():
+        console().print("no CUDA card here: planned for one of 8 GB (--vram)")
+        args.vram = 8
+    vram = fit.usable_vram(args.vram)
+    longest, lengths = None, []
+    if args.measure:
+        lengths = [len(row.ids) for row in mix.compile_mix(found).train]
+        longest = max(lengths)
+    fit.show(fit.forecast(found, args.model, longest=longest, vram=vram), vram, lengths, console())
 
 
 @verb(

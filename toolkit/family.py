@@ -61,7 +61,7 @@ FAMILIES = (
         QWEN3_SAMPLING,
         switches=True,
         licence="by the Qwen team, Apache-2.0",
-        recommended=tuple(f"unsloth/Qwen3-{s}-unsloth-bnb-4bit" for s in ("0.6B", "1.7B", "4B", "8B", "14B")),
+        recommended=tuple(f"unsloth/Qwen3-{s}-unsloth-bnb-4bit" for s in ("0.6B", "1.7B", "4B", "8B", "14B", "32B")),
     ),
     Family("Qwen3 MoE", ("qwen3_moe",), None, QWEN3_SAMPLING, switches=True, licence="by the Qwen team, Apache-2.0"),
     Family("Qwen2.5", ("qwen2",), "qwen2", licence="by the Qwen team, see its model card"),

@@ -4,7 +4,6 @@ path, *overrides = pick("data_recipes/quickstart.yaml", "data_recipes/pocket.yam
 """
 
 import contextlib
-import dataclasses
 import functools
 import gc
 import io
@@ -77,25 +76,22 @@ def choose(gpu: str, cpu: str, changes: str = "") -> Recipe:
 
 
 def vram(gigabytes: float = 0) -> int:
-    """Bytes of a card sold as so many GB; at 0 the card here, or one of 8 GB where there is none, and says which."""
+    """Usable bytes of a card sold as so many GB; at 0 of the card here, or of one of 8 GB where there is none."""
     import torch
 
     from toolkit import fit
 
-    if not gigabytes and torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    print(f"planned for a card of {gigabytes or 8:g} GB" + ("" if gigabytes else ", as none is here"))
-    return fit.card(gigabytes or 8)
+    if not gigabytes and not torch.cuda.is_available():
+        print("planned for a card of 8 GB, as none is here")
+        gigabytes = 8
+    return fit.usable_vram(gigabytes)
 
 
 def forecast(recipe: Recipe, vram: int):
-    """A recipe's memory on a card: `auto` is the model that would be chosen for it, replies are batched as will fit."""
+    """A recipe's memory on a card, as `python -m toolkit fit` prints it."""
     from toolkit import fit
 
-    name = recipe.model.model_name
-    planned = fit.forecast(recipe, fit.choose_model(vram, recipe) if name == "auto" else name)
-    batch = fit.generation_batch(planned, vram)
-    return fit.forecast(dataclasses.replace(planned.settings, generation_batch=batch), planned.facts)
+    return fit.as_trained(fit.forecast(recipe, vram=vram), vram)
 
 
 def memory(folder: Path) -> str:

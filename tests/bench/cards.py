@@ -18,7 +18,7 @@ from toolkit.recipe import load
 
 RECORD = ROOT / "data_recipes" / "measured" / "cards_gpu.json"
 CARDS = (8, 12, 16, 24)
-PHASES = ("load", "training", "evaluation")
+PHASES = ("load", "training", "validation")
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of GPU memory")
 
 
@@ -32,9 +32,9 @@ def measure(
         with speed.workplace(size) as work:
             record["hardware"] = speed.succeed(ways.Job("rate", work))["hardware"]
             memory = record["hardware"].get("memory_bytes", math.inf)
-            for gigabytes in (gb for gb in cards if fit.card(gb) <= memory):
-                job = ways.Job("ours", work, size, recipe, cap=fit.card(gigabytes) - fit.CONTEXT, **steps)
-                run = {"size": size, "card": gigabytes} | tried(job, fit.card(gigabytes))
+            for gigabytes in (gb for gb in cards if fit.usable_vram(gb) <= memory):
+                job = ways.Job("ours", work, size, recipe, cap=fit.usable_vram(gigabytes) - fit.CONTEXT, **steps)
+                run = {"size": size, "card": gigabytes} | tried(job, fit.usable_vram(gigabytes))
                 record["runs"].append(run)
                 start.keep(record, file)
                 say(f"{size} on {gigabytes} GB: {_cell(run)}")

@@ -26,7 +26,6 @@ import numpy as np
 
 from toolkit import fit, mix
 from toolkit.files import ROOT
-from toolkit.fit.shapes import linear_parameters, lora_tensors
 from toolkit.recipe import Recipe, load
 
 REFERENCE = "data_recipes/unsloth_reference.yaml"
@@ -101,14 +100,14 @@ def rows(tokenizer, count: int, max_length: int, full: bool = False) -> list[mix
     return longest + [row for row in made if row not in longest]
 
 
-def flops(shape: fit.Facts, lengths: list[int], lora: int) -> int:
+def flops(shape: fit.Shape, lengths: list[int], lora: int) -> int:
     """FLOPs the model needs to train rows of these lengths, `lora` trained parameters beside the frozen ones.
 
     A token and weight: 6 (PaLM, arXiv:2204.02311, appendix B), but 4 where the weight is frozen and needs no gradient of
     its own. Attention: 12 x layers x heads x head_dim x length^2 a row there, half of it as it is causal (arXiv:2307.08691,
     section 4.1). Embeddings are looked up, the head multiplies. What checkpointing computes twice counts once.
     """
-    frozen = linear_parameters(shape) + shape.vocab_size * shape.hidden_size
+    frozen = shape.linear_parameters + shape.vocab_size * shape.hidden_size
     attention = 6 * shape.num_hidden_layers * shape.q_dim * sum(n * n for n in lengths)
     return (4 * frozen + 6 * lora) * sum(lengths) + attention
 
@@ -120,7 +119,7 @@ def weights(job: Job) -> dict:
     """Write the random model, every linear layer in 4-bit: Unsloth's dynamic checkpoints keep some in 16-bit."""
     from tests.bench import weights
 
-    weights.write(job.model, fit.facts(job.size))
+    weights.write(job.model, weights.CONFIGS.get(job.size) or json.loads((ROOT / job.size).read_text(encoding="utf-8")))
     return {}
 
 
@@ -282,8 +281,8 @@ def _result(job: Job, plan: Recipe, drawn: list[mix.Row], ends: list[float], set
 
     steps = np.diff(ends).tolist()
     timed = drawn[job.warm_up * (len(drawn) // job.steps) :]
-    shape = fit.facts(str(job.model))
-    lora = sum(lora_tensors(shape, plan.lora.r, plan.lora.target_modules))
+    shape = fit.shape(str(job.model))
+    lora = sum(fit.lora_tensors(shape, plan.lora.r, plan.lora.target_modules))
     return {
         "step_seconds": [round(s, 4) for s in steps],
         "seconds": sum(steps[job.warm_up :]),

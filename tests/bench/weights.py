@@ -1,23 +1,23 @@
 """Random weights in a real Qwen3's shape, 4-bit as Unsloth's `*-bnb-4bit` checkpoints, written a layer at a time.
 
-weights.write(Path("/tmp/4B"), fit.facts("4B"))     # model_name: /tmp/4B; no download
+from pathlib import Path; from tests.bench import weights; weights.write(Path("/tmp/4B"), weights.CONFIGS["4B"])     # model_name: /tmp/4B; no download
 """
 
 import itertools
 import json
 from pathlib import Path
 
-from toolkit.files import POCKET
-from toolkit.fit.shapes import Facts
+from toolkit.files import POCKET, ROOT
 
 SEED, SCALE = 3407, 0.02
+CONFIGS = json.loads((ROOT / "tests/data/qwen3_configs.json").read_text(encoding="utf-8"))["configs"]
 SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
     "vocab_size", "tie_word_embeddings",
 )  # fmt: skip
 
 
-def write(folder: Path, shape: Facts) -> Path:
+def write(folder: Path, shape: dict) -> Path:
     """config.json, the pocket model's tokenizer, and one safetensors file a layer; the vocabulary is the shape's own."""
     import torch
     from safetensors.torch import save_file
@@ -27,7 +27,7 @@ def write(folder: Path, shape: Facts) -> Path:
     tokenizer.save_pretrained(folder)
     nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     config = Qwen3Config(
-        **{name: getattr(shape, name) for name in SIZES},
+        **{name: shape[name] for name in SIZES if name in shape},
         architectures=["Qwen3ForCausalLM"],
         dtype="bfloat16",
         max_position_embeddings=40960,
@@ -41,7 +41,7 @@ def write(folder: Path, shape: Facts) -> Path:
         empty = Qwen3ForCausalLM(config).state_dict()
     torch.manual_seed(SEED)
     index = {}
-    if shape.tie_word_embeddings:
+    if shape["tie_word_embeddings"]:
         del empty["lm_head.weight"]
     layers = itertools.groupby(empty, lambda name: name.partition(".layers.")[2].partition(".")[0])
     for number, (_, names) in enumerate(layers):
