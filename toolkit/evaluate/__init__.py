@@ -11,23 +11,24 @@ tuned), metric, question (or probe, or held-out row), value, weight. All numbers
 
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
 import pandas as pd
 
-from toolkit.evaluate.questions import LEVELS, Ask, Level, choose, fingerprint, load_probes, plan, sized
+from toolkit.evaluate.questions import LEVELS, Ask, choose, fingerprint, load_probes, plan, sized
 from toolkit.evaluate.score import Judge, marks
 from toolkit.evaluate.stats import difference, interval, is_rate
-from toolkit.evaluate.subject import Subject, bind
+from toolkit.evaluate.subject import LoadedRun
 from toolkit.evaluate.text import show, summary, table, verdict
-from toolkit.files import ToolkitError, finite, outputs, read_json
+from toolkit.family import mode_title
+from toolkit.files import ToolkitError, finite, outputs
 from toolkit.generate import Reply
 from toolkit.progress import Progress
 
-__all__ = ["evaluate", "is_rate", "read", "score", "show", "summarize", "summary", "table", "verdict"]
+__all__ = ["evaluate", "is_rate", "score", "show", "summarize", "summary", "table", "verdict"]
 
 COLUMNS = ["section", "model", "metric", "question", "value", "weight"]
 MODELS = ("base", "tuned")
@@ -60,57 +61,27 @@ def evaluate(
     recipe's: runs that differ in their training seed must be asked alike. The base's replies are kept in `cache`
     (default: .base_replies under the outputs) for the next evaluation. `console` is a rich one that shows progress.
     Raises ToolkitError without questions."""
-    from rich.console import Console
-
-    console = console or Console()
-    size, limit = sized(level, steps), max_new_tokens or LEVELS[level].max_new_tokens
-    with Progress(console, "evaluating", total=0) as progress:
-        subject = bind(
-            model,
-            tokenizer,
-            seed=seed,
-            max_new_tokens=limit,
-            batch_size=batch_size,
-            progress=progress,
-            cache=cache or outputs() / ".base_replies",
-        )
-
-        def announce(budget: dict) -> None:
-            progress.total = budget["replies"]
-            console.print(
-                f"{level} evaluation: {budget['replies']} replies (base and tuned, {' and '.join(subject.modes)}) of at "
-                f"most {limit} tokens, {budget['probes']} probes, {budget['validation_rows']} held-out rows"
-            )
-
-        return score(
-            subject,
-            questions,
-            chat_questions,
-            load_probes() if probes is None else probes,
-            validation,
-            level=level,
-            size=size,
-            seed=seed,
-            max_new_tokens=limit,
-            announce=announce,
-        )
+    limit, cache = max_new_tokens or LEVELS[level].max_new_tokens, cache or outputs() / ".base_replies"
+    subject = LoadedRun(model, tokenizer, cache, seed, limit, batch_size)
+    probes = load_probes() if probes is None else probes
+    return score(subject, questions, chat_questions, probes, validation, level=level, steps=steps, console=console)
 
 
 def score(
-    subject: Subject,
+    subject,
     questions: Sequence[dict],
     chat_questions: Sequence[dict],
     probes: Sequence[dict],
     validation: Sequence[dict],
     *,
     level: str,
-    seed: int,
-    max_new_tokens: int,
-    size: Level | None = None,
-    announce=None,
+    steps: int | None = None,
+    console=None,
 ) -> dict:
-    """The same for anything that replies; `announce(budget)` is called before the first question."""
-    size, started = size or LEVELS[level], time.perf_counter()
+    """The same for anything that replies as a LoadedRun does."""
+    from rich.console import Console
+
+    size, started, console = sized(level, steps), time.perf_counter(), console or Console()
     asked = [{**q, "chat": False} for q in choose(questions, size.questions, "set")]
     asked += [{**q, "chat": True} for q in choose(chat_questions, size.questions, "set")]
     if not asked:
@@ -121,39 +92,42 @@ def score(
     probes = choose(probes, size.probes * len(kinds), "category", "language")
     validation = choose(validation, size.validation, "source", "mode")
     plans = {mode: plan(asked, mode, size, switches=subject.switches) for mode in subject.modes}
-    budget = {
-        "replies": 2 * sum(map(len, plans.values())),
-        "samples": size.samples,
-        "max_new_tokens": max_new_tokens,
-        "probes": len(probes),
-        "probe_tokens": size.probe_tokens,
-        "validation_rows": len(validation),
-    }
-    if announce:
-        announce(budget)
-    replies = {(m, on): subject.reply([ask.messages for ask in plans[m]], m, on) for m in plans for on in (False, True)}
-    with Judge() as judge:
+    total = 2 * sum(map(len, plans.values()))
+    console.print(
+        f"{level} evaluation: {total} replies (base and tuned, {' and '.join(map(mode_title, plans))}) of at most "
+        f"{subject.max_new_tokens} tokens, {len(probes)} probes, {len(validation)} held-out rows"
+    )
+    with Progress(console, "evaluating", total + len(plans) * len(probes)) as progress, Judge() as judge:
+        replies = {
+            (mode, adapter): subject.reply([ask.messages for ask in asks], mode, adapter, progress)
+            for mode, asks in plans.items()
+            for adapter in (False, True)
+        }
         rows = [row for mode in plans for row in mode_rows(subject, mode, plans[mode], replies, asked, judge)]
-    rows += forgetting_rows(subject, probes, validation, size.probe_tokens)
+        rows += forgetting_rows(subject, probes, validation, size.probe_tokens, progress)
+    what = {"questions": asked, "probes": probes, "validation": validation}
     result = {
         "level": level,
-        "seed": seed,
+        "seed": subject.seed,
         "modes": list(subject.modes),
-        "budget": budget,
+        "budget": {
+            "replies": total,
+            "samples": size.samples,
+            "max_new_tokens": subject.max_new_tokens,
+            "probes": len(probes),
+            "probe_tokens": size.probe_tokens,
+            "validation_rows": len(validation),
+        },
         "seconds": round(time.perf_counter() - started, 2),
         "answer_timeouts": judge.timeouts,
-        "fingerprints": {
-            "questions": fingerprint(asked),
-            "probes": fingerprint(probes),
-            "validation": fingerprint(validation),
-        },
-        **summarize(pd.DataFrame(rows, columns=COLUMNS), seed),
+        "fingerprints": {name: fingerprint(rows) for name, rows in what.items()},
+        **summarize(pd.DataFrame(rows, columns=COLUMNS), subject.seed),
         "samples": samples(plans, replies, asked),
     }
     return finite(result | {"verdict": verdict(result)})
 
 
-def mode_rows(subject: Subject, mode: str, asks: list[Ask], replies: dict, asked: list[dict], judge) -> Iterator[tuple]:
+def mode_rows(subject, mode: str, asks: list[Ask], replies: dict, asked: list[dict], judge) -> Iterator[tuple]:
     """Rows of the long table for one mode: what each reply of base and tuned scores."""
     hybrid = len(subject.modes) > 1
     usual = usual_tokens(asks, replies[mode, False])
@@ -177,10 +151,10 @@ def usual_tokens(asks: list[Ask], base: list[Reply]) -> dict[tuple[int, str], fl
     return {key: max(mean(tokens), typical, 1) for key, tokens in lengths.items()}
 
 
-def forgetting_rows(subject: Subject, probes: list[dict], validation: list[dict], tokens: int) -> Iterable[tuple]:
+def forgetting_rows(subject, probes: list[dict], validation: list[dict], tokens: int, progress) -> Iterator[tuple]:
     """Rows for NLL and KL per token on the base's own greedy answers to the probes, and held-out loss by source."""
     for mode in subject.modes:
-        found = subject.divergence(subject.own([p["messages"] for p in probes], mode, tokens))
+        found = subject.divergence(subject.own([p["messages"] for p in probes], mode, tokens, progress))
         for i, (probe, sums) in enumerate(zip(probes, found, strict=True)):
             counts = int(probe["category"] not in MAY_CHANGE)
             parts = {"": counts, f"/{probe['category']}": 1} | ({f"/{mode}": counts} if len(subject.modes) > 1 else {})
@@ -217,30 +191,10 @@ def summarize(long: pd.DataFrame, seed: int) -> dict:
 
 def samples(plans: dict, replies: dict, asked: list[dict], count: int = 8) -> list[dict]:
     """A few prompts of each mode with both models' replies, for people to read."""
-    chosen = [
-        (mode, i)
-        for mode, asks in plans.items()
-        for i in np.linspace(0, len(asks) - 1, min(count, len(asks))).astype(int).tolist()
-    ]
-    return [
-        {
-            "mode": mode,
-            "purpose": plans[mode][i].purpose,
-            "prompt": plans[mode][i].messages[-1]["content"],
-            "expected_answer": asked[plans[mode][i].question]["expected_answer"],
-            "base": replies[mode, False][i].text,
-            "tuned": replies[mode, True][i].text,
-        }
-        for mode, i in chosen
-    ]
-
-
-def read(folder: Path) -> dict:
-    """A run's eval.json. Raises ToolkitError naming the file when it is missing, damaged, or from another program."""
-    result = read_json(folder / "eval.json")
-    if missing := [key for key in ("base", "tuned", "difference") if not isinstance(result.get(key), dict)]:
-        raise ToolkitError(
-            f"{folder / 'eval.json'}: no {', '.join(missing)} in it: evaluate again: "
-            f"python -m toolkit evaluate {folder.name}"
-        )
-    return result
+    rows = []
+    for mode, asks in plans.items():
+        for i in np.linspace(0, len(asks) - 1, min(count, len(asks))).astype(int).tolist():
+            row = {"mode": mode, "purpose": asks[i].purpose, "prompt": asks[i].messages[-1]["content"]}
+            row["expected_answer"] = asked[asks[i].question]["expected_answer"]
+            rows.append(row | {name: replies[mode, on][i].text for name, on in (("base", False), ("tuned", True))})
+    return rows

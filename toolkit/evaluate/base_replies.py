@@ -24,7 +24,7 @@ def remembered(folder: Path, key: dict, compute: Callable[[], list[dict]]) -> tu
     if file.is_file():
         try:
             stored = read_json(file)
-            if stored["key"] == key and stored["sha256"] == _digest(stored["rows"]):
+            if _digest(stored["key"]) == _digest(key) and stored["sha256"] == _digest(stored["rows"]):
                 return stored["rows"], True
         except (ToolkitError, KeyError):
             pass  # damaged: written anew below
@@ -37,13 +37,15 @@ def _digest(value) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def base_replies_key(model, weights: str, mode: str) -> dict:
-    """What decides the replies of a base besides its prompts: weights, positions, sampling, and what computes them."""
+def base_key(model, mode: str, decides: dict) -> dict:
+    """Everything that decides a base's replies: `decides`, and the model's positions, sampling, device and libraries.
+    Not the batch size: that decides rounding alone."""
     import torch
 
     cuda = model.device.type == "cuda"
     return {
-        "weights": weights,
+        **decides,
+        "prompts": _digest(decides["prompts"]),
         "positions": model.config.get_text_config().to_dict().get("rope_parameters"),
         "mode": mode,
         "sampling": sampling_values(model, mode),

@@ -1,17 +1,16 @@
-"""What evaluation asks of a model, as four functions: a loaded run binds them, a test scripts them.
+"""What evaluation asks of a model: replies, the chance of a think block, how far tuned is from base.
 
-subject = bind(model, tokenizer, seed=3407, max_new_tokens=1024)
+subject = LoadedRun(model, tokenizer, cache=Path("outputs/.base_replies"))
 subject.reply([[{"role": "user", "content": "12 + 30?"}]], "thinking", True)  # True: with the adapter
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from toolkit.evaluate.base_replies import base_replies_key, checksum, remembered
-from toolkit.evaluate.questions import fingerprint
-from toolkit.family import MODES, family_of
+from toolkit.evaluate.base_replies import base_key, checksum, remembered
+from toolkit.family import family_of
 from toolkit.files import ToolkitError
 from toolkit.generate import (
     Reply,
@@ -35,76 +34,66 @@ CHUNK = 128
 """Positions whose full distributions are compared at once in float32 (78 MB each at Qwen3's 151,936 entries)."""
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A base and its tuned version."""
+@dataclass
+class LoadedRun:
+    """A PeftModel as base and tuned, which differ by nothing but the adapter; tests script a class like it."""
 
-    reply: Callable[[list[list[dict]], str, bool], list[Reply]]
-    """(conversations, mode, adapter on?) → a reply each."""
-    first: Callable[[list[list[dict]], str, bool], list[float]]
-    """(conversations, mode, adapter on?) → the probability that the first new token is `<think>`."""
-    own: Callable[[list[list[dict]], str, int], list[dict]]
-    """(conversations, mode, tokens) → the base's greedy answers as rows {"input_ids", "prompt_length"}."""
-    divergence: Callable[[list[dict]], list[dict]]
-    """rows → sums over each completion: {"tokens", "base": NLL in nats, "tuned": NLL, "kl": of tuned from base}."""
-    modes: tuple[str, ...] = MODES
-    switches: bool = True
-    """Whether it obeys /think and /no_think."""
+    model: object
+    tokenizer: object
+    cache: Path
+    """Folder of the base's replies."""
+    seed: int = 3407
+    max_new_tokens: int = 1024
+    batch_size: int = 32
 
+    def __post_init__(self):
+        if not hasattr(self.model, "disable_adapter"):
+            raise ToolkitError("evaluation needs a PeftModel: its base is the model with the adapter switched off")
+        self.modes = modes_of(self.tokenizer)
+        self.switches = len(self.modes) > 1 and family_of(self.model.config.model_type).switches
+        """Whether it obeys /think and /no_think."""
+        self.weights = checksum(self.model)
 
-def bind(
-    model,
-    tokenizer,
-    *,
-    seed: int,
-    max_new_tokens: int,
-    batch_size: int = 32,
-    progress=None,
-    cache: Path | None = None,
-) -> Subject:
-    """The four functions of a loaded run (a PeftModel): base and tuned differ by nothing but the adapter.
+    def reply(
+        self, conversations: list[list[dict]], mode: str, adapter: bool, progress=None, **settings
+    ) -> list[Reply]:
+        """A reply to each conversation; the base's are kept for the next evaluation. `progress` is a toolkit.progress."""
+        settings = {"max_new_tokens": self.max_new_tokens, "seed": self.seed, "greedy": False} | settings
+        settings["progress"] = progress and progress.advance
 
-    `progress` has `advance(n)` and `skip(n)` (toolkit.progress); `cache` is the folder of the base's replies."""
-    if not hasattr(model, "disable_adapter"):
-        raise ToolkitError("evaluation needs a PeftModel: its base is the model with the adapter off (get_peft_model)")
-    limits = {"max_new_tokens": max_new_tokens, "seed": seed, "batch_size": batch_size}
-    modes = modes_of(tokenizer)
-    weights = cache and checksum(model)
-
-    def base_key(conversations, mode, **settings):
-        """What decides the base's replies; the batch size, which only decides their rounding, is left out."""
-        ids = prompts(tokenizer, conversations, mode)[1]
-        return base_replies_key(model, weights, mode) | {"prompts": fingerprint(ids)} | settings
-
-    def reply(conversations, mode, adapter):
         def ask() -> list[dict]:
-            advance = progress and progress.advance
-            with switched(model, adapter):
-                return [asdict(r) for r in generate(model, tokenizer, conversations, mode, progress=advance, **limits)]
+            with switched(self.model, adapter):
+                size = self.batch_size
+                replies = generate(self.model, self.tokenizer, conversations, mode, batch_size=size, **settings)
+            return [asdict(reply) for reply in replies]
 
-        if adapter or not cache:
+        if adapter:
             return [Reply(**row) for row in ask()]
-        key = base_key(conversations, mode, max_new_tokens=max_new_tokens, seed=seed)
-        rows, found = remembered(cache, key, ask)
+        ids = prompts(self.tokenizer, conversations, mode)[1]
+        decides = {k: v for k, v in settings.items() if k != "progress"} | {"weights": self.weights, "prompts": ids}
+        rows, found = remembered(self.cache, base_key(self.model, mode, decides), ask)
         if found and progress:
             progress.skip(len(rows))
         return [Reply(**row) for row in rows]
 
-    def first(conversations, mode, adapter):
-        with switched(model, adapter):
-            return think_probability(model, tokenizer, conversations, mode, batch_size=batch_size)
+    def first(self, conversations: list[list[dict]], mode: str, adapter: bool) -> list[float]:
+        """The probability of each conversation that the first new token is `<think>`."""
+        with switched(self.model, adapter):
+            return think_probability(self.model, self.tokenizer, conversations, mode, batch_size=self.batch_size)
 
-    def own(conversations, mode, tokens):
-        def ask() -> list[dict]:
-            with switched(model, adapter=False):
-                greedy = limits | {"max_new_tokens": tokens}
-                replies = generate(model, tokenizer, conversations, mode, greedy=True, **greedy)
-            return answered_rows(tokenizer, conversations, mode, replies)
+    def own(self, conversations: list[list[dict]], mode: str, tokens: int, progress=None) -> list[dict]:
+        """The base's greedy answers as rows {"input_ids", "prompt_length"}, the end-of-turn token included."""
+        asked = prompts(self.tokenizer, conversations, mode)[1]
+        replies = self.reply(conversations, mode, False, progress, max_new_tokens=tokens, greedy=True)
+        rows, end = [], [closing_token(self.tokenizer)]
+        for ids, reply in zip(asked, replies, strict=True):
+            said = self.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
+            rows.append({"input_ids": ids + said + end * reply.finished, "prompt_length": len(ids)})
+        return rows
 
-        return remembered(cache, base_key(conversations, mode, greedy=tokens), ask)[0] if cache else ask()
-
-    switches = len(modes) > 1 and family_of(model.config.model_type).switches
-    return Subject(reply, first, own, lambda rows: divergence(model, tokenizer, rows, batch_size), modes, switches)
+    def divergence(self, rows: Sequence[dict]) -> list[dict]:
+        """Sums over each row's completion: {"tokens", "base": NLL in nats, "tuned": NLL, "kl": of tuned from base}."""
+        return divergence(self.model, self.tokenizer, rows, self.batch_size)
 
 
 @contextlib.contextmanager
@@ -171,13 +160,3 @@ def _token_sums(pair: list, targets) -> dict:
     base, tuned = pair
     nll = [-x.gather(-1, targets[..., None])[..., 0] for x in pair]
     return {"base": nll[0], "tuned": nll[1], "kl": (base.exp() * (base - tuned)).sum(-1)}
-
-
-def answered_rows(tokenizer, conversations: list[list[dict]], mode: str, replies: list[Reply]) -> list[dict]:
-    """Prompts with their replies as rows {"input_ids", "prompt_length"}, the end-of-turn token included."""
-    _, asked = prompts(tokenizer, conversations, mode)
-    said = tokenizer([r.text for r in replies], add_special_tokens=False)["input_ids"] if replies else []
-    closing = closing_token(tokenizer)
-    ends = [[closing] if r.finished and closing is not None else [] for r in replies]
-    rows = zip(asked, said, ends, strict=True)
-    return [{"input_ids": ids + new + end, "prompt_length": len(ids)} for ids, new, end in rows]
