@@ -1,12 +1,21 @@
 """Guards for the whole: imports point left, nothing heavy at import, every module says what it is and how to use it."""
 
 import ast
+import builtins
+import contextlib
+import importlib
+import inspect
+import re
+import shlex
 import subprocess
 import sys
+import textwrap
 import time
+from pathlib import Path
 
 import pytest
 
+from toolkit import __main__ as cli
 from toolkit.files import ROOT
 
 # The pipeline, left to right: a module uses only modules before it.
@@ -43,11 +52,90 @@ def test_imports_point_left(path):
     assert imported(path) <= set(before)
 
 
+def usage(path) -> str:
+    """The second paragraph of a module's docstring: one line of use, what stands after five spaces left out."""
+    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    paragraph = textwrap.dedent(([*text.split("\n\n", 2), ""])[1])
+    return re.sub(r"(?m) {5,}\S.*$", "", paragraph).strip()
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words after `python -m toolkit` in a usage line."""
+    return [shlex.split(found) for found in re.findall(r"(?m)python -m toolkit ([^`\n]+)", text)]
+
+
+def called(tree: ast.AST, names: dict) -> list[tuple[object, ast.Call]]:
+    """(function, call) for every call in a usage line; a method of something unknown is left out. Raises NameError."""
+    found = []
+    for node in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        chain, root = [], node.func
+        while isinstance(root, ast.Attribute):
+            chain, root = [root.attr, *chain], root.value
+        if not isinstance(root, ast.Name) or (root.id not in names and chain):
+            continue
+        if root.id not in names:
+            raise NameError(f"{root.id} is not defined")
+        function = names[root.id]
+        for attribute in chain:
+            function = getattr(function, attribute)
+        found.append((function, node))
+    return found
+
+
+def bind(function, call: ast.Call) -> None:
+    """Raises TypeError where a call does not fit the function's signature."""
+    if any(isinstance(a, ast.Starred) for a in call.args) or any(k.arg is None for k in call.keywords):
+        return
+    with contextlib.suppress(ValueError):  # some builtins have no signature
+        inspect.signature(function).bind(*call.args, **{k.arg: k.value for k in call.keywords})
+
+
+# Cheap enough to run; elsewhere names are resolved and calls bound to their signatures.
+EXECUTED = (
+    "recipe sources sources.readers sources.conversation sources.formats evaluate.score fit serve.splitter".split()
+)
+
+
+UNDER_WAY = "callbacks export.merge model report serve.engine train".split()
+"""Usage lines that do not run yet: their modules are being rewritten. The last step empties this."""
+
+
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_every_module_says_what_it_is_and_shows_one_line_of_use(path):
-    text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-    assert text
-    assert "(" in text or "`" in text or "import" in text
+def test_the_usage_line_of_every_module_runs(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text, name = usage(path), name_of(path)
+    if name in UNDER_WAY:
+        pytest.xfail("being rewritten")
+    assert text, "the docstring's second paragraph is one line of use"
+    for words in commands(text):
+        try:
+            cli.parser().parse_args(cli.take_overrides(words)[0])
+        except SystemExit as end:
+            assert end.code == 0, words  # noqa: PT017 - argparse ends --help this way, and a mistake with another code
+    if text.startswith(("python -m", "`python -m")):
+        return
+    module = importlib.import_module(f"toolkit.{name}")
+    parent, _, last = f"toolkit.{name}".rpartition(".")
+    names = vars(builtins) | {"Path": Path} | vars(importlib.import_module(parent)) | {last: module} | vars(module)
+    tree = ast.parse(text)
+    assigned = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    for node in (n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom)):
+        exec(ast.unparse(node), names)
+    if name in EXECUTED:
+        exec(text, names)
+    for function, call in called(tree, {key: value for key, value in names.items() if key not in assigned}):
+        bind(function, call)
+
+
+@pytest.mark.xfail(strict=False, reason="the rebuild is under way: the last step removes this mark")
+def test_the_package_stays_small(capsys):
+    files = [p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py")]
+    lines = sum(len(text.splitlines()) for text in files)
+    nodes = sum(isinstance(n, ast.expr | ast.stmt) for text in files for n in ast.walk(ast.parse(text)))
+    with capsys.disabled():
+        print(f"\ntoolkit: {lines:,} lines (at most 7,000), {nodes:,} expressions and statements (at most 36,000)")
+    assert lines <= 7_000
+    assert nodes <= 36_000
 
 
 def test_importing_the_package_loads_neither_torch_nor_unsloth():

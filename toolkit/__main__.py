@@ -57,6 +57,10 @@ def main(argv: list[str] | None = None) -> int:
             words, overrides = take_overrides(words)
             parser().parse_args(words, args)
             args.overrides = [*getattr(args, "overrides", ()), *overrides]
+            if args.verb not in ("setup", "doctor"):
+                from toolkit import doctor
+
+                doctor.use_largest_card(print)
             return VERBS[args.verb][0](args) or 0
     except ToolkitError as error:
         if os.environ.get("TOOLKIT_DEBUG"):
@@ -194,6 +198,10 @@ def setup(args):  # noqa: ARG001 - every verb takes its arguments
     from toolkit import install
 
     install.setup()
+    from toolkit import doctor
+
+    for finding in doctor.gpu(doctor.look()):
+        print(f"{finding.what}: {finding.state}" + (f"\n  → {finding.fix}" if finding.fix else ""))
 
 
 @verb()

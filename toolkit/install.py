@@ -1,29 +1,42 @@
-"""Install requirements.txt into the Python that runs this: `python -m toolkit setup`. Standard library only."""
+"""Install requirements.txt into the Python that runs this: standard library only.
+
+python -m toolkit setup
+"""
 
 import hashlib
+import importlib.metadata
+import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements.txt"
 STAMP = Path(sys.prefix) / ".toolkit-requirements"
+TORCH = (2, 4), (2, 15)
+"""Unsloth's range, the end excluded. A torch inside it stays, whatever requirements.txt pins: it may be the only build for
+the driver here, and torchvision fits it (unsloth/import_fixes.py refuses a torchvision of another torch)."""
 
 
 def setup() -> None:
-    """Install what is pinned, then the one `--no-deps` line; does nothing when requirements.txt has not changed since.
+    """Install what is pinned, then the one `--no-deps` line; nothing where all of it is installed already.
 
-    A torch with CUDA that already works (Colab, a shared machine) is left alone. Raises SystemExit when pip fails.
+    Raises SystemExit when pip fails.
     """
     text = REQUIREMENTS.read_text(encoding="utf-8")
     digest = hashlib.sha256(text.encode()).hexdigest()
-    if STAMP.is_file() and STAMP.read_text() == digest:
+    if STAMP.is_file() and STAMP.read_text() == digest and not differing():
         return
     wanted = [line.split(" #")[0].strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    if _torch_has_cuda():
-        print("keeping the torch that is here: it already works with CUDA")
+    torch = installed("torch")
+    if torch_fits(torch):
+        print(f"keeping torch {torch}")
         wanted = [line for line in wanted if not line.startswith("torch==")]
+    elif torch:  # companions built for the old one would stop `import unsloth`
+        subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"])
     pip(*wanted)
     pip("--no-deps", *re.search(r"^# --no-deps (.*)$", text, re.MULTILINE)[1].split())
     STAMP.write_text(digest)
@@ -37,6 +50,48 @@ def pip(*packages: str) -> None:
         raise SystemExit("pip could not install the packages above: check the network, then run the same command again")
 
 
-def _torch_has_cuda() -> bool:
-    check = "import torch, sys; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", check], capture_output=True).returncode == 0
+def pins() -> Iterator[tuple[str, str]]:
+    """(package, version) of requirements.txt, the `--no-deps` line included."""
+    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#") or line.startswith("# --no-deps"):
+            yield from re.findall(r"([\w\-]+)==([^\s;]+)", line.split(" #")[0])
+
+
+def differing() -> list[str]:
+    """Packages that `setup` would install or replace, each with its version here and the pinned one."""
+    found = {name: (installed(name), version) for name, version in pins()}
+    return [
+        f"{name} {here or 'missing'} (pinned: {version})"
+        for name, (here, version) in found.items()
+        if (here or "").split("+")[0] != version and not (name == "torch" and torch_fits(here))
+    ]
+
+
+def installed(package: str) -> str | None:
+    """The installed version of a package; None where it is missing."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def torch_fits(version: str | None) -> bool:
+    """Whether a torch version is one that Unsloth accepts."""
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    return bool(found) and TORCH[0] <= (int(found[1]), int(found[2])) < TORCH[1]
+
+
+def replaced(modules: dict) -> list[str]:
+    """Imported packages of which another version is installed by now, e.g. `pyarrow 18.1.0 → 26.0.1`."""
+    loaded = {name: getattr(module, "__version__", None) for name, module in modules.items() if "." not in name}
+    here = {name: installed(name) for name, version in loaded.items() if isinstance(version, str)}
+    return [f"{n} {loaded[n]} → {v}" for n, v in here.items() if v and not v.startswith(loaded[n].split("+")[0])]
+
+
+def restart_if_replaced() -> None:
+    """For a notebook, after `setup`: restart the kernel where it holds modules of which set-up installed other versions.
+
+    Old and new files of one package do not work together (pyarrow: "IpcWriteOptions size changed")."""
+    if changes := replaced(sys.modules):
+        print(f"restarting the kernel, as set-up replaced {', '.join(changes)}: run all cells once more", flush=True)
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # Colab and Jupyter start a new one at once
