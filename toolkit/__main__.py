@@ -183,6 +183,7 @@ RECIPE = (
     arg("recipe", nargs="?", help="a YAML file or a name in data_recipes/; default: hybrid on a GPU with a Hub, else pocket"),
     arg("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=10 data.reasoning=0.5"),
 )  # fmt: skip
+DETAILS = arg("--details", action="store_true", help="show every metric in a table, not the verdict alone")
 FRESH = arg("--fresh", action="store_true", help="compile or train anew; an old run is moved aside")
 RUN = arg("run", type=Path, help="a run's folder, or its name under outputs/")
 SOURCES = {"dest": "source", "choices": ("adapter", "merged", "gguf")}
@@ -242,20 +243,20 @@ def mix(args):
     out.print(f"mix.json, mix.png and quarantine.jsonl: {mixed.folder}")
 
 
-@verb(*RECIPE, FRESH)
+@verb(*RECIPE, FRESH, DETAILS)
 def train(args):
     """Fine-tune by a recipe; an unfinished run resumes, a finished one is left alone."""
     from toolkit import run
 
-    run.train(_recipe(args), console(), fresh=args.fresh)
+    run.train(_recipe(args), console(), fresh=args.fresh, details=args.details)
 
 
-@verb(RUN, arg("--level", choices=("quick", "full"), help="default: the recipe's"))
+@verb(RUN, arg("--level", choices=("quick", "full"), help="default: the recipe's"), DETAILS)
 def evaluate(args):
     """Score a run against its own base, in every mode it has, with intervals."""
     from toolkit import run
 
-    run.evaluate(args.run, console(), level=args.level)
+    run.evaluate(args.run, console(), level=args.level, details=args.details)
 
 
 @verb(

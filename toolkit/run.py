@@ -86,7 +86,7 @@ def compile_mix(recipe: Recipe, console=None, *, fresh: bool = False):
     return mixed
 
 
-def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = True) -> Path:
+def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = True, details: bool = False) -> Path:
     """Compile, load, train, evaluate; ends with before and after in both modes. Returns the run's folder.
 
     An unfinished run of the same recipe goes on where it stopped; a finished one is left as it is.
@@ -120,14 +120,17 @@ def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = Tr
         training.train(recipe, mixed, model, tokenizer, folder, console, clock)
         loaded = model, tokenizer
     if training.is_main():
-        if score:
-            evaluate(folder, console, loaded=loaded)
         report(folder, console)
+        if score:
+            evaluate(folder, console, loaded=loaded, details=details)
+        else:
+            console.print(f"the run: {folder}\nnext:    python -m toolkit evaluate {folder.name}")
     return folder
 
 
-def evaluate(folder: str | Path, console=None, *, level: str | None = None, loaded=None) -> dict:
-    """Score a run against its own base; writes eval.json and the wandb summary, prints the table."""
+def evaluate(folder: str | Path, console=None, *, level: str | None = None, loaded=None, details: bool = False) -> dict:
+    """Score a run against its own base; writes eval.json and the wandb summary, prints the verdict, with `details` after
+    the whole table."""
     from toolkit import evaluate as evaluation
     from toolkit import mix
     from toolkit import model as models
@@ -148,13 +151,20 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
         load_probes(),
         [validation_row(r) for r in mixed.validation],
         level=level,
+        steps=read_json(folder / "manifest.json").get("steps"),
         max_new_tokens=min(recipe.evaluate.max_new_tokens, LEVELS[level].max_new_tokens),
         batch_size=generation_batch(recipe, mixed),
         console=console,
     )
     write_json(folder / "eval.json", result)
-    console.print(evaluation.table(result))
+    if details:
+        console.print(evaluation.table(result, console.width))
     log_evaluation(recipe, folder, console)
+    for line in result["verdict"]:
+        console.print(line)
+    worse = result["verdict"][-1].startswith(("result: WORSE", "result: BROKEN"))
+    following = "evaluate {0} --details" if worse else "chat {0}   or   python -m toolkit export {0}"
+    console.print(f"the run: {folder}\nnext:    python -m toolkit {following.format(folder.name)}")
     return result
 
 
@@ -211,7 +221,7 @@ def validation_row(row) -> dict:
 
 
 def report(folder: Path, console) -> None:
-    """What a run ends with: the fixed prompts before and after, speed, memory, and the next command."""
+    """What a training ends with: the fixed prompts before and after, speed, memory."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     console.print(before_after(rows))
@@ -219,9 +229,6 @@ def report(folder: Path, console) -> None:
         f"{manifest['steps']} steps in {manifest['train_seconds']:.0f} s, {manifest['tokens_per_second']:,.0f} tokens/s, "
         f"{manifest['supervised_tokens_per_second']:,.0f} supervised tokens/s, "
         f"peak memory {manifest['peak_memory_bytes'] / 2**30:.2f} GiB"
-    )
-    console.print(
-        f"the run: {folder}\nnext:    python -m toolkit chat {folder.name}   or   python -m toolkit export {folder.name}"
     )
 
 

@@ -205,7 +205,6 @@ def _put_table(key: str, rows: Sequence[dict]) -> None:
 def _log_mix(mixed: Mix, folder: Path) -> None:
     """The mix as a table (one row per source) and as a picture."""
     import wandb
-
     from toolkit import show
 
     if _run is None:
