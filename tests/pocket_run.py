@@ -1,4 +1,4 @@
-"""A finished run on the pocket model without training it, nor torch: `folder = make_run(tmp_path / "one", seed=1)`."""
+"""A finished run without training it, nor torch, on the pocket model or another: `make_run(tmp_path / "one", seed=1)`."""
 
 import json
 import shutil
@@ -12,17 +12,18 @@ from toolkit.files import POCKET, ROOT
 RANK = 8
 
 
-def make_run(folder: Path, seed: int = 1, noise: float = 0.002) -> Path:
-    """recipe.yaml, manifest.json and an adapter that changes the base a little."""
+def make_run(folder: Path, seed: int = 1, noise: float = 0.002, base: Path = POCKET) -> Path:
+    """recipe.yaml, manifest.json and an adapter that changes `base` a little."""
     from safetensors.numpy import save_file
 
     adapter = folder / "adapter"
     adapter.mkdir(parents=True)
     random = np.random.default_rng(seed)
-    shape = json.loads((POCKET / "config.json").read_text(encoding="utf-8"))
+    shape = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    head = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     modules = {
-        "self_attn.q_proj": (hidden, shape["num_attention_heads"] * shape["head_dim"]),
+        "self_attn.q_proj": (hidden, shape["num_attention_heads"] * head),
         "mlp.down_proj": (inner, hidden),
     }
     weights = {}
@@ -35,10 +36,11 @@ def make_run(folder: Path, seed: int = 1, noise: float = 0.002) -> Path:
     lora = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "inference_mode": True}
     _write(adapter / "adapter_config.json", lora | {"target_modules": ["q_proj", "down_proj"]})
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(POCKET / name, adapter)
-    resolved = recipe.load(ROOT / "data_recipes" / "pocket.yaml", [f"name={folder.name}"])
+        shutil.copy(base / name, adapter)
+    name = "pocket" if base == POCKET else str(base)
+    resolved = recipe.load(ROOT / "data_recipes" / "pocket.yaml", [f"name={folder.name}", f"model.model_name={name}"])
     (folder / "recipe.yaml").write_text(recipe.to_yaml(resolved), encoding="utf-8")
-    _write(folder / "manifest.json", {"model": {"name": "pocket", "revision": None, "load_in_4bit": True}})
+    _write(folder / "manifest.json", {"model": {"name": name, "revision": None, "load_in_4bit": True}})
     return folder
 
 

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +21,40 @@ from toolkit import __version__
 from toolkit.files import ROOT, ToolkitError, outputs
 
 FOLDER = ROOT / "notebooks"
+SETUP = """\
+# @title Set-up: finds the toolkit, or fetches and installs it: a few minutes the first time
+import importlib.util
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+REPOSITORY = "{address}"
+here = Path.cwd()
+found = [p for p in (here, *here.parents, *here.glob("*/")) if (p / "toolkit" / "recipe.py").is_file()]
+if not found:
+    fetched = here / "toolkit-for-qwen3"
+    archive = next(here.glob("*.zip"), None)
+    if not fetched.exists() and archive:
+        zipfile.ZipFile(archive).extractall(fetched)
+    elif not fetched.exists() and REPOSITORY:
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, str(fetched)], check=True)
+    found = [p.parent.parent for p in fetched.glob("**/toolkit/recipe.py")]
+if not found:
+    raise SystemExit("The toolkit is not here: upload the project as a zip, or its folder, beside this notebook")
+root = found[0].resolve()
+if importlib.util.find_spec("unsloth") is None:
+    subprocess.run([sys.executable, "-m", "toolkit", "setup"], cwd=root, check=True)
+sys.path.insert(0, str(root))
+os.chdir(root)"""
+"""The first code cell of every notebook, byte for byte; `{address}` is the repository's, empty while it has none."""
+BADGE = (
+    "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
+    "(https://colab.research.google.com/github/{slug}/blob/main/notebooks/{name}.ipynb) "
+)
+BADGES = re.compile(r"\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\) ?|(?=\[(?:← |\d\d_\w+ →))")
+"""A badge, or the place before the links to other notebooks where one belongs."""
 MEASURED = re.compile(r"(?<=<!--measured-->).*?(?=<!--/measured-->)", re.DOTALL)
 """What a title cell says about time and machine: written by `execute`, so no part of a notebook's own text."""
 WIDGETS = {"application/vnd.jupyter.widget-view+json", "application/vnd.jupyter.widget-state+json"}
@@ -39,6 +74,25 @@ def notebooks(names: Sequence[str] = ()) -> list[Path]:
     return [path for path in every if not names or any(path.name.startswith(Path(name).name) for name in names)]
 
 
+def address() -> str:
+    """The project's public address from `git remote`: https://github.com/OWNER/NAME, or "" while there is none.
+
+    Only GitHub's, since Colab opens notebooks from nowhere else."""
+    asked = subprocess.run(["git", "remote", "get-url", "origin"], cwd=ROOT, capture_output=True, text=True)
+    slug = re.fullmatch(
+        r"(?:https://(?:[^/@]+@)?github\.com/|git@github\.com:)([\w.-]+/[\w.-]+?)(?:\.git)?/?", asked.stdout.strip()
+    )
+    return f"https://github.com/{slug[1]}" if slug else ""
+
+
+def stamp(notebook: dict, name: str, address: str) -> None:
+    """Write the set-up cell and the badge for an address; without one the badge is left out."""
+    title, setup = notebook["cells"][:2]
+    badge = BADGE.format(slug=address.removeprefix("https://github.com/"), name=name) if address else ""
+    title["source"] = BADGES.sub(badge, "".join(title["source"]), count=1).splitlines(keepends=True)
+    setup["source"] = SETUP.replace("{address}", address).splitlines(keepends=True)
+
+
 def execute(paths: Sequence[Path], say=print) -> None:
     """Run each notebook as it is and write it back with its outputs. Raises ToolkitError at the first cell that fails,
     and leaves that notebook's file as it was.
@@ -51,8 +105,14 @@ def execute(paths: Sequence[Path], say=print) -> None:
             notebook = run(path)
             minutes = (time.monotonic() - began) / 60
             clean(notebook, minutes)
-            path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            stamp(notebook, path.stem, address())
+            write(path, notebook)
             say(f"{path.name}: {minutes:.1f} minutes, {path.stat().st_size / 1e3:.0f} kB")
+
+
+def write(path: Path, notebook: dict) -> None:
+    """Write a notebook as JupyterLab does."""
+    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -160,8 +220,16 @@ def _lines(text) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.run_notebooks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help="e.g. 00 03; without one, all")
+    parser.add_argument("--stamp", action="store_true", help="only write the repository's address into them")
+    args = parser.parse_args()
     try:
-        execute(notebooks(parser.parse_args().names))
+        paths = notebooks(args.names)
+        for path in paths if args.stamp else ():
+            notebook = json.loads(path.read_text(encoding="utf-8"))
+            stamp(notebook, path.stem, address())
+            write(path, notebook)
+        if not args.stamp:
+            execute(paths)
     except ToolkitError as error:
         sys.exit(f"error: {error}")
 

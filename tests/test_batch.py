@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -139,11 +140,12 @@ def test_prompts_are_the_same_from_every_kind_of_file(tmp_path):
     for i, shape in enumerate(shapes):
         file = tmp_path / f"{i}.jsonl"
         file.write_text("\n".join(json.dumps(shape(text)) for text in texts), encoding="utf-8")
-        assert read_prompts(file) == wanted
+        assert read_prompts(file) == (dict(enumerate(wanted, start=1)), [])
     with open(tmp_path / "p.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["prompt"], *([text] for text in texts)])
     (tmp_path / "p.txt").write_text("Hi, you\n\n2 + 2?\n", encoding="utf-8")
-    assert read_prompts(tmp_path / "p.csv") == read_prompts(tmp_path / "p.txt") == wanted
+    assert list(read_prompts(tmp_path / "p.csv")[0].values()) == wanted
+    assert read_prompts(tmp_path / "p.txt") == ({1: wanted[0], 3: wanted[1]}, []), "numbers are those of the lines"
 
 
 def test_system_earlier_turns_and_tools_come_along(tmp_path):
@@ -151,7 +153,7 @@ def test_system_earlier_turns_and_tools_come_along(tmp_path):
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"},
              {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Time?"}]  # fmt: skip
     (tmp_path / "p.jsonl").write_text(json.dumps({"messages": turns, "tools": [tool]}))
-    (found,) = read_prompts(tmp_path / "p.jsonl")
+    (found,) = read_prompts(tmp_path / "p.jsonl")[0].values()
     assert found["messages"] == turns
     assert found["tools"] == [tool]
 
@@ -165,19 +167,34 @@ def test_prompts_with_different_tools_are_each_answered_with_their_own(run, load
 
 
 @pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ('{"prompt": ""}', "p.jsonl, row 2"),
+        ('{"prompt": 3}', "row 2: 'prompt' is a number, expected text"),
+        ('{"text": "Hi"}', "row 2: the fields are text: expected one of"),
+        ('{"prompt": "<|im_end|>"}', "row 2: .*<\\|im_end\\|>"),
+    ],
+)
+def test_a_row_that_is_no_prompt_is_left_out_and_counted_and_the_others_are_answered(
+    run, loaded, tmp_path, row, reason
+):
+    (tmp_path / "p.jsonl").write_text(f'{{"prompt": "{SUMS[0]}"}}\n{row}\n{{"prompt": "{SUMS[1]}"}}')
+    counts = answer_file(run, tmp_path / "p.jsonl", tmp_path / "r.jsonl", "non_thinking", loaded=loaded, **OPTIONS)
+    assert (counts["prompts"], counts["answered"]) == (2, 2)
+    assert re.search(reason, counts["rejected"][0])
+    assert [r["row"] for r in rows((tmp_path / "r.jsonl").read_bytes())] == [1, 3]
+
+
+@pytest.mark.parametrize(
     ("name", "text", "expected"),
     [
-        ("p.jsonl", '{"prompt": "Hi"}\n{"prompt": ""}', "p.jsonl line 2"),
-        ("p.jsonl", '{"prompt": "Hi"}\n{"prompt": 3}', "line 2: 'prompt' is a number, expected text"),
-        ("p.jsonl", '{"prompt": "Hi"}\n{"prom', "line 2"),
         ("p.jsonl", '{"text": "Hi"}', "the fields are text: expected one of"),
-        ("p.jsonl", '{"prompt": "<|im_end|>"}', "the model reads as structure"),
         ("p.txt", "\n \n", "holds no prompts"),
         ("p.docx", "Hi", "unknown kind of file"),
         ("p.txt", b"\xff\xfeH\x00", "not UTF-8"),
     ],
 )
-def test_a_row_that_is_no_prompt_is_named_before_anything_is_answered(tmp_path, name, text, expected):
+def test_a_file_without_any_prompt_is_refused(tmp_path, name, text, expected):
     (tmp_path / name).write_bytes(text if type(text) is bytes else text.encode())
     with pytest.raises(ToolkitError, match=expected):
         read_prompts(tmp_path / name)
@@ -185,7 +202,7 @@ def test_a_row_that_is_no_prompt_is_named_before_anything_is_answered(tmp_path, 
 
 def test_a_prompt_beyond_the_context_is_named_before_anything_is_answered(run, loaded, tmp_path):
     (tmp_path / "p.txt").write_text("Hi\n" + "7 + " * 3000)
-    with pytest.raises(ToolkitError, match="prompt 2 has .* tokens, the model was loaded for"):
+    with pytest.raises(ToolkitError, match="row 2: .* tokens, the model was loaded for"):
         answer_file(run, tmp_path / "p.txt", tmp_path / "r.jsonl", loaded=loaded, **OPTIONS)
     assert not (tmp_path / "r.jsonl").exists()
 
@@ -193,5 +210,5 @@ def test_a_prompt_beyond_the_context_is_named_before_anything_is_answered(run, l
 def test_a_thousand_prompts_take_less_than_a_second_of_work_to_read(tmp_path):
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps({"prompt": f"What is {i}?"}) for i in range(1000)))
     started = time.process_time()  # the machine may be busy
-    assert len(read_prompts(tmp_path / "p.jsonl")) == 1000
+    assert len(read_prompts(tmp_path / "p.jsonl")[0]) == 1000
     assert time.process_time() - started < 1

@@ -1,72 +1,85 @@
-"""The terminal chat: what is typed is done, both modes, and Ctrl-C stops a reply but not the chat."""
+"""The terminal chat: what is typed is done, every mode, and Ctrl-C stops a reply but not the chat."""
 
 import io
 import json
 import os
-import subprocess
+import re
 import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pexpect
 import pytest
 from rich.console import Console
 
-from tests.pocket_run import make_gguf, make_run
+from tests.pocket_run import make_run
 from toolkit.files import ROOT
 from toolkit.serve import chat as chatting
 from toolkit.serve.chat import chat
-from toolkit.serve.request import Job, Piece, Refused
 from toolkit.sources.formats import canonical
 
-SLOW = """
-import time
-from toolkit.serve import chat
-from tests.test_chat import Echo
-chat.open_engine = lambda *_: Echo(delay=0.2)
-chat.chat("any", source="adapter")
-"""
+CHAT = "from toolkit.serve.chat import chat; import sys; chat('tuned', url=sys.argv[1])"
 
 
-class Echo:
-    """Answers with the mode, the model and the question; /slow replies never end by themselves."""
+class Echo(BaseHTTPRequestHandler):
+    """An API as OpenAI's that answers with mode, model and question; replies to "forever" never end by themselves."""
 
-    names, context = ("tuned", "base"), 100
-
-    def __init__(self, delay=0.0):
-        self.delay, self.jobs = delay, []
-
-    def start(self, job: Job) -> None:
-        self.jobs.append(job)
-        question = job.ask.messages[-1]["content"]
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.server.asked.append(body)
+        question = body["messages"][-1]["content"]
         if question == "too long":
-            raise Refused("the prompt has 200 tokens", 400, "context_length_exceeded")
-        threading.Thread(target=self._tell, args=(job, question), daemon=True).start()
+            self._send(400, json.dumps({"error": {"message": "the prompt has 200 tokens"}}))
+            return
+        self._send(200, "")
+        if body["chat_template_kwargs"]["enable_thinking"]:
+            self._chunk({self.server.reasoning: "let me [red]see[/red]"})
+        words = [f"{body['model']} says \x1b[2Jno to {question}"] if question != "forever" else ["on and "] * 500
+        try:
+            for word in words:
+                time.sleep(self.server.delay)
+                self._chunk({"content": word})
+        except OSError:  # the reader left
+            return
+        self._chunk({}, "stop")
+        self.wfile.write(b'data: {"choices": [], "usage": {"completion_tokens": 7}}\n\ndata: [DONE]\n\n')
 
-    def _tell(self, job, question):
-        if job.ask.thinking:
-            job.emit(Piece("reasoning", "let me [red]see[/red]"))
-        words = [f"{job.ask.model} says \x1b[2Jno to {question}"]
-        for word in words if question != "forever" else ["on and "] * 500:
-            if job.cancelled.is_set():
-                return
-            time.sleep(self.delay)
-            job.emit(Piece("content", word))
-        job.emit(Piece("end", finish="stop", usage={"completion_tokens": 7}))
+    def _send(self, status: int, text: str) -> None:
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def _chunk(self, delta: dict, finish: str | None = None) -> None:
+        self.wfile.write(f"data: {json.dumps({'choices': [{'delta': delta, 'finish_reason': finish}]})}\n\n".encode())
+        self.wfile.flush()
+
+    def log_message(self, *_):
+        """Quiet."""
 
 
 @pytest.fixture
-def talk(monkeypatch):
-    """talk("line", "line") → (what was printed, the engine)."""
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
+    server.asked, server.delay, server.reasoning = [], 0, "reasoning_content"
+    server.url = f"http://127.0.0.1:{server.server_address[1]}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
 
-    def run(*lines, **options):
-        engine, out = Echo(), io.StringIO()
-        monkeypatch.setattr(chatting, "open_engine", lambda *_: engine)
+
+@pytest.fixture
+def talk(monkeypatch, tmp_path, server):
+    """talk("line", "line") → (what was printed, the bodies that were sent)."""
+    run = make_run(tmp_path / "tuned")
+
+    def say(*lines, **options):
+        out = io.StringIO()
         monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-        chat("any", source="adapter", console=Console(file=out, width=200), **options)
-        return out.getvalue(), engine
+        chat(run, url=server.url, console=Console(file=out, width=200), **options)
+        return out.getvalue(), server.asked
 
-    return run
+    return say
 
 
 def test_a_line_is_answered_with_its_thinking_labelled_in_a_pipe(talk):
@@ -83,35 +96,58 @@ def test_the_model_s_text_cannot_drive_the_terminal(talk):
 
 
 def test_switches_reach_the_model(talk):
-    _, engine = talk("one", "/no_think", "two", "/base", "three", "/base", "/think", "four", "/no_think five")
-    assert [(j.ask.messages[-1]["content"], j.ask.thinking, j.ask.model) for j in engine.jobs] == [
+    _, asked = talk("one", "/no_think", "two", "/base", "three", "/tuned", "/think", "four", "/no_think five")
+    said = [(b["messages"][-1]["content"], b["chat_template_kwargs"]["enable_thinking"], b["model"]) for b in asked]
+    assert said == [
         ("one", True, "tuned"), ("two", False, "tuned"), ("three", False, "base"), ("four", True, "tuned"),
         ("five", False, "tuned"),
     ]  # fmt: skip
+    assert [b["lora"] for b in asked[1:3]] == [[{"id": 0, "scale": 1.0}], [{"id": 0, "scale": 0.0}]]
 
 
-def test_the_conversation_goes_on_until_it_is_cleared(talk):
-    _, engine = talk("one", "two", "/clear", "three")
-    assert [len(job.ask.messages) for job in engine.jobs] == [1, 3, 1]
-    assert engine.jobs[1].ask.messages[1]["reasoning_content"]
+def test_reasoning_is_read_where_vllm_puts_it(talk, server):
+    server.reasoning = "reasoning"
+    said, _ = talk("Hello")
+    assert "thinking: let me" in said
 
 
-def test_a_question_that_does_not_fit_is_taken_back_and_the_way_out_named(talk):
-    said, engine = talk("one", "too long", "two")
-    assert "error: the prompt has 200 tokens; /clear begins a new conversation" in said
-    assert [m["content"] for m in engine.jobs[-1].ask.messages if m["role"] == "user"] == ["one", "two"]
+def test_the_conversation_is_sent_until_it_is_cleared(talk):
+    _, asked = talk("one", "two", "/clear", "three")
+    assert [len(body["messages"]) for body in asked] == [1, 3, 1]
+    assert asked[1]["messages"][1]["reasoning_content"]
+
+
+def test_a_question_that_is_refused_is_taken_back(talk):
+    said, asked = talk("one", "too long", "two")
+    assert "error: the prompt has 200 tokens" in said
+    assert [m["content"] for m in asked[-1]["messages"] if m["role"] == "user"] == ["one", "two"]
+
+
+def test_an_instruct_model_has_one_mode(monkeypatch, tmp_path, server, family):
+    run, out = make_run(tmp_path / "tuned", base=family("qwen2.5")), io.StringIO()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/think\nHello\n"))
+    chat(run, url=server.url, console=Console(file=out, width=200))
+    assert "error: /think: this model only answers non-thinking" in out.getvalue()
+    assert server.asked[0]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_a_server_that_is_not_there_is_named(monkeypatch, tmp_path):
+    run, out = make_run(tmp_path / "tuned"), io.StringIO()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    chat(run, url="http://127.0.0.1:9", console=Console(file=out, width=200))
+    assert re.search("error: http://127.0.0.1:9: .*is the server running", out.getvalue())
 
 
 def test_quit_leaves_and_so_does_the_end_of_input(talk):
-    _, engine = talk("one", "/quit", "two")
-    assert len(engine.jobs) == 1
+    _, asked = talk("one", "/quit", "two")
+    assert len(asked) == 1
 
 
 def test_help_lists_every_command_and_a_wrong_one_is_told(talk):
-    said, engine = talk("/help", "/thin")
+    said, asked = talk("/help", "/thin")
     assert all(command in said for command in chatting.COMMANDS)
     assert "/thin: no such command" in said
-    assert not engine.jobs
+    assert not asked
 
 
 def test_a_saved_conversation_can_be_trained_on(talk, tmp_path):
@@ -132,29 +168,25 @@ def test_a_markdown_file_that_is_there_is_not_overwritten(talk, tmp_path):
     assert "File exists" in said
 
 
-def test_the_base_is_refused_where_there_is_none(talk, monkeypatch):
-    monkeypatch.setattr(Echo, "names", ("tuned",))
-    said, _ = talk("/base")
-    assert "error: only the adapter can be switched off" in said
-
-
-def test_a_real_gguf_is_talked_to_through_a_pipe(tmp_path):
-    make_gguf(make_run(tmp_path / "tuned"))
-    code = "import sys; from toolkit.serve.chat import chat; chat(sys.argv[1], source='gguf', max_tokens=60)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "tuned")], input="What is 17 + 25?\n/no_think\nHello!\n", text=True,
-        capture_output=True, check=True, cwd=ROOT, timeout=60,
-    )  # fmt: skip
-    assert done.stdout.count("thinking: ") == 1
-    assert done.stdout.count("answer: ") == 2
-    assert "<think>" not in done.stdout
+def test_a_real_run_is_talked_to_through_a_pipe(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
+    make_run(tmp_path / "tuned")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What is 17 + 25?\n/no_think\n/base Hello!\n"))
+    chat("tuned", max_tokens=60)
+    said = capsys.readouterr().out
+    assert said.count("thinking: ") == 1
+    assert said.count("answer: ") == 2
+    assert "(base)" in said
+    assert "<think>" not in said
 
 
 @pytest.fixture
-def terminal(tmp_path):
-    """The chat on a terminal of its own, with an engine whose replies are slow."""
+def terminal(tmp_path, server):
+    """The chat on a terminal of its own, with a server whose replies are slow."""
+    make_run(tmp_path / "tuned")
+    server.delay = 0.2
     env = os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path), "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-    child = pexpect.spawn(sys.executable, ["-c", SLOW], cwd=ROOT, env=env, encoding="utf-8", timeout=20)
+    child = pexpect.spawn(sys.executable, ["-c", CHAT, server.url], cwd=ROOT, env=env, encoding="utf-8", timeout=40)
     child.expect("›")
     yield child
     child.close(force=True)

@@ -17,13 +17,11 @@ import pytest
 from tests import run_notebooks
 from toolkit import labels, notebook, pictures
 from toolkit.files import ROOT, ToolkitError
-from toolkit.notebook import REPOSITORY
 from toolkit.render import load_chat
 
 NAMES = "00_quickstart 01_mix 02_train 03_evaluate 04_ratio_sweep 05_export 06_your_own_data".split()
 SETUP = 1
 """Where the set-up cell stands, right below the title."""
-BADGE = "https://colab.research.google.com/github/{slug}/blob/main/notebooks/{name}.ipynb"
 NUMERALS = {
     "Qwen3": "a name",
     "T4": "a card's name",
@@ -83,10 +81,41 @@ def test_the_folder_holds_these_notebooks_and_no_other():
     assert [path.stem for path in run_notebooks.notebooks()] == NAMES
 
 
-def test_the_set_up_cell_is_the_same_everywhere_and_knows_the_address():
-    cells = {text(read(name)["cells"][SETUP]) for name in NAMES}
-    assert len(cells) == 1
-    assert f'REPOSITORY = "{REPOSITORY}"' in cells.pop()
+def test_the_set_up_cell_and_the_badge_are_those_that_make_notebooks_writes():
+    for name in NAMES:
+        page = read(name)
+        stamped = json.loads(json.dumps(page))
+        run_notebooks.stamp(stamped, name, run_notebooks.address())
+        assert [text(cell) for cell in stamped["cells"]] == [text(cell) for cell in page["cells"]], "run --stamp"
+
+
+@pytest.mark.parametrize(
+    ("remote", "expected"),
+    [
+        ("https://github.com/me/tuner.git", "https://github.com/me/tuner"),
+        ("https://token@github.com/me/tuner", "https://github.com/me/tuner"),
+        ("git@github.com:me/my.tuner.git", "https://github.com/me/my.tuner"),
+        ("ssh://example.org/me/tuner", ""),
+        (None, ""),
+    ],
+)
+def test_the_address_is_that_of_git_remote_and_the_badge_is_left_out_without_one(
+    tmp_path, monkeypatch, remote, expected
+):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    if remote:
+        subprocess.run(["git", "-C", tmp_path, "remote", "add", "origin", remote], check=True)
+    monkeypatch.setattr(run_notebooks, "ROOT", tmp_path)
+    assert run_notebooks.address() == expected
+    page = read(NAMES[1])
+    for _ in range(2):
+        run_notebooks.stamp(page, NAMES[1], run_notebooks.address())
+        title, setup = (text(cell) for cell in page["cells"][:2])
+        slug = expected.removeprefix("https://github.com/")
+        badge = f"https://colab.research.google.com/github/{slug}/blob/main/notebooks/{NAMES[1]}.ipynb"
+        assert (title.count(badge), title.count("Open in Colab")) == ((1, 1) if expected else (0, 0))
+        assert title.count("[← 00_quickstart]") == 1
+        assert f'REPOSITORY = "{expected}"' in setup
 
 
 def test_the_set_up_cell_finds_the_project_from_the_notebooks_folder_and_installs_nothing_here():
@@ -99,20 +128,29 @@ def test_the_set_up_cell_finds_the_project_from_the_notebooks_folder_and_install
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(ROOT), "")
 
 
-def test_where_the_toolkit_is_missing_the_set_up_cell_fetches_it_once(tmp_path):
-    cell = text(read(NAMES[0])["cells"][SETUP]).replace(REPOSITORY, f"file://{ROOT}")
+@pytest.mark.parametrize("given", ["address", "zip", "folder", "nothing"])
+def test_where_the_toolkit_is_missing_the_set_up_cell_takes_it_from_what_is_there(tmp_path, given):
+    """A clone of the repository, an uploaded zip, a folder beside the notebook; without any it says what to upload."""
+    cell = run_notebooks.SETUP.replace("{address}", f"file://{ROOT}" if given == "address" else "")
+    if given in ("zip", "folder"):
+        shutil.copytree(ROOT / "toolkit", tmp_path / "made" / "toolkit", ignore=shutil.ignore_patterns("*.safetensors"))
+    if given == "zip":
+        shutil.make_archive(str(tmp_path / "upload"), "zip", tmp_path, "made")
+        shutil.rmtree(tmp_path / "made")
     program = f"{cell}\nimport toolkit; print(toolkit.__file__)"
     for _ in range(2):  # a restarted kernel runs it again
         done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-        assert done.stdout.strip() == str(tmp_path / "toolkit-for-qwen3" / "toolkit" / "__init__.py"), done.stderr
+        if given == "nothing":
+            assert "upload the project as a zip" in done.stderr
+        else:
+            assert done.stdout.strip().startswith(str(tmp_path)), done.stderr
 
 
 @every
-def test_the_title_says_what_you_will_have_and_links_to_its_neighbours_and_colab(name):
+def test_the_title_says_what_you_will_have_and_links_to_its_neighbours(name):
     first = text(read(name)["cells"][0])
     assert first.startswith("# ")
     assert "**At the end you have**" in first
-    assert BADGE.format(slug=REPOSITORY.removeprefix("https://github.com/"), name=name) in first
     place = NAMES.index(name)
     for neighbour in NAMES[max(0, place - 1) : place] + NAMES[place + 1 : place + 2]:
         assert f"({neighbour}.ipynb)" in first

@@ -24,7 +24,7 @@ sources.readers sources.conversation sources.formats sources render dedup lint m
 fit model generate tracking callbacks train
 evaluate.stats evaluate.questions evaluate.score evaluate.base_replies evaluate.subject evaluate.text evaluate folders compare report
 export.ledger export.merge export.gguf_file export.parity export.certificate export.model_card export
-serve.request serve.splitter serve.batcher serve.llama serve.engine serve.api serve serve.chat serve.batch
+serve.engine serve serve.chat serve.batch
 run doctor sweep.workers sweep replay labels pictures notebook __main__""".split()
 PACKAGE = ROOT / "toolkit"
 MODULES = [p for p in sorted(PACKAGE.rglob("*.py")) if "pocket" not in p.parts and p != PACKAGE / "__init__.py"]

@@ -18,8 +18,8 @@ import yaml
 from data_recipes.pocket import tasks
 from tests.pocket_run import make_run
 from toolkit.__main__ import parser
+from toolkit.family import QWEN3_SAMPLING as SAMPLING
 from toolkit.files import POCKET, ROOT
-from toolkit.generate import SAMPLING
 
 FOLDER = ROOT / "data_recipes" / "benchmarks"
 SAMPLES = ROOT / "data_recipes" / "samples"
@@ -96,21 +96,16 @@ def test_a_command_names_files_that_exist_and_its_mode_s_own_sampling(command):
 
 
 @pytest.fixture(scope="module")
-def address(tmp_path_factory):
+def engine(tmp_path_factory):
     """The pocket model, served as the run the page names: it adds two digits when it thinks, and nothing when not."""
-    from tests.test_serve import Running
-    from toolkit.serve import Limits
-    from toolkit.serve.engine import open_engine
+    from toolkit.serve.engine import start
 
-    run = make_run(tmp_path_factory.mktemp("outputs") / "pocket")
-    running = Running(open_engine([run]), Limits(max_tokens=4096))
-    yield running.url
-    running.stop()
+    return start([make_run(tmp_path_factory.mktemp("outputs") / "pocket")])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS, ids=name)
-def test_the_tool_runs_the_command_and_its_score_is_the_mode_s(command, address, tmp_path):
+def test_the_tool_runs_the_command_and_its_score_is_the_mode_s(command, engine, tmp_path):
     words = shlex.split(command)
     tool = shutil.which(os.environ.get(EXECUTABLES[words[0]], words[0]))
     if tool is None:
@@ -118,7 +113,11 @@ def test_the_tool_runs_the_command_and_its_score_is_the_mode_s(command, address,
     python = Path(tool).parent / "python"
     if "merged" in command and subprocess.run([python, "-c", "import torch"], capture_output=True).returncode:
         pytest.skip(f"no torch beside {tool}, which the merged folder needs")
-    moved = {"http://127.0.0.1:8000": address, "outputs/pocket/merged": str(POCKET), "outputs/pocket/": f"{tmp_path}/"}
+    moved = {
+        "http://127.0.0.1:8000": engine.url,
+        "outputs/pocket/merged": str(POCKET),
+        "outputs/pocket/": f"{tmp_path}/",
+    }
     for old, new in moved.items():
         words = [word.replace(old, new) for word in words]
     done = subprocess.run(

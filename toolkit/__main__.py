@@ -186,11 +186,12 @@ RECIPE = (
 DETAILS = arg("--details", action="store_true", help="show every metric in a table, not the verdict alone")
 FRESH = arg("--fresh", action="store_true", help="compile or train anew; an old run is moved aside")
 RUN = arg("run", type=Path, help="a run's folder, or its name under outputs/")
-SOURCES = {"dest": "source", "choices": ("adapter", "merged", "gguf")}
 WEIGHTS = (
-    arg("--quant", help="which GGUF; default: the first there of q8_0, f16, bf16, q6_k, q5_k_m, q4_k_m"),
-    arg("--max-new-tokens", type=int, default=2048, metavar="N", help="of one reply; default 2048"),
-)
+    arg("--from", dest="source", choices=("adapter", "merged-gguf"), default="adapter",
+        help="default: the adapter beside its base; merged-gguf is the file that `export` wrote"),
+    arg("--quant", help="of the base, default q8_0; with merged-gguf which file, default the most exact small one"),
+    arg("--context", type=int, default=8192, metavar="N", help="tokens of prompt and reply together; default 8192"),
+)  # fmt: skip
 
 
 @verb()
@@ -365,34 +366,36 @@ def verify(args):
 
 @verb(
     RUN,
-    arg("--from", **SOURCES, help="default: the certified GGUF on a CPU, else the adapter"),
     *WEIGHTS,
     arg("--no-think", action="store_true", help="begin in non-thinking mode"),
+    arg("--max-new-tokens", type=int, default=2048, metavar="N", help="of one reply; default 2048"),
+    arg("--url", help="a server that `serve` started; default: an engine in this process"),
+    arg("--api-key", dest="key", help="of that server"),
 )
 def chat(args):
-    """Talk to a run in the terminal: every mode it has, adapter on or off."""
+    """Talk to a run in the terminal, in every mode it has, and to its base."""
     from toolkit.serve.chat import chat
 
-    chat(args.run, source=args.source, quant=args.quant, thinking=not args.no_think, max_tokens=args.max_new_tokens)
+    mode = "non_thinking" if args.no_think else None
+    options = {} if args.url else {name: getattr(args, name) for name in ("source", "quant", "context")}
+    chat(args.run, mode=mode, max_tokens=args.max_new_tokens, url=args.url, key=args.key, **options)
 
 
 @verb(
-    arg("runs", nargs="+", metavar="run", help="folders or names; several: adapters of one base"),
-    arg("--from", **SOURCES, default="adapter", help="default: adapter, which can also answer as the base"),
+    arg("runs", nargs="+", metavar="run", help="folders or names; several: runs of one base"),
     *WEIGHTS,
-    arg("--host", default="127.0.0.1", help="another needs a token"),
+    arg("--base", action="store_true", help="serve the base alone, for tools that cannot ask for it in a request"),
+    arg("--engine", choices=("llama.cpp", "vllm"), default="llama.cpp", help="vllm: for GPUs; prints its command"),
+    arg("--host", default="127.0.0.1", help="another needs an API key"),
     arg("--port", type=int, default=8000),
-    arg("--token", help="what requests must bring; made and printed when --host is not this machine"),
-    arg("--timeout", type=float, default=300, metavar="SECONDS", help="of one request; default 300"),
-    arg("--queue", type=int, default=64, metavar="N", help="requests that may wait; beyond, 429; default 64"),
+    arg("--api-key", dest="key", help="what requests must bring; made when --host is not this machine"),
 )
 def serve(args):
-    """OpenAI-compatible API and a chat page, on 127.0.0.1; several runs share their base."""
-    from toolkit import serve
+    """OpenAI-compatible API and a chat page on 127.0.0.1; run and base from one copy of the weights."""
+    from toolkit.serve import serve
 
-    limits = serve.Limits(args.max_new_tokens, args.timeout, args.queue)
-    options = {"host": args.host, "port": args.port, "token": args.token}
-    serve.serve(args.runs, source=args.source, quant=args.quant, limits=limits, say=print, **options)
+    names = ("engine", "source", "quant", "context", "base", "host", "port", "key")
+    serve(args.runs, say=console().print, **{name: getattr(args, name) for name in names})
 
 
 @verb(
@@ -415,9 +418,11 @@ def generate(args):
         task = bar.add_task("answering", total=None)
         counts = answer_file(args.run, args.prompts, args.replies, args.mode, **options,
                              progress=lambda done, total: bar.update(task, completed=done, total=total))  # fmt: skip
+    for reason in counts["rejected"][:3]:
+        console().print(f"left out: {reason}", style="yellow", markup=False)
     console().print(
-        f"{counts['prompts']} prompts: {counts['answered']} replies written to {args.replies}, {counts['there']} were there, "
-        f"{counts['unfinished']} cut at --max-new-tokens {args.max_new_tokens}"
+        f"{counts['prompts']} prompts, {len(counts['rejected'])} rows left out: {counts['answered']} replies written to "
+        f"{args.replies}, {counts['there']} were there, {counts['unfinished']} cut at --max-new-tokens {args.max_new_tokens}"
     )
 
 

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import gc
 import io
-import json
 import os
 import shlex
 import threading
@@ -19,18 +18,16 @@ from pathlib import Path
 import rich.jupyter
 
 from toolkit import recipe as recipes
-from toolkit.files import outputs
+from toolkit.family import mode_title
+from toolkit.files import outputs, read_json
 from toolkit.labels import THOUGHT, cell
 from toolkit.recipe import Recipe
 
-REPOSITORY = "https://github.com/OWNER/REPOSITORY"
-"""The project's public address, the one place it is decided. Badges, set-up cells and READMEs repeat it; the tests compare.
-To change it: sed -i 's#OWNER/REPOSITORY#NEW/NAME#g' toolkit/notebook.py notebooks/*.ipynb README*.md"""
 REFRESH = 4.0
 """Seconds between two drawings of the live curves: one takes about a fifth of a second on a slow core."""
-os.environ.setdefault("JUPYTER_COLUMNS", "150")  # rich would cut tables at 115; wider ones scroll inside their cell
-# JupyterLab sets every <pre> apart by a line or two: a dozen printed lines would fill a screen. Below a line that can
-# scroll something must be left, or its underscores are cut off
+os.environ.setdefault("JUPYTER_COLUMNS", "100")  # what a cell shows of a window 1,280 pixels wide beside the file list
+# JupyterLab sets every <pre> apart by a line or two, so a dozen printed lines would fill a screen; rich has no option
+# for it. Below a line that can scroll something must be left, or its underscores are cut off
 rich.jupyter.JUPYTER_HTML_FORMAT = rich.jupyter.JUPYTER_HTML_FORMAT.replace(
     'style="', 'style="margin:0;padding:0 0 3px;'
 )
@@ -168,7 +165,7 @@ def side_by_side(rows: Sequence[dict]):
 
 
 def _mode(row: dict) -> str:
-    return f"<b>{escape(row['prompt'])}</b><br>{row['mode'].replace('_', '-')}"
+    return f"<b>{escape(row['prompt'])}</b><br>{mode_title(row['mode'])}"
 
 
 def _reply(reply) -> str:
@@ -180,42 +177,46 @@ def _reply(reply) -> str:
 
 
 def ask(folder: Path, prompts: Sequence[str], *, max_new_tokens: int = 512, greedy: bool = False) -> list[dict]:
-    """Every prompt in both modes, to the base and to the tuned model: rows for `side_by_side`."""
+    """Every prompt in each mode of the model, to the base and to the tuned model: rows for `side_by_side`."""
     from toolkit.evaluate.subject import switched
-    from toolkit.generate import SAMPLING, generate
+    from toolkit.generate import generate, modes_of
     from toolkit.model import load_run
 
     _free()
     model, tokenizer = load_run(folder)
     asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    seed, found = recipes.load(folder / "recipe.yaml").data.seed, []
-    for mode in SAMPLING:
-        replies = {}
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "seed": recipes.load(folder / "recipe.yaml").data.seed,
+        "greedy": greedy,
+    }
+    said = {}
+    for mode in modes_of(tokenizer):
         for name, adapter in (("base", False), ("tuned", True)):
             with switched(model, adapter):
-                replies[name] = generate(
-                    model, tokenizer, asked, mode, max_new_tokens=max_new_tokens, seed=seed, greedy=greedy
-                )
-        found += [
-            {"prompt": prompt, "mode": mode, **{name: said[i] for name, said in replies.items()}}
-            for i, prompt in enumerate(prompts)
-        ]
-    return sorted(found, key=lambda row: prompts.index(row["prompt"]))
+                said[mode, name] = generate(model, tokenizer, asked, mode, **options)
+    modes = dict.fromkeys(mode for mode, _ in said)
+    return [
+        {"prompt": prompt, "mode": mode, "base": said[mode, "base"][i], "tuned": said[mode, "tuned"][i]}
+        for i, prompt in enumerate(prompts)
+        for mode in modes
+    ]
 
 
 def ask_gguf(folder: Path, rows: Sequence[dict], *, max_new_tokens: int = 512) -> list[dict]:
     """The greedy replies of `ask` beside those of the run's GGUF file, answered by llama.cpp."""
-    from toolkit.serve.engine import open_engine
-    from toolkit.serve.request import Ask, converse
+    from toolkit.serve.engine import start
 
-    engine, found = open_engine([folder], source="gguf"), []
+    engine, found = start([folder], source="merged-gguf"), []
     for row in rows:
-        message = {"role": "user", "content": row["prompt"]}
-        wanted = Ask([message], row["mode"] == "thinking", max_tokens=max_new_tokens, sampling={"temperature": 0.0})
-        said = {"reasoning": "", "content": ""}
-        for piece in converse(engine, wanted):
-            said[piece.kind] = said.get(piece.kind, "") + piece.text
-        reply = Said(said["reasoning"].strip(), said["content"].strip())
+        body = {
+            "messages": [{"role": "user", "content": row["prompt"]}],
+            "chat_template_kwargs": {"enable_thinking": row["mode"] == "thinking"},
+            "max_tokens": max_new_tokens,
+            "temperature": 0,
+        }
+        message = engine.call("/v1/chat/completions", body)["choices"][0]["message"]
+        reply = Said((message.get("reasoning_content") or "").strip(), (message["content"] or "").strip())
         found.append({"prompt": row["prompt"], "mode": row["mode"], "adapter": row["tuned"], "GGUF": reply})
     return found
 
@@ -233,7 +234,7 @@ def samples(result: dict) -> list[dict]:
 
 def scored(folder: Path) -> dict:
     """A run's eval.json."""
-    return json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+    return read_json(folder / "eval.json")
 
 
 def _free() -> None:

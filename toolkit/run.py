@@ -242,8 +242,9 @@ def before_after(rows: list[dict]):
         table.add_column(column)
     asked = {(r["prompt"], r["mode"]): {} for r in rows}
     for row in rows:
-        thought = Text(row["reasoning"] + "\n", "bright_black") if row["reasoning"] else Text()
-        asked[row["prompt"], row["mode"]][row["when"]] = thought + Text(row["answer"] or "(nothing)")
+        thought = row["reasoning"] + "\n" * bool(row["reasoning"])
+        answer = row["answer"] or "(nothing)"
+        asked[row["prompt"], row["mode"]][row["when"]] = Text.assemble((thought, "bright_black"), answer)
     for (prompt, mode), reply in asked.items():
         table.add_row(prompt, mode.replace("_", "-"), reply.get("before"), reply.get("after"))
     return table

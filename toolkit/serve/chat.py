@@ -1,24 +1,27 @@
-"""Talk to a run in the terminal: streamed, thinking dimmed, both modes, with and without the adapter.
+"""Talk to a run in the terminal: replies appear as they are generated, thinking dimmed; run and base side by side.
 
-`python -m toolkit chat pocket`, or chat("outputs/pocket", source="gguf"); in a pipe it reads a line a turn.
+`python -m toolkit chat pocket`, or chat("pocket"); in a pipe every line is a turn.
 """
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from toolkit.family import KINDS, mode_title
 from toolkit.files import ToolkitError, outputs
-from toolkit.serve.engine import best_source, open_engine
-from toolkit.serve.request import BASE, Ask, Piece, Refused, converse
+from toolkit.model import run_folder
+from toolkit.render import load_chat
+from toolkit.serve.engine import BASE, Engine, start
 
-HELP = {
+COMMANDS = {
     "/think": "reason before answering",
     "/no_think": "answer at once",
-    "/base": "switch the adapter off, and on again",
+    "/base": "talk to the base model, without what was trained",
+    "/tuned": "talk to the run again",
     "/save FILE": "keep the conversation: .jsonl adds a row that can be trained on, .md is for reading",
-    "/clear": "forget the conversation",
+    "/clear": "begin a new conversation",
     "/help": "this list",
     "/quit": "leave (so does Ctrl-D); Ctrl-C stops a reply",
 }
@@ -30,32 +33,38 @@ CONTROLS = {c: None for c in (*range(32), *range(127, 160)) if chr(c) not in "\n
 class Talk:
     """A conversation and its switches."""
 
-    engine: object
+    engine: Engine
     console: object
+    name: str
+    modes: tuple[str, ...]
+    mode: str
     max_tokens: int
-    thinking: bool = True
-    base: bool = False
     messages: list[dict] = field(default_factory=list)
 
-    @property
-    def model(self) -> str:
-        return BASE if self.base else self.engine.names[0]
+    def note(self, text: str, style: str | None = "dim") -> None:
+        self.console.print(text, style=style, markup=False)
 
 
-def chat(run: str | Path, *, source: str | None = None, quant: str | None = None, thinking: bool = True,
-         max_tokens: int = 2048, console=None) -> None:  # fmt: skip
-    """Reads turns and answers them until /quit or the end of input. Raises ToolkitError when nothing can be loaded."""
+def chat(run: str | Path, *, mode: str | None = None, max_tokens: int = 2048, url: str | None = None,
+         key: str | None = None, console=None, **options) -> None:  # fmt: skip
+    """Read turns and answer them until /quit or the end of input.
+
+    `url` is a server that `serve` started; without one an engine starts in this process with `options` of `start`.
+    Raises ToolkitError when it cannot."""
     from rich.console import Console
 
     console = console or Console(highlight=False, soft_wrap=True)
-    if source is None:
-        source, why = best_source(run)
-        console.print(f"talking to the {source} ({why})", style="dim", markup=False)
-    talk = Talk(open_engine([run], source, quant), console, max_tokens, thinking)
-    console.print(f"{talk.model}: {_mode(talk)}. /help lists the commands", style="dim", markup=False)
+    folder = run_folder(run).resolve()
+    modes = KINDS[load_chat(str(folder / "adapter")).kind] or ("non_thinking",)
+    engine = Engine(url.rstrip("/"), key, (folder.name,)) if url else start([folder], say=console.print, **options)
+    talk = Talk(engine, console, folder.name, modes, mode if mode in modes else modes[0], max_tokens)
+    talk.note(f"{talk.name}, {mode_title(talk.mode)}. /help lists the commands")
     for line in _lines():
-        if not _turn(talk, line.strip()):
-            break
+        try:
+            if line.strip() and not _turn(talk, line.strip()):
+                break
+        except ToolkitError as error:
+            talk.note(f"error: {error}", None)
 
 
 def _lines() -> Iterator[str]:
@@ -68,7 +77,7 @@ def _lines() -> Iterator[str]:
     from prompt_toolkit.history import FileHistory
 
     outputs().mkdir(parents=True, exist_ok=True)
-    commands = WordCompleter([command.split()[0] for command in HELP], sentence=True)
+    commands = WordCompleter([command.split()[0] for command in COMMANDS], sentence=True)
     session = PromptSession(history=FileHistory(outputs() / ".chat_history"), completer=commands)
     while True:
         try:
@@ -80,134 +89,101 @@ def _lines() -> Iterator[str]:
 
 
 def _turn(talk: Talk, line: str) -> bool:
-    """Does what a line says; False to leave."""
-    if not line:
-        return True
-    name, _, rest = line.partition(" ")
-    if not line.startswith("/") or name not in COMMANDS:
-        if name.startswith("/") and not rest:
-            talk.console.print(f"{name}: no such command. /help lists them", markup=False)
-        else:
-            _reply(talk, line)
-        return True
-    try:
-        return COMMANDS[name](talk, rest.strip()) is not False
-    except ToolkitError as error:
-        talk.console.print(f"error: {error}", markup=False)
-        return True
+    """Do what a line says; False to leave. Raises ToolkitError."""
+    command, _, rest = line.partition(" ")
+    if command == "/quit":
+        return False
+    if command in ("/think", "/no_think"):
+        mode = "thinking" if command == "/think" else "non_thinking"
+        if mode not in talk.modes:
+            raise ToolkitError(f"{command}: this model only answers {mode_title(talk.modes[0])}")
+        talk.mode = mode
+        talk.note(f"({mode_title(mode)})")
+    elif command in ("/base", "/tuned"):
+        if not talk.engine.runs:
+            raise ToolkitError(f"{command}: this server has one set of weights: chat without --from has both")
+        talk.name = BASE if command == "/base" else talk.engine.runs[0]
+        talk.note(f"({talk.name})")
+    elif command == "/save":
+        path = save(rest.strip(), talk.messages)
+        talk.note(f"(saved: {path})")
+    elif command == "/clear":
+        talk.messages = []
+        talk.note("(a new conversation)")
+    elif command == "/help":
+        talk.note("\n".join(f"{name:<12}{meaning}" for name, meaning in COMMANDS.items()), None)
+    elif command.startswith("/") and not rest:
+        raise ToolkitError(f"{command}: no such command. /help lists them")
+    else:
+        _reply(talk, line)
+    if command in ("/think", "/no_think", "/base", "/tuned") and rest.strip():
+        _reply(talk, rest.strip())
+    return True
 
 
 def _reply(talk: Talk, line: str) -> None:
-    """Streams an answer. What a Ctrl-C leaves of it stays in the conversation; a question without one is taken back."""
+    """Stream an answer. What Ctrl-C leaves of it stays in the conversation; a question without one is taken back."""
     asked = [*talk.messages, {"role": "user", "content": line}]
-    ask = Ask(asked, talk.thinking, talk.model, max_tokens=talk.max_tokens)
-    said = {"reasoning": "", "content": ""}
+    body = {
+        "messages": asked,
+        "max_tokens": talk.max_tokens,
+        "chat_template_kwargs": {"enable_thinking": talk.mode == "thinking"},
+        **talk.engine.sampling.get(talk.mode, {}),
+        **talk.engine.lora(talk.name),
+    }
+    said, end = {"reasoning_content": "", "content": ""}, {}
     try:
-        end = _show(talk.console, converse(talk.engine, ask), said)
-        talk.console.print(f"({end.usage['completion_tokens']} tokens{_ended(end)})", style="dim", markup=False)
+        for chunk in talk.engine.stream(body):
+            end = chunk if chunk.get("usage") else end
+            for choice in chunk["choices"]:
+                _show(talk.console, choice["delta"], said)
+                end = {**end, "cut": choice["finish_reason"] == "length"} if choice["finish_reason"] else end
+        cut = f", cut at {talk.max_tokens}" if end.get("cut") else ""
+        talk.note(f"\n({end['usage']['completion_tokens']} tokens{cut})")
     except KeyboardInterrupt:
-        talk.console.print("\n(stopped)", style="dim")
-    except Refused as refused:
-        hint = "; /clear begins a new conversation" if refused.code == "context_length_exceeded" else ""
-        talk.console.print(f"error: {refused}{hint}", markup=False)
+        talk.note("\n(stopped)")
     if said["content"].strip():
-        reasoning = {"reasoning_content": said["reasoning"]} if said["reasoning"] else {}
-        talk.messages = [*asked, {"role": "assistant", "content": said["content"], **reasoning}]
+        answer = {key: text.strip() for key, text in said.items() if text.strip()}
+        talk.messages = [*asked, {"role": "assistant", **answer}]
 
 
-def _show(console, pieces: Iterator[Piece], said: dict[str, str]) -> Piece:
-    """Prints pieces as they come; reasoning is dim on a terminal and labelled in a pipe."""
-    kind = None
-    for piece in pieces:
-        if piece.kind == "end":
-            console.print()
-            return piece
-        if piece.kind != kind:
-            console.print(_heading(console, kind, piece.kind), end="", style="dim")
-            kind = piece.kind
-        said[piece.kind] += piece.text
-        style = "dim italic" if kind == "reasoning" else None
-        console.print(piece.text.translate(CONTROLS), end="", style=style, markup=False, emoji=False)
-    raise AssertionError("a reply ends with its end or an error")
+def _show(console, delta: dict, said: dict[str, str]) -> None:
+    """Print a piece of a reply. Reasoning is dim on a terminal; in a pipe both parts are labelled."""
+    pieces = {
+        "reasoning_content": delta.get("reasoning_content") or delta.get("reasoning"),
+        "content": delta.get("content"),
+    }
+    for key, piece in pieces.items():
+        text = (piece or "").translate(CONTROLS)
+        if not said[key]:
+            text = text.lstrip()
+            if text and any(said.values()):
+                console.print("\n")
+            if text and not console.is_terminal:
+                console.print("thinking: " if key == "reasoning_content" else "answer: ", end="")
+        said[key] += text
+        style = "dim italic" if key == "reasoning_content" else None
+        console.print(text, end="", style=style, markup=False, emoji=False)
 
 
-def _heading(console, before: str | None, kind: str) -> str:
-    gap = "\n\n" if before else ""
-    if console.is_terminal:
-        return gap
-    return gap + {"reasoning": "thinking: ", "content": "answer: "}[kind]
-
-
-def _ended(end: Piece) -> str:
-    return ", cut at the limit" if end.finish == "length" else ""
-
-
-def _mode(talk: Talk) -> str:
-    return "thinking" if talk.thinking else "non-thinking"
-
-
-def _switch(thinking: bool) -> Callable:
-    def switch(talk: Talk, rest: str):
-        talk.thinking = thinking
-        talk.console.print(f"({_mode(talk)})", style="dim")
-        if rest:
-            _reply(talk, rest)
-
-    return switch
-
-
-def _base(talk: Talk, _rest: str):
-    if BASE not in talk.engine.names:
-        raise ToolkitError("only the adapter can be switched off: python -m toolkit chat RUN --from adapter")
-    talk.base = not talk.base
-    state = "off: this is the base" if talk.base else "on"
-    talk.console.print(f"(adapter {state})", style="dim")
-
-
-def _save(talk: Talk, rest: str):
-    if not rest:
-        raise ToolkitError("/save: expected a file, talk.jsonl or talk.md")
-    if not talk.messages:
-        raise ToolkitError("nothing was said yet")
-    path = Path(rest).expanduser()
+def save(file: str, messages: list[dict]) -> Path:
+    """A conversation as one more row of a .jsonl, as training reads it, or as Markdown in a new file. Raises ToolkitError."""
+    path = Path(file).expanduser()
+    if not file or not messages:
+        raise ToolkitError("/save: expected a file, talk.jsonl or talk.md" if messages else "nothing was said yet")
+    rows = path.suffix == ".jsonl"
+    if rows:
+        text = json.dumps({"messages": messages}, ensure_ascii=False)
+    else:
+        parts = []
+        for message in messages:
+            if "reasoning_content" in message:
+                parts.append("> " + message["reasoning_content"].replace("\n", "\n> "))
+            parts.append(message["content"] if message["role"] == "assistant" else f"**{message['content']}**")
+        text = "\n\n".join(parts)
     try:
-        save(path, talk.messages)
-    except OSError as error:
-        raise ToolkitError(f"{path}: cannot be written ({error.strerror})") from error
-    talk.console.print(f"(saved: {path})", style="dim", markup=False)
-
-
-def save(path: Path, messages: list[dict]) -> None:
-    """A conversation as one more row of a .jsonl, in the shape that training reads, or as Markdown in a new file."""
-    if path.suffix == ".jsonl":
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-        return
-    parts = []
-    for message in messages:
-        if "reasoning_content" in message:
-            parts.append("> " + message["reasoning_content"].replace("\n", "\n> "))
-        parts.append(message["content"] if message["role"] == "assistant" else f"**{message['content']}**")
-    with open(path, "x", encoding="utf-8") as file:  # a file that is there already is somebody's
-        file.write("\n\n".join(parts) + "\n")
-
-
-def _clear(talk: Talk, _rest: str):
-    talk.messages = []
-    talk.console.print("(a new conversation)", style="dim")
-
-
-def _help(talk: Talk, _rest: str):
-    for command, meaning in HELP.items():
-        talk.console.print(f"{command:<12}{meaning}", markup=False)
-
-
-COMMANDS = {
-    "/think": _switch(True),
-    "/no_think": _switch(False),
-    "/base": _base,
-    "/save": _save,
-    "/clear": _clear,
-    "/help": _help,
-    "/quit": lambda _talk, _rest: False,
-}
+        with open(path, "a" if rows else "x", encoding="utf-8") as out:
+            out.write(text + "\n")
+    except OSError as error:  # a Markdown file that is there already is somebody's
+        raise ToolkitError(f"{path}: could not be written ({error.strerror})") from error
+    return path
