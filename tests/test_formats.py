@@ -83,7 +83,7 @@ BAD = {
     "tools.jsonl": ["broken_tools"],
     "bom_crlf.jsonl": [None],
 }
-REFUSED = {"empty.jsonl": "is empty", "header_only.csv": "no rows", "latin1.jsonl": "line 1: not UTF-8.*iconv"}
+REFUSED = {"empty.jsonl": "is empty", "header_only.csv": "no rows", "latin1.jsonl": "line 1: not UTF-8.*Brötchen.*python -c"}
 
 
 @pytest.mark.parametrize("file", BAD)
@@ -224,8 +224,7 @@ def test_broken_tools_are_rejected(row):
         ([{"role": "user", "content": " \n"}, TELL], "empty_content"),
         ([ASK, {"role": "assistant", "content": "\t"}], "empty_content"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, TELL], "not_text"),
-        ([ASK, TELL] * 501, "too_many_turns"),
-        ([ASK, TELL] * 500_000, "too_many_turns"),
+        ([ASK, TELL] * 100_000, "row_too_long"),
         ([{"role": "user", "content": "x" * 1_000_000}, TELL], "row_too_long"),
         ([{"role": "user", "content": "a\x00b"}, TELL], "control_character"),
         ([ASK, {"role": "assistant", "content": "\x1b[31mred"}], "control_character"),
@@ -336,7 +335,7 @@ def test_a_leading_think_block_becomes_reasoning(content, reasoning, answer):
         ("<think>a</think>b<think>c</think>", "think_in_answer"),
         ("a</think>b", "think_in_answer"),
         ("Well. <think>a</think>b", "think_in_answer"),
-        ("<think>a</think>\n", "no_answer"),
+        ("<think>a</think>\n", "empty_content"),
         ("<think></think>", "empty_content"),
     ],
 )
@@ -442,13 +441,13 @@ def test_formats_are_recognised_by_their_fields():
             {},
             r"fields are question, answer_zh.*columns: \{user: question, assistant: answer_zh\}",
         ),
-        (["Instruction", "Output"], {}, "nearest format is alpaca"),
+        (["Instruction", "Output"], {}, "user: Instruction, assistant: Output"),
         (["messages", "prompt", "completion"], {}, "fits several formats.*messages, prompt_completion"),
         (["query", "response"], {"format": "alpaca"}, "not alpaca, which needs instruction and output"),
         (["query", "response"], {"format": "alpacca"}, "unknown format 'alpacca'"),
         (["a", "b"], {"format": "columns"}, "needs `user` and `assistant`"),
         (["a", "b"], {"columns": {"user": "a"}}, "needs `user` and `assistant`"),
-        (["question", "b"], {"columns": {"user": "qestion", "assistant": "b"}}, "did you mean 'question'"),
+        (["question", "b"], {"columns": {"user": "qestion", "assistant": "b"}}, "Did you mean 'question'"),
         (
             ["a", "b"],
             {"columns": {"user": "a", "assistent": "b"}},

@@ -47,8 +47,14 @@ def conversations(source: Source, seed: int, placeholders: dict) -> Iterator[tup
 
     Raises ToolkitError for trouble with the whole source and for an unfilled {{NAME}} or {{AUTHOR}}.
     """
-    placeholders = _checked_placeholders(placeholders)
-    _check_text("system", source.system or "")
+    placeholders = {name.replace("AUTHOER", "AUTHOR"): text for name, text in placeholders.items()}
+    if unknown := placeholders.keys() - {"NAME", "AUTHOR"}:
+        raise ToolkitError(f"data.placeholders.{min(unknown)}: expected NAME or AUTHOR")
+    for name, text in {"system": source.system, **placeholders}.items():
+        if hit := CONTROL_TOKEN.search(str(text)) or THINK_TAG.search(str(text)):
+            raise ToolkitError(
+                f"{source.path}: {name} holds {hit[0]!r}, which the model reads as structure: leave it out"
+            )
     rows = open_rows(source)
     format = detect(source, rows)
     for number, row in rows.draw(seed):
@@ -61,24 +67,6 @@ def conversations(source: Source, seed: int, placeholders: dict) -> Iterator[tup
             if rejected.reason == "unfilled_placeholder":
                 raise ToolkitError(f"{place}: {rejected.detail}") from rejected
             yield number, Rejected(rejected.reason, f"{place}: {rejected.detail}")
-
-
-def _checked_placeholders(placeholders: dict) -> dict:
-    """The placeholders under NAME and AUTHOR. Raises ToolkitError for other names and for texts no row may hold."""
-    found = {str(key).replace("AUTHOER", "AUTHOR"): value for key, value in placeholders.items()}
-    for key, value in found.items():
-        if key not in ("NAME", "AUTHOR"):
-            raise ToolkitError(f"data.placeholders.{key}: expected NAME or AUTHOR")
-        for text in value.values() if isinstance(value, dict) else [value]:
-            _check_text(f"data.placeholders.{key}", text)
-    return found
-
-
-def _check_text(key: str, text) -> None:
-    if not isinstance(text, str):
-        raise ToolkitError(f"{key}: expected text, or texts by language {{zh: …, en: …}}, found {text!r}")
-    if hit := CONTROL_TOKEN.search(text) or THINK_TAG.search(text):
-        raise ToolkitError(f"{key}: holds {hit[0]!r}, which the model reads as structure: leave it out")
 
 
 def detect(source: Source, rows: Rows) -> str:
@@ -94,12 +82,7 @@ def open_rows(source: Source) -> Rows:
     source, found = _located(source)
     rows = open_files(*found) if found else stream_rows(source, *_hub_stream(source))
     limit = source.max_rows
-    if limit is None:
-        return rows
-    if limit < 1:
-        raise ToolkitError(f"{source.path}: expected a number of rows from 1, found {limit}")
-    size = limit if rows.size is None else min(limit, rows.size)
-    return replace(rows, size=size, draw=lambda seed: islice(rows.draw(seed), limit))
+    return rows if limit is None else replace(rows, draw=lambda seed: islice(rows.draw(seed), limit))
 
 
 def fingerprint(source: Source) -> str:
@@ -111,12 +94,12 @@ def fingerprint(source: Source) -> str:
 def _located(source: Source) -> tuple[Source, tuple[Path, list[Path]] | None]:
     """The source with `#N` and `:subset` taken off its path, and, unless it is on the Hub, (path, its data files)."""
     path = source.path
-    if not find(path) and (match := re.fullmatch(r"(.+)#(\d+)", path)):
+    if not find(path) and (match := re.fullmatch(r"(.+)#([1-9]\d*)", path)):
         path, limit = match[1], int(match[2])
         source = replace(source, path=path, max_rows=min(limit, source.max_rows or limit))
     if not find(path) and (match := re.fullmatch(r"(.+[^:/]):([\w.\-]+)", path)):
-        source = replace(source, path=match[1], subset=match[2])
         path = match[1]
+        source = replace(source, path=path, subset=match[2])
     folder = find(path) if path.strip() else None
     if not folder and source.subset in SWIFT_SUBSETS:
         raise ToolkitError(f"{path}:{source.subset}: only ms-swift has this subset: {SWIFT_SUBSETS[source.subset]}")
@@ -132,10 +115,11 @@ def _located(source: Source) -> tuple[Source, tuple[Path, list[Path]] | None]:
             f"{path[:200]}: no such file or folder, from here or from the project's root{beside}. A Hub name is owner/name"
         )
     if folder and source.subset:
-        inside = folder / source.subset
-        if not inside.is_dir() or not inside.resolve().is_relative_to(folder.resolve()):
-            raise ToolkitError(f"{folder}: subset {source.subset!r}: expected a folder of that name in it")
-        folder = inside
+        folder /= source.subset
+        if not folder.is_dir():
+            raise ToolkitError(
+                f"{folder}: no such folder: the subset {source.subset!r} of a local path is a folder in it"
+            )
     return source, (folder, data_files(folder, source.split)) if folder else None
 
 
@@ -161,24 +145,18 @@ def _hub_builder(path: str, subset: str | None, revision: str | None):
 
 def _hub_stream(source: Source) -> tuple:
     """(stream of a Hub data set, or of the copy in the cache of `datasets`, its commit). Raises ToolkitError."""
-    import datasets
+    from datasets.packaged_modules.cache.cache import Cache
 
     try:
         builder = _hub_builder(source.path, source.subset, source.revision)
-        commit, cached = str(builder.hash), type(builder).__name__ == "Cache"
         stream = builder.as_streaming_dataset(source.split)
-    except datasets.exceptions.DatasetNotFoundError as error:
+    except (OSError, ValueError) as error:  # not found, not allowed or out of reach; unknown subset, split or name
         raise ToolkitError(
-            f"{source.path}: {error} It may be private (hf auth login), or ModelScope's: {MODELSCOPE}{source.path}. "
-            "For a local file, give its path with the ending"
+            f"{source.path}: not readable from the Hub, and no cached copy fits: {error}. Private: hf auth login. "
+            f"ModelScope's: {MODELSCOPE}{source.path}. {OFFLINE}"
         ) from error
-    except OSError as error:
-        raise ToolkitError(
-            f"{source.path}: the Hub is out of reach, and there is no cached copy: {error}. {OFFLINE}"
-        ) from error
-    except ValueError as error:  # unknown subset or split: the message lists the known ones
-        raise ToolkitError(f"{source.path}: {error}") from error
-    if cached and not commit.startswith(source.revision or ""):
+    commit = str(builder.hash)
+    if isinstance(builder, Cache) and not commit.startswith(source.revision or ""):
         raise ToolkitError(
             f"{source.path}: the Hub is out of reach and the cached copy is {commit}, not revision {source.revision}"
         )
@@ -202,10 +180,8 @@ def stream_rows(source: Source, stream, revision: str) -> Rows:
     first = next(rows(stream.take(1)), None)
     if first is None:
         raise ToolkitError(f"{where}: is empty: expected at least one row")
-    known = (stream.info.splits or {}).get(source.split)
 
     def draw(seed: int) -> Iterator[tuple[int, dict]]:
         return enumerate(rows(stream.shuffle(seed=seed, buffer_size=HUB_BUFFER)), start=1)
 
-    size = known.num_examples if known else None
-    return Rows(size, list(stream.column_names or first), where, draw, lambda n: f"{where} drawn row {n}", revision)
+    return Rows(where, list(stream.column_names or first), draw, lambda number: f"{where} drawn row {number}")

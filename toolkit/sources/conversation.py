@@ -12,8 +12,8 @@ from toolkit.sources.readers import Rejected
 
 MAX_TEXT = 1_000_000
 """Characters of one row: Qwen3's longest context, 131,072 tokens, holds about half of that."""
-MAX_TURNS = 1_000
-CONTROLS = bytes(c for c in range(32) if chr(c) not in "\n\t\r")
+CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+CONTROLS = bytes(c for c in range(32) if CONTROL.match(chr(c)))
 PLACEHOLDER = re.compile(r"{{ *(NAME|AUTHOR|AUTHOER) *}}|{{(name|author|authoer|Name|Author)}}")
 """The self-cognition sets' spellings, AUTHOER included; `{{ name }}` with spaces is somebody's template code."""
 CJK = re.compile("[\u3400-\u9fff]")
@@ -48,8 +48,6 @@ def checked(conversation: dict, placeholders: dict, tag=None) -> dict:
 
 def _check_order(messages: list[dict]) -> None:
     """system?, then user and assistant in turns; tool results only after a call; an answer at the end."""
-    if len(messages) > MAX_TURNS:
-        raise Rejected("too_many_turns", f"{len(messages):,} turns; the limit is {MAX_TURNS:,}")
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise Rejected("no_assistant", f"the turns are {', '.join(roles) or 'none'}: nothing to learn")
@@ -88,7 +86,7 @@ def _check_text(texts: str) -> None:
         raise Rejected("broken_text", f"invalid Unicode: unpaired surrogate {texts[error.start]!r}") from error
     # Deleting bytes takes a sixth of the time of a character class: 5 µs for 10,000 characters.
     if len(raw.translate(None, CONTROLS)) != len(raw):
-        raise Rejected("control_character", f"the text holds {next(c for c in texts if ord(c) in CONTROLS)!r}")
+        raise Rejected("control_character", f"the text holds {CONTROL.search(texts)[0]!r}")
 
 
 def _finish(message: dict, where: str) -> None:
@@ -100,8 +98,6 @@ def _finish(message: dict, where: str) -> None:
         if reasoning:
             message["reasoning_content"] = reasoning
     if not message["content"].strip() and message["role"] != "tool" and "tool_calls" not in message:
-        if "reasoning_content" in message:
-            raise Rejected("no_answer", f"{where} is blank after its reasoning")
         raise Rejected("empty_content", f"{where} is blank")
 
 

@@ -4,11 +4,10 @@ canonical({"query": "Hi", "response": "Hello!"}, "query_response", columns={}, p
 """
 
 import ast
-import difflib
 import json
 import re
 
-from toolkit.files import ToolkitError
+from toolkit.files import ToolkitError, did_you_mean
 from toolkit.sources.conversation import checked
 from toolkit.sources.readers import Rejected, json_type
 
@@ -202,22 +201,26 @@ def _tools(value) -> list[dict]:
 def recognise(fields: list[str], format: str, columns: dict, where: str) -> str:
     """The name of a source's format: checked where it is given, found by the fields where it is `auto`.
 
-    Raises ToolkitError that lists the fields and the nearest format where they fit none or several.
+    Raises ToolkitError that lists the fields and what to write where they fit none or several.
     """
-    if format not in ("auto", "columns", *FORMATS):
-        raise ToolkitError(f"{where}: unknown format {format!r}: expected auto, columns, {', '.join(FORMATS)}")
-    if columns or format == "columns":
-        return _check_columns(fields, format, columns, where)
+    if format == "columns" or (columns and format == "auto"):
+        return _check_columns(fields, columns, where)
     fitting = [name for name in FORMATS if set(signature(name)) <= set(fields)]
-    if format in fitting:
+    if format in fitting and not columns:
         return format
     if format == "auto" and len(fitting) > 1:  # an openmath row holds a question too: the richer reading is meant
         fitting = [name for name in fitting if name != "question"]
     if format == "auto" and len(fitting) == 1:
         return fitting[0]
-    problem = f"not {format}, which needs {' and '.join(signature(format))}" if format != "auto" else "no known format"
-    if format == "auto" and fitting:
-        problem = f"fits several formats: set `format:` to one of {', '.join(fitting)}"
+    if format == "auto":
+        several = f"fits several formats: set `format:` to one of {', '.join(fitting)}"
+        problem = several if fitting else "no known format"
+    elif format not in FORMATS:
+        problem = f"unknown format {format!r}: expected auto, columns, {', '.join(FORMATS)}"
+    elif columns:
+        problem = f"`columns` goes with `format: columns`, not with {format!r}"
+    else:
+        problem = f"not {format}, which needs {' and '.join(signature(format))}"
     raise ToolkitError(f"{where}: {problem}; the row's fields are {', '.join(fields)}. {_advice(fields)}")
 
 
@@ -226,32 +229,21 @@ def signature(format: str) -> list[str]:
     return [column for key, column in FORMATS[format].items() if key != "input"]
 
 
-def _check_columns(fields: list[str], format: str, columns: dict, where: str) -> str:
-    if format not in ("auto", "columns"):
-        raise ToolkitError(f"{where}: `columns` goes with `format: columns`, not with {format!r}")
-    if unknown := [key for key in columns if key not in COLUMN_KEYS]:
-        raise ToolkitError(f"{where}: columns.{unknown[0]}: expected one of {', '.join(COLUMN_KEYS)}")
+def _check_columns(fields: list[str], columns: dict, where: str) -> str:
+    for key, column in columns.items():
+        if key not in COLUMN_KEYS:
+            raise ToolkitError(f"{where}: columns.{key}: expected one of {', '.join(COLUMN_KEYS)}")
+        if column not in fields:
+            raise ToolkitError(f"{where}: columns.{key}: no field {column!r}{did_you_mean(str(column), fields)}")
     if "messages" not in columns and not {"user", "assistant"} <= columns.keys():
         raise ToolkitError(f"{where}: columns needs `user` and `assistant` (or `messages`). {_advice(fields)}")
-    for key, column in columns.items():
-        if column not in fields:
-            near = difflib.get_close_matches(str(column), fields, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ToolkitError(
-                f"{where}: columns.{key}: no field {column!r}: {hint}The row's fields are {', '.join(fields)}"
-            )
     return "columns"
 
 
 def _advice(fields: list[str]) -> str:
-    """What to write in the recipe for rows that are not recognised: the nearest format, the columns by likely names."""
+    """What to write in the recipe for rows that are not recognised: the columns, by likely names."""
     if fields == ["text"]:
         return "Plain text has no question and answer to tell apart: split it into `prompt` and `completion`"
-    likeness = difflib.SequenceMatcher(b=" ".join(fields).lower())
-    near = max(FORMATS, key=lambda name: likeness.set_seq1(" ".join(signature(name))) or likeness.ratio())
     user = next((f for word in USER_WORDS for f in fields if word in f.lower()), "…")
     assistant = next((f for word in ASSISTANT_WORDS for f in fields if word in f.lower() and f != user), "…")
-    return (
-        f"The nearest format is {near} ({', '.join(signature(near))}). "
-        f"To name the columns: columns: {{user: {user}, assistant: {assistant}}}"
-    )
+    return f"To name the columns: columns: {{user: {user}, assistant: {assistant}}}"

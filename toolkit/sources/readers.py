@@ -30,39 +30,30 @@ BLOCK = 1 << 22
 """Bytes read at a time while lines are indexed: small enough that the comparison stays in the processor's cache."""
 PEEK = 50
 """Rows looked at to learn a source's fields."""
-BOM = b"\xef\xbb\xbf"
 ENCODINGS = ("gb18030", "big5", "shift_jis", "cp1252")
 JSON_TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-ADVICE = {
-    **dict.fromkeys((".xlsx", ".xls", ".ods"), "save the sheet as CSV (in Excel: Save As, CSV UTF-8)"),
-    **dict.fromkeys((".txt", ".md"), 'write one object a line, {"prompt": …, "completion": …}, into a .jsonl'),
-    **dict.fromkeys((".zip", ".tar", ".tgz"), "unpack it and name the folder"),
-}
 
 
 class Rejected(ValueError):
     """A row that cannot be trained on: `reason` is a slug to count by, `detail` tells people what is wrong where."""
 
     def __init__(self, reason: str, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason, self.detail = reason, detail
+        self.reason, self.detail = reason, detail if len(detail) < 500 else f"{detail[:500]}…"
+        super().__init__(f"{reason}: {self.detail}")
 
 
 @dataclass(frozen=True)
 class Rows:
     """Raw rows of one source.
 
-    `draw(seed)` yields every row once as (number from 1, row or Rejected), shuffled by the seed and read only when
-    asked for. `where(number)` says file and line. `fields` are the keys of the first rows; `size` None is unknown;
-    `revision` is the Hub's commit.
+    `fields` are the keys of the first rows, `draw(seed)` yields every row once as (number from 1, row or Rejected),
+    shuffled by the seed and read only when asked for, `where(number)` says file and line.
     """
 
-    size: int | None
-    fields: list[str]
     location: str
+    fields: list[str]
     draw: Callable[[int], Iterator[tuple[int, dict | Rejected]]]
     where: Callable[[int], str]
-    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,13 +72,12 @@ def json_type(value) -> str:
 
 
 def ending(path: Path) -> str:
-    """The ending that says how a file is read (.jsonl, .csv, …), .gz taken off from text files; "" for other files."""
-    name = path.name.lower()
-    suffix = Path(name.removesuffix(".gz")).suffix
-    return suffix if suffix in READERS and not name.endswith(".parquet.gz") else ""
+    """The ending that says how a file is read (.jsonl, .csv, …), .gz taken off; "" for other files."""
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    return suffix if suffix in READERS else ""
 
 
-def data_files(path: Path, split: str = "train") -> list[Path]:
+def data_files(path: Path, split: str) -> list[Path]:
     """The data files of a path, sorted. In a folder with files named by split (`train-00000.parquet`) that split's.
 
     Raises ToolkitError for a path without any.
@@ -95,11 +85,10 @@ def data_files(path: Path, split: str = "train") -> list[Path]:
     known = ", ".join(READERS)
     if not path.is_dir():
         if not ending(path):
-            advice = ADVICE.get(path.suffix.lower(), "the text kinds may also end in .gz")
-            raise ToolkitError(f"{path}: unknown kind of file: expected {known}: {advice}")
+            raise ToolkitError(f"{path}: expected {known}: save a spreadsheet as CSV UTF-8, unpack an archive")
         return [path]
-    found = sorted(f for f in path.rglob("*") if "/." not in f"/{f.relative_to(path).as_posix()}" and not f.is_dir())
-    files = {f: re.split(r"[-_.]", f.name)[0].lower() for f in found if ending(f) and f.name not in NOT_ROWS}
+    found = sorted(f for f in path.rglob("[!.]*") if not f.is_dir() and "/." not in f"/{f.relative_to(path)}")
+    files = {f: re.split("[-_.]", f.name)[0].lower() for f in found if ending(f) and f.name not in NOT_ROWS}
     chosen = [f for f in files if files[f] == split] or [f for f in files if files[f] not in SPLITS]
     if not chosen:
         names = ", ".join(f.name for f in found[:5]) or "no files"
@@ -110,7 +99,7 @@ def data_files(path: Path, split: str = "train") -> list[Path]:
 def fingerprint_of(path: Path, files: list[Path]) -> str:
     """SHA-256 over the files' names below `path` and their bytes."""
     try:
-        parts = [f"{f.relative_to(path).as_posix()}\0{sha256(f)}" for f in files]
+        parts = [f"{f.relative_to(path)}\0{sha256(f)}" for f in files]
     except OSError as error:
         raise ToolkitError(f"{path}: cannot be read: {error}") from error
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -129,10 +118,9 @@ def open_files(path: Path, files: list[Path]) -> Rows:
         return tables[index], position - starts[index]
 
     def draw(seed: int) -> Iterator[tuple[int, dict | Rejected]]:
-        for position in shuffled(starts[-1], seed):
+        for position in map(int, np.random.default_rng(seed).permutation(starts[-1])):
             table, inside = locate(position)
-            row = table.get(inside)
-            if row is not None:
+            if (row := table.get(inside)) is not None:
                 yield position + 1, row
 
     def where(number: int) -> str:
@@ -140,48 +128,34 @@ def open_files(path: Path, files: list[Path]) -> Rows:
         return f"{table.path} {table.unit} {inside + 1}"
 
     first = [table.get(inside) for table, inside in map(locate, range(min(PEEK, starts[-1])))]
-    return Rows(starts[-1], fields_of(first, path), str(path), draw, where)
-
-
-def fields_of(first: list, path: Path) -> list[str]:
-    """The keys of a source's first rows, in order of appearance. Raises ToolkitError where no row can be read."""
-    keys = dict.fromkeys(key for row in first if isinstance(row, dict) for key in row)
-    bad = next((row for row in first if isinstance(row, Rejected)), None)
-    if bad and not keys:
+    fields = list(dict.fromkeys(key for row in first if isinstance(row, dict) for key in row))
+    if not fields:
+        bad = next((f"holds no row that can be read: {row}" for row in first if row), "is empty: no rows")
         raise ToolkitError(
-            f"{path}: none of the first {len(first)} rows can be read: {bad}. Expected one JSON object a line; "
-            f"objects that stand over several lines become that with: jq -c . '{path}' > lines.jsonl"
+            f"{path}: {bad}. Expected a JSON object on each line (jq -c . FILE > lines.jsonl makes lines of objects), an "
+            "array of objects, or CSV with a header"
         )
-    if not keys:
-        raise ToolkitError(f"{path}: is empty: expected at least one row")
-    return list(keys)
+    return Rows(str(path), fields, draw, where)
 
 
-def shuffled(size: int, seed: int) -> Iterator[int]:
-    """0 … size-1 in the seed's order; 4 bytes a row."""
-    order = np.random.default_rng(seed).permutation(np.arange(size, dtype=np.int32 if size < 2**31 else np.int64))
-    for start in range(0, size, 4096):
-        yield from order[start : start + 4096].tolist()
-
-
-def plain(path: Path):
+def unpacked(path: Path):
     """A file to read bytes from; a gzipped one is unpacked first, since rows are fetched by their offsets."""
     if path.suffix.lower() != ".gz":
         return open(path, "rb", buffering=0)
-    unpacked = tempfile.TemporaryFile()  # noqa: SIM115 (the caller reads it; it vanishes when closed)
+    plain = tempfile.TemporaryFile()  # noqa: SIM115 (the caller reads it; it vanishes when closed)
     try:
         with gzip.open(path) as packed:
-            shutil.copyfileobj(packed, unpacked, BLOCK)
+            shutil.copyfileobj(packed, plain, BLOCK)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ToolkitError(f"{path}: not a whole gzip file: {error}") from error
-    unpacked.seek(0)
-    return unpacked
+    plain.seek(0)
+    return plain
 
 
 def json_table(path: Path) -> Table:
     """An array of objects, {"data": [objects]}, or one object a line: the content decides, as people name them all."""
-    file = plain(path)
-    if ending(path) != ".json" and not file.read(BLOCK).removeprefix(BOM).lstrip().startswith(b"["):
+    file = unpacked(path)
+    if ending(path) != ".json" and not file.read(BLOCK).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         return line_table(path, file)
     text = whole_text(path)
     try:
@@ -234,16 +208,15 @@ def csv_table(path: Path) -> Table:
     Quoted cells may hold separators and line breaks (CRLF becomes LF)."""
     text = whole_text(path).replace("\r\n", "\n")
     csv.field_size_limit(1 << 30)  # the reader's own limit of 128 KiB is below a long reasoning trace
-    delimiter = max(",;\t|", key=text.partition("\n")[0].count)
+    delimiter = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header, *cells = [row for row in reader if row] or [[]]
     except csv.Error as error:
         raise ToolkitError(f"{path} line {reader.line_num}: broken CSV: {error}: is a quote left open?") from error
     header = [name.strip() for name in header]
-    if not cells or len(set(header)) < len(header):
-        problem = "is empty: no rows under the header" if not cells else "a name stands twice in the header:"
-        raise ToolkitError(f"{path}: {problem} {', '.join(header)}")
+    if len(set(header)) < len(header):
+        raise ToolkitError(f"{path}: a name stands twice in the header: {', '.join(header)}")
 
     def get(i: int) -> dict | Rejected:
         if len(cells[i]) != len(header):
@@ -294,7 +267,7 @@ READERS = {
 
 def whole_text(path: Path) -> str:
     """The text of a file."""
-    with plain(path) as file:
+    with unpacked(path) as file:
         return decode(file.read(), path, 1)
 
 
@@ -304,26 +277,20 @@ def decode(raw: bytes, path: Path, line: int) -> str:
         return raw.decode().removeprefix("\ufeff" if line == 1 else "")
     except UnicodeDecodeError as error:
         bad = raw[raw.rfind(b"\n", 0, error.start) + 1 :].partition(b"\n")[0]
-        line += raw.count(b"\n", 0, error.start)
-    found = readings(path, bad)
+        where = f"{path} line {line + raw[: error.start].count(10)}: not UTF-8"
+    with unpacked(path) as file:
+        found = readings(file.read(), bad)
     if not found:
-        raise ToolkitError(
-            f"{path} line {line}: not UTF-8, and no common encoding reads the whole file: fix or delete that line"
-        )
-    encoding, copy = next(iter(found)), path.with_name(f"utf8-{path.name}")
-    shown = ", ".join(f"as {name} {text!r}" for name, text in found.items())
-    unpack = "gunzip the file, and " if path.suffix == ".gz" else ""
+        raise ToolkitError(f"{where}, and no common encoding reads the whole file: fix or delete that line")
+    shown, copy = ", ".join(f"as {name} {text!r}" for name, text in found.items()), path.with_name(f"utf8-{path.name}")
     raise ToolkitError(
-        f"{path} line {line}: not UTF-8. It reads {shown}. {unpack}convert it with the encoding that reads right: "
-        f"iconv -f {encoding} -t utf-8 '{path}' > '{copy}' (without iconv: python -c \"from pathlib import Path; "
-        f"Path(r'{copy}').write_text(Path(r'{path}').read_text('{encoding}'), 'utf-8')\")"
+        f'{where}. It reads {shown}. Convert the (unpacked) file with the encoding that reads right: python -c "from '
+        f"pathlib import Path; Path(r'{copy}').write_text(Path(r'{path}').read_text('{next(iter(found))}'), 'utf-8')\""
     )
 
 
-def readings(path: Path, line: bytes) -> dict[str, str]:
-    """Encoding → how it reads a line, for the encodings that decode the whole file, the likeliest first."""
-    with plain(path) as file:
-        raw = file.read()
+def readings(raw: bytes, line: bytes) -> dict[str, str]:
+    """Encoding → how it reads one line of a file, for those that decode the whole file, the likeliest first."""
     found = {}
     for name in ("utf-16",) if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else ENCODINGS:
         try:
@@ -335,5 +302,5 @@ def readings(path: Path, line: bytes) -> dict[str, str]:
             begin = max(0, len(text) - len(text.lstrip(string.printable)) - 10)  # shortly before what is not ASCII
             found[name] = text[begin:].strip()[:24] or text[:24]
     # Western text read as double bytes has single Chinese characters among letters, a Chinese text has words of them.
-    words = {name: bool(re.search("[\u3040-\u30ff\u4e00-\u9fff]{2}", text)) for name, text in found.items()}
-    return {name: found[name] for name in sorted(found, key=lambda name: (not words[name], name != "cp1252"))}
+    words = re.compile("[\u3040-\u30ff\u4e00-\u9fff]{2}")
+    return dict(sorted(found.items(), key=lambda item: (not words.search(item[1]), item[0] != "cp1252")))
