@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from tests import row_strategies
 from toolkit.files import ToolkitError
 from toolkit.recipe import Source
 from toolkit.sources import Rejected, conversations
@@ -83,7 +83,11 @@ BAD = {
     "tools.jsonl": ["broken_tools"],
     "bom_crlf.jsonl": [None],
 }
-REFUSED = {"empty.jsonl": "is empty", "header_only.csv": "no rows", "latin1.jsonl": "line 1: not UTF-8.*Brötchen.*python -c"}
+REFUSED = {
+    "empty.jsonl": "is empty",
+    "header_only.csv": "no rows",
+    "latin1.jsonl": "line 1: not UTF-8.*Brötchen.*python -c",
+}
 
 
 @pytest.mark.parametrize("file", BAD)
@@ -104,42 +108,23 @@ def test_every_bad_file_is_tried():
     assert {f.name for f in (DATA / "bad").iterdir()} == BAD.keys() | REFUSED.keys()
 
 
-texts = st.text(st.characters(min_codepoint=32, exclude_categories=["Cs", "Cc"]), min_size=1, max_size=30).filter(
-    lambda t: t.strip() and "<" not in t and "{{" not in t
-)
+@settings(max_examples=120, deadline=None)
+@given(row_strategies.sound_rows())
+def test_a_sound_row_of_any_format_compiles_to_the_conversation_it_was_made_from(case):
+    row_strategies.check_sound(case)
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.none() | texts, st.lists(st.tuples(texts, texts), min_size=1, max_size=4), st.none() | texts)
-def test_equivalent_rows_of_all_formats_compile_to_the_same_conversation(system, pairs, trace):
-    (question, answer), history = pairs[-1], [list(p) for p in pairs[:-1]]
-    tagged = f"<think>\n{trace}\n</think>\n\n{answer}" if trace else answer
-    said = [("system", system)] if system else []
-    said += [turn for q, a in history for turn in (("user", q), ("assistant", a))]
-    said += [("user", question), ("assistant", tagged)]
-    openai = [{"role": role, "content": text} for role, text in said]
-    split = [dict(m) for m in openai]
-    split[-1] = {"role": "assistant", "content": answer, "thinking": trace}
-    names = {"system": "system", "user": "human", "assistant": "gpt"}
-    more = {"system": system, "history": history}
-    rows = [
-        ("messages", {"messages": openai}),
-        ("messages", {"messages": split}),
-        ("sharegpt", {"conversations": [{"from": names[role], "value": text} for role, text in said]}),
-        ("alpaca", {"instruction": question, "input": "", "output": tagged, **more}),
-        ("query_response", {"query": question, "response": answer, "reasoning_content": trace, **more}),
-        ("prompt_completion", {"prompt": openai[:-1], "completion": openai[-1:]}),
-        ("prompt_completion", {"prompt": question, "completion": tagged, **more}),
-        ("openmath", {"problem": question, "generated_solution": tagged, **more}),
-    ]
-    found = [canonical(row, format, {}, {}) for format, row in rows]
-    columns = {"user": "q", "assistant": "a", "system": "s", "history": "h", "reasoning": "r"}
-    found.append(canonical({"q": question, "a": answer, "s": system, "h": history, "r": trace}, "columns", columns, {}))
-    assert all(conversation == found[0] for conversation in found)
-    assert found[0]["messages"][-1].get("reasoning_content", "") == (trace or "").strip("\n")
-    assert {format for format, _ in rows} == FORMATS.keys() - {
-        "question"
-    }  # the one that has no reasoning and no history
+@settings(max_examples=120, deadline=None)
+@given(row_strategies.broken_rows())
+def test_a_broken_row_is_rejected_or_a_well_formed_conversation_of_its_own_text(case):
+    row_strategies.check_broken(case)
+
+
+@pytest.mark.parametrize("format", ["alpaca", "query_response"])
+def test_calls_in_the_text_of_an_answer_column_are_calls_too(format):
+    names = FORMATS[format]
+    found = canonical({names["user"]: "Left?", names["assistant"]: JSON_CALL}, format, {}, {})["messages"]
+    assert found[1]["tool_calls"][0]["function"] == {"name": "oven", "arguments": {"side": "left"}}
 
 
 def test_a_question_with_only_its_expected_answer_is_a_conversation_too():
@@ -331,8 +316,8 @@ def test_a_leading_think_block_becomes_reasoning(content, reasoning, answer):
     [
         ("<think>a", "unclosed_think"),
         ("<think>a<think>b</think>c</think>d", "nested_think"),
-        ("<think>a</think>b</think>c", "think_in_answer"),
-        ("<think>a</think>b<think>c</think>", "think_in_answer"),
+        ("<think>a</think>b</think>c", "nested_think"),
+        ("<think>a</think>b<think>c</think>", "nested_think"),
         ("a</think>b", "think_in_answer"),
         ("Well. <think>a</think>b", "think_in_answer"),
         ("<think>a</think>\n", "empty_content"),

@@ -16,8 +16,10 @@ from itertools import islice
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
 
 import toolkit.sources
+from tests import row_strategies
 from toolkit.files import ROOT, ToolkitError
 from toolkit.recipe import Source
 from toolkit.sources import Rejected, conversations, detect, fingerprint, open_rows, stream_rows
@@ -301,6 +303,12 @@ def test_numbers_are_line_numbers(tmp_path):
     rejected = dict(conversations(Source(str(tmp_path / "a.jsonl")), 1, {}))
     assert rejected.keys() == {2, 5}
     assert "a.jsonl line 5:" in rejected[5].detail
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=row_strategies.files())
+def test_a_file_of_any_bytes_gives_rows_or_an_error_that_names_it(case, tmp_path):
+    row_strategies.check_file(case, tmp_path)
 
 
 def test_cells_with_windows_line_breaks_read_like_others(tmp_path):

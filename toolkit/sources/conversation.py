@@ -4,10 +4,10 @@ messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": 
 checked({"messages": messages}, placeholders={})["messages"][1]["reasoning_content"]
 """
 
+import json
 import re
-from collections.abc import Iterator
 
-from toolkit.family import CONTROL_TOKEN, THINK_CLOSE, THINK_OPEN, THINK_TAG
+from toolkit.family import ANGLE_TOKEN, SQUARE_TOKEN, THINK_CLOSE, THINK_OPEN, THINK_TAG
 from toolkit.sources.readers import Rejected
 
 MAX_TEXT = 1_000_000
@@ -34,14 +34,14 @@ def checked(conversation: dict, placeholders: dict, tag=None) -> dict:
 
     `tag` is the row's word for its language, which chooses between a placeholder's texts."""
     _check_order(conversation["messages"])
-    texts = "\n".join(_strings(conversation))
+    texts = "\n".join(_strings(conversation, []))
     if PLACEHOLDER.search(texts):  # before the checks: a name is text of the row like any other
         conversation = _filled(conversation, placeholders, _languages(tag, texts))
-        texts = "\n".join(_strings(conversation))
+        texts = "\n".join(_strings(conversation, []))
     _check_text(texts)
     for turn, message in enumerate(conversation["messages"], start=1):
         _finish(message, f"turn {turn} ({message['role']})")
-    if "think>" in texts and (tag := next(filter(THINK_TAG.search, _strings(conversation)), None)):
+    if THINK_TAG.search(texts) and (tag := next(filter(THINK_TAG.search, _strings(conversation, [])), None)):
         raise Rejected("control_token", f"a think tag, which the model reads as structure, in {tag[:60]!r}")
     return conversation
 
@@ -61,24 +61,25 @@ def _check_order(messages: list[dict]) -> None:
         raise Rejected("no_answer", f"the last turn is {roles[-1]}, expected assistant")
 
 
-def _strings(value) -> Iterator[str]:
-    """Every text in a conversation, keys of tools and calls included, as the template prints them too."""
+def _strings(value, found: list) -> list[str]:
+    """`found` and every text in a value, keys of tools and calls included, as the template prints them too."""
     if type(value) is str:
-        yield value
-    elif type(value) is list:
-        for item in value:
-            yield from _strings(item)
+        found.append(value)
     elif type(value) is dict:
         for key, item in value.items():
-            yield key
-            yield from _strings(item)
+            found.append(key)
+            _strings(item, found)
+    elif type(value) is list:
+        for item in value:
+            _strings(item, found)
+    return found
 
 
 def _check_text(texts: str) -> None:
     """All texts of a row at once, for what no text may hold."""
     if len(texts) > MAX_TEXT:
         raise Rejected("row_too_long", f"{len(texts):,} characters; the limit is {MAX_TEXT:,}")
-    if hit := CONTROL_TOKEN.search(texts):
+    if hit := ANGLE_TOKEN.search(texts) or SQUARE_TOKEN.search(texts):
         raise Rejected("control_token", f"the text holds {hit.group()!r}, which the model reads as structure")
     try:
         raw = texts.encode()
@@ -91,7 +92,7 @@ def _check_text(texts: str) -> None:
 
 def _finish(message: dict, where: str) -> None:
     """Reasoning moves from <think> tags to its own field; content is blank only in calls and their results."""
-    if message["role"] == "assistant" and "think>" in message["content"]:
+    if message["role"] == "assistant" and THINK_TAG.search(message["content"]):
         reasoning, message["content"] = split_think(message["content"], where)
         if reasoning and "reasoning_content" in message:
             raise Rejected("nested_think", f"{where} has reasoning both in its own field and in <think> tags")
@@ -106,17 +107,16 @@ def split_think(content: str, where: str = "text") -> tuple[str, str]:
 
     Strict, since a training row must be well-formed; `generate` reads what a model really wrote."""
     start = content.lstrip()
-    if not start.startswith(THINK_OPEN):
-        if THINK_TAG.search(content):
-            raise Rejected("think_in_answer", f"{where}: a think tag that does not open the text")
+    tags = THINK_TAG.findall(content)
+    if not tags:
         return "", content
-    reasoning, closed, answer = start.removeprefix(THINK_OPEN).partition(THINK_CLOSE)
-    if not closed:
+    if not start.startswith(THINK_OPEN):
+        raise Rejected("think_in_answer", f"{where}: a think tag that does not open the text")
+    if THINK_CLOSE not in tags:
         raise Rejected("unclosed_think", f"{where}: {THINK_OPEN} without {THINK_CLOSE}")
-    if THINK_TAG.search(reasoning):
-        raise Rejected("nested_think", f"{where}: {THINK_OPEN} inside {THINK_OPEN}")
-    if THINK_TAG.search(answer):
-        raise Rejected("think_in_answer", f"{where}: a think tag in the answer")
+    if len(tags) > 2:
+        raise Rejected("nested_think", f"{where}: more than one think block")
+    reasoning, _, answer = start.removeprefix(THINK_OPEN).partition(THINK_CLOSE)
     return reasoning.strip("\n") if reasoning.strip() else "", answer.lstrip("\n")
 
 
@@ -126,7 +126,7 @@ def _languages(tag, texts: str) -> tuple[str, str]:
     return LANGUAGES.get(said, said), "zh" if CJK.search(texts) else "en"
 
 
-def _filled(value, placeholders: dict, languages: tuple[str, str]):
+def _filled(conversation: dict, placeholders: dict, languages: tuple[str, str]) -> dict:
     """A copy of a conversation with every placeholder filled, wherever it stands. Raises Rejected."""
 
     def given(match: re.Match) -> str:
@@ -136,12 +136,6 @@ def _filled(value, placeholders: dict, languages: tuple[str, str]):
             key, text = f"{key}.{languages[1]}", next((text[name] for name in languages if name in text), None)
         if not text:
             raise Rejected("unfilled_placeholder", f"{match[0]} is not filled: set data.placeholders.{key}")
-        return text
+        return json.dumps(text)[1:-1]
 
-    if type(value) is str:
-        return PLACEHOLDER.sub(given, value)
-    if type(value) is list:
-        return [_filled(item, placeholders, languages) for item in value]
-    if type(value) is dict:
-        return {key: _filled(item, placeholders, languages) for key, item in value.items()}
-    return value
+    return json.loads(PLACEHOLDER.sub(given, json.dumps(conversation)))

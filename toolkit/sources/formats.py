@@ -48,19 +48,17 @@ def canonical(row: dict, format: str, columns: dict, placeholders: dict, system:
         if row.get(name):
             raise Rejected("not_text", f"{name!r} is not empty: only text is trained on")
     names = columns if format == "columns" else {**SHARED, **FORMATS[format]}
-    messages = _listed(row, names) if "messages" in names else _pair(row, names)
+    messages = _messages(_turns(row, names))
     own = _field(row, names.get("system"), default="")
-    system = own if own.strip() else system
-    if system and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": system})
+    if (prompt := own if own.strip() else system) and messages and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": prompt})
     conversation = {"messages": messages}
     if tools := _tools(row.get(names.get("tools"))):
         conversation["tools"] = tools
     answer = row.get(names.get("expected_answer"))
     if answer not in (None, ""):
-        conversation["expected_answer"] = (
-            str(answer) if type(answer) in (int, float) else _field(row, names["expected_answer"])
-        )
+        number = type(answer) in (int, float)
+        conversation["expected_answer"] = str(answer) if number else _field(row, names["expected_answer"])
     return checked(conversation, placeholders, row.get("tag") or row.get("language"))
 
 
@@ -75,47 +73,40 @@ def _field(holder: dict, name: str | None, kind: type = str, where: str = "", de
     raise Rejected(reason, f"{where}{name!r} is {json_type(value)}, expected {json_type(kind())}")
 
 
-def _pair(row: dict, names: dict) -> list[dict]:
-    """Messages of a row with a question and an answer column, after the earlier turns of its history."""
-    user, assistant = names["user"], names["assistant"]
-    if type(row.get(user)) is list:  # TRL's conversational prompt and completion
-        return _turns(row, user) + _turns(row, assistant)
-    parts = _field(row, user), _field(row, names.get("input"), default="")
-    said = [{"role": "user", "content": "\n".join(part for part in parts if part.strip())}]
-    said.append({"role": "assistant", "content": _field(row, assistant)})
-    fields = REASONING if "reasoning" not in names else (names["reasoning"],)
-    return [*_history(row, names.get("history")), *_with_reasoning(said, row, fields)]
+def _turns(row: dict, names: dict) -> list:
+    """The turns of a row, as they are kept, or made of its question and answer after the turns of its history.
 
-
-def _with_reasoning(messages: list[dict], holder: dict, fields: tuple, where: str = "") -> list[dict]:
-    """The messages, the last of which gets the first of the holder's reasoning fields that is not empty."""
-    field = next((field for field in fields if holder.get(field)), None)
-    if field and (reasoning := _field(holder, field, where=where).strip("\n")):
-        messages[-1]["reasoning_content"] = reasoning
-    return messages
+    Beside a list of messages a reasoning column counts only when `columns` names it: such sets use one for other things
+    (on/off)."""
+    user, assistant = names.get("user"), names.get("assistant")
+    if "messages" in names:
+        turns = _field(row, names["messages"], list)
+    elif type(row.get(user)) is list:  # TRL's conversational prompt and completion
+        turns = row[user] + _field(row, assistant, list)
+    else:
+        parts = _field(row, user), _field(row, names.get("input"), default="")
+        asked = {"role": "user", "content": "\n".join(part for part in parts if part.strip())}
+        answer = {"role": "assistant", "content": _field(row, assistant), **{name: row.get(name) for name in REASONING}}
+        turns = [*_history(row, names.get("history")), asked, answer]
+    if "reasoning" in names and turns and type(turns[-1]) is dict:
+        turns = [*turns[:-1], {**turns[-1], "reasoning_content": row.get(names["reasoning"])}]
+    return turns
 
 
 def _history(row: dict, name: str | None) -> list[dict]:
     """Earlier turns, kept as [[question, answer], …]."""
-    messages = []
+    turns = []
     for pair in _field(row, name, list, default=[]):
-        if type(pair) is not list or [type(text) for text in pair] != [str, str]:
-            raise Rejected("wrong_type", f"{name!r} holds {str(pair)[:60]!r}, expected [question, answer]")
-        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return messages
+        if type(pair) is not list or len(pair) != 2:
+            raise Rejected("wrong_type", f"{name!r} holds {pair!r}, expected [question, answer]")
+        turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
+    return turns
 
 
-def _listed(row: dict, names: dict) -> list[dict]:
-    """Messages of a row that keeps them as a list. A reasoning column counts only when `columns` names it: sets
-    with a list of messages use a `reasoning` column for other things (on/off)."""
-    messages = _turns(row, names["messages"])
-    return _with_reasoning(messages, row, (names["reasoning"],)) if messages and "reasoning" in names else messages
-
-
-def _turns(row: dict, name: str) -> list[dict]:
+def _messages(turns: list) -> list[dict]:
     """Messages from role/content or from/value turns; a function_call joins the assistant turn before it."""
     messages = []
-    for number, turn in enumerate(_field(row, name, list), start=1):
+    for number, turn in enumerate(turns, start=1):
         if type(turn) is not dict:
             raise Rejected("wrong_type", f"turn {number} is {json_type(turn)}, expected role and content")
         said = turn.get("role") or turn.get("from")
@@ -140,22 +131,27 @@ def _message(turn: dict, role: str, where: str) -> dict:
         text = "".join(part["text"] for part in parts)
     else:
         text = _field(turn, key, where=where, default="" if calls or role == "system" else None)
-    written = []
-    if role == "call":
-        head, tag, written = text.rpartition("</think>")
-        text, written = head + tag, [written]
-    elif role == "assistant":
+    if role == "call":  # the call's JSON, perhaps after reasoning
+        role, text = (
+            "assistant",
+            re.sub(r"(.*</think>)?(.*)", r"\1<tool_call>\2</tool_call>", text, count=1, flags=re.DOTALL),
+        )
+    reasoning = ""
+    if role == "assistant":
+        reasoning = next((_field(turn, name, where=where) for name in REASONING if turn.get(name)), "").strip("\n")
         head, tag, tail = text.partition("<tool_call>")
         if tag and not TOOL_CALL.sub("", tag + tail).strip():  # calls end the text; elsewhere the tag is rejected
-            text, written = head.rstrip(), TOOL_CALL.findall(tag + tail)
+            text = head.rstrip()
+            for found in (_json(call, where) for call in TOOL_CALL.findall(tag + tail)):
+                calls = calls + (found if type(found) is list else [found])
     elif match := TOOL_RESPONSE.fullmatch(text):
         role, text = "tool", match[1]
-    for found in (_json(text, where) for text in written):
-        calls = [*calls, *(found if type(found) is list else [found])]
-    message = {"role": "assistant" if role == "call" else role, "content": text}
+    message = {"role": role, "content": text}
+    if reasoning:
+        message["reasoning_content"] = reasoning
     if calls:
         message["tool_calls"] = [_call(call, where) for call in calls]
-    return _with_reasoning([message], turn, REASONING if role == "assistant" else (), where)[0]
+    return message
 
 
 def _json(text: str, where: str):
