@@ -1,6 +1,6 @@
 """Rows of local files, read when they are drawn: jsonl, json, csv and parquet, the text kinds also gzipped.
 
-path = Path("data_recipes/samples/jobs/general.csv"); number, row = next(open_files(path, data_files(path)).draw(seed=1))
+path = Path("data_recipes/samples/jobs/general.csv"); number, row = next(open_files(path, data_files(path, "train")).draw(seed=1))
 """
 
 import bisect
