@@ -67,6 +67,7 @@ def test_every_verb_says_what_it_does():
     [
         ("trian", "trian: no such verb. Did you mean 'train'?"),
         ("train hybird", "Did you mean 'hybrid'?"),
+        ("export pocket --quant q8_0 data.seed=1", "export takes no key=value: 'data.seed=1'"),
         ("train pocket max_steps", "override 'max_steps': expected key=value"),
         ("evaluate no-such-run-at-all", "no such run"),
     ],

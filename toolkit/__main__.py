@@ -100,8 +100,7 @@ def take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     `--only` by all. A word after an option with exactly one value is that value (`--out a=b.jsonl`).
     """
     known = {flags[0]: options for flags, options in VERBS[words[0]][1]} if words[0] in VERBS else {}
-    if "overrides" not in known:
-        return words, []
+    takes_overrides = "overrides" in known
     kept, overrides, option = [], [], ""
     for previous, word in zip(["", *words], words, strict=False):
         if word.startswith("-"):
@@ -111,8 +110,13 @@ def take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
             ("nargs" not in takes and "action" not in takes and previous in known)
             or option == "--only"
             or (option == "--set" and (previous == "--set" or "," in word))
+            or not (takes_overrides or option)  # a file name
         )
         (overrides if OVERRIDE.match(word) and not is_value else kept).append(word)
+    if overrides and not takes_overrides:
+        raise ToolkitError(
+            f"{words[0]} takes no key=value: {overrides[0]!r}. A run's recipe is fixed; train another name"
+        )
     return kept, overrides
 
 

@@ -517,47 +517,43 @@ def suggestions(planned: Forecast, vram: int, lengths: Sequence[int] = ()) -> li
 
     Empty where `train` makes it fit by itself, and where not even the smallest Qwen3 would.
     """
-    if as_trained(planned, vram).fits(vram):
+    if _fits(planned, {}, vram):
         return []
     free = _free_changes(planned.settings)
-    alone = [({key: value}, cost) for key, (value, cost) in free.items()]
-    together = {key: value for key, (value, _) in free.items()}, ", ".join(dict.fromkeys(c for _, c in free.values()))
-    for offers in (alone, [together]):
-        if found := [
-            offer for offer in (_suggestion(planned, vram, *change) for change in offers) if offer.forecast.fits(vram)
-        ]:
-            return found
-    costly = _costly_changes(_changed(planned, together[0]), vram, lengths)
-    found = [_suggestion(planned, vram, together[0] | change, cost) for change, cost in costly]
-    return [offer for offer in found if offer.forecast.fits(vram)]
+    values, costs = {key: value for key, (value, _) in free.items()}, ", ".join(cost for _, cost in free.values())
+    if _fits(planned, values, vram):
+        return [_suggestion(planned, vram, values, costs)]
+    rest = _changed(planned, values)
+    changes = [_shorter_rows(rest, vram, lengths), _smaller_model(rest, vram)]
+    return [_suggestion(planned, vram, values | change, cost) for change, cost in changes if change]
 
 
 def _free_changes(s: Settings) -> dict[str, tuple]:
     """Setting → (value, cost) of changes that leave the result (nearly) as it is."""
-    wanted = {
+    changes = {
         "per_device_eval_batch_size": (1, "slower validation"),
-        "optim": ("adamw_8bit", "hardly anything"),
         "use_gradient_checkpointing": ("unsloth", "slower steps"),
         "load_in_4bit": (True, "a slightly weaker base"),
     }
+    if s.optim not in EIGHT_BIT:
+        changes["optim"] = "adamw_8bit", "hardly anything"
     current = dataclasses.asdict(s)
-    if s.optim in EIGHT_BIT:
-        del wanted["optim"]
-    return {key: change for key, change in wanted.items() if current[key] != change[0]}
+    return {key: change for key, change in changes.items() if current[key] != change[0]}
 
 
-def _costly_changes(planned: Forecast, vram: int, lengths: Sequence[int]) -> Iterator[tuple[dict, str]]:
-    """Shorter rows, a smaller adapter, a smaller model: the least of each that fits."""
+def _shorter_rows(planned: Forecast, vram: int, lengths: Sequence[int]) -> tuple[dict, str]:
+    """The largest multiple of 256 tokens below the present limit that fits."""
     steps = range(1, math.ceil(planned.settings.longest / 256))
     row = 256 * bisect.bisect_left(steps, 1, key=lambda n: not _fits(planned, {"longest": 256 * n}, vram))
-    if row:
-        lost = f"{sum(n > row for n in lengths) / len(lengths):.1%} of the rows are" if lengths else "longer rows are"
-        yield {"longest": row}, f"{lost} dropped"
-    ranks = [{"r": planned.settings.r // 2**k} for k in range(1, planned.settings.r.bit_length())]
-    names = [n for n in reversed(_names(planned.settings)) if shipped(n).parameters < planned.shape.parameters]
-    models = [{"model": name} for name in names]
-    for changes, cost in ((ranks, "a smaller adapter learns less"), (models, "a weaker model")):
-        yield from [(change, cost) for change in changes if _fits(planned, change, vram)][:1]
+    lost = f"{sum(n > row for n in lengths) / len(lengths):.1%} of the rows are" if lengths else "longer rows are"
+    return ({"longest": row}, f"{lost} dropped") if row else ({}, "")
+
+
+def _smaller_model(planned: Forecast, vram: int) -> tuple[dict, str]:
+    for name in reversed(_names(planned.settings)):
+        if shipped(name).parameters < planned.shape.parameters and _fits(planned, {"model": name}, vram):
+            return {"model": name}, "a weaker model"
+    return {}, ""
 
 
 def _changed(planned: Forecast, change: dict) -> Forecast:
