@@ -22,10 +22,10 @@ from toolkit.files import ROOT
 ORDER = """files family progress install recipe
 sources.readers sources.conversation sources.formats sources render dedup lint mix show
 fit model generate tracking callbacks train
-evaluate.stats evaluate.questions evaluate.score evaluate.base_replies evaluate.subject evaluate.text evaluate folders compare report
+evaluate.stats evaluate.questions evaluate.score evaluate.base_replies evaluate.subject evaluate.text evaluate compare report
 export.ledger export.merge export.gguf_file export.parity export.certificate export.model_card export
 serve.engine serve serve.chat serve.batch
-run doctor sweep.workers sweep replay labels pictures notebook __main__""".split()
+run doctor sweep replay reproduce labels pictures notebook __main__""".split()
 PACKAGE = ROOT / "toolkit"
 MODULES = [p for p in sorted(PACKAGE.rglob("*.py")) if "pocket" not in p.parts and p != PACKAGE / "__init__.py"]
 
@@ -96,7 +96,7 @@ EXECUTED = (
 )
 
 
-UNDER_WAY = "callbacks export.merge model report serve.engine train".split()
+UNDER_WAY = "callbacks export.merge model serve.engine train".split()
 """Usage lines that do not run yet: their modules are being rewritten. The last step empties this."""
 
 

@@ -2,18 +2,21 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import yaml
 from rich.console import Console
 
+from tests import families
 from tests.test_sweep import write_rows
 from toolkit import recipe as recipes
-from toolkit.files import ToolkitError
+from toolkit.files import ROOT, ToolkitError
 from toolkit.generate import Reply, split_reply
 from toolkit.mix import compile_mix, prompt_key
 from toolkit.render import examples, load_chat
-from toolkit.replay import replay, unseen
+from toolkit.replay import replay, unused
 from toolkit.sources import conversations
 
 
@@ -97,7 +100,7 @@ def test_only_right_whole_and_finished_replies_are_kept(recipe, tmp_path):
 
 def test_an_answer_that_is_always_wrong_leaves_nothing_and_says_so(recipe, tmp_path):
     file = questions(tmp_path, 12, lambda i: str(1000 + i))
-    with pytest.raises(ToolkitError, match="no reply was kept.*wrong_answer"):
+    with pytest.raises(ToolkitError, match="no reply was kept; dropped: wrong_answer"):
         replay(recipe, prompts=file, count=10, answer=well, console=quiet())
 
 
@@ -112,7 +115,7 @@ def test_prompts_come_from_rows_that_neither_train_nor_are_held_out(recipe):
         if (source.name, number) in used
     }
     assert len(taken) == len(used) > 50
-    assert len(list(unseen(recipe, mixed))) == 60 + 200 - len(used)
+    assert sum(len(list(rows)) for rows in unused(recipe, mixed)) == 60 + 200 - len(used)
     assert not taken & {prompt_key(row) for row in rows}
 
 
@@ -138,3 +141,36 @@ def test_a_replayed_row_supervises_what_the_base_generated(recipe):
     chat = load_chat("pocket")
     completions = {examples(row, "auto", chat)[0].completion for row in rows}
     assert completions == {"<think>\nI see.\n</think>\n\nIt is 42.<|im_end|>", "It is 42.<|im_end|>"}
+
+
+def test_an_instruct_model_rehearses_its_one_mode(recipe, tmp_path):
+    folder = families.build("qwen2.5", tmp_path / "instruct")
+    overrides = ["data.sources.0.fraction=0", "data.sources.1.fraction=1", "data.budget=600"]
+    values = recipes.to_dict(recipe) | {"model": {"model_name": str(folder), "max_seq_length": 512}}
+    asked = []
+
+    def answer(prompts, mode, seed):  # noqa: ARG001 - every answerer has this signature
+        asked.append(mode)
+        return [said("Wait, let me check. It is 42.") for _ in prompts]  # nothing leaks where there is one mode
+
+    console = quiet()
+    rows = rows_of(replay(recipes.from_dict(values, overrides=overrides), count=21, answer=answer, console=console))
+    assert set(asked) == {"non_thinking"}
+    assert len(rows) == 21
+    assert "thinking," not in console.export_text().replace("non-thinking", "")
+
+
+def test_two_replays_do_not_write_one_file_at_the_same_time(recipe, tmp_path):
+    def answer(prompts, mode, seed):
+        code = (
+            "import sys, pathlib; from toolkit.files import lock, ToolkitError\n"
+            "try: lock(pathlib.Path(sys.argv[1]), 'replay').__enter__()\n"
+            "except ToolkitError as error: print(error)"
+        )
+        words = [sys.executable, "-c", code, str(tmp_path / "kept.jsonl")]
+        other.append(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+        return well(prompts, mode, seed)
+
+    other = []
+    replay(recipe, count=2, out=tmp_path / "kept.jsonl", answer=answer, console=quiet())
+    assert "is in use by `replay`" in other[0]

@@ -1,6 +1,7 @@
 """A sweep gives every ratio the same, does each run once, shows what crashed, and hands wandb's agents the same runs."""
 
 import collections
+import io
 import itertools
 import json
 import os
@@ -15,15 +16,12 @@ import pytest
 import yaml
 from rich.console import Console
 
-from tests.evaluation import long_table
-from tests.test_compare import sums
+from tests.test_compare import evaluation, sums
 from tests.wandb_service import SweepService
 from toolkit import recipe as recipes
 from toolkit import sweep as sweeps
-from toolkit.evaluate import summarize
 from toolkit.files import ROOT, ToolkitError
-from toolkit.sweep import common_steps, plan, rows_per_step, sweep, workers
-from toolkit.sweep.workers import claim, work
+from toolkit.sweep import common_steps, plan, rows_per_step, sweep, work
 
 RATIOS = [0, 0.25, 0.5, 0.75, 1]
 RUNNER = textwrap.dedent("""
@@ -32,14 +30,21 @@ RUNNER = textwrap.dedent("""
     from pathlib import Path
     import yaml
 
+    sys.path.insert(0, os.environ["TEST_ROOT"])
+    from toolkit.files import lock
+
     given, home = Path(sys.argv[1]), Path(os.environ["TOOLKIT_OUTPUTS"])
     recipe = yaml.safe_load(given.read_text())
     with open(home / "ran.txt", "a") as ran:
         ran.write(recipe["name"] + "\\n")
     folder = home / recipe["name"]
     folder.mkdir(exist_ok=True)
+    held = lock(folder, "train")
+    held.__enter__()  # as long as this process lives, like a training
     (folder / "recipe.yaml").write_text(given.read_text())
-    time.sleep(float(os.environ.get("TEST_SECONDS", 0)))
+    for step in range(1, 11):
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": 2 * step, "loss": 1.0}) + "\\n")
+        time.sleep(float(os.environ.get("TEST_SECONDS", 0)) / 10)
     flag = home / f"crash-{recipe['name']}"
     if flag.exists():
         lives = int(flag.read_text())
@@ -52,7 +57,6 @@ RUNNER = textwrap.dedent("""
         "mix.json": {"unit": "supervised_tokens", "planned": shares, "sources": modes, "limited_by": None,
                      "achieved": {u: shares for u in ("examples", "tokens", "supervised_tokens")}},
         "eval.json": json.loads((home / "eval.json").read_text()),
-        "metrics.jsonl": {"step": 1, "loss": 1.0},
         "manifest.json": {"model": {"name": "pocket"}, "finished": "now", "group": os.environ["TOOLKIT_SWEEP"]},
     }
     for name, content in files.items():
@@ -64,16 +68,12 @@ RUNNER = textwrap.dedent("""
 def project(tmp_path, monkeypatch):
     """Two sources, a recipe and a scripted runner; outputs go to a folder of the test."""
     monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path / "out"))
+    monkeypatch.setenv("TEST_ROOT", str(ROOT))
+    monkeypatch.setattr(sweeps, "POLL_SECONDS", 0.1)
     (tmp_path / "out").mkdir()
     (tmp_path / "runner.py").write_text(RUNNER)
     rates = {"thinking": (0.4, 0.9, 1.0), "non_thinking": (0.2, 0.9, 1.0)}
-    asked = {
-        "level": "quick",
-        "seed": 3407,
-        "budget": {},
-        "fingerprints": {},
-        **summarize(long_table(sums(rates, rates, 0.1)), 1),
-    }
+    asked = evaluation(sums(rates, rates, 0.1))
     (tmp_path / "out" / "eval.json").write_text(json.dumps(asked))
     write_rows(tmp_path / "maths.jsonl", 90, "Carry the one, then add the tens and the hundreds. " * 3)
     write_rows(tmp_path / "talk.jsonl", 300, "")
@@ -118,8 +118,8 @@ def do(project, ratios, console=None):
     """Plan and work, without the picture at the end; returns the runs that failed."""
     runs = plan(recipes.load(project / "tiny.yaml"), ratios, 1, [], silent())
     folder = project / "out/tiny-sweep"
-    sweeps.write(folder, runs, ["tiny.yaml"], ratios, 1, [])
-    return work([run.name for run in runs], folder, scripted(project), console or silent())
+    sweeps.write_plan(folder, runs, ["tiny.yaml"], ratios, 1, [])
+    return work(runs, folder, scripted(project), console or silent())
 
 
 def run_sweep(project, *, reasoning=(0, 1), console=None, **more):
@@ -190,13 +190,46 @@ def test_any_key_can_be_swept_and_names_say_what(project):
     assert [run.recipe.data.seed for run in runs] == [3407, 3408] * 2
 
 
+def test_the_share_of_one_source_can_be_swept_where_no_source_thinks(project):
+    plain = ["data.sources.0.mode=non_thinking", "data.duplicates=exact"]
+    write_rows(project / "maths.jsonl", 200, "")
+    base = recipes.load(project / "tiny.yaml", ["data.budget=1500", *plain])
+    runs = plan(base, [], 1, ["data.sources.1.fraction=0,0.25,0.5"], silent())
+    assert [run.name for run in runs] == ["tiny-talk0-s3407", "tiny-talk0.25-s3407", "tiny-talk0.5-s3407"]
+    shares = [[source.fraction for source in run.recipe.data.sources] for run in runs]
+    assert shares == [[1, 0], [0.75, 0.25], [0.5, 0.5]]
+    assert len({run.steps for run in runs}) == 1
+
+
+def test_a_mix_given_in_counts_has_no_share_to_sweep(project):
+    values = yaml.safe_load((project / "tiny.yaml").read_text())
+    for source, count in zip(values["data"]["sources"], (40, 80), strict=True):
+        source["path"] += f"#{count}"
+        del source["fraction"]
+    del values["data"]["budget"]
+    (project / "tiny.yaml").write_text(yaml.safe_dump(values))
+    base = recipes.load(project / "tiny.yaml")
+    with pytest.raises(ToolkitError, match=r"counts \(path#500\), so it has no share to sweep.*--set"):
+        plan(base, [0, 1], 1, [], silent())
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_plan_shows_every_name_and_number_whole(project, width):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(sweeps.plan_table(plan(recipes.load(project / "tiny.yaml"), RATIOS, 1, [], silent())))
+    shown = console.file.getvalue()
+    assert max(map(len, shown.splitlines())) <= width
+    assert "…" not in shown
+    assert all(f"tiny-r{ratio:g}-s3407" in shown for ratio in RATIOS)
+
+
 @pytest.mark.parametrize(
     ("overrides", "settings", "message"),
     [
         (["data.unit=examples"], [], "add data.unit=supervised_tokens"),
         (["train.packing=true"], [], "add train.packing=false"),
         ([], ["train.gradient_accumulation_steps=1,2"], "follow from budget and steps"),
-        ([], ["train.learning_rat=1,2"], "did you mean 'learning_rate'"),
+        ([], ["train.learning_rat=1,2"], "Did you mean 'learning_rate'"),
         ([], ["learning_rate"], "expected key=value,value"),
     ],
 )
@@ -265,9 +298,8 @@ def test_a_folder_of_another_recipe_is_refused_before_anything_trains(project):
 
 def test_two_workers_never_do_the_same_run(project, monkeypatch):
     monkeypatch.setenv("TEST_SECONDS", "0.3")
-    monkeypatch.setattr(workers, "PATIENCE", 0.1)
     code = (
-        "import sys; from toolkit import sweep; from toolkit.sweep import workers; workers.PATIENCE = 0.1; from rich.console import Console\n"
+        "import sys; from toolkit import sweep; from rich.console import Console\n"
         "sweep.sweep(sys.argv[1], reasoning=[0, 0.25, 0.5, 0.75, 1], console=Console(quiet=True),\n"
         "            command=lambda file: [sys.executable, sys.argv[2], str(file)])"
     )
@@ -278,34 +310,40 @@ def test_two_workers_never_do_the_same_run(project, monkeypatch):
     assert ran(project) == dict.fromkeys([f"tiny-r{r:g}-s3407" for r in RATIOS], 1)
 
 
-def test_a_claim_has_one_winner_among_many(tmp_path):
-    won, start = [], threading.Barrier(8)
-
-    def try_it():
-        start.wait()
-        won.append(claim(tmp_path / "run"))
-
-    threads = [threading.Thread(target=try_it) for _ in range(8)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    assert len([path for path in won if path]) == 1
-
-
-def test_the_claim_of_a_dead_process_is_void_and_that_of_a_living_one_or_of_another_machine_is_not(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    held = claim(tmp_path / "run")
-    held.write_text(json.dumps(workers._signature(child.pid)))
-    assert claim(tmp_path / "run") is None
-    child.communicate(b"\n")
-    taken = claim(tmp_path / "run")
-    assert taken.name == "2"
-    taken.write_text(json.dumps({"host": "elsewhere", "processes": {"1": 0}}))
-    assert claim(tmp_path / "run") is None
+def test_what_another_worker_holds_is_said_once_with_who_holds_it(project):
+    runs = plan(recipes.load(project / "tiny.yaml"), [0], 1, [], silent())
+    folder = project / "out/tiny-sweep"
+    code = (
+        "import sys, pathlib; from toolkit.files import lock\n"
+        "with lock(pathlib.Path(sys.argv[1]), 'sweep'): print('held', flush=True); sys.stdin.readline()"
+    )
+    words = [sys.executable, "-c", code, str(folder / runs[0].name)]
+    holder = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    threading.Timer(0.6, lambda: holder.communicate("\n")).start()
+    console = loud()
+    sweeps.write_plan(folder, runs, ["tiny.yaml"], [0], 1, [])
+    assert work(runs, folder, scripted(project), console) == []
+    shown = console.export_text()
+    assert shown.count("waiting: ") == 1
+    assert f"process {holder.pid}" in shown
+    assert ran(project) == {"tiny-r0-s3407": 1}
 
 
-def test_a_killed_sweep_goes_on_and_waits_for_the_run_that_still_lives(project, monkeypatch):
+def test_progress_shows_the_time_left_for_the_run_and_for_the_whole_sweep(project, monkeypatch):
     monkeypatch.setenv("TEST_SECONDS", "1.5")
-    monkeypatch.setattr(workers, "PATIENCE", 0.1)
+    monkeypatch.setattr(sweeps, "PLAIN_SECONDS", 0.2)
+    console = loud()
+    assert do(project, [0, 1], console) == []
+    lines = [line for line in console.export_text().splitlines() if "left for this run" in line]
+    assert len(lines) >= 4
+    assert lines[0].startswith("tiny-r0-s3407 (2 left); about ")
+    assert lines[-1].startswith("tiny-r1-s3407 (1 left); about ")
+    assert all("for all" in line for line in lines)
+
+
+def test_a_killed_sweep_resumes_and_waits_for_the_run_that_still_trains(project, monkeypatch):
+    monkeypatch.setenv("TEST_SECONDS", "1.5")
     code = (
         "import sys; from toolkit import sweep; from rich.console import Console\n"
         "sweep.sweep(sys.argv[1], reasoning=[0, 1], console=Console(quiet=True),\n"
@@ -315,9 +353,9 @@ def test_a_killed_sweep_goes_on_and_waits_for_the_run_that_still_lives(project, 
     first = subprocess.Popen(
         [sys.executable, "-c", code, str(project / "tiny.yaml"), str(project / "runner.py")], cwd=ROOT
     )
-    claims = project / "out/tiny-sweep/claims/tiny-r0-s3407/1"
-    while not (claims.is_file() and claims.read_text().count(":") >= 5) and first.poll() is None:
-        time.sleep(0.02)  # until the child's number is in the claim
+    while not (project / "out/ran.txt").is_file() and first.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.3)  # the run's own process holds the run now
     first.kill()
     first.wait()
     monkeypatch.setenv("TEST_SECONDS", "0")
@@ -345,7 +383,7 @@ def test_the_wandb_file_loads_with_wandbs_own_reader_and_expands_to_the_same_run
 
     base, settings = recipes.load(project / "tiny.yaml"), ["train.learning_rate=1e-4,2e-4"]
     runs = plan(base, [0, 1], 2, settings, silent())
-    sweeps.write(project / "out/tiny-sweep", runs, ["tiny.yaml"], [0, 1], 2, settings)
+    sweeps.write_plan(project / "out/tiny-sweep", runs, ["tiny.yaml"], [0, 1], 2, settings)
     commands = list(expand(load_sweep_config(str(project / "out/tiny-sweep/sweep.yaml"))))
     chosen = [sweeps._chosen(runs, words[words.index("--only") + 1 :], base).name for words in commands]
     assert sorted(chosen) == sorted(run.name for run in runs)
@@ -372,7 +410,7 @@ sweep(path, reasoning=[0, 1], seeds=2, only=only, console=Console(quiet=True),
 @pytest.mark.slow  # half a minute: wandb's agents look for work every five seconds
 def test_two_stock_wandb_agents_work_through_the_file_and_do_every_run_once(project):
     runs = plan(recipes.load(project / "tiny.yaml"), [0, 1], 2, [], silent())
-    sweeps.write(project / "out/tiny-sweep", runs, ["tiny.yaml"], [0, 1], 2, [])
+    sweeps.write_plan(project / "out/tiny-sweep", runs, ["tiny.yaml"], [0, 1], 2, [])
     grid = yaml.safe_load((project / "out/tiny-sweep/sweep.yaml").read_text())
     (project / "agent_runner.py").write_text(AGENT_RUNNER)
     words = [

@@ -1,45 +1,35 @@
-"""The base model's own answers, verified, as a source any recipe can mix in: it keeps what training would make it forget.
+"""Rehearsal data by self-distillation: the base model's own verified answers, as a source that counteracts forgetting.
 
-    replay(recipe.load("data_recipes/hybrid.yaml"), count=100)     `python -m toolkit replay RECIPE --count 100`
+from toolkit import recipe, replay; replay.replay(recipe.load("pocket"), count=100)
 
-Prompts are answered in thinking and in non-thinking mode. Kept are replies that ended by themselves and are what their mode
-promises (`toolkit/score.py`), and where the prompt's expected answer is known, only right ones. The rows are what the base
-says already, so training on them costs little and pulls back what the other rows push away.
+Prompts are answered in every mode of the model. Kept are replies that ended by themselves and do what their mode promises
+(toolkit/evaluate/score.py), and where the prompt's expected answer is known, only correct ones. The base would have said
+these rows anyway, so training on them costs little and keeps what other rows make it forget.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 from toolkit.evaluate.score import Judge, has_tags, leaks, thinks
-from toolkit.family import MODES
-from toolkit.files import ROOT, ToolkitError, outputs
+from toolkit.family import KINDS, mode_title
+from toolkit.files import ROOT, ToolkitError, lock, outputs, write_jsonl
 from toolkit.generate import Reply
 from toolkit.mix import Mix, prompt_key
+from toolkit.progress import Progress
 from toolkit.recipe import Recipe, Source
-from toolkit.render import examples, load_chat
+from toolkit.render import Chat, examples, load_chat
 from toolkit.sources import Rejected, conversations
 
 BATCH = 32
 """Prompts asked at a time, in each mode."""
-GIVE_UP = 20
-"""Replies per wanted row after which a mode is given up: a base that is right less often has little to replay there."""
+MAX_REPLIES_PER_ROW = 20
+"""Replies per wanted row after which a mode is given up: a base that is right less often has little to rehearse there."""
 
 Answer = Callable[[Sequence[list[dict]], str, int], list[Reply]]
-"""(prompts, mode, seed) → a reply each."""
-
-
-@dataclass
-class Kept:
-    """Verified rows of both modes, and why others were dropped."""
-
-    rows: list[dict] = field(default_factory=list)
-    asked: Counter = field(default_factory=Counter)
-    dropped: Counter = field(default_factory=Counter)
+"""(prompts, mode, seed) → one reply each."""
 
 
 def replay(
@@ -51,37 +41,51 @@ def replay(
     answer: Answer | None = None,
     console=None,
 ) -> Path:
-    """Write `count` verified rows, half of them in each mode; returns the file (data_recipes/-ready messages JSONL).
+    """Write `count` verified rows, as many in each mode, as messages JSONL; returns the file.
 
-    `prompts` is any file a source can be (by default: rows of the recipe's own sources that it does not train on, those with
-    fraction 0 included). `answer` stands in for the base model in tests. Raises ToolkitError when nothing was kept.
+    `prompts` is any file that a source can be; by default rows of the recipe's own sources that it does not train on,
+    those with fraction 0 included. `answer` stands in for the base model in tests. Raises ToolkitError when no reply was
+    kept.
     """
     from toolkit.run import compile_mix, default_console, resolve
 
     console = console or default_console()
     recipe = resolve(recipe, console)
-    mixed = compile_mix(recipe, console)
-    found = _asked(_given(prompts, recipe) if prompts else unseen(recipe, mixed), mixed)
-    kept = collect(found, answer or base_answers(recipe), count, recipe.data.seed)
-    if not kept.rows:
-        raise ToolkitError(
-            f"no reply was kept: asked {dict(kept.asked)}, dropped {dict(kept.dropped)}. Give other --prompts"
-        )
     path = Path(out) if out else outputs() / f"{recipe.name}-replay.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept.rows), encoding="utf-8")
-    console.print(summary(kept, count))
-    console.print(advice(path, kept.rows, recipe, mixed))
+    with lock(path, "replay"):
+        mixed = compile_mix(recipe, console)
+        chat = load_chat(recipe.model.model_name, recipe.model.revision)
+        source = [_rows(Source(str(prompts)), recipe, set())] if prompts else unused(recipe, mixed)
+        asked = _prompts(_in_turn(source), mixed)
+        with Progress(console, "verified rows", total=count) as progress:
+            rows, dropped = collect(
+                asked, answer or base_answers(recipe), KINDS[chat.kind], count, recipe.data.seed, progress
+            )
+        reasons = ", ".join(f"{why} {n}" for why, n in dropped.most_common()) or "none"
+        if not rows:
+            raise ToolkitError(f"no reply was kept; dropped: {reasons}. Give other --prompts, or another base model")
+        write_jsonl(path, rows)
+    kept = Counter("thinking" if "reasoning_content" in row["messages"][-1] else "non_thinking" for row in rows)
+    by_mode = ", ".join(f"{kept[mode]} {mode_title(mode)}" for mode in KINDS[chat.kind])
+    console.print(f"kept {len(rows)} replies ({count} wanted): {by_mode}; dropped: {reasons}")
+    console.print(source_line(path, rows, recipe, mixed, chat))
     return path
 
 
-def unseen(recipe: Recipe, mixed: Mix) -> Iterator[dict]:
-    """Conversations of the recipe's sources that the mix neither trains on nor holds out, the sources in turn."""
+def unused(recipe: Recipe, mixed: Mix) -> list[Iterator[dict]]:
+    """Conversations of each source that the mix neither trains on nor holds out."""
     used = {(row.source, row.number) for row in (*mixed.train, *mixed.validation)}
-    streams = [
-        _rows(source, recipe, {number for name, number in used if name == source.name})
-        for source in recipe.data.sources
-    ]
+    return [_rows(s, recipe, {number for name, number in used if name == s.name}) for s in recipe.data.sources]
+
+
+def _rows(source: Source, recipe: Recipe, used: set[int]) -> Iterator[dict]:
+    for number, row in conversations(source, recipe.data.seed, recipe.data.placeholders):
+        if number not in used and not isinstance(row, Rejected):
+            yield row
+
+
+def _in_turn(streams: list[Iterator[dict]]) -> Iterator[dict]:
+    """One row of each stream after another, until all are exhausted."""
     while streams:
         for stream in list(streams):
             row = next(stream, None)
@@ -91,22 +95,12 @@ def unseen(recipe: Recipe, mixed: Mix) -> Iterator[dict]:
                 yield row
 
 
-def _given(prompts: str | Path, recipe: Recipe) -> Iterator[dict]:
-    return _rows(Source(str(prompts)), recipe, set())
-
-
-def _rows(source: Source, recipe: Recipe, used: set[int]) -> Iterator[dict]:
-    for number, row in conversations(source, recipe.data.seed, recipe.data.placeholders):
-        if number not in used and not isinstance(row, Rejected):
-            yield row
-
-
-def _asked(rows: Iterator[dict], mixed: Mix) -> Iterator[dict]:
+def _prompts(rows: Iterator[dict], mixed: Mix) -> Iterator[dict]:
     """{"messages" up to the last user turn, "expected_answer" if known}, each prompt once; none that is held out."""
     seen = {prompt_key(row.conversation) for row in mixed.validation}
     for row in rows:
         last = max((i for i, m in enumerate(row["messages"]) if m["role"] == "user"), default=None)
-        if last is None or row.get("tools"):  # a call is verified by its tool, which is not here
+        if last is None or row.get("tools"):  # only its tool could verify a call
             continue
         messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in row["messages"][: last + 1]]
         key = prompt_key({"messages": messages})
@@ -115,34 +109,39 @@ def _asked(rows: Iterator[dict], mixed: Mix) -> Iterator[dict]:
             yield {**row, "messages": messages}
 
 
-def collect(prompts: Iterator[dict], answer: Answer, count: int, seed: int) -> Kept:
-    """Ask batch by batch, in both modes, until each has its half, gives too little, or the prompts run out."""
-    kept, have = Kept(), Counter()
-    wanted = {"thinking": count - count // 2, "non_thinking": count // 2}
+def collect(
+    prompts: Iterator[dict], answer: Answer, modes: Sequence[str], count: int, seed: int, progress: Progress
+) -> tuple[list[dict], Counter]:
+    """(rows, dropped by reason): ask batch by batch, in every mode, until each mode has its part of `count`, gives too
+    little, or the prompts are exhausted."""
+    rows, dropped, have, asked = [], Counter(), Counter(), Counter()
+    wanted = {mode: (count + len(modes) - 1 - i) // len(modes) for i, mode in enumerate(modes)}
     with Judge() as judge:
         while batch := list(islice(prompts, BATCH)):
-            open_ = [m for m in MODES if have[m] < wanted[m] and kept.asked[m] < GIVE_UP * max(wanted[m], BATCH)]
-            if not open_:
+            limit = {mode: MAX_REPLIES_PER_ROW * max(wanted[mode], BATCH) for mode in modes}
+            missing = [mode for mode in modes if have[mode] < wanted[mode] and asked[mode] < limit[mode]]
+            if not missing:
                 break
-            for mode in open_:
-                replies = answer([p["messages"] for p in batch], mode, seed + kept.asked[mode])
+            for mode in missing:
+                replies = answer([p["messages"] for p in batch], mode, seed + asked[mode])
+                asked[mode] += len(replies)
                 for prompt, reply in zip(batch, replies, strict=True):
-                    kept.asked[mode] += 1
-                    if why := wrong(reply, mode, prompt.get("expected_answer"), judge):
-                        kept.dropped[why] += 1
+                    if why := rejection(reply, mode, prompt.get("expected_answer"), judge, hybrid=len(modes) > 1):
+                        dropped[why] += 1
                     elif have[mode] < wanted[mode]:
                         have[mode] += 1
-                        kept.rows.append(row_of(prompt, reply))
-    return kept
+                        rows.append(row_of(prompt, reply))
+                        progress.advance(1)
+    return rows, dropped
 
 
-def wrong(reply: Reply, mode: str, expected: str | None, judge: Judge) -> str:
-    """Why a reply must not be replayed; empty when it may."""
+def rejection(reply: Reply, mode: str, expected: str | None, judge: Judge, *, hybrid: bool) -> str:
+    """Why a reply must not be rehearsed; empty when it may. Only a hybrid model can leak one mode into the other."""
     if not reply.finished:
         return "unfinished"
     if mode == "thinking" and not thinks(reply):
         return "no_whole_think_block"
-    if mode == "non_thinking" and (not reply.answer or has_tags(reply.text) or leaks(reply)):
+    if mode == "non_thinking" and (not reply.answer or has_tags(reply.text) or (hybrid and leaks(reply))):
         return "empty_or_leaking"
     return "" if expected is None or judge.right(reply.answer, expected) else "wrong_answer"
 
@@ -157,7 +156,7 @@ def row_of(prompt: dict, reply: Reply) -> dict:
 
 
 def base_answers(recipe: Recipe) -> Answer:
-    """The base model's answers, sampled with Qwen3's values for each mode."""
+    """The base model's answers, sampled with its own values for each mode."""
     from toolkit.generate import generate
     from toolkit.model import load_base
 
@@ -166,32 +165,18 @@ def base_answers(recipe: Recipe) -> Answer:
     return lambda prompts, mode, seed: generate(model, tokenizer, prompts, mode, max_new_tokens=limit, seed=seed)
 
 
-def summary(kept: Kept, count: int) -> str:
-    """How many were asked, kept and dropped."""
-    thinking = sum("reasoning_content" in row["messages"][-1] for row in kept.rows)
-    dropped = ", ".join(f"{why} {n}" for why, n in kept.dropped.most_common()) or "none"
-    return (
-        f"kept {len(kept.rows)} of {sum(kept.asked.values())} replies ({count} wanted): {thinking} thinking, "
-        f"{len(kept.rows) - thinking} non-thinking; dropped: {dropped}"
-    )
-
-
-def advice(path: Path, rows: list[dict], recipe: Recipe, mixed: Mix) -> str:
-    """The line for a recipe's data.sources, with the fraction at which every row is used once; a few rows
-    repeat in place of those held out, or the whole mix would shrink."""
-    chat = load_chat(recipe.model.model_name, recipe.model.revision)
+def source_line(path: Path, rows: list[dict], recipe: Recipe, mixed: Mix, chat: Chat) -> str:
+    """The line for a recipe's data.sources, with the fraction at which every row is used once; `max_repeats: 2` replaces
+    the rows that are held out, without which the whole mix would be reduced."""
     texts = [example for row in rows for example in examples(row, "auto", chat)]
     ids = chat.encode([part for e in texts for part in (e.prompt, e.completion)])
-    sizes = {
-        "examples": len(texts),
-        "supervised_tokens": sum(map(len, ids[1::2])),
-        "tokens": sum(map(len, ids)),
-    }
-    unit = recipe.data.unit
-    share = sizes[unit] / (recipe.data.budget or mixed.report["total"][unit])
+    supervised, tokens = sum(map(len, ids[1::2])), sum(map(len, ids))
+    size = {"examples": len(texts), "supervised_tokens": supervised, "tokens": tokens}[recipe.data.unit]
+    share = size / (recipe.data.budget or mixed.report["total"][recipe.data.unit])
     fraction = math.floor(1000 * min(1.0, max(share, 0.001))) / 1000
     shown = path.relative_to(ROOT) if path.is_absolute() and path.is_relative_to(ROOT) else path
     return (
-        f"{path}: {sizes[unit]:,} {unit.replace('_', ' ')}. To mix it in, add to data.sources (and take as much off the others, "
-        f"the sum is 1):\n    - {{path: {shown}, format: messages, mode: auto, fraction: {fraction:g}, max_repeats: 2}}"
+        f"{path}: {size:,} {recipe.data.unit.replace('_', ' ')}. To mix it in, add to data.sources, and lower the other "
+        f"fractions so that the sum is 1:\n    - {{path: {shown}, format: messages, mode: auto, fraction: {fraction:g}, "
+        "max_repeats: 2}"
     )

@@ -1,338 +1,228 @@
-"""A comparison as a terminal table, a CSV file, a picture and one HTML page that needs nothing else.
+"""A comparison as a terminal table, a CSV file, a picture and one HTML page: all from its one DataFrame.
 
-paths = write(compare(runs), Path("outputs/comparison"))  # comparison.csv, .png, .html
+from toolkit import compare, report; report.write(compare.compare(Path("outputs").glob("sweep*")), Path("comparison"))
 """
 
-import csv
+import base64
 import html
-import io
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from toolkit import evaluate, tracking
-from toolkit.compare import MARGIN, RULE, Comparison, noun, retention
-from toolkit.evaluate import show
-from toolkit.folders import GOAL, KL, METRICS, UNITS, Point
+import pandas as pd
 
-CHAT = ("non_thinking", "accuracy/chat")
+from toolkit import tracking
+from toolkit.compare import CHAT, KL, METRICS, RULE, Comparison, kept_of_base, metric_title
+from toolkit.evaluate import is_rate, show
+from toolkit.family import MODES, mode_title
+
 LOOKS = {
     "thinking": {"color": "#12355b", "marker": "o", "linestyle": "-", "markerfacecolor": "#12355b"},
     "non_thinking": {"color": "#d9822b", "marker": "s", "linestyle": "--", "markerfacecolor": "white"},
     "forgetting": {"color": "#444444", "marker": "D", "linestyle": "-", "markerfacecolor": "#444444"},
 }
 """Dark, filled and solid against light, hollow and dashed: the two modes stay apart in greyscale."""
-MARKERS = "osD^vP*X"
-HEADINGS = {
-    "accuracy": "accuracy", "accuracy/chat": "chat accuracy", "adherence": "adherence", "reasoning_tokens": "reasoning tokens",
-    "answer_tokens": "answer tokens", "cut": "cut by the limit", "kl": "KL, nats/token", "nll": "NLL, nats/token",
-}  # fmt: skip
-STYLE = """
-body{font:16px/1.55 system-ui,sans-serif;color:#1a1a1a;max-width:1120px;margin:2.5em auto;padding:0 1.2em}
-h1{font-size:1.6em;margin-bottom:.3em}h2{font-size:1.15em;margin-top:2em}
-.sentence{font-size:1.15em;border-left:5px solid #12355b;padding:.5em 1em;background:#f1f4f8}
-table{border-collapse:collapse;font-size:.82em;font-variant-numeric:tabular-nums}.wide{overflow-x:auto}
-th,td{padding:.35em .7em;text-align:right;border-bottom:1px solid #ddd;white-space:nowrap}th{border-bottom:2px solid #555}
-th:first-child,td:first-child{text-align:left}tr.best{background:#e6edf5;font-weight:600}tr.base{color:#555;font-style:italic}
-small{color:#666;font-weight:400}svg{width:100%;height:auto}li{margin:.25em 0}
-"""
+PANELS = (
+    ("Accuracy, reasoning questions", "% right", [(mode, "accuracy") for mode in MODES]),
+    ("Accuracy, chat questions", "% right", [(mode, "accuracy/chat") for mode in MODES]),
+    ("Mode adherence", "% of replies", [(mode, "adherence") for mode in MODES]),
+    ("Forgetting: KL from the base", "nats per token", [KL]),
+    ("Length of a reply", "tokens", [("thinking", "reasoning_tokens"), ("non_thinking", "answer_tokens")]),
+)
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1120px;margin:2em auto;padding:0 1em}img{width:100%}
+table{border-collapse:collapse;font-size:.8em}th,td{padding:.3em .6em;border-bottom:1px solid #ddd;text-align:right}
+td:first-child{text-align:left}.wide{overflow-x:auto}"""
+
+
+def conclude(comparison: Comparison, folder: Path, console) -> None:
+    """Write the files, log to wandb what came from there, and print the table, the notes and the verdict."""
+    paths = write(comparison, folder)
+    console.print(terminal_table(comparison))
+    for name, why in comparison.left_out:
+        console.print(f"left out: {name}: {why}", style="yellow")
+    for note in comparison.notes:
+        console.print(f"· {note}")
+    runs = [run for point in comparison.points for run in point.runs]
+    if any(tracking.logs_to_wandb(run.recipe["train"]) for run in runs):
+        tracking.comparison(folder, *for_wandb(comparison), console)
+    console.print(f"table, picture and page: {paths['csv'].with_suffix('')}.csv, .png, .html")
+    for line in comparison.verdict:
+        console.print(line, style="bold", markup=False)
 
 
 def write(comparison: Comparison, folder: Path) -> dict[str, Path]:
     """Write the CSV, the picture and the page; returns their paths by kind."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = {kind: folder / f"comparison.{kind}" for kind in ("csv", "png", "html")}
-    with paths["csv"].open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows(cells(comparison))
-    picture = figure(comparison)
-    picture.savefig(paths["png"], dpi=150)
-    paths["html"].write_text(page(comparison, _svg(picture)), encoding="utf-8")
+    comparison.table().to_csv(paths["csv"], index=False)
+    figure(comparison).savefig(paths["png"], dpi=150, metadata={"Software": None})
+    paths["html"].write_text(page(comparison, paths["png"].read_bytes()), encoding="utf-8")
     return paths
 
 
-def conclude(comparison: Comparison, folder: Path, console) -> None:
-    """Print the table, the notes and the sentence, write the files, log to wandb what came from there."""
-    console.print(table(comparison))
-    paths = write(comparison, folder)
-    for name, why in comparison.left_out:
-        console.print(f"left out: {name}: {why}", style="yellow")
-    for note in comparison.notes:
-        console.print(f"· {note}")
-    console.print(comparison.sentence, style="bold")
-    console.print("\n".join(str(path) for path in paths.values()))
-    if any(tracking.logs_to_wandb(run.recipe["train"]) for point in comparison.points for run in point.runs):
-        axis, points, (columns, rows), summary = for_wandb(comparison)
-        logged = [dict(zip(["runs", *columns[1:]], row, strict=True)) for row in rows]
-        tracking.comparison(folder, logged, (axis, points), summary, console)
-
-
-def for_wandb(comparison: Comparison) -> tuple[str, list[dict], tuple[list, list], dict]:
-    """(key of the x axis, a curve's points, columns and rows of all runs, summary) under the names of toolkit.tracking."""
-
-    def shares(of: Callable[[str], float]) -> dict:
-        return {f"mix/reasoning_share_{unit}": of(unit) for unit in UNITS}
-
-    keys = shown(comparison)
-    points = [
-        shares(point.shares.get)
-        | {
-            f"eval/tuned/{section}/{metric}{'' if end == 'value' else '.' + end}": point.values[section, metric][end]
-            for section, metric in keys
-            for end in ("value", "low", "high")
-        }
-        for point in comparison.points
+def for_wandb(comparison: Comparison) -> tuple[list[dict], tuple[str, list[dict]], dict]:
+    """(rows of the table, (share key, points of the curve over it), summary) under the names of toolkit.tracking."""
+    table = comparison.table().astype(object)
+    key = f"mix/reasoning_share_{comparison.unit}"
+    key = key if comparison.axis in ("reasoning", "") else f"mix/share_of_{comparison.axis}"
+    charted = [
+        (section, metric) for section, metric in METRICS if metric in ("accuracy", "accuracy/chat", "adherence", "kl")
     ]
-    names = [f"eval/{name}/{section}/{metric}" for name in ("base", "tuned") for section, metric in keys]
-    runs = [(run, evaluate.summary(run.eval)) for point in comparison.points for run in point.runs]
-    rows = [[run.name, *shares(run.share).values(), *map(found.get, names)] for run, found in runs]
-    summary = {"recommendation": comparison.sentence}
-    if comparison.recommended:
-        summary |= {f"recommended/{k}": v for k, v in shares(comparison.recommended.shares.get).items()}
-    axis = f"mix/reasoning_share_{comparison.unit}"
-    return axis, points, (["run", *shares(lambda _: 0.0), *names], rows), summary
+    curve = [
+        {key: p.place} | {f"eval/tuned/{s}/{m}": p.values[s, m]["value"] for s, m in charted if (s, m) in p.values}
+        for p in comparison.points
+        if p.place is not None
+    ]
+    best = comparison.recommended
+    summary = {"recommendation": " ".join(comparison.verdict[:2])} | ({"recommended": best.label} if best else {})
+    return table.where(table.notna(), None).to_dict("records"), (key, curve), summary
 
 
-def shown(comparison: Comparison) -> list[tuple[str, str]]:
-    """Metrics that every point has."""
-    return [key for key in METRICS if all(key in point.values for point in comparison.points)]
-
-
-def table(comparison: Comparison):
-    """A rich table: one column a ratio, so that it fits a terminal; the recommended one is marked."""
+def terminal_table(comparison: Comparison):
+    """A rich table of what decides, one line for each point at 80 columns; everything else is in the CSV and the page."""
+    from rich import box
     from rich.table import Table
+    from rich.text import Text
 
-    grid = Table(title="Tuned runs against the achieved reasoning share; 95% intervals")
-    grid.add_column("")
-    grid.add_column("base", justify="right", style="dim")
-    for point in comparison.points:
-        best = point is comparison.recommended
-        grid.add_column(("★ " if best else "") + point.label, justify="right", style="bold" if best else None)
-    for unit in UNITS:
-        grid.add_row(f"share of {unit}", "", *(f"{100 * point.shares[unit]:.1f}%" for point in comparison.points))
-    grid.add_row("runs (seeds)", "", *(str(len(point.runs)) for point in comparison.points), end_section=True)
-    for section, metric in shown(comparison):
-        base = comparison.base.get((section, metric))
-        name = f"{_mode(section)}{HEADINGS[metric]}"
-        values = [show(point.values[section, metric]).replace(" [", "\n[") for point in comparison.points]
-        grid.add_row(name, show(base).replace(" [", "\n[") if base else "-", *values)
+    modes = [mode for mode in MODES if (mode, "adherence") in comparison.base]
+    chat = [CHAT] if comparison.goal != CHAT and CHAT in comparison.base else []
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    grid.add_column("", overflow="fold")
+    for key in [comparison.goal, *chat]:
+        grid.add_column(metric_title(key, comparison.points[0].runs[0]), justify="right", width=14)
+    grid.add_column("keeps mode" + (",\non / off" if len(modes) > 1 else ""), justify="right", no_wrap=True)
+    grid.add_column("KL", justify="right", no_wrap=True)
+    for label, runs, values in everyone(comparison):
+        best = comparison.recommended is not None and label == comparison.recommended.label
+        name = Text(("★ " if best else "") + label)
+        if comparison.axis:
+            name.append("".join(f"\n{run.name}" for run in runs), "dim")
+        kept = " / ".join(cell("adherence", values.get((mode, "adherence"))).split(" ")[0] for mode in modes)
+        shown = [cell(key[1], values.get(key)) for key in [comparison.goal, *chat]]
+        kl = f"{values[KL]['value']:.2f}" if KL in values else "-"
+        grid.add_row(name, *shown, kept, kl, style="bold" if best else None)
     return grid
 
 
-def cells(comparison: Comparison) -> Iterable[list]:
-    """Rows of the CSV file: base, then a row for each ratio; value, low, high and n of every metric."""
-    keys = shown(comparison)
-    ends = ("value", "low", "high", "n")
-    yield ["label", *(f"reasoning_share_{unit}" for unit in UNITS), "runs", "recommended", "frontier",
-           *(f"{section}/{metric}{'' if end == 'value' else '.' + end}" for section, metric in keys for end in ends)]  # fmt: skip
-    yield ["base", "", "", "", "", "", "", *(comparison.base.get(key, {}).get(end) for key in keys for end in ends)]
-    for point in comparison.points:
-        yield [point.label, *(point.shares[unit] for unit in UNITS), " ".join(run.name for run in point.runs),
-               int(point is comparison.recommended), int(point in comparison.frontier),
-               *(point.values[key][end] for key in keys for end in ends)]  # fmt: skip
+def everyone(comparison: Comparison) -> list[tuple[str, list, dict]]:
+    """(label, runs, values) of the base and of each point."""
+    return [("base", [], comparison.base), *((p.label, p.runs, p.values) for p in comparison.points)]
 
 
-def figure(comparison: Comparison):
-    """Six panels: accuracy, chat accuracy, adherence, forgetting, length, and the frontier."""
-    from matplotlib.figure import Figure
-
-    picture = Figure(figsize=(13, 7.6), layout="constrained")
-    axes = picture.subplots(2, 3).flatten()
-    both = ("thinking", "non_thinking")
-    chat = [(mode, "accuracy/chat") for mode in both]
-    panels = [
-        ("Accuracy, reasoning questions", "% right of finished replies", [(mode, "accuracy") for mode in both]),
-        ("Accuracy, chat questions", "% right of finished replies", chat),
-        ("Mode adherence", "% of replies", [(mode, "adherence") for mode in both]),
-        ("Forgetting: KL from the base", "nats per token", [KL]),
-        ("Length of a reply", "tokens", [("thinking", "reasoning_tokens"), ("non_thinking", "answer_tokens")]),
-    ]
-    for axis, (title, unit, keys) in zip(axes, panels, strict=False):
-        _curves(axis, comparison, [key for key in keys if key in shown(comparison)], "%" in unit)
-        axis.set(title=title, ylabel=unit)
-    _frontier(axes[5], comparison)
-    handles, labels = axes[0].get_legend_handles_labels()
-    picture.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize=10)
-    return picture
+def cell(metric: str, found: dict | None) -> str:
+    """`70% [59, 81]` for a rate, `0.22 [0.2, 0.24]` for others, `-` for what was not measured."""
+    if found is None:
+        return "-"
+    if not is_rate(metric):
+        return show(found)
+    value, low, high = (f"{100 * found[end]:.0f}" for end in ("value", "low", "high"))
+    return f"{value}% [{low}, {high}]"
 
 
-def _curves(axis, comparison: Comparison, keys: list[tuple[str, str]], percent: bool) -> None:
-    places, scale = _places(comparison), 100 if percent else 1
-    for turn, (section, metric) in enumerate(keys):
-        look, name = LOOKS[section], _mode(section).strip() or "KL"
-        if base := comparison.base.get((section, metric)):
-            axis.axhline(
-                scale * base["value"], color=look["color"], linestyle=":", linewidth=1.3, label=f"base, {name}"
-            )
-        aside = (turn - (len(keys) - 1) / 2) * (0.012 * (max(places.values()) - min(places.values())) or 1)
-        for marker, (variant, points) in zip(MARKERS, _lines(comparison).items(), strict=False):
-            x, found = [places[p.label] + aside for p in points], [p.values[section, metric] for p in points]
-            shape = {"marker": marker} if variant else {}  # with one line a mode, each mode keeps its own marker
-            _line(axis, x, found, scale, look | shape, f"tuned, {name} {variant}".strip())
-    if comparison.recommended:
-        axis.axvline(
-            places[comparison.recommended.label],
-            color="#999999",
-            linewidth=9,
-            alpha=0.25,
-            zorder=0,
-            label="recommended",
-        )
-    _share_axis(axis, comparison, places)
-    axis.set_ylim((-4, 104) if percent else (0, None))
-    if not keys:
-        axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", color="#888888")
-
-
-def _line(axis, x: list[float], found: list[dict], scale: float, look: dict, label: str) -> None:
-    y = [scale * f["value"] for f in found]
-    low, high = ([scale * abs(f["value"] - f[end]) for f in found] for end in ("low", "high"))
-    axis.errorbar(x, y, yerr=[low, high], capsize=3, linewidth=1.8, elinewidth=1.2, markersize=6, label=label, **look)
-    seeds = [
-        (place, scale * value) for place, f in zip(x, found, strict=True) for value in f["each"] if len(f["each"]) > 1
-    ]
-    if seeds:
-        axis.plot(*zip(*seeds, strict=True), "_", color=look["color"], markersize=11, zorder=1)
-
-
-def _lines(comparison: Comparison) -> dict[str, list[Point]]:
-    """Points to be joined: by variant along the share, or all of them where the share is the same."""
-    if _one_share(comparison):
-        return {"": comparison.points}
-    variants = dict.fromkeys(point.variant for point in comparison.points)
-    return {variant: [p for p in comparison.points if p.variant == variant] for variant in variants}
-
-
-def _one_share(comparison: Comparison) -> bool:
-    return len(comparison.points) > 1 and len({point.planned for point in comparison.points}) == 1
-
-
-def _places(comparison: Comparison) -> dict[str, float]:
-    """Where each point stands: at its achieved share in %, or in a row where all have the same share."""
-    if _one_share(comparison):
-        return {point.label: float(i) for i, point in enumerate(comparison.points)}
-    return {point.label: 100 * point.shares[comparison.unit] for point in comparison.points}
-
-
-def _share_axis(axis, comparison: Comparison, places: dict[str, float]) -> None:
-    axis.grid(axis="y", color="#e5e5e5")
-    axis.spines[["top", "right"]].set_visible(False)
-    if _one_share(comparison):
-        keys = {part.split("=")[0] for part in comparison.points[0].variant.split(", ")}
-        axis.set_xticks(list(places.values()), [_short(point, comparison) for point in comparison.points], fontsize=9)
-        axis.set_xlabel(", ".join(sorted(keys)))
-        axis.margins(x=0.2)
-    else:
-        axis.set(xlabel=f"reasoning share, % of {comparison.unit.replace('_', ' ')} (achieved)", xlim=(-5, 105))
-
-
-def _frontier(axis, comparison: Comparison) -> None:
-    chat = all(CHAT in point.values for point in comparison.points)
-    scale = 100 if chat else 1
-    place = {point.label: (100 * point.values[GOAL]["value"], scale * retention(point)) for point in comparison.points}
-    edge = sorted(place[point.label] for point in comparison.frontier)
-    axis.plot(*zip(*edge, strict=True), color="#777777", linestyle="-", linewidth=1.2, zorder=1)
-    for turn, point in enumerate(comparison.points):
-        best, (x, y) = point is comparison.recommended, place[point.label]
-        axis.plot(
-            x,
-            y,
-            "*" if best else "o",
-            markersize=17 if best else 7,
-            color="#12355b",
-            zorder=3,
-            markerfacecolor="#12355b" if point in comparison.frontier else "white",
-        )
-        side = (8, 7) if turn % 2 == 0 else (8, -14)
-        axis.annotate(_short(point, comparison), (x, y), xytext=side, textcoords="offset points", fontsize=9)
-    if chat and CHAT in comparison.base:
-        base = 100 * comparison.base[GOAL]["value"], 100 * comparison.base[CHAT]["value"]
-        axis.plot(*base, "x", color="#444444", markersize=9, markeredgewidth=2)
-        axis.annotate("base", base, xytext=(7, -12), textcoords="offset points", fontsize=9, color="#444444")
-    axis.set(
-        title="Frontier: filled points are beaten by none",
-        xlabel="thinking accuracy, % (reasoning questions)",
-        ylabel="chat accuracy without thinking, %" if chat else "minus KL from the base, nats per token",
-    )
-    axis.grid(color="#eeeeee")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.margins(x=0.25, y=0.15)
-
-
-def _short(point: Point, comparison: Comparison) -> str:
-    if _one_share(comparison):
-        return "\n".join(part.split("=", 1)[1] for part in point.variant.split(", "))
-    return f"{100 * point.shares[comparison.unit]:.0f}% {point.variant}".strip()
-
-
-def _mode(section: str) -> str:
-    return {"thinking": "thinking ", "non_thinking": "non-thinking "}.get(section, "")
-
-
-def _svg(picture) -> str:
-    import matplotlib
-
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "comparison"}):  # the same comparison gives the same file
-        picture.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()[out.getvalue().index("<svg") :]
-
-
-def page(comparison: Comparison, svg: str) -> str:
-    """The HTML report: sentence, picture, table, rule, and every run that went in or was left out."""
+def page(comparison: Comparison, png: bytes) -> str:
+    """The HTML report, one file: verdict, picture, table, rule, and every run that went in or was left out."""
     text = html.escape
-    left_out = "".join(f"<li><b>{text(name)}</b>: {text(why)}</li>" for name, why in comparison.left_out)
-    notes = "".join(f"<li>{text(note)}</li>" for note in comparison.notes)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Comparison of {len(comparison.points)} {noun(comparison.points)}</title><style>{STYLE}</style></head><body>
-<h1>Which of {len(comparison.points)} {noun(comparison.points)}?</h1>
-<p class="sentence">{text(comparison.sentence)}</p>
-<ul>{notes}</ul>
-{svg}
-<h2>Results</h2>
-<p>Tuned runs, mean over seeds; in brackets the 95% interval over questions (and, with several seeds, over seeds). Shares are
-those the compiled mixes achieved.</p>
-<div class="wide">{_results(comparison)}</div>
-<h2>How the choice is made</h2>
-<p>{text(RULE)}</p>
-<p>Accuracy counts replies that ended by themselves; those cut by the token limit stand in their own column. Adherence with
-thinking: a closed, non-empty block and an answer after it. Without: no tags, no thinking aloud, and no answer three times as
-long as the base's. KL: how far the tuned model's next-token distribution is from the base's on the base's own answers to a
-fixed bilingual probe set. The margin is {MARGIN}.</p>
-<h2>Runs</h2>
-<div class="wide">{_runs(comparison)}</div>
-{f"<h2>Left out</h2><ul>{left_out}</ul>" if left_out else ""}
-</body></html>
+    items = [*comparison.notes, *(f"Left out: {name}: {why}" for name, why in comparison.left_out)]
+    columns = {metric_title(key, comparison.points[0].runs[0]): [cell(key[1], v.get(key)) for _, _, v in everyone(comparison)]
+               for key in METRICS if key in comparison.base}  # fmt: skip
+    table = pd.DataFrame({"": [label for label, _, _ in everyone(comparison)], **columns}).to_html(
+        index=False, border=0
+    )
+    shares = comparison.table().filter(regex="^(label|runs|reasoning_share)").to_html(index=False, border=0, na_rep="")
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Comparison</title><style>{STYLE}</style></head>
+<body><h1>{text(comparison.verdict[0])}</h1><p>{text(comparison.verdict[1])}</p>
+<p><code>{text(comparison.verdict[2])}</code></p><ul>{"".join(f"<li>{text(item)}</li>" for item in items)}</ul>
+<img alt="comparison" src="data:image/png;base64,{base64.b64encode(png).decode()}">
+<h2>Results</h2><p>Mean over seeds, with the 95% interval over questions (and seeds).</p><div class="wide">{table}</div>
+<h2>Runs and their achieved shares</h2><div class="wide">{shares}</div><h2>Rule</h2><p>{text(RULE)}</p></body></html>
 """
 
 
-def _results(comparison: Comparison) -> str:
-    keys = shown(comparison)
-    rows = [_row("base", comparison.base, keys, ["", "", ""], "base")]
-    for point in comparison.points:
-        shares = [f"{100 * point.shares[unit]:.1f}%" for unit in UNITS]
-        rows.append(_row(point.label, point.values, keys, shares, "best" if point is comparison.recommended else ""))
-    heads = [*(f"{unit.replace('_', ' ')}" for unit in UNITS), *(f"{_mode(s)}<br>{HEADINGS[m]}" for s, m in keys)]
-    return f"<table><tr><th>{'</th><th>'.join(['', *heads])}</th></tr>{''.join(rows)}</table>"
+# --- the picture -----------------------------------------------------------------------------------------------------
 
 
-def _row(label: str, values: dict, keys: list, shares: list[str], kind: str) -> str:
-    found = [show(values[key]).replace(" [", "<br><small>[") + "</small>" if key in values else "-" for key in keys]
-    return f'<tr class="{kind}"><td>{"</td><td>".join([html.escape(label), *shares, *found])}</td></tr>'
+def figure(comparison: Comparison):
+    """Panels over the share, or with one line per run where they differ in more: what was measured, and the frontier."""
+    from matplotlib.figure import Figure
+
+    measured = {key for point in comparison.points for key in point.values}
+    panels = [(title, unit, kept) for title, unit, keys in PANELS if (kept := [key for key in keys if key in measured])]
+    rows, tall = -(-(len(panels) + 1) // 3), 0 if comparison.axis else 0.25 * len(comparison.points)
+    picture = Figure(figsize=(13, (3.6 + tall) * rows + 0.4), layout="constrained")
+    axes = list(picture.subplots(rows, 3, squeeze=False).flatten())
+    for number, (axis, (title, unit, keys)) in enumerate(zip(axes, panels, strict=False)):
+        _panel(axis, comparison, keys, unit, names=number % 3 == 0)
+        axis.set_title(title)
+    _frontier(axes[len(panels)], comparison)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#e8e8e8")
+        axis.set_axisbelow(True)
+    for axis in axes[len(panels) + 1 :]:
+        axis.remove()
+    shown = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    picture.legend(shown.values(), shown, loc="outside lower center", ncols=6, frameon=False)
+    return picture
 
 
-def _runs(comparison: Comparison) -> str:
-    rows = []
-    for run in (run for point in comparison.points for run in point.runs):
-        losses = [row["loss"] for row in run.metrics if "loss" in row]
-        shares = [f"{100 * run.share(unit):.1f}%" for unit in UNITS]
-        loss = f"{losses[-1]:.3f}" if losses else "-"
-        parts = [
-            html.escape(run.name),
-            *shares,
-            str(len(losses)),
-            loss,
-            html.escape(str(run.manifest.get("seeds", "-"))),
-        ]
-        rows.append(f"<tr><td>{'</td><td>'.join(parts)}</td></tr>")
-    heads = ["", *(unit.replace("_", " ") for unit in UNITS), "logged steps", "last loss", "seeds"]
-    return f"<table><tr><th>{'</th><th>'.join(heads)}</th></tr>{''.join(rows)}</table>"
+def _panel(axis, comparison: Comparison, keys: list[tuple[str, str]], unit: str, *, names: bool) -> None:
+    """One metric of each mode, with intervals, against the share (x) or against the runs' names (y)."""
+    upright, scale = bool(comparison.axis), 100 if "%" in unit else 1
+    for turn, (section, metric) in enumerate(keys):
+        look, title = dict(LOOKS[section]), mode_title(section) if section in MODES else "KL"
+        title = f", {title}" if len(comparison.points[0].runs[0].modes()) > 1 or section not in MODES else ""
+        points = [(i, point) for i, point in enumerate(comparison.points) if (section, metric) in point.values]
+        found = [point.values[section, metric] for _, point in points]
+        places = [100 * p.place + turn if upright else i + turn / 5 for i, p in points]  # apart, where modes are equal
+        values = [scale * f["value"] for f in found]
+        error = [[scale * abs(f["value"] - f[end]) for f in found] for end in ("low", "high")]
+        look["linestyle"] = look["linestyle"] if upright else "none"
+        xy, bars = ((places, values), {"yerr": error}) if upright else ((values, places), {"xerr": error})
+        axis.errorbar(*xy, **bars, **look, capsize=3, linewidth=1.8, elinewidth=1.2, label=f"tuned{title}")
+        base = comparison.base.get((section, metric))
+        if base and section in MODES:  # the base's distance from itself says nothing
+            line = axis.axhline if upright else axis.axvline
+            line(scale * base["value"], color=look["color"], linestyle=":", label=f"base{title}")
+    if best := comparison.recommended:
+        band = axis.axvspan if upright else axis.axhspan
+        place = 100 * best.place if upright else comparison.points.index(best)
+        width = 1.5 if upright else 0.35
+        band(place - width, place + width, color="#999999", alpha=0.25, zorder=0, label="recommended")
+    along, across = (axis.set_ylim, axis.set_ylabel) if upright else (axis.set_xlim, axis.set_xlabel)
+    along((-4, 104) if "%" in unit else (0, None))
+    across(unit)
+    if upright:
+        axis.set(xlabel=f"{comparison.axis} share, % of {comparison.unit.replace('_', ' ')} (achieved)", xlim=(-5, 106))
+    else:
+        labels = [f"{i}  {point.label}" if names else str(i) for i, point in enumerate(comparison.points, 1)]
+        axis.set_yticks(range(len(labels)), labels, fontsize=9)
+        axis.set_ylim(len(labels) - 0.4, -0.6)
+
+
+def _frontier(axis, comparison: Comparison) -> None:
+    """The goal against what is kept of the base; each label inside the axes, points at one place share theirs."""
+    chat = CHAT in comparison.points[0].values and comparison.goal != CHAT
+    short = {
+        p.label: f"{100 * p.place:.0f}%" if comparison.axis else str(i) for i, p in enumerate(comparison.points, 1)
+    }
+    places: dict[tuple[float, float], list[str]] = {}
+    for label, _, values in everyone(comparison):
+        if comparison.goal in values:
+            kept = (100 if chat else 1) * kept_of_base(values, comparison.goal)
+            places.setdefault((100 * values[comparison.goal]["value"], kept), []).append(label)
+    edge = sorted(place for place, labels in places.items() if set(labels) & set(comparison.frontier))
+    axis.plot(*zip(*edge, strict=True), color="#777777", linewidth=1.2, zorder=1)
+    middle = (min(x for x, _ in places) + max(x for x, _ in places)) / 2
+    for turn, ((x, y), labels) in enumerate(sorted(places.items())):
+        best = comparison.recommended is not None and comparison.recommended.label in labels
+        color = "#888888" if labels == ["base"] else "#12355b"
+        axis.plot(x, y, "*" if best else "o", markersize=17 if best else 8, color=color, zorder=3,
+                  markerfacecolor=color if (x, y) in edge else "white")  # fmt: skip
+        side, up = ("left", 9) if x <= middle else ("right", -9), 8 if turn % 2 else -14
+        axis.annotate(", ".join(short.get(label, label) for label in labels), (x, y), xytext=(side[1], up),
+                      textcoords="offset points", ha=side[0], fontsize=9)  # fmt: skip
+    kept = f"{metric_title(CHAT, comparison.points[0].runs[0])}, %" if chat else "minus KL from the base, nats/token"
+    axis.set(
+        title="Frontier (filled: beaten by none)",
+        xlabel=f"{metric_title(comparison.goal, comparison.points[0].runs[0])}, %",
+        ylabel=kept,
+    )
+    axis.margins(x=0.12, y=0.18)
