@@ -15,7 +15,7 @@ import time
 import pytest
 
 from tests import run_notebooks
-from toolkit import labels, notebook, pictures
+from toolkit import labels, notebook, pictures, run
 from toolkit.files import ROOT, ToolkitError
 from toolkit.render import load_chat
 
@@ -357,6 +357,13 @@ def test_replies_are_shown_as_text_and_never_as_markup():
     page = notebook.side_by_side(rows).data
     assert "<script>" not in page
     assert "a &lt; b" in page
+
+
+def test_reasoning_is_grey_before_and_after_training_and_the_answer_is_not():
+    row = {"prompt": "2 + 2?", "mode": "thinking", "when": "after", "reasoning": "two and two", "answer": "Four."}
+    cells = list(run.before_after([row | {"when": "before"}, row]).columns[-1].cells)
+    grey = [cells[0].plain[span.start : span.end] for span in cells[0].spans if span.style == "bright_black"]
+    assert (grey, str(cells[0].style), cells[0].plain) == (["two and two\n"], "", "two and two\nFour.")
 
 
 # --- execution -------------------------------------------------------------------------------------------------------

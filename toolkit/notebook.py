@@ -10,8 +10,8 @@ import io
 import os
 import shlex
 import threading
+from collections import namedtuple
 from collections.abc import Sequence
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from toolkit.files import outputs, read_json
 from toolkit.labels import THOUGHT, cell
 from toolkit.recipe import Recipe
 
+Said = namedtuple("Said", "reasoning answer")
+"""What a model said: the two fields of generate.py's `Reply` that are shown."""
 REFRESH = 4.0
 """Seconds between two drawings of the live curves: one takes about a fifth of a second on a slow core."""
 os.environ.setdefault("JUPYTER_COLUMNS", "100")  # what a cell shows of a window 1,280 pixels wide beside the file list
@@ -31,14 +33,6 @@ os.environ.setdefault("JUPYTER_COLUMNS", "100")  # what a cell shows of a window
 rich.jupyter.JUPYTER_HTML_FORMAT = rich.jupyter.JUPYTER_HTML_FORMAT.replace(
     'style="', 'style="margin:0;padding:0 0 3px;'
 )
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a model said: with `Reply` of generate.py it shares the two fields that are shown."""
-
-    reasoning: str
-    answer: str
 
 
 # --- what is there ---------------------------------------------------------------------------------------------------
@@ -144,7 +138,7 @@ def live(recipe: Recipe):
     try:
         yield
     except KeyboardInterrupt:
-        print("stopped: the last checkpoint is kept, and running this cell again goes on from it")
+        print("stopped: the last checkpoint is kept, and running this cell again resumes from it")
         raise
     finally:
         over.set()
@@ -157,15 +151,12 @@ def side_by_side(rows: Sequence[dict]):
     from IPython.display import HTML
 
     columns = [key for key in rows[0] if key not in {"prompt", "mode"}]
-    cells = "".join(
-        f"<tr>{cell(_mode(row))}{''.join(cell(_reply(row[column])) for column in columns)}</tr>" for row in rows
-    )
     heads = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in ("asked", *columns))
-    return HTML(f"<table style='width:100%;table-layout:fixed'><tr>{heads}</tr>{cells}</table>")
-
-
-def _mode(row: dict) -> str:
-    return f"<b>{escape(row['prompt'])}</b><br>{mode_title(row['mode'])}"
+    lines = [f"<tr>{heads}</tr>"]
+    for row in rows:
+        asked = f"<b>{escape(row['prompt'])}</b><br>{mode_title(row['mode'])}"
+        lines.append(f"<tr>{cell(asked)}{''.join(cell(_reply(row[column])) for column in columns)}</tr>")
+    return HTML(f"<table style='width:100%;table-layout:fixed'>{''.join(lines)}</table>")
 
 
 def _reply(reply) -> str:
@@ -225,11 +216,12 @@ def samples(result: dict) -> list[dict]:
     """The replies an evaluation kept, as rows for `side_by_side`."""
     from toolkit.generate import split_reply
 
-    def said(row: dict) -> dict:
-        return {name: Said(*split_reply(row[name])[:2]) for name in ("base", "tuned")}
-
-    rows = [row for row in result["samples"] if row["purpose"] == "answer"]
-    return [{"prompt": row["prompt"], "mode": row["mode"], **said(row)} for row in rows]
+    return [
+        {"prompt": row["prompt"], "mode": row["mode"]}
+        | {name: Said(*split_reply(row[name])[:2]) for name in ("base", "tuned")}
+        for row in result["samples"]
+        if row["purpose"] == "answer"
+    ]
 
 
 def scored(folder: Path) -> dict:
