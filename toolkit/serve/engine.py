@@ -203,8 +203,8 @@ def _facts_of_file(path: Path) -> dict:
 def _base_key(run: Path, merged: Merged) -> str:
     """A folder name that changes with the base's weights and with the run's tokenizer and template."""
     base = merged.base
-    files = sorted({file for file, *_ in merged.checkpoint.entries.values()})
-    weights = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    files = [(f.name, f.stat()) for f in sorted(base.folder.glob("*.safetensors"))]
+    weights = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
     tokenizer = [sha256(run / "adapter" / name) for name in ("tokenizer.json", "tokenizer_config.json")]
     template = load_chat(str(run / "adapter")).template_text
     identity = json.dumps([base.name, base.revision, weights, tokenizer, template])
