@@ -9,7 +9,8 @@ from rich.console import Console
 
 from tests import export_fixtures, tiny_qwen3
 from tests.evaluation import long_table
-from toolkit.evaluate import evaluate, is_rate, score, summarize, summary, table, verdict
+from toolkit import recipe as recipes
+from toolkit.evaluate import evaluate, from_mix, is_rate, score, summarize, summary, table, verdict
 from toolkit.evaluate.base_replies import checksum
 from toolkit.evaluate.questions import LEVELS, as_question, choose, fingerprint, load_probes, plan, sized
 from toolkit.evaluate.score import Judge, leaks, same_words
@@ -18,6 +19,7 @@ from toolkit.evaluate.subject import divergence, logits_at_once
 from toolkit.family import MODES
 from toolkit.files import ROOT, ToolkitError
 from toolkit.generate import Reply, inference, split_reply
+from toolkit.mix import compile_mix
 
 SUMS = [{"messages": [{"role": "user", "content": f"{a} + 7?"}], "expected_answer": str(a + 7), "set": "sums"}
         for a in range(20)]  # fmt: skip
@@ -517,3 +519,20 @@ def test_every_family_is_evaluated_in_the_modes_it_has(name, family, tmp_path):
     result = evaluate(model, tokenizer, SUMS[:3], CHAT[:1], PROBES, max_new_tokens=4, console=console, cache=tmp_path)
     assert result["modes"] == ["thinking" if "thinking" in name else "non_thinking"]
     assert result["difference"]["forgetting"]["kl"]["value"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_mix_in_somebody_s_own_notebook_gives_the_held_out_rows_and_the_questions_among_them():
+    mixed = compile_mix(recipes.load("data_recipes/pocket.yaml", ["data.budget=3000", "data.validation_size=8"]))
+    given = from_mix(mixed)
+    assert [row["source"] for row in given["validation"]] == [row.source for row in mixed.validation]
+    assert all(0 < row["prompt_length"] < len(row["input_ids"]) for row in given["validation"])
+    answered = [row for row in mixed.validation if row.mode == "thinking"]
+    assert [q["expected_answer"] for q in given["questions"]] == [r.conversation["expected_answer"] for r in answered]
+    assert {q["messages"][-1]["role"] for q in given["questions"]} == {"user"}
+
+
+def test_without_questions_the_ones_that_ship_are_asked(tokenizer, tmp_path):
+    model, console = tiny_qwen3.model(tokenizer), Console(file=io.StringIO())
+    result = evaluate(model, tokenizer, probes=[], steps=1, max_new_tokens=2, console=console, cache=tmp_path)
+    assert {m for m in result["tuned"]["thinking"] if "set" in m} == {"accuracy/set/sums", "accuracy/set/chat"}
+    assert {len(values) for values in result["per_question"]["thinking"]["tuned"]["accuracy"]} == {16}

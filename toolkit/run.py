@@ -11,15 +11,10 @@ from pathlib import Path
 
 from toolkit import recipe as recipes
 from toolkit import tracking
-from toolkit.files import ToolkitError, outputs, read_json, write_json
-from toolkit.recipe import Recipe, Source
+from toolkit.files import outputs, read_json, write_json
+from toolkit.recipe import Recipe
 
 HUB = "https://huggingface.co"
-SAMPLES = "data_recipes/samples"
-DEFAULT_QUESTIONS = (
-    Source(f"{SAMPLES}/heldout_reasoning.jsonl", name="sums", format="openmath"),
-    Source(f"{SAMPLES}/heldout_chat.jsonl", name="chat", format="question", mode="non_thinking"),
-)
 
 
 def default_console():
@@ -134,7 +129,7 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
     from toolkit import evaluate as evaluation
     from toolkit import mix
     from toolkit import model as models
-    from toolkit.evaluate.questions import LEVELS, load_probes
+    from toolkit.evaluate.questions import LEVELS, from_mix
 
     console = console or default_console()
     folder = models.run_folder(folder)
@@ -148,8 +143,8 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
         tokenizer,
         reasoning,
         chat,
-        load_probes(),
-        [validation_row(r) for r in mixed.validation],
+        None,
+        from_mix(mixed)["validation"],
         level=level,
         steps=read_json(folder / "manifest.json").get("steps"),
         max_new_tokens=min(recipe.evaluate.max_new_tokens, LEVELS[level].max_new_tokens),
@@ -188,36 +183,17 @@ def generation_batch(recipe: Recipe, mixed) -> int:
     return fit.generation_batch(planned, torch.cuda.get_device_properties(0).total_memory)
 
 
-def questions(recipe: Recipe, mixed) -> tuple[list[dict], list[dict]]:
-    """(reasoning, chat) questions: the recipe's sets; without any, held-out rows that carry an expected answer, or the
-    easy sums that ship, and the easy chat questions that ship: any Qwen3 answers them, so they show what was lost."""
-    from toolkit.evaluate.questions import as_question
+def questions(recipe: Recipe, mixed) -> tuple[list[dict] | None, list[dict] | None]:
+    """(reasoning, chat) questions: the recipe's sets; without any, held-out rows that carry an expected answer; None for
+    those that ship."""
+    from toolkit.evaluate.questions import from_mix, read_questions
 
     if not recipe.evaluate.questions:
-        rows = [r for r in mixed.validation if r.conversation.get("expected_answer")]
-        held_out = [as_question(r.conversation, r.source) for r in rows]
-        arithmetic, chat = ([as_question(c, q.name) for c in read(q, recipe)] for q in DEFAULT_QUESTIONS)
-        return held_out or arithmetic, chat
-    found = {q.name: [as_question(c, q.name) for c in read(q, recipe)] for q in recipe.evaluate.questions}
-    chat = {q.name for q in recipe.evaluate.questions if q.mode == "non_thinking"}
-    return tuple([q for n, qs in found.items() if (n in chat) == is_chat for q in qs] for is_chat in (False, True))
-
-
-def read(source: Source, recipe: Recipe) -> list[dict]:
-    """Every conversation of a source, in a seeded order; a malformed row is an error, as nobody would miss a question."""
-    from toolkit.sources import Rejected, conversations
-
-    found = []
-    for number, conversation in conversations(source, recipe.data.seed, recipe.data.placeholders):
-        if isinstance(conversation, Rejected):
-            raise ToolkitError(f"{source.path}, row {number}: {conversation.detail}")
-        found.append(conversation)
+        return from_mix(mixed)["questions"], None
+    found: tuple[list, list] = ([], [])
+    for source in recipe.evaluate.questions:
+        found[source.mode == "non_thinking"].extend(read_questions(source, recipe.data.seed, recipe.data.placeholders))
     return found
-
-
-def validation_row(row) -> dict:
-    """A held-out row as evaluation takes it."""
-    return {"input_ids": row.ids.tolist(), "prompt_length": row.prompt_length, "source": row.source, "mode": row.mode}
 
 
 def report(folder: Path, console) -> None:

@@ -18,7 +18,18 @@ from statistics import mean, median
 import numpy as np
 import pandas as pd
 
-from toolkit.evaluate.questions import LEVELS, Ask, choose, fingerprint, load_probes, plan, sized
+from toolkit.evaluate.questions import (
+    LEVELS,
+    SHIPPED,
+    Ask,
+    choose,
+    fingerprint,
+    from_mix,
+    load_probes,
+    plan,
+    read_questions,
+    sized,
+)
 from toolkit.evaluate.score import Judge, marks
 from toolkit.evaluate.stats import difference, interval, is_rate
 from toolkit.evaluate.subject import LoadedRun
@@ -28,7 +39,7 @@ from toolkit.files import ToolkitError, finite, outputs
 from toolkit.generate import Reply
 from toolkit.progress import Progress
 
-__all__ = ["evaluate", "is_rate", "score", "show", "summarize", "summary", "table", "verdict"]
+__all__ = ["evaluate", "from_mix", "is_rate", "score", "show", "summarize", "summary", "table", "verdict"]
 
 COLUMNS = ["section", "model", "metric", "question", "value", "weight"]
 MODELS = ("base", "tuned")
@@ -41,8 +52,8 @@ KEPT = ("accuracy", "accuracy/chat", "adherence", "kl")
 def evaluate(
     model,
     tokenizer,
-    questions: Sequence[dict],
-    chat_questions: Sequence[dict] = (),
+    questions: Sequence[dict] | None = None,
+    chat_questions: Sequence[dict] | None = None,
     probes: Sequence[dict] | None = None,
     validation: Sequence[dict] = (),
     *,
@@ -56,14 +67,18 @@ def evaluate(
 ) -> dict:
     """eval.json's content for a PeftModel, in the modes that its chat template has.
 
-    `probes` are the ones that ship unless given; `validation` holds rows {"input_ids", "prompt_length", "source", "mode"}.
+    Questions and probes are those that ship unless given (questions.SHIPPED, probes.jsonl); `validation` holds rows {"input_ids", "prompt_length", "source", "mode"}.
     `steps` of a short training make a quick evaluation smaller (questions.sized). `seed` is evaluation's own, not the
     recipe's: runs that differ in their training seed must be asked alike. The base's replies are kept in `cache`
     (default: .base_replies under the outputs) for the next evaluation. `console` is a rich one that shows progress.
-    Raises ToolkitError without questions."""
+    Raises ToolkitError for a model without an adapter or a chat template."""
     limit, cache = max_new_tokens or LEVELS[level].max_new_tokens, cache or outputs() / ".base_replies"
     subject = LoadedRun(model, tokenizer, cache, seed, limit, batch_size)
     probes = load_probes() if probes is None else probes
+    questions, chat_questions = (
+        read_questions(shipped) if given is None else given
+        for given, shipped in zip((questions, chat_questions), SHIPPED, strict=True)
+    )
     return score(subject, questions, chat_questions, probes, validation, level=level, steps=steps, console=console)
 
 

@@ -13,7 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.files import ToolkitError, read_jsonl
+from toolkit.recipe import Source
+from toolkit.sources import Rejected, conversations
 
+SHIPPED = (
+    Source("data_recipes/samples/heldout_reasoning.jsonl", name="sums", format="openmath"),
+    Source("data_recipes/samples/heldout_chat.jsonl", name="chat", format="question", mode="non_thinking"),
+)
+"""Easy questions, reasoning and chat, that any chat model answers: they show what was lost."""
 PROBES = Path(__file__).with_name("probes.jsonl")
 STEPS_PER_QUESTION = 4
 """A quick evaluation asks one question of each kind for so many training steps, so that it takes about a sixth of the
@@ -85,6 +92,30 @@ def as_question(conversation: dict, name: str) -> dict:
             f"{name}: a question needs a user turn and an expected_answer, found {str(conversation)[:200]}"
         )
     return {"messages": messages, "expected_answer": conversation["expected_answer"], "set": name}
+
+
+def read_questions(source: Source, seed: int = 0, placeholders: dict | None = None) -> list[dict]:
+    """The questions of a source; a malformed row is an error, as nobody would miss a question."""
+    found = []
+    for number, conversation in conversations(source, seed, placeholders or {}):
+        if isinstance(conversation, Rejected):
+            raise ToolkitError(f"{source.path}, row {number}: {conversation.detail}")
+        found.append(as_question(conversation, source.name))
+    return found
+
+
+def from_mix(mixed) -> dict:
+    """{"questions", "validation"} of a compiled mix: its held-out rows, and those that carry an expected answer (None
+    without any).
+
+    evaluate(model, tokenizer, **from_mix(mixed)) scores a model in anybody's own notebook."""
+    rows = [
+        {"input_ids": row.ids.tolist(), "prompt_length": row.prompt_length, "source": row.source, "mode": row.mode}
+        for row in mixed.validation
+    ]
+    answered = [row for row in mixed.validation if row.conversation.get("expected_answer")]
+    questions = [as_question(row.conversation, row.source) for row in answered]
+    return {"questions": questions or None, "validation": rows}
 
 
 def choose(rows: Sequence[dict], limit: int, *keys: str) -> list[dict]:
