@@ -1,4 +1,7 @@
-"""The few routes of the Hub that an upload needs, on a local port: `with stand_in() as (address, received): …`."""
+"""The few routes of the Hub that an upload or the stream of a dataset needs, on a local port.
+
+with stand_in() as (address, received): …   or   with dataset({"train.jsonl": b"…"}) as address: …
+"""
 
 import base64
 import contextlib
@@ -80,3 +83,52 @@ def _files(body: bytes, stored: dict) -> dict[str, bytes]:
         elif line["key"] == "lfsFile":
             files[line["value"]["path"]] = stored[line["value"]["oid"]]
     return files
+
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+@contextlib.contextmanager
+def dataset(files: dict[str, bytes]) -> Iterator[str]:
+    """A Hub whose one dataset, owner/bakery, has these files at REVISION; yields its address for HF_ENDPOINT."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def answer(self, data: bytes = b"", code: int = 200, **headers) -> None:
+            self.send_response(code)
+            for name, value in {**headers, "Content-Length": len(data), "X-Repo-Commit": REVISION}.items():
+                self.send_header(name.replace("_", "-"), str(value))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+        def do_GET(self):
+            path = self.path.split("?")[0]
+            name = path.split("/")[-1]
+            if not path.startswith(("/api/datasets/owner/bakery", "/datasets/owner/bakery/")):
+                self.answer(code=404, X_Error_Code="RepoNotFound")
+            elif "/tree/" in path:
+                listed = [{"type": "file", "path": f, "size": len(data), "oid": "0" * 40} for f, data in files.items()]
+                self.answer(json.dumps(listed).encode(), Content_Type="application/json")
+            elif path.startswith("/api/"):
+                about = {"id": "owner/bakery", "sha": REVISION, "siblings": [{"rfilename": f} for f in files]}
+                self.answer(json.dumps(about).encode(), Content_Type="application/json")
+            elif name not in files:
+                self.answer(code=404, X_Error_Code="EntryNotFound")
+            elif asked := self.headers.get("Range"):
+                first, last = asked.removeprefix("bytes=").split("-")
+                part = files[name][int(first) : int(last) + 1 if last else None]
+                self.answer(part, 206, Content_Range=f"bytes {first}-{int(first) + len(part) - 1}/{len(files[name])}")
+            else:
+                self.answer(files[name], ETag='"1"', Accept_Ranges="bytes")
+
+        do_HEAD = do_GET
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()

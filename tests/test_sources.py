@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 
 import toolkit.sources
-from tests import row_strategies
+from tests import hub_stand_in, row_strategies
 from toolkit.files import ROOT, ToolkitError
 from toolkit.recipe import Source
 from toolkit.sources import Rejected, conversations, detect, fingerprint, open_rows, stream_rows
@@ -367,7 +367,35 @@ def test_without_a_network_a_hub_source_says_what_to_do():
     assert "set `path` to that folder" in message
 
 
-SHA = "0123456789abcdef0123456789abcdef01234567"
+SHA = hub_stand_in.REVISION
+STREAM = """
+import json
+from toolkit.files import ToolkitError
+from toolkit.recipe import Source
+from toolkit.sources import fingerprint, open_rows
+def problem(*args, **kwargs):
+    try:
+        open_rows(Source(*args, **kwargs))
+    except ToolkitError as error:
+        return str(error)
+rows = open_rows(Source("owner/bakery"))
+problems = problem("owner/none"), problem("owner/bakery", split="cot"), problem("owner/bakery:small")
+print(json.dumps([fingerprint(Source("owner/bakery#5")), list(rows.draw(1)), rows.where(3), problems]))
+"""
+
+
+def test_rows_are_streamed_from_the_hub_at_one_commit(tmp_path):
+    files = {"README.md": b"# rows", "train.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS).encode()}
+    with hub_stand_in.dataset(files) as address:
+        hub = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-c", STREAM]
+        done = subprocess.run(command, env=os.environ | hub, cwd=ROOT, capture_output=True, text=True, check=True)
+    commit, rows, where, (missing, split, subset) = json.loads(done.stdout)
+    assert (commit, where) == (SHA, f"owner/bakery@{SHA[:12]} drawn row 3")
+    assert sorted(row["query"] for _, row in rows) == sorted(row["query"] for row in ROWS)
+    assert "If it is ModelScope's: modelscope://owner/none" in missing
+    assert "Available splits: ['train']" in split
+    assert "Available: ['default']" in subset
 
 
 @pytest.fixture

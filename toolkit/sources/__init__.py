@@ -150,10 +150,12 @@ def _hub_stream(source: Source) -> tuple:
     try:
         builder = _hub_builder(source.path, source.subset, source.revision)
         stream = builder.as_streaming_dataset(source.split)
-    except (OSError, ValueError) as error:  # not found, not allowed or out of reach; unknown subset, split or name
+    except ValueError as error:  # an unknown subset or split, of which the message lists the known ones; a broken name
+        raise ToolkitError(f"{source.path}: {error}") from error
+    except OSError as error:
         raise ToolkitError(
-            f"{source.path}: not readable from the Hub, and no cached copy fits: {error}. Private: hf auth login. "
-            f"ModelScope's: {MODELSCOPE}{source.path}. {OFFLINE}"
+            f"{source.path}: not readable from the Hub, and not in its cache here ({error}). If it is private: hf auth "
+            f"login. If it is ModelScope's: {MODELSCOPE}{source.path}. {OFFLINE}"
         ) from error
     commit = str(builder.hash)
     if isinstance(builder, Cache) and not commit.startswith(source.revision or ""):
