@@ -90,7 +90,7 @@ def test_a_folder_with_splits_gives_the_split_asked_for(tmp_path):
     for split, part in (("train", ROWS[:30]), ("test", ROWS[30:])):
         write(tmp_path / f"{split}-00000-of-00001.jsonl", part)
     assert [len(drawn(tmp_path, split=s)) for s in ("train", "test")] == [30, 10]
-    with pytest.raises(ToolkitError, match="'cot'.*found only test-00000"):
+    with pytest.raises(ToolkitError, match="'cot', found test-00000"):
         open_rows(Source(str(tmp_path), split="cot"))
 
 
@@ -327,6 +327,33 @@ def test_links_inside_the_folder_are_fine(tmp_path):
 def test_columns_of_images_are_refused(tmp_path, column):
     pq.write_table(pa.table({"query": ["a"], "response": ["b"], "image": column}), tmp_path / "a.parquet")
     assert "column 'image' holds bytes" in refused(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"query": pa.array([], pa.string())}, "is empty: no rows"),
+        (
+            {"query": ["a"], "m": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64()))},
+            "not readable as parquet: Arrow",
+        ),
+    ],
+)
+def test_parquet_without_rows_or_of_types_that_datasets_lacks_is_refused(tmp_path, table, message):
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    assert message in refused(tmp_path)
+
+
+def test_a_row_nested_to_the_limit_of_the_interpreter_is_a_row_or_rejected(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    good = json.dumps({"messages": turns})
+    for depth in range(800, 1000):
+        deep = '{"a":' * depth + "1" + "}" * depth
+        row = f'{good[:-1]}, "tools": [{{"name": "f", "parameters": {deep}}}]}}'
+        (tmp_path / "a.jsonl").write_text(f"{good}\n{row}\n", encoding="utf-8")
+        found = dict(conversations(Source(str(tmp_path / "a.jsonl")), 1, {}))
+        assert found[1] == {"messages": turns}
+        assert "tools" in found[2] if isinstance(found[2], dict) else found[2].reason in ("too_deep", "broken_json")
 
 
 def test_a_parquet_column_that_stands_twice_is_refused(tmp_path):

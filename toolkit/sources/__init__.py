@@ -67,6 +67,8 @@ def conversations(source: Source, seed: int, placeholders: dict) -> Iterator[tup
             if rejected.reason == "unfilled_placeholder":
                 raise ToolkitError(f"{place}: {rejected.detail}") from rejected
             yield number, Rejected(rejected.reason, f"{place}: {rejected.detail}")
+        except RecursionError:
+            yield number, Rejected("too_deep", f"{rows.where(number)}: objects inside objects, about 1,000 levels")
 
 
 def detect(source: Source, rows: Rows) -> str:

@@ -92,7 +92,7 @@ def data_files(path: Path, split: str) -> list[Path]:
     chosen = [f for f in files if files[f] == split] or [f for f in files if files[f] not in SPLITS]
     if not chosen:
         names = ", ".join(f.name for f in found[:5]) or "no files"
-        raise ToolkitError(f"{path}: expected {known} files of the split {split!r}: found only {names}")
+        raise ToolkitError(f"{path}: expected {known} files of the split {split!r}, found {names}")
     return chosen
 
 
@@ -233,9 +233,12 @@ def parquet_table(path: Path) -> Table:
     import pyarrow.parquet
 
     try:
-        refuse_bytes(pyarrow.parquet.read_schema(path), path)
-        data = datasets.Dataset.from_parquet(str(path))
-    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+        meta = pyarrow.parquet.read_metadata(path)
+        refuse_bytes(meta.schema.to_arrow_schema(), path)
+        data = datasets.Dataset.from_parquet(str(path)) if meta.num_rows else []
+    except ToolkitError:
+        raise
+    except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, ValueError) as error:
         raise ToolkitError(f"{path}: not readable as parquet: {error.__cause__ or error}") from error
     return Table(path, "row", len(data), lambda i: without_nulls(data[i]))
 
