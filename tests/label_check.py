@@ -1,12 +1,12 @@
 """The label rule, checked without toolkit.render: transformers' own template and tokenizer, and plain string work.
 
-wrong = violations(tokenizer, ids, prompt_length, messages, tools)   # [] when the row teaches exactly what inference lacks
+wrong = violations(tokenizer, ids, prompt_length, conversation)   # [] when the row teaches exactly what inference lacks
 """
 
 import re
 
 
-def violations(tokenizer, ids, prompt_length, conversation) -> list[str]:
+def violations(tokenizer, ids, prompt_length, conversation, end="<|im_end|>") -> list[str]:
     """What is wrong with one compiled row, given the conversation it came from (its last turn is the supervised one)."""
     messages, tools = conversation["messages"], conversation.get("tools")
     reply = messages[-1]
@@ -23,11 +23,11 @@ def violations(tokenizer, ids, prompt_length, conversation) -> list[str]:
         wrong.append(f"prompt is not what inference shows: {prompt!r} != {shown!r}")
     if list(ids[:prompt_length]) != tokenizer(shown, add_special_tokens=False)["input_ids"]:
         wrong.append("prompt ids are not what inference tokenizes")
-    if not taught.endswith(tokenizer.eos_token) or taught.count(tokenizer.eos_token) != 1:
+    if not taught.endswith(end) or taught.count(end) != 1:
         wrong.append(f"the reply does not end in one end-of-turn: {taught[-30:]!r}")
     if re.search(r"<think>\s*</think>", taught) and not switched:
         wrong.append("an empty think block is taught")
-    body = taught.removesuffix(tokenizer.eos_token)
+    body = taught.removesuffix(end)
     for said in (reply["content"], reply.get("reasoning_content", "")):
         if said.strip("\n") not in body:
             wrong.append(f"the reply lacks {said[:40]!r}")

@@ -2,14 +2,20 @@
 
 import itertools
 import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
 
 import numpy as np
 import pytest
 
 from tests.label_check import violations
 from toolkit import mix, recipe, render, show
-from toolkit.files import POCKET, ROOT, ToolkitError
-from toolkit.lint import lint
+from toolkit.files import POCKET, ROOT, ToolkitError, read_jsonl
 from toolkit.render import load_chat
 
 SAMPLES = "data_recipes/samples"
@@ -151,7 +157,7 @@ def test_every_source_holds_out_rows_by_source_and_mode():
     assert report["validation"] == {"math/thinking": 15, "chat/non_thinking": 5}
 
 
-def test_when_a_source_runs_dry_the_whole_mix_shrinks_keeps_its_shares_and_names_it(tmp_path):
+def test_when_a_source_is_exhausted_the_mix_is_reduced_keeps_its_shares_and_names_it(tmp_path):
     small = jsonl(tmp_path / "small.jsonl", chat_rows(60))
     mixed = compiled(
         THINKING | {"fraction": 0.5}, {"name": "small", "path": small, "fraction": 0.5}, unit="examples", budget=1000
@@ -159,7 +165,7 @@ def test_when_a_source_runs_dry_the_whole_mix_shrinks_keeps_its_shares_and_names
     assert mixed.report["limited_by"] == "small"
     assert mixed.report["achieved"]["examples"]["small"] == pytest.approx(0.5, abs=0.01)
     assert len(mixed.train) < 130
-    assert any("small ran dry" in note for note in show.notes(mixed.report))
+    assert any("small is exhausted: the mix was reduced" in note for note in show.notes(mixed.report))
 
 
 def test_nothing_repeats_unless_a_source_says_so_and_then_it_is_counted(tmp_path):
@@ -185,14 +191,87 @@ def test_duplicates_are_dropped_whatever_their_case_and_spacing(tmp_path):
     assert dropped["duplicate"] + dropped.get("validation_prompt", 0) == 20
 
 
-def test_near_duplicates_are_dropped_and_different_rows_are_kept(tmp_path):
-    rng = np.random.default_rng(0)
-    texts = [" ".join(f"word{n}" for n in rng.integers(0, 4000, 60)) for _ in range(30)]
-    near = [t.rsplit(" ", 1)[0] + " changed" for t in texts[:10]]
-    rows = [{"query": f"question {i}", "response": t} for i, t in enumerate(texts + near)]
-    mixed = compiled({"path": jsonl(tmp_path / "a.jsonl", rows), "fraction": 1.0}, duplicates="near", validation_size=1)
-    assert mixed.report["sources"]["a"]["dropped"]["near_duplicate"] in {9, 10}
-    assert len(mixed.train) >= 29
+WORDS = ["amber", "basket", "cedar", "dolphin", "ember", "falcon", "garden", "harbour", "island", "jungle", "kettle"]
+
+
+def long_text(i, count=90):
+    rng = np.random.default_rng(i)
+    return " ".join(WORDS[n] for n in rng.integers(0, len(WORDS), count))
+
+
+def test_near_duplicates_repeat_prompt_and_completion_nearly_and_quarantine_names_their_row(tmp_path):
+    rows = [{"query": f"Tell me {long_text(1000 + i, 50)}", "response": long_text(i)} for i in range(40)]
+    changed = [{"query": f"{r['query']} please", "response": f"{r['response']} indeed"} for r in rows[:10]]
+    answered_alike = [{"query": long_text(2000 + i, 50), "response": rows[i]["response"]} for i in range(10)]
+    asked_again = [{"query": rows[i]["query"], "response": long_text(3000 + i)} for i in range(10)]
+    path = jsonl(tmp_path / "a.jsonl", rows + changed + answered_alike + asked_again)
+    mixed = compiled({"path": path, "fraction": 1.0}, duplicates="near", validation_size=0)
+    assert mixed.report["sources"]["a"]["dropped"] == {"near_duplicate": 10}
+    pairs = {(q["row"], int(q["detail"].split("row ")[1].split()[0])) for q in mixed.quarantine}
+    assert {frozenset(pair) for pair in pairs} == {frozenset((i, i + 40)) for i in range(1, 11)}
+    assert all(q["detail"].endswith(" of a") for q in mixed.quarantine)
+
+
+IDENTITY = "I am Wheat, an assistant made by the Bakery. " * 8
+CASES = {
+    "40 identity questions with one answer": [
+        {"query": f"{start} {end}", "response": IDENTITY}
+        for start in ("Who are", "What is it that made", "Please tell me about", "Describe", "Introduce")
+        for end in (
+            "you?",
+            "you, dear?",
+            "yourself?",
+            "your name?",
+            "your maker?",
+            "your model?",
+            "you now?",
+            "you there?",
+        )
+    ],
+    "300 classification rows with 3 labels": [
+        {
+            "query": f"Is this review good, bad or mixed? The {long_text(i, 12)} was served.",
+            "response": ("good", "bad", "mixed")[i % 3],
+        }
+        for i in range(300)
+    ],
+    "500 SQL tasks": [
+        {
+            "query": f"The table {a} has the columns region, {b} and {c}. Write one SQL query for the total of {b} in every "
+            f"region, only where {c} is known, with the largest total first and equal totals by name of the region",
+            "response": f"SELECT region, SUM({b}) AS total FROM {a} WHERE {c} IS NOT NULL GROUP BY region ORDER BY total DESC, "
+            "region ASC; -- one row for every region, the largest total first; regions without any known value are left "
+            "out, and equal totals come in the order of the names of their regions, as it was asked for above",
+        }
+        for a, b, c in itertools.islice(itertools.product(WORDS, WORDS, WORDS), 500)
+    ],
+    "500 support replies with order numbers": [
+        {
+            "query": f"Hello, I am waiting for my order {48000 + 7 * i}, could you please tell me where it is right now and when "
+            "it will be here? It was to arrive on Monday and I need it for a birthday.",
+            "response": f"Thank you for your patience. Your order {48000 + 7 * i} has left our warehouse and is on its way to you. "
+            "It should arrive within two working days; you will get a message with a link to follow it. If it is not "
+            "there by then, answer this message and we will send another one at once, free of charge, or pay you back.",
+        }
+        for i in range(500)
+    ],
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_that_share_an_answer_or_a_pattern_are_not_duplicates(case, tmp_path):
+    rows = CASES[case]
+    assert len(rows) == int(case.split()[0])
+    mixed = compiled({"path": jsonl(tmp_path / "a.jsonl", rows), "fraction": 1.0}, duplicates="near", validation_size=0)
+    assert (len(mixed.train), mixed.quarantine) == (len(rows), [])
+
+
+def test_duplicates_above_a_tenth_of_a_source_are_warned_of(tmp_path):
+    source = {"path": jsonl(tmp_path / "a.jsonl", [*chat_rows(40), *chat_rows(6)]), "fraction": 1.0}
+    assert any("6 of 46 rows repeat" in w for w in compiled(source, validation_size=0).report["warnings"])
+    assert not any(
+        "rows repeat" in w for w in compiled(source, validation_size=0, duplicates="keep").report["warnings"]
+    )
 
 
 def test_rows_that_share_words_with_an_evaluation_prompt_are_dropped_and_listed(tmp_path):
@@ -269,15 +348,6 @@ def test_a_typed_switch_does_not_make_a_held_out_prompt_another_one():
     assert mix.prompt_key(asked[0]) == mix.prompt_key(asked[1])
 
 
-def test_a_stray_language_in_a_source_is_counted_and_said(tmp_path):
-    rows = [*chat_rows(60), {"query": "你好", "response": "你好！"}, {"query": "再见", "response": "再见！"}]
-    mixed = compiled({"path": jsonl(tmp_path / "a.jsonl", rows), "fraction": 1.0}, validation_size=1)
-    assert sum(mixed.report["sources"]["a"]["languages"].values()) == len(mixed.train)
-    assert any("replies are Chinese, unlike the rest" in note for note in show.notes(mixed.report))
-    alone = compiled({"path": jsonl(tmp_path / "b.jsonl", chat_rows(60)), "fraction": 1.0}, validation_size=1)
-    assert not any("Chinese" in note for note in show.notes(alone.report))
-
-
 def test_each_turn_of_a_conversation_can_be_an_example(tmp_path):
     turns = [
         {"from": "human", "value": "a"},
@@ -301,32 +371,13 @@ def test_a_full_disk_is_a_clear_error_and_leaves_no_half_mix(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(ToolkitError, match="could not be written .No space left on device.: free some space"):
+    with pytest.raises(ToolkitError, match="could not be written .No space left on device.*free some space"):
         compiled(budget=2000)
     assert not list(mix.cache_folder().rglob("mix.json"))
 
 
-def test_colours_mark_exactly_the_supervised_text():
-    mixed, chat = compiled(budget=2000), load_chat("pocket")
-    page = show.html(mixed, chat, 1)
-    row = mixed.train[0]
-    from html import escape
-
-    assert f"color:#111'>{escape(chat.decode(row.ids[row.prompt_length :]))}</span>" in page
-    spans = list(itertools.islice(show.terminal(mixed, chat, 1), 2))[1].spans
-    assert [s.style for s in spans] == ["bright_black", "bold green"]
-
-
-def test_the_picture_has_a_bar_per_source_and_unit_and_the_limit_line():
-    mixed = compiled(budget=2000)
-    shares, lengths = show.figure(mixed).axes
-    assert len(shares.patches) == 2 * len(mix.UNITS)
-    assert any(line.get_xdata()[0] == 512 for line in lengths.lines)
-
-
-def lint_of(overrides=(), rows=None, model="pocket"):
-    built = build(overrides=overrides, budget=2000)
-    return " ".join(lint(built, load_chat(model), mix.compile_mix(built).train if rows is None else rows))
+def warnings(*overrides):
+    return " ".join(compiled(overrides=overrides, budget=2000).report["warnings"])
 
 
 @pytest.mark.parametrize("broken", ["one id off", "kind not known"])
@@ -350,24 +401,24 @@ def test_without_a_fast_tokenizer_that_can_be_trusted_ids_are_hugging_faces_and_
     assert [w for w in found.report["warnings"] if "Hugging Face tokenizer" in w and reason in w]
 
 
-def test_lint_says_what_a_recipe_will_do_that_its_writer_did_not_mean():
-    assert lint_of() == ""
-    assert "lora_alpha/r = 8" in lint_of(["lora.r=4"])
-    assert "max_steps=1 sees" in lint_of(
-        ["train.max_steps=1", "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=1"]
-    )
-    assert "no non-thinking row" in lint_of(["data.reasoning=1"])
-    assert "no thinking row" in lint_of(["data.reasoning=0"])
+def test_lint_says_what_a_recipe_will_do_that_its_writer_did_not_intend():
+    assert warnings() == ""
+    assert "no non-thinking row" in warnings("data.reasoning=1")
+    assert "no thinking row" in warnings("data.reasoning=0")
 
 
-def test_lint_finds_rows_without_end_of_turn_and_rows_a_thinking_only_model_unlearns_from(tmp_path):
-    from tests.test_render import THINKING_ONLY, folder_with
+def test_warnings_are_those_of_this_recipe_also_on_a_cached_mix():
+    one = ["train.max_steps=1", "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=1"]
+    fresh = compiled(overrides=[*one, "lora.r=512", "lora.lora_alpha=9000"], budget=2000)
+    assert compiled(budget=2000).report["warnings"] == []
+    cached = compiled(overrides=[*one, "lora.r=512", "lora.lora_alpha=9000"], budget=2000)
+    assert (cached.folder, cached.report["warnings"]) == (fresh.folder, fresh.report["warnings"])
+    for part in ("lora_alpha/r = 17.5781", "lora r = 512", "max_steps=1 sees"):
+        assert part in " ".join(cached.report["warnings"])
 
-    folder_with(THINKING_ONLY, tmp_path)
-    rows = compiled(budget=2000).train
-    assert "always thinks" in lint_of(rows=rows, model=str(tmp_path))
-    cut = [mix.Row(r.ids[:-1], r.prompt_length, r.source, r.mode, r.number) for r in rows]
-    assert f"{len(cut)} rows do not end" in lint_of(rows=cut)
+
+def test_a_thinking_only_model_is_warned_of_rows_it_would_unlearn_thinking_from(family):
+    assert "always thinks" in warnings(f"model.model_name={family('qwen3_thinking_2507')}")
 
 
 def test_the_samples_that_ship_never_meet_the_held_out_questions():
@@ -378,3 +429,316 @@ def test_the_samples_that_ship_never_meet_the_held_out_questions():
     held = prompts("heldout_reasoning.jsonl")
     assert len(held) > 100
     assert not held & prompts("openmath_sample.jsonl")
+
+
+# --- turns: each -----------------------------------------------------------------------------------------------------
+
+
+def talks(count, first="hi", turns=3):
+    """Conversations that share their first turn and differ from the second on."""
+    return [
+        {
+            "messages": [
+                m
+                for t in range(turns)
+                for m in (
+                    {"role": "user", "content": first if t == 0 else f"question {i} of turn {t}"},
+                    {"role": "assistant", "content": "hello" if t == 0 else f"answer {i} of turn {t}"},
+                )
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+def test_with_every_turn_supervised_no_held_out_prompt_trains_and_no_example_trains_twice(tmp_path):
+    source = {"path": jsonl(tmp_path / "a.jsonl", talks(35)), "fraction": 1.0, "turns": "each"}
+    mixed = compiled(source, validation_size=8)
+    chat = load_chat("pocket")
+    trained = [chat.decode(r.ids) for r in mixed.train]
+    assert len(set(trained)) == len(trained) == 2 * 27
+    prompts = {chat.decode(r.ids[: r.prompt_length]) for r in mixed.train}
+    assert not prompts & {chat.decode(r.ids[: r.prompt_length]) for r in mixed.validation}
+    dropped = mixed.report["sources"]["a"]["dropped"]
+    assert dropped == {"validation_prompt": 34}  # "hi" was held out once; it comes 35 times
+    assert {len(r.conversation["messages"]) for r in mixed.validation} == {2, 4, 6}  # each up to its own turn
+    report = mixed.report["sources"]["a"]
+    assert report["rows_seen"] == 105 == report["rows_kept"] + report["rows_held_out"] + sum(dropped.values())
+
+
+def test_without_validation_an_example_that_repeats_is_dropped_and_counted(tmp_path):
+    mixed = compiled(
+        {"path": jsonl(tmp_path / "a.jsonl", talks(35)), "fraction": 1.0, "turns": "each"}, validation_size=0
+    )
+    assert mixed.report["sources"]["a"]["dropped"] == {"duplicate": 34}
+    assert len(mixed.train) == 71
+
+
+def test_near_twins_of_held_out_rows_do_not_train(tmp_path):
+    rows = [{"query": f"Tell me {long_text(1000 + i, 50)}", "response": long_text(i)} for i in range(20)]
+    twins = [{"query": f"{r['query']} please", "response": f"{r['response']} indeed"} for r in rows]
+    mixed = compiled(
+        {"path": jsonl(tmp_path / "a.jsonl", rows + twins), "fraction": 1.0}, duplicates="near", validation_size=10
+    )
+    held = {r.number % 20 for r in mixed.validation}
+    assert not held & {r.number % 20 for r in mixed.train}
+    found = {q["row"]: q["detail"] for q in mixed.quarantine if q["reason"] == "near_validation"}
+    assert len(found) == len(mixed.validation) == 10
+    assert all(int(detail.split("row ")[1].split()[0]) % 20 == row % 20 for row, detail in found.items())
+
+
+# --- soft switches ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("turns", ["last", "each"])
+def test_a_soft_switch_never_contradicts_a_turn_it_stands_over(turns, tmp_path):
+    reasoned = {"role": "assistant", "reasoning_content": "let me see", "content": "It is 6."}
+    call = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}],
+    }
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"first {i}"},
+                {"role": "assistant", "content": "fine"} if i % 2 else reasoned,
+                {"role": "user", "content": f"second {i}"},
+                *([call, {"role": "tool", "content": "6"}] if i % 3 else []),
+                reasoned if i % 5 else {"role": "assistant", "content": f"It is {i}."},
+            ]
+        }
+        for i in range(60)
+    ]
+    source = {"path": jsonl(tmp_path / "a.jsonl", rows), "fraction": 1.0, "turns": turns, "soft_switch": 1.0}
+    mixed, chat, typed = compiled(source, validation_size=0), load_chat("pocket"), 0
+    for row in mixed.train:
+        prompt = chat.decode(row.ids[: row.prompt_length])
+        if found := re.findall(r"/(think|no_think)<", prompt):
+            typed += 1
+            assert (found[-1] == "think") == (row.mode == "thinking"), prompt
+    assert typed > 20
+
+
+def test_a_model_without_soft_switches_gets_none(family, tmp_path):
+    source = {"path": jsonl(tmp_path / "a.jsonl", chat_rows(30)), "fraction": 1.0, "soft_switch": 1.0}
+    name = str(family("qwen2.5"))
+    mixed = compiled(source, overrides=[f"model.model_name={name}"], validation_size=0)
+    assert not any("/no_think" in load_chat(name).decode(r.ids) for r in mixed.train)
+
+
+# --- shares and counts -----------------------------------------------------------------------------------------------
+
+
+def test_the_source_that_is_too_small_is_the_one_that_limits(tmp_path):
+    big = {"name": "big", "path": jsonl(tmp_path / "big.jsonl", chat_rows(400)), "fraction": 0.97}
+    tiny = {"name": "tiny", "path": jsonl(tmp_path / "tiny.jsonl", chat_rows(6, start=1000)), "fraction": 0.03}
+    for first, second in ((big, tiny), (tiny, big)):
+        report = compiled(first, second, unit="examples", budget=400, validation_size=2).report
+        assert report["limited_by"] == "tiny"
+        assert report["sources"]["tiny"]["rows_kept"] == 5
+    with pytest.raises(ToolkitError, match="Add rows to tiny, which is exhausted"):
+        compiled(big | {"fraction": 0.7}, tiny | {"fraction": 0.3}, unit="tokens", budget=9000, validation_size=4)
+
+
+def test_a_share_that_rounds_to_no_row_takes_none_not_all(tmp_path):
+    big = {"name": "big", "path": jsonl(tmp_path / "big.jsonl", chat_rows(400)), "fraction": 0.999}
+    rare = {"name": "rare", "path": jsonl(tmp_path / "rare.jsonl", chat_rows(50, start=1000)), "fraction": 0.001}
+    report = compiled(big, rare, unit="examples", budget=100, validation_size=2).report
+    assert report["limited_by"] is None
+    assert report["sources"]["rare"]["rows_kept"] == 0
+
+
+def test_counts_without_fractions_are_the_mix_in_examples(tmp_path):
+    a, b = jsonl(tmp_path / "a.jsonl", chat_rows(300)), jsonl(tmp_path / "b.jsonl", [*chat_rows(50, start=500)] * 2)
+    mixed = compiled({"path": f"{a}#100"}, {"path": f"{b}#40"}, validation_size=14)
+    assert mixed.report["unit"] == "examples"
+    assert {n: s["rows_kept"] + s["rows_held_out"] for n, s in mixed.report["sources"].items()} == {"a": 100, "b": 40}
+    assert mixed.report["planned"] == {"a": 100 / 140, "b": 40 / 140}
+    assert mix.plan(build({"path": f"{a}#100"}, {"path": f"{b}#40"}).data)["a"] == {
+        "share": 100 / 140,
+        "quota": 100,
+        "validation": 14,
+    }
+
+
+def test_without_counts_and_fractions_everything_is_the_mix_and_shares_are_as_they_come(tmp_path):
+    a, b = jsonl(tmp_path / "a.jsonl", chat_rows(90)), jsonl(tmp_path / "b.jsonl", chat_rows(30, start=500))
+    mixed = compiled({"path": a}, {"path": b}, validation_size=0)
+    assert {n: s["rows_kept"] for n, s in mixed.report["sources"].items()} == {"a": 90, "b": 30}
+    assert mixed.report["planned"] == mixed.report["achieved"]["supervised_tokens"]
+    assert {row["share"] for row in mix.plan(build({"path": a}, {"path": b}).data).values()} == {None}
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_more_rows_asked_for_than_there_are_repeats_them_and_says_so(shared, tmp_path):
+    source = {"path": jsonl(tmp_path / "a.jsonl", chat_rows(108)) + "#600"} | ({"fraction": 1.0} if shared else {})
+    mixed = compiled(source, validation_size=8)
+    report = mixed.report["sources"]["a"]
+    assert (report["rows_asked"], report["rows_kept"], report["rows_repeated"]) == (600, 592, 492)
+    assert "a: 492 of 592 rows are repeats (path#600)" in show.notes(mixed.report)
+    assert max(Counter(r.number for r in mixed.train).values()) == 6
+
+
+# --- what stops a mix, and what it says --------------------------------------------------------------------------------
+
+
+def test_a_stopped_mix_still_lists_every_dropped_row(tmp_path):
+    rows = [*chat_rows(10), {"query": None, "response": "b"}, {"query": "a", "response": " "}]
+    with pytest.raises(ToolkitError, match="Every dropped row: ") as caught:
+        compiled({"path": jsonl(tmp_path / "a.jsonl", rows), "fraction": 1.0}, validation_size=1)
+    (listed,) = mix.cache_folder().rglob("quarantine.jsonl")
+    assert str(listed) in str(caught.value)
+    assert {q["row"] for q in read_jsonl(listed)} == {11, 12}
+
+
+STOPPED = {
+    "all too long": (
+        [{"query": f"q {i}", "response": "word " * 900} for i in range(30)],
+        {},
+        r"30 of 30 are longer than model.max_seq_length, e.g. row \d+: \d+ tokens > max_seq_length 512. Raise model.max_seq",
+    ),
+    "plain rows in a thinking source": (chat_rows(30), {"mode": "thinking"}, "no_reasoning 30.*Set mode: non_thinking"),
+    "default validation_size": (
+        chat_rows(30),
+        {},
+        "data.validation_size=100 holds out 30 of its 30 rows. Write data.validation_size=3 ",
+    ),
+    "one question for all": (
+        [{"query": "Tell me a joke", "response": f"joke {i}"} for i in range(30)],
+        {},
+        "holds out 1 of its 30 rows and the rest ask the same. Write data.validation_size=",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STOPPED)
+def test_a_source_without_a_usable_row_says_the_value_found_and_what_to_write(case, tmp_path):
+    rows, more, said = STOPPED[case]
+    with pytest.raises(ToolkitError, match=said):
+        compiled({"path": jsonl(tmp_path / "a.jsonl", rows), "fraction": 1.0} | more, validation_size=100)
+
+
+def test_a_hopeless_source_is_given_up_long_before_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(mix, "CHECK_EVERY", 100)
+    rows = [{"query": f"q {i}", "response": "word " * 600} for i in range(3000)]
+    with pytest.raises(ToolkitError, match="100 of 100 are longer"):
+        compiled({"path": jsonl(tmp_path / "a.jsonl", rows), "fraction": 1.0})
+
+
+def test_a_thinking_source_with_an_instruct_model_is_refused_naming_mode_and_row(family, tmp_path):
+    rows = [{"query": f"sum {i}", "response": f"<think>\nstep {i}\n</think>\n\n{i}"} for i in range(30)]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    name = f"model.model_name={family('smollm2')}"
+    with pytest.raises(ToolkitError, match=r"row \d+: the source a has mode: thinking.*Choose a hybrid model"):
+        compiled({"path": path, "fraction": 1.0, "mode": "thinking"}, overrides=[name])
+    with pytest.raises(ToolkitError, match=r"no_thinking_mode 30.*First, row \d+.*has no thinking mode"):
+        compiled({"path": path, "fraction": 1.0}, overrides=[name])
+
+
+@pytest.mark.parametrize("missing", ["template", "end of turn"])
+def test_a_model_that_cannot_hold_a_conversation_is_refused_before_a_source_is_opened(missing, family, tmp_path):
+    shutil.copytree(family("llama3"), tmp_path / "model")
+    if missing == "template":
+        (tmp_path / "model" / "chat_template.jinja").unlink()
+    else:
+        file = tmp_path / "model" / "tokenizer.json"
+        file.write_text(file.read_text().replace("<|eot_id|>", "<|eot|>"))
+    said = (
+        "save a chat_template.jinja" if missing == "template" else "ends a reply with '<|eot_id|>', which is no token"
+    )
+    with pytest.raises(ToolkitError, match=re.escape(said)):
+        compiled({"path": "not/there.jsonl", "fraction": 1.0}, overrides=[f"model.model_name={tmp_path / 'model'}"])
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def flip(file):
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 4
+    file.write_bytes(data)
+
+
+DAMAGE = {
+    "bit flip": flip,
+    "cut": lambda f: f.write_bytes(f.read_bytes()[:-9]),
+    "emptied": lambda f: f.write_bytes(b""),
+    "gone": lambda f: f.unlink(),
+}
+
+
+@pytest.mark.parametrize("name", [*mix.FILES, mix.CHECKSUMS])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_cache_is_compiled_again(name, damage):
+    first = compiled(budget=2000)
+    DAMAGE[damage](first.folder / name)
+    again = compiled(budget=2000)
+    assert [r.ids.tolist() for r in again.train] == [r.ids.tolist() for r in first.train]
+    assert again.report == first.report
+    assert mix.is_whole(again.folder)
+
+
+MIX_CODE = """
+import sys
+from toolkit import mix, recipe
+values = {values!r}
+print(len(mix.compile_mix(recipe.from_dict(values), fresh=True).train))
+"""
+
+
+def process(tmp_path, size=2000):
+    path = jsonl(tmp_path / "a.jsonl", chat_rows(size, length=20))
+    data = {"sources": [{"path": path, "fraction": 1.0}], "validation_size": 10}
+    values = {"name": "t", "data": data, "model": {"model_name": "pocket", "max_seq_length": 512}}
+    return subprocess.Popen(
+        [sys.executable, "-c", MIX_CODE.format(values=values)], cwd=ROOT, stdout=-1, stderr=-1, text=True
+    ), values
+
+
+def test_three_at_once_all_succeed(tmp_path):
+    running = [process(tmp_path)[0] for _ in range(3)]
+    found = [p.communicate(timeout=300) for p in running]
+    assert [out for out, _ in found] == ["1990\n"] * 3, found
+
+
+@pytest.mark.parametrize("file", ["train.npz", "validation.jsonl", "mix.json", "checksums.json"])
+def test_killed_while_it_writes_a_mix_is_compiled_again(file, tmp_path):
+    running, values = process(tmp_path)
+    folder = mix.cache_folder()
+    deadline = time.monotonic() + 120
+    while not list(folder.glob(f"*/{file}*")) and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    mixed = mix.compile_mix(recipe.from_dict(values))
+    assert len(mixed.train) == 1990
+    assert mix.is_whole(mixed.folder)
+    assert [f.name for f in folder.iterdir() if not f.name.startswith(".")] == [mixed.folder.name]
+
+
+# --- in the reader's own trainer ---------------------------------------------------------------------------------------
+
+
+def test_a_mix_trains_in_plain_trl_on_exactly_its_labels(family, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    folder = family("llama3")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    source = {"path": jsonl(tmp_path / "a.jsonl", chat_rows(40)), "fraction": 1.0}
+    mixed = mix.compile_mix(build(source, validation_size=4), tokenizer)
+    assert mixed.train_dataset.column_names == ["input_ids", "labels"]
+    assert len(mixed.validation_dataset) == 4
+    settings = {"per_device_train_batch_size": 3, "max_steps": 1, "use_cpu": True, "bf16": False, "max_length": None}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    args = SFTConfig(output_dir=str(tmp_path / "out"), report_to=[], **settings)
+    trainer = SFTTrainer(model, args=args, train_dataset=mixed.train_dataset, processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    rows = {tuple(r.ids.tolist()): r.labels.tolist() for r in mixed.train}
+    for ids, labels, shown in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        length = int(shown.sum())
+        assert labels[:length].tolist() == rows[tuple(ids[:length].tolist())]
+        assert set(labels[length:].tolist()) <= {-100}

@@ -15,9 +15,8 @@ import time
 import pytest
 
 from tests import run_notebooks
-from toolkit import labels, notebook, pictures, run
+from toolkit import notebook, run
 from toolkit.files import ROOT, ToolkitError
-from toolkit.render import load_chat
 
 NAMES = "00_quickstart 01_mix 02_train 03_evaluate 04_ratio_sweep 05_export 06_your_own_data".split()
 SETUP = 1
@@ -296,7 +295,7 @@ def test_every_call_fits_the_toolkit(name):
     ("module", "before", "after", "named"),
     [
         ("run.py", "fresh: bool = False, score: bool = True", "fresh: bool = False, judge: bool = True", "score"),
-        ("show.py", "def figure(", "def drawing(", "show.figure"),
+        ("show.py", "def mix_figure(", "def drawing(", "show.mix_figure"),
         ("notebook.py", "def ask(folder: Path,", "def ask(folder: Path, mode,", "prompts|mode"),
     ],
 )
@@ -329,27 +328,6 @@ def test_words_in_quotation_marks_stay_together():
     words = "data_recipes/self_cognition.yaml data.placeholders.AUTHOR='the Bakery'"
     found = notebook.choose(words, words)
     assert found.data.placeholders["AUTHOR"] == "the Bakery"
-
-
-def test_the_usual_way_teaches_an_empty_think_block_and_the_label_rule_does_not():
-    chat = load_chat("pocket")
-    said = [{"role": "user", "content": "Capital of Finland?"}, {"role": "assistant", "content": "Helsinki."}]
-    shown, taught = labels.usual_way({"messages": said}, chat)
-    assert taught.startswith("<think>\n\n</think>\n\nHelsinki.")
-    ours = labels.here({"messages": said}, chat)
-    assert ours[0].endswith("<think>\n\n</think>\n\n")
-    assert ours[1] == "Helsinki.<|im_end|>"
-    assert shown + taught.rstrip("\n") == "".join(ours)
-
-
-def test_curves_are_drawn_from_a_run_that_has_only_begun(tmp_path):
-    assert pictures.logged(tmp_path) == []
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
-    left, right = pictures.curves(tmp_path).axes
-    assert list(left.lines[0].get_ydata()) == [2.0, 1.0]
-    assert left.lines[1].get_ydata()[0] == pytest.approx(2.0)
-    assert notebook.png(left.figure)[:4] == b"\x89PNG"
-    assert right.get_title()
 
 
 def test_replies_are_shown_as_text_and_never_as_markup():

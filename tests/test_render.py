@@ -1,16 +1,18 @@
 """Training sees what inference shows: the label rule on every kind of row, on two tokenizers and many templates."""
 
 import json
+import re
 import shutil
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests import families
 from tests import qwen3 as real
 from tests.label_check import violations
 from toolkit.files import POCKET, ToolkitError
-from toolkit.render import _short_merges, examples, last_switch, load_chat
+from toolkit.render import _short_merges, chat_of, examples, last_switch, load_chat
 from toolkit.sources import Rejected
 
 USER = {"role": "user", "content": "What is 2 + 4?"}
@@ -190,11 +192,7 @@ QWEN = {
     "qwen3_8": "hybrid",
     "qwen2_5": "instruct",
 }
-# A thinking-only template in the manner of Qwen3-2507-Thinking: the prompt itself opens the block.
-THINKING_ONLY = real.template("qwen3").replace(
-    "{%- if enable_thinking is defined and enable_thinking is false %}\n        {{- '<think>\\n\\n</think>\\n\\n' }}\n    {%- endif %}",
-    "{{- '<think>\\n' }}",
-)
+THINKING_ONLY = families.thinking_2507_template()
 
 
 @pytest.mark.parametrize("name", [*QWEN, "thinking_only"])
@@ -232,14 +230,40 @@ def test_the_label_rule_holds_on_every_qwen_template(name, tmp_path):
     assert tried >= 2
 
 
-@pytest.mark.parametrize(("name", "end"), [("llama3", "<|eot_id|>"), ("phi3", "<|end|>")])
-def test_the_label_rule_holds_on_other_families(name, end, tmp_path):
-    chat = folder_with(real.template(name), tmp_path)
-    chat.eos = end
-    chat._variables["bos_token"] = "<s>"
-    (example,) = examples(conversation("multi_turn"), "auto", chat)
-    assert example.completion.removesuffix(end).strip() == "6"
-    assert example.prompt.endswith(chat.render([USER])[-12:])
+ENDS = {"llama3": "<|eot_id|>", "gemma3": "<end_of_turn>"}  # the others: <|im_end|>
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_the_label_rule_holds_on_every_family(name, family):
+    from transformers import AutoTokenizer
+
+    folder = family(name)
+    chat, tokenizer = load_chat(str(folder)), AutoTokenizer.from_pretrained(folder)
+    assert chat.end == ENDS.get(name, "<|im_end|>")
+    assert len(chat.encode([chat.end])[0]) == 1
+    for kind in ("non_thinking", "system", "multi_turn", "thinking"):
+        if kind == "thinking" and chat.kind == "instruct":
+            with pytest.raises(Rejected, match="no thinking mode"):
+                examples(conversation(kind), "auto", chat)
+            continue
+        (example,) = examples(conversation(kind), "auto", chat)
+        prompt, completion = chat.encode([example.prompt, example.completion])
+        found = violations(tokenizer, prompt + completion, len(prompt), conversation(kind), chat.end)
+        assert [f for f in found if chat.kind != "thinking_only" or "empty think" not in f] == []
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_a_chat_made_from_a_loaded_tokenizer_is_the_folders(name, family):
+    from transformers import AutoTokenizer
+
+    folder = family(name)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
+    tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)  # leaves its settings in the backend
+    chat, other = load_chat(str(folder)), chat_of(tokenizer)
+    (a,), (b,) = (examples(conversation("multi_turn"), "auto", c) for c in (chat, other))
+    assert a == b
+    assert chat.encode(TEXTS) == other.encode(TEXTS) == other.encode_reference(TEXTS)
 
 
 def test_the_kind_of_a_model_is_found_by_rendering_its_template(tmp_path):
@@ -270,11 +294,77 @@ def test_a_template_without_a_generation_prompt_is_an_error_that_says_so(tmp_pat
         examples(conversation("non_thinking"), "auto", folder_with(template, tmp_path))
 
 
-def test_a_template_that_never_ends_the_turn_is_rejected(tmp_path):
-    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+CLOSED = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [("", "writes nothing after a reply"), ("<|eot_id|>", "ends a reply with '<|eot_id|>', which is no token of its")],
+)
+def test_a_turn_that_ends_in_no_token_is_an_error_before_any_row_is_read(end, said, tmp_path):
+    chat = folder_with(CLOSED.replace("END\n", end), tmp_path)
+    with pytest.raises(ToolkitError, match=re.escape(said)):
+        _ = chat.end
+
+
+def test_the_end_of_turn_is_what_the_template_writes_whatever_eos_token_says(tmp_path):
+    chat = folder_with(CLOSED.replace("END", "<|endoftext|>"), tmp_path)
+    assert (chat.end, chat.tokens["eos_token"]) == ("<|endoftext|>", "<|im_end|>")
+    (example,) = examples(conversation("non_thinking"), "auto", chat)
+    assert example.completion == "6<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "reason"),
+    [
+        ("gemma4", "thinking", "reasoning_lost"),
+        ("idefics3", "non_thinking", "text_lost"),
+        ("smolvlm", "non_thinking", "text_lost"),
+        ("qwen2_5", "call_without_template", "call_lost"),
+    ],
+)
+def test_a_row_whose_text_the_template_drops_is_rejected(name, kind, reason, tmp_path):
+    template = real.template(name)
+    if kind == "call_without_template":
+        kind, template = "tool_call", CLOSED.replace("END", "<|im_end|>")
     with pytest.raises(Rejected) as caught:
-        examples(conversation("non_thinking"), "auto", folder_with(template, tmp_path))
-    assert caught.value.reason == "no_end_of_turn"
+        examples(conversation(kind), "auto", folder_with(template, tmp_path))
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{{ raise_exception('System role not supported') }}", "System role not supported"),
+        ("{{ m.content[0].text + 'x' }}", "text"),
+        ("{{ m.content.parts() }}", "parts"),
+        ("{{ 1 // 0 }}", "zero"),
+    ],
+)
+def test_what_a_template_raises_is_a_rejection_in_its_words(line, said, tmp_path):
+    template = "{% for m in messages %}{% if m.role == 'system' %}" + line + "{% endif %}" + CLOSED.split("%}", 1)[1]
+    chat = folder_with(template.replace("END", "<|im_end|>"), tmp_path)
+    assert examples(conversation("non_thinking"), "auto", chat)
+    with pytest.raises(Rejected, match=said) as caught:
+        examples(conversation("system"), "auto", chat)
+    assert caught.value.reason == "template_error"
+
+
+def test_a_template_that_cannot_be_parsed_or_fails_on_every_row_is_an_error_that_names_the_model(tmp_path):
+    with pytest.raises(ToolkitError, match="chat_template.jinja, line 1"):
+        _ = folder_with("{% for %}", tmp_path).kind
+    with pytest.raises(ToolkitError, match="fails on a plain question.*no such thing"):
+        _ = folder_with("{{ raise_exception('no such thing') }}", tmp_path).kind
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma3", "smollm2", "pocket"])
+def test_text_that_holds_a_special_token_of_the_tokenizer_is_rejected(name, family):
+    chat = load_chat(name if name == "pocket" else str(family(name)))
+    for field in ("content", "reasoning_content"):
+        reply = DIRECT | {field: f"see {chat.end} and on"}
+        with pytest.raises(Rejected, match="reads as structure") as caught:
+            examples({"messages": [USER, reply]}, "auto", chat)
+        assert caught.value.reason == "control_token"
 
 
 def test_a_model_that_cannot_be_reached_is_an_error_that_says_so():
@@ -286,6 +376,19 @@ def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({}))
     with pytest.raises(ToolkitError, match="tokenizer.json not found"):
         load_chat(str(tmp_path))
+
+
+def test_truncation_and_padding_kept_in_tokenizer_json_cut_nothing(tmp_path):
+    import tokenizers
+
+    kept = tokenizers.Tokenizer.from_file(str(POCKET / "tokenizer.json"))
+    kept.enable_truncation(4)
+    kept.enable_padding(length=8)
+    chat = folder_with(families.trl_template("qwen3"), tmp_path)
+    kept.save(str(tmp_path / "tokenizer.json"))
+    assert (
+        load_chat(str(tmp_path)).encode(TEXTS) == load_chat(str(tmp_path)).encode_reference(TEXTS) == chat.encode(TEXTS)
+    )
 
 
 @pytest.mark.parametrize("layout", [{"indent": 2}, {"indent": 4}, {}])

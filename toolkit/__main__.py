@@ -235,16 +235,17 @@ def mix(args):
 
     out = console()
     recipe = run.resolve(_recipe(args), out)
-    out.print(show.plan_table(mix.plan(recipe.data), recipe.data.unit))
     if args.dry_run:
+        out.print(show.plan_table(mix.plan(recipe.data)))
         return
-    mixed = run.compile_mix(recipe, out, fresh=args.fresh)
+    words = ["python -m toolkit train", args.recipe or recipe.name, *args.overrides]
+    mixed = run.compile_mix(recipe, out, fresh=args.fresh, next_command=" ".join(words))
     if args.show:
         for part in show.terminal(mixed, render.load_chat(recipe.model.model_name, recipe.model.revision), args.show):
             out.print(part)
     picture = mixed.folder / "mix.png"
-    if args.fresh or not picture.is_file():
-        show.figure(mixed).savefig(picture, dpi=120)
+    if not picture.is_file():
+        show.mix_figure(mixed).savefig(picture, dpi=120)
     out.print(f"mix.json, mix.png and quarantine.jsonl: {mixed.folder}")
 
 

@@ -1,76 +1,105 @@
-"""Rows that repeat each other, or repeat an evaluation prompt: exact, near and 13-gram overlap.
+"""Rows that repeat each other or an evaluation prompt: exact duplicates, near duplicates, 13-gram overlap.
 
-near = NearDuplicates(); near.seen(signatures([ids]))   # True when almost the same text came before
+from toolkit.dedup import NearDuplicates, signatures; near = NearDuplicates(decode); near.find(row, asked, signature)
 """
 
 import hashlib
 import re
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from toolkit.family import SWITCH
+
 WORDS = 13  # GPT-3's decontamination (arXiv:2005.14165, appendix C)
 SHINGLE = 5  # token 5-grams
-PERMUTATIONS, BANDS = (
-    64,
-    8,
-)  # a pair at Jaccard 0.85 meets in a band with probability 0.93; every meeting is then verified
+PERMUTATIONS, BANDS = 64, 8
+"""A pair at Jaccard 0.85 meets in a band with probability 0.93; every meeting is then verified."""
 SIMILAR = 0.85
-SHORTEST = 64  # tokens; shorter texts of one kind look alike to MinHash, so they are only compared exactly
+REWORDED = 0.05
+"""Share of the asked words that may differ in a near duplicate; short questions that differ in a word are others."""
+SHORTEST = 64
+"""Tokens of a completion; shorter ones of one kind look alike to MinHash, so they are only compared exactly."""
+CANDIDATES = 32
+"""Latest rows of a band that are verified, so that a thousand prompts with one long answer take no quadratic time."""
 
 
-def text_key(conversation: dict) -> bytes:
-    """16 bytes that are equal for conversations with the same text, case and spacing aside."""
-    parts = [m["role"] + "\n" + m.get("reasoning_content", "") + "\n" + m["content"] for m in conversation["messages"]]
-    calls = [str(m["tool_calls"]) for m in conversation["messages"] if m.get("tool_calls")]
-    normal = " ".join("\n".join(parts + calls).lower().split())
-    return hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def prompt_key(conversation: dict) -> bytes:
+    """16 bytes that are equal for rows that ask the same: all user turns, case, spacing and typed mode switches aside."""
+    asked = "\0".join(SWITCH.sub("", m["content"]) for m in conversation["messages"] if m["role"] == "user")
+    return _digest(asked)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(" ".join(text.lower().split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 class Duplicates:
-    """Conversations equal to one before, case and spacing aside. Only those that ask the same are read in full."""
+    """Rows whose prompt and completion both repeat an earlier row's, case and spacing aside.
 
-    def __init__(self):
-        self._by_prompt: dict[bytes, dict | set[bytes]] = {}
+    `decode(ids)` gives a row's text back; it is needed only for rows that ask the same.
+    """
 
-    def seen(self, prompt: bytes, conversation: dict) -> bool:
-        """Whether it came before; `prompt` is the key of what it asks. Remembers it if not."""
-        before = self._by_prompt.setdefault(prompt, conversation)
-        if before is conversation:
-            return False
-        if not isinstance(before, set):
-            before = self._by_prompt[prompt] = {text_key(before)}
-        known, key = len(before), text_key(conversation)
-        before.add(key)
-        return len(before) == known
+    def __init__(self, decode: Callable[[np.ndarray], str]):
+        self._decode = decode
+        self._by_prompt: dict[bytes, object] = {}
+        """Prompt key → its only row, or {digest of the whole text: row} from the second on."""
 
-
-class Grams:
-    """Word 13-grams of evaluation prompts; a prompt of fewer words is held as a whole."""
-
-    def __init__(self, prompts: list[str]):
-        self.grams = {" ".join(g) for p in prompts for g in _grams(_words(p))}
-        self.whole = {" ".join(_words(p)) for p in prompts if len(_words(p)) < WORDS}
-
-    def shared(self, conversation: dict) -> str | None:
-        """The first evaluation 13-gram (or short whole prompt) found in a conversation, or None."""
-        if not self.grams and not self.whole:
+    def find(self, key: bytes, row):
+        """The earlier row that this one repeats; None where there is none, and then it is remembered."""
+        before = self._by_prompt.setdefault(key, row)
+        if before is row:
             return None
-        for message in conversation["messages"]:
-            words = _words(message["content"] + " " + message.get("reasoning_content", ""))
-            if message["role"] == "user" and " ".join(words) in self.whole:
-                return " ".join(words)
-            if self.grams and (hit := next((" ".join(g) for g in _grams(words) if " ".join(g) in self.grams), None)):
-                return hit
+        if not isinstance(before, dict):
+            before = self._by_prompt[key] = {_digest(self._decode(before.ids)): before}
+        found = before.setdefault(_digest(self._decode(row.ids)), row)
+        return None if found is row else found
+
+
+class NearDuplicates:
+    """Rows whose prompt and completion are both nearly an earlier row's.
+
+    Candidates come from an index over bands of the completions' MinHash signatures; each is then verified. Prompts are
+    nearly the same when at most 5% of the asked words differ, no number differs, and no word differs in the completion
+    as well: such a word is what the row is about (an order number, a column), and its row another task.
+    """
+
+    def __init__(self, decode: Callable[[np.ndarray], str]):
+        self._decode = decode
+        self._buckets: dict[bytes, list[int]] = {}
+        self._signed: list[tuple] = []
+
+    def find(self, row, asked: str, signature: np.ndarray | None):
+        """The earlier row that this one nearly repeats, or None; `asked` is its user turns' text."""
+        if signature is None:
+            return None
+        candidates = {i for band in _bands(signature) for i in self._buckets.get(band, ())[-CANDIDATES:]}
+        for i in sorted(candidates):
+            earlier, other = self._signed[i]
+            if (other == signature).mean() >= SIMILAR and self._asks_the_same(row, earlier, asked):
+                return earlier
         return None
 
+    def add(self, row, signature: np.ndarray | None) -> None:
+        """Remember a row for later calls of `find`."""
+        if signature is not None:
+            for band in _bands(signature):
+                self._buckets.setdefault(band, []).append(len(self._signed))
+            self._signed.append((row, signature))
 
-def _words(text: str) -> list[str]:
-    """Lower-case words and numbers, with every operator and CJK character a word of its own: 3 + 5 is not 3 - 5."""
-    return re.findall(r"[^\W_\u3400-\u9fff]+|[\u3400-\u9fff]|[-+*/=<>^]", text.lower())
+    def _asks_the_same(self, row, earlier, asked: str) -> bool:
+        changed = self._changed(row.ids[: row.prompt_length], earlier.ids[: earlier.prompt_length])
+        if changed.total() > REWORDED * len(_words(asked)) or any(c.isdigit() for word in changed for c in word):
+            return False
+        return not changed & self._changed(row.ids[row.prompt_length :], earlier.ids[earlier.prompt_length :])
 
-
-def _grams(words: list[str]):
-    return zip(*(words[i:] for i in range(WORDS)), strict=False)
+    def _changed(self, ids: np.ndarray, before: np.ndarray) -> Counter:
+        """Words in which two texts differ; of texts with as many words place by place, so that swapped words count."""
+        a, b = _words(self._decode(ids)), _words(self._decode(before))
+        if len(a) == len(b):
+            return Counter(word for pair in zip(a, b, strict=True) if pair[0] != pair[1] for word in pair)
+        return Counter(a) - Counter(b) + (Counter(b) - Counter(a))
 
 
 def signatures(texts: list[np.ndarray]) -> list[np.ndarray | None]:
@@ -92,29 +121,35 @@ def _shingles(ids: np.ndarray) -> np.ndarray:
     return hashes
 
 
-class NearDuplicates:
-    """Texts much like one before: candidates from an index over bands of their signatures, each then verified."""
-
-    def __init__(self):
-        self._buckets: dict[bytes, list[int]] = {}
-        self._signatures: list[np.ndarray] = []
-
-    def seen(self, new: list[np.ndarray]) -> bool:
-        """Whether any of these signatures is nearly one seen before; remembers them if not."""
-        bands = [_bands(s) for s in new]
-        if any(self._similar(s, b) for s, b in zip(new, bands, strict=True)):
-            return True
-        for signature, keys in zip(new, bands, strict=True):
-            for bucket in keys:
-                self._buckets.setdefault(bucket, []).append(len(self._signatures))
-            self._signatures.append(signature)
-        return False
-
-    def _similar(self, signature: np.ndarray, bands: list) -> bool:
-        candidates = {c for b in bands for c in self._buckets.get(b, ())}
-        return any((self._signatures[c] == signature).mean() >= SIMILAR for c in candidates)
-
-
 def _bands(signature: np.ndarray) -> list[bytes]:
     raw, width = signature.tobytes(), signature.nbytes // BANDS
     return [bytes([i]) + raw[i * width : (i + 1) * width] for i in range(BANDS)]
+
+
+class Grams:
+    """Word 13-grams of evaluation prompts; a prompt of fewer words is held as a whole."""
+
+    def __init__(self, prompts: list[str]):
+        self.grams = {gram for p in prompts for gram in _grams(_words(p))}
+        self.whole = {" ".join(_words(p)) for p in prompts if len(_words(p)) < WORDS}
+
+    def shared(self, conversation: dict) -> str | None:
+        """The first evaluation 13-gram (or short whole prompt) found in a conversation, or None."""
+        if not self.grams and not self.whole:
+            return None
+        for message in conversation["messages"]:
+            words = _words(message["content"] + " " + message.get("reasoning_content", ""))
+            if message["role"] == "user" and " ".join(words) in self.whole:
+                return " ".join(words)
+            if self.grams and (hit := next((gram for gram in _grams(words) if gram in self.grams), None)):
+                return hit
+        return None
+
+
+def _words(text: str) -> list[str]:
+    """Lower-case words and numbers, with every operator and CJK character a word of its own: 3 + 5 is not 3 - 5."""
+    return re.findall(r"[^\W_\u3400-\u9fff]+|[\u3400-\u9fff]|[-+*/=<>^]", text.lower())
+
+
+def _grams(words: list[str]) -> Iterator[str]:
+    return (" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1))

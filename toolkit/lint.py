@@ -1,61 +1,61 @@
-"""What a recipe will probably do that its writer did not mean: warnings with their reasons.
+"""What a recipe will probably do that its writer did not intend: warnings with their reasons.
 
-for warning in lint(recipe, chat, rows): print(warning)
+from toolkit.lint import lint; lint(chat, mixed.report, recipe.lora, recipe.train)
 """
 
-from toolkit.recipe import Recipe
+from toolkit.recipe import Lora
 from toolkit.render import Chat
 
+DUPLICATES = ("duplicate", "near_duplicate")
 
-def lint(recipe: Recipe, chat: Chat, rows: list) -> list[str]:
-    """Warnings for a compiled mix: `rows` need `.mode` and `.ids`. The model's kind is found by rendering its template."""
-    checks = (
-        _tokenizer(chat),
-        _modes(chat, rows),
-        _end_of_turn(chat, rows),
-        _adapter(recipe.lora),
-        _coverage(recipe.train, len(rows)),
-    )
+
+def lint(chat: Chat, report: dict, lora: Lora, train: dict) -> list[str]:
+    """Warnings for a compiled mix (`report` is mix.json's content), an adapter and TRL settings."""
+    checks = (_tokenizer(chat), _modes(chat, report), _rows(report), _adapter(lora), _coverage(train, report))
     return [warning for found in checks for warning in found]
 
 
 def _tokenizer(chat: Chat):
     if chat.fast is None:
-        why = chat.distrust or "fastokens does not know this kind of tokenizer"
-        yield f"ids come from the Hugging Face tokenizer, which is several times slower: {why}"
+        why = chat.fallback_reason or "fastokens does not know this kind of tokenizer"
+        yield f"token ids come from the Hugging Face tokenizer, which is several times slower: {why}"
 
 
-def _modes(chat: Chat, rows: list):
-    modes = {r.mode for r in rows}
+def _modes(chat: Chat, report: dict):
+    modes = set(report["achieved_modes"]["examples"])
     if chat.kind == "thinking_only" and "non_thinking" in modes:
         yield (
-            f"{chat.name} always thinks (its template opens <think> for every reply), but the mix has non-thinking rows: "
-            "they teach it to close the block at once. Use a hybrid Qwen3, or drop those sources"
+            f"{chat.name} always thinks (its template opens <think> for every reply), but the mix has rows without "
+            "reasoning: they teach it to close the block at once. Use a hybrid model, or leave those sources out"
         )
     if chat.kind == "hybrid" and modes == {"thinking"}:
-        yield "the mix has no non-thinking row: nothing holds the model's direct answers in place. Add chat (data.reasoning=0.75)"
+        yield "the mix has no non-thinking row: the model may lose that mode. Add chat rows (data.reasoning=0.75)"
     if chat.kind == "hybrid" and modes == {"non_thinking"}:
-        yield "the mix has no thinking row: nothing holds the model's reasoning in place. Add reasoning rows (data.reasoning=0.25)"
+        yield "the mix has no thinking row: the model may lose that mode. Add reasoning rows (data.reasoning=0.25)"
 
 
-def _end_of_turn(chat: Chat, rows: list):
-    eos = chat.encode([chat.eos])[0]
-    missing = sum(list(r.ids[-len(eos) :]) != eos for r in rows)
-    if missing:
-        yield f"{missing} rows do not end in {chat.eos!r}: the model would not learn to stop"
-    if chat.pad == chat.eos:
-        yield f"pad and end-of-turn are the same token ({chat.eos!r}): other trainers would mask the end of every reply"
+def _rows(report: dict):
+    for name, row in report["sources"].items():
+        repeated = sum(row["dropped"].get(reason, 0) for reason in DUPLICATES)
+        if repeated > 0.1 * row["rows_seen"]:
+            yield (
+                f"{name}: {repeated} of {row['rows_seen']} rows repeat the prompt and the reply of another; quarantine.jsonl "
+                "lists the pairs. To keep them: data.duplicates=keep, or exact to drop only equal ones"
+            )
+        if row["rows_held_out"] > row["rows_kept"]:
+            yield f"{name}: {row['rows_held_out']} rows are held out, {row['rows_kept']} train: lower data.validation_size"
 
 
-def _adapter(lora):
+def _adapter(lora: Lora):
     scale = lora.lora_alpha / (lora.r**0.5 if lora.use_rslora else lora.r)
     if not 0.25 <= scale <= 4 and not lora.use_rslora:
-        yield f"lora_alpha/r = {scale:g}: usual values are 1 and 2; the update is scaled by it"
+        yield f"lora_alpha/r = {scale:g}: common values are 1 and 2; the update is multiplied by it"
     if lora.r > 256:
         yield f"lora r = {lora.r}: above 256 an adapter costs memory and rarely gains"
 
 
-def _coverage(train: dict, rows: int):
+def _coverage(train: dict, report: dict):
+    rows = report["total"]["examples"]
     if train["max_steps"] > 0 and rows:
         seen = train["max_steps"] * train["per_device_train_batch_size"] * train["gradient_accumulation_steps"]
         if seen < 0.05 * rows:

@@ -1,35 +1,53 @@
 """Compile sources to a training mix: plan, draw, hold out, measure, check.
 
-mixed = compile_mix(recipe.load("data_recipes/hybrid.yaml")); mixed.report["achieved"]
+from toolkit import mix, recipe; mixed = mix.compile_mix(recipe.load("pocket")); mixed.report["achieved"]
 """
 
+import functools
 import hashlib
 import itertools
 import json
+import re
+import shutil
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from toolkit.dedup import Duplicates, Grams, NearDuplicates, signatures, text_key
-from toolkit.files import ToolkitError, outputs
+from toolkit.dedup import Duplicates, Grams, NearDuplicates, prompt_key, signatures
+from toolkit.family import KINDS, SWITCH
+from toolkit.files import (
+    ToolkitError,
+    find,
+    lock,
+    outputs,
+    read_json,
+    read_jsonl,
+    sha256,
+    write_error,
+    write_json,
+    write_jsonl,
+)
 from toolkit.lint import lint
 from toolkit.recipe import Data, Recipe, Source
-from toolkit.render import SWITCH, Chat, examples, load_chat
+from toolkit.render import Chat, Example, chat_of, examples, load_chat
 from toolkit.sources import Rejected, conversations, fingerprint
-from toolkit.sources.conversation import CJK
 
 UNITS = ("examples", "tokens", "supervised_tokens")
 BATCH = 256
-"""Conversations rendered while the batch before is tokenized: two batches are under way."""
-AHEAD = 16
-"""Batches under way at most, while the tokenizer is still being loaded (1 s)."""
-TOLERANCE = 0.01  # an achieved share further than one point from its plan stops the run
-DECIDES = ("mix.py", "render.py", "dedup.py", "sources/*.py")
-NOT_MALFORMED = {"too_long", "duplicate", "near_duplicate", "validation_prompt", "contaminated"}
+MAX_PREFETCH = 16
+"""Batches rendered ahead while the tokenizer is still being loaded (1 s); afterwards one, while another is encoded."""
+CHECK_EVERY = 2000
+"""Rows of a source after which a hopeless one is given up: it may have millions."""
+TOLERANCE = 0.01
+"""An achieved share further from its plan than one point stops the run."""
+CACHE_KEY_FILES = ("mix.py", "render.py", "dedup.py", "family.py", "sources/*.py")
+NOT_MALFORMED = {"too_long", "duplicate", "near_duplicate", "validation_prompt", "near_validation", "contaminated"}
+FILES = ("train.npz", "validation.npz", "validation.jsonl", "quarantine.jsonl", "mix.json")
+CHECKSUMS = "checksums.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +60,7 @@ class Row:
     mode: str
     number: int
     conversation: dict = field(default_factory=dict, repr=False)
-    """Only held-out rows keep theirs: evaluation asks them again."""
-    signature: np.ndarray | None = field(default=None, repr=False)
-    """MinHash of the supervised text, while near duplicates are looked for."""
+    """Only held-out rows keep theirs, up to the supervised turn: evaluation asks them again."""
 
     @property
     def labels(self) -> np.ndarray:
@@ -68,303 +84,373 @@ class Mix:
     quarantine: list[dict]
     folder: Path
 
+    @functools.cached_property
+    def train_dataset(self):
+        """A datasets.Dataset with input_ids and labels, as SFTTrainer takes it (SFTConfig: max_length=None)."""
+        return dataset(self.train)
+
+    @functools.cached_property
+    def validation_dataset(self):
+        """The same of the held-out rows; None without any."""
+        return dataset(self.validation) if self.validation else None
+
+
+# --- the steps -------------------------------------------------------------------------------------------------------
+
+
+def compile_mix(recipe: Recipe, tokenizer=None, *, fresh: bool = False) -> Mix:
+    """The recipe's mix, compiled or read from the cache (keyed by everything that decides a row).
+
+    `tokenizer` is the transformers tokenizer of a loaded model; by default the recipe's model gives its own. Raises
+    ToolkitError on unreadable sources, a template that cannot be trained on, too many malformed rows, or an achieved
+    share off its plan.
+    """
+    chat = chat_of(tokenizer) if tokenizer else load_chat(recipe.model.model_name, recipe.model.revision)
+    _ = chat.end  # what is wrong with template or tokenizer is said before any source is opened
+    fingerprints = {s.name: fingerprint(s) for s in (*recipe.data.sources, *recipe.evaluate.questions)}
+    folder = cache_folder() / _key(recipe, chat, fingerprints)
+    with lock(folder, "mix", wait=True):
+        if fresh or not is_whole(folder):
+            _compile(recipe, chat, fingerprints, folder)
+        mixed = read(folder)
+    mixed.report["warnings"] = lint(chat, mixed.report, recipe.lora, recipe.train)
+    return mixed
+
+
+def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> None:
+    data, planned = recipe.data, plan(recipe.data)
+    draws = [Draw(s, planned[s.name], data) for s in data.sources if s.fraction != 0]
+    try:
+        _fill(draws, recipe, chat)
+        limited_by = _balance(draws, data)
+        rows = [row for draw in draws for row in draw.train]
+        report = _report(recipe, draws, planned, limited_by, fingerprints, chat, rows)
+        _check_shares(report, draws)
+    except IdsDiffer as difference:
+        chat.fallback_reason = str(difference)
+        _compile(recipe, chat, fingerprints, folder)
+        return
+    except ToolkitError as error:
+        if dropped := [entry for draw in draws for entry in draw.quarantine]:
+            write_jsonl(folder / "quarantine.jsonl", dropped)
+            raise ToolkitError(f"{error}. Every dropped row: {folder / 'quarantine.jsonl'}") from error
+        raise
+    order = np.random.default_rng(data.seed).permutation(len(rows))
+    _write(folder, [rows[i] for i in order], [r for d in draws for r in d.validation], report, draws)
+
+
+def _fill(draws: list["Draw"], recipe: Recipe, chat: Chat) -> None:
+    """Hold out and draw every source's rows. All hold out first, so that none trains on another's validation prompt."""
+    judge = Judge(recipe.data, recipe.model.max_seq_length, chat, _question_prompts(recipe))
+    with ThreadPoolExecutor(1) as pool:
+        loaded = pool.submit(lambda: chat.fast)
+        streams = [_stream(draw, recipe.data, chat, pool, loaded) for draw in draws]
+        for draw, stream in zip(draws, streams, strict=True):
+            _hold_out(draw, stream, judge)
+        for draw, stream in zip(draws, streams, strict=True):
+            _take(draw, stream, judge)
+            draw.repeat()
+            draw.check(recipe.data.max_rejected)
+
+
+def _stream(draw: "Draw", data: Data, chat: Chat, pool: ThreadPoolExecutor, loaded: Future) -> Iterator["Drawn"]:
+    """A source's rows in seeded order, rendered here while the pool's one worker encodes the batch before."""
+    source, waiting = draw.source, deque()
+    rng = np.random.default_rng([data.seed, int(hashlib.sha256(source.name.encode()).hexdigest()[:8], 16)])
+    rows = conversations(draw.pool, data.seed, data.placeholders)
+    while batch := [_render(*item, source, chat, rng) for item in itertools.islice(rows, BATCH)]:
+        waiting.append(pool.submit(_encode, batch, source.name, chat, data.duplicates == "near"))
+        while len(waiting) > (1 if loaded.done() else MAX_PREFETCH):
+            yield from draw.compared(waiting.popleft().result(), chat)
+    for rest in waiting:
+        yield from draw.compared(rest.result(), chat)
+
 
 @dataclass
-class _Draw:
+class Drawn:
+    """One row of a source: its conversation, or why it was rejected, and its examples as text and as token ids."""
+
+    number: int
+    conversation: dict | None = None
+    rejected: Rejected | None = None
+    examples: list[Example] = ()
+    rows: list[Row] = ()
+    signatures: list = ()
+
+
+def _render(number: int, item: dict | Rejected, source: Source, chat: Chat, rng) -> Drawn:
+    switched = rng.random() < source.soft_switch  # spent on every row, so that one more rejected row changes no other
+    if isinstance(item, Rejected):
+        return Drawn(number, rejected=item)
+    if source.mode == "thinking" and "thinking" not in KINDS[chat.kind]:
+        raise ToolkitError(
+            f"{source.path}, row {number}: the source {source.name} has mode: thinking, but {chat.name} has no thinking "
+            "mode. Choose a hybrid model, or leave this source out"
+        )
+    try:
+        conversation = _with_switch(item) if switched and chat.kind == "hybrid" and chat.switches else item
+        return Drawn(number, conversation, examples=examples(conversation, source.mode, chat, source.turns))
+    except Rejected as rejected:
+        return Drawn(number, rejected=rejected)
+
+
+def _with_switch(conversation: dict) -> dict:
+    """The same with /think or /no_think at the end of the last user turn, as the replies to it are.
+
+    Where those differ (a call without reasoning, then a reasoned answer) no switch would be right: it stays as it is."""
+    messages = conversation["messages"]
+    asked = max(i for i, m in enumerate(messages) if m["role"] == "user")
+    reasoned = {bool(m.get("reasoning_content")) for m in messages[asked:] if m["role"] == "assistant"}
+    if len(reasoned) > 1 or SWITCH.search(messages[asked]["content"]):
+        return conversation
+    switch = " /think" if True in reasoned else " /no_think"
+    changed = messages[asked] | {"content": messages[asked]["content"] + switch}
+    return {**conversation, "messages": [*messages[:asked], changed, *messages[asked + 1 :]]}
+
+
+def _encode(batch: list[Drawn], source: str, chat: Chat, sign: bool) -> list[Drawn]:
+    """Add token ids and signatures to a batch: prompt and completion are tokenized separately, as at inference."""
+    flat, ends = chat.encode_flat([t for d in batch for e in d.examples for t in (e.prompt, e.completion)])
+    starts, middles, stops = ends[:-1:2].tolist(), ends[1::2].tolist(), ends[2::2].tolist()
+    completions = [flat[m:b] for m, b in zip(middles, stops, strict=True)]
+    bounds = zip(starts, middles, stops, signatures(completions) if sign else [None] * len(stops), strict=True)
+    for drawn in batch:
+        found = [(e, *next(bounds)) for e in drawn.examples]
+        drawn.rows = [Row(flat[a:b].copy(), m - a, source, e.mode, drawn.number) for e, a, m, b, _ in found]
+        drawn.signatures = [signature for *_, signature in found]
+    return batch
+
+
+def _hold_out(draw: "Draw", stream: Iterator[Drawn], judge: "Judge") -> None:
+    """The first usable conversations of a source never train, nor does any other row that asks the same."""
+    kept = 0
+    while kept < draw.plan["validation"] and (drawn := next(stream, None)):
+        held = []
+        for example, row, signature in draw.examples(drawn):
+            key = prompt_key({"messages": drawn.conversation["messages"][: example.turn]})
+            if why := judge.unusable(row, key):
+                draw.drop(row.number, *why)
+                continue
+            told = drawn.conversation["messages"][: example.turn + 1]
+            held.append((key, replace(row, conversation=drawn.conversation | {"messages": told}), signature))
+        for key, row, signature in held:
+            judge.hold(key, row, signature)
+            draw.validation.append(row)
+        kept += bool(held)
+
+
+def _take(draw: "Draw", stream: Iterator[Drawn], judge: "Judge") -> None:
+    """Draw rows until the source's quota is met or it is exhausted."""
+    while draw.amount < draw.quota and (drawn := next(stream, None)):
+        for example, row, signature in draw.examples(drawn):
+            if why := judge.reason(example, row, signature, drawn.conversation):
+                draw.drop(row.number, *why)
+            else:
+                draw.add(row)
+
+
+class IdsDiffer(Exception):
+    """The fast tokenizer gave other ids than Hugging Face's for a row."""
+
+
+class Draw:
     """What one source gave so far."""
 
-    source: Source
-    quota: float
-    seen: int = 0
-    train: list[Row] = field(default_factory=list)
-    validation: list[Row] = field(default_factory=list)
-    dropped: Counter = field(default_factory=Counter)
-    languages: Counter = field(default_factory=Counter)
-    quarantine: list[dict] = field(default_factory=list)
-    numbers: set[int] = field(default_factory=set)
-    amount: float = 0
-    dry: bool = False
+    def __init__(self, source: Source, planned: dict, data: Data):
+        self.source, self.plan, self.data, self.unit = source, planned, data, unit_of(data)
+        self.pool, self.count = split_count(source)
+        if source.fraction is not None:
+            self.pool = source  # of a share, `#N` says out of how many rows it is drawn
+        self.amount = self.drawn = self.seen = self.rows_compared = 0
+        self.train: list[Row] = []
+        self.validation: list[Row] = []
+        self.dropped: Counter = Counter()
+        self.quarantine: list[dict] = []
+
+    @property
+    def quota(self) -> float:
+        """How much is to train, in the mix's unit; infinite where everything is taken."""
+        if self.source.fraction is None:
+            return self.count - len(self.validation) if self.count else float("inf")
+        return self.source.fraction * (self.data.budget or float("inf"))
+
+    @property
+    def exhausted(self) -> bool:
+        return self.amount < self.quota
+
+    def compared(self, batch: list[Drawn], chat: Chat) -> list[Drawn]:
+        """The batch, once Hugging Face's tokenizer gave the same ids for a sample: a source's first 16 rows, then every
+        128th. Raises IdsDiffer."""
+        sample = [d for d in (batch[::128] if self.rows_compared else batch[:16]) if d.rows]
+        if chat.fast:
+            texts = [t for d in sample for t in (d.examples[-1].prompt, d.examples[-1].completion)]
+            found = iter(chat.encode_reference(texts) if texts else ())
+            for drawn in sample:
+                if drawn.rows[-1].ids.tolist() != next(found) + next(found):
+                    raise IdsDiffer(f"fastokens gives other ids for row {drawn.number} of {self.source.name}")
+            self.rows_compared += len(sample)
+        return batch
+
+    def examples(self, drawn: Drawn) -> Iterator[tuple[Example, Row, np.ndarray | None]]:
+        """The examples of a row, counted; a rejected row has none. Raises ToolkitError once a source is hopeless."""
+        self.drawn += 1
+        self.seen += max(1, len(drawn.rows))
+        if drawn.rejected:
+            self.drop(drawn.number, drawn.rejected.reason, drawn.rejected.detail)
+        if self.drawn % CHECK_EVERY == 0:
+            self.check(max(0.5, self.data.max_rejected))
+        return zip(drawn.examples, drawn.rows, drawn.signatures, strict=True)
 
     def drop(self, number: int, reason: str, detail: str) -> None:
         self.dropped[reason] += 1
         self.quarantine.append({"source": self.source.name, "row": number, "reason": reason, "detail": detail})
 
+    def add(self, row: Row) -> None:
+        self.train.append(row)
+        self.amount += row.size(self.unit)
 
-def compile_mix(recipe: Recipe, *, fresh: bool = False) -> Mix:
-    """The recipe's mix, compiled or read from the cache (keyed by everything that decides a row).
+    def repeat(self) -> None:
+        """Use rows again, in their order, where the source allows it (max_repeats) or asks for more than it has (#N)."""
+        limit = len(self.train) * self.source.max_repeats
+        if self.count and self.drawn < self.count:
+            limit = max(limit, self.count - len(self.validation))
+        again = itertools.cycle(list(self.train))
+        while self.train and len(self.train) < limit and self.exhausted:
+            self.add(next(again))
 
-    Raises ToolkitError on unreadable sources, too many malformed rows, or an achieved share off its plan.
-    """
-    chat = load_chat(recipe.model.model_name, recipe.model.revision)
-    fingerprints = {s.name: fingerprint(s) for s in (*recipe.data.sources, *recipe.evaluate.questions)}
-    folder = cache_folder() / _key(recipe, chat, fingerprints)
-    if fresh or not (folder / "mix.json").is_file():
-        _compile(recipe, chat, fingerprints, folder)
-    return read(folder)
+    def check(self, max_rejected: float) -> None:
+        """Raise ToolkitError when more rows are malformed than allowed, or none is left."""
+        where = f"{self.source.path} ({self.source.name})"
+        malformed = Counter({r: n for r, n in self.dropped.items() if r not in NOT_MALFORMED})
+        if malformed.total() > max_rejected * self.seen:
+            first = next(q for q in self.quarantine if q["reason"] in malformed)
+            reasons = ", ".join(f"{reason} {n}" for reason, n in malformed.most_common())
+            raise ToolkitError(
+                f"{where}: {malformed.total()} of {self.seen} rows rejected, more than data.max_rejected="
+                f"{self.data.max_rejected:g} allows: {reasons}. First, row {first['row']}: {first['detail']}. "
+                "Fix the rows, or raise data.max_rejected to leave them out"
+            )
+        if not self.train and (not self.validation or self.drawn % CHECK_EVERY):
+            raise ToolkitError(f"{where}: no row is left to train on: {self._why_none()}")
 
-
-def cache_folder() -> Path:
-    """Where compiled mixes lie."""
-    return outputs() / ".mixes"
-
-
-def plan(data: Data) -> dict[str, dict]:
-    """Per source: planned share and quota in `data.unit` (null where the budget is open) and rows held out."""
-    held = _allot(data.validation_size, [s.fraction for s in data.sources])
-    return {
-        s.name: {
-            "share": s.fraction,
-            "quota": None if data.budget is None else round(s.fraction * data.budget),
-            "validation": n,
-        }
-        for s, n in zip(data.sources, held, strict=True)
-    }
-
-
-def _allot(total: int, fractions: list[float]) -> list[int]:
-    """`total` split by fractions; every source that takes part holds out at least one row."""
-    return [max(1, round(total * f)) if total and f > 0 else 0 for f in fractions]
-
-
-def _key(recipe: Recipe, chat: Chat, fingerprints: dict) -> str:
-    code = [f.read_bytes() for name in DECIDES for f in sorted(Path(__file__).parent.glob(name))]
-    decides = {
-        "data": asdict(recipe.data),
-        "questions": [asdict(q) for q in recipe.evaluate.questions],
-        "max_seq_length": recipe.model.max_seq_length,
-        "tokenizer": hashlib.sha256((chat.json + str(chat.template_text)).encode()).hexdigest(),
-        "sources": fingerprints,
-        "code": hashlib.sha256(b"".join(code)).hexdigest(),
-    }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+    def _why_none(self) -> str:
+        """The most frequent reason, with the value found and what to write."""
+        reason = max(self.dropped, key=self.dropped.get, default="")
+        held, tenth = len(self.validation), self.seen // 10
+        if reason == "too_long":
+            first = next(q for q in self.quarantine if q["reason"] == reason)
+            return (
+                f"{self.dropped[reason]} of {self.seen} are longer than model.max_seq_length, e.g. row {first['row']}: "
+                f"{first['detail']}. Raise model.max_seq_length (rows are never truncated), or leave this source out"
+            )
+        if held:
+            size = self.data.validation_size * tenth // self.plan["validation"]
+            return (
+                f"data.validation_size={self.data.validation_size} holds out {held} of its {self.seen} rows"
+                f"{' and the rest ask the same' if reason == 'validation_prompt' else ''}. "
+                f"Write data.validation_size={size} to hold out a tenth, or 0 to train on all"
+            )
+        return f"{self.seen} seen, dropped: {dict(self.dropped) or 'none'}"
 
 
-def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> None:
-    data = recipe.data
-    planned = plan(data)
-    draws = [_Draw(s, planned[s.name]["quota"] or float("inf")) for s in data.sources if s.fraction > 0]
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(lambda: chat.fast)
-        compared = _fill_all(draws, planned, recipe, chat, pool)
-    if chat.fast and (difference := _difference(chat, compared)):
-        chat.distrust = difference
-        _compile(recipe, chat, fingerprints, folder)
-        return
-    limited_by = _balance(draws, data)
-    rows = [r for d in draws for r in d.train]
-    order = np.random.default_rng(data.seed).permutation(len(rows))
-    report = _report(recipe, draws, planned, limited_by, fingerprints, chat, rows)
-    report["tokenizer"] = {"name": "fastokens", "rows_compared": len(compared)} if chat.fast else {"name": "tokenizers"}
-    _check(report, data)
-    _write(folder, [rows[i] for i in order], [r for d in draws for r in d.validation], report, draws)
+class Judge:
+    """Decides, example by example, what may train; the reason otherwise."""
 
+    def __init__(self, data: Data, max_seq_length: int, chat: Chat, prompts: list[str]):
+        self.data, self.max_seq_length = data, max_seq_length
+        self.grams, self.exact = Grams(prompts), Duplicates(chat.decode)
+        self.near, self.near_held = NearDuplicates(chat.decode), NearDuplicates(chat.decode)
+        self.held: set[bytes] = set()
 
-def _fill_all(draws: list[_Draw], planned: dict, recipe: Recipe, chat: Chat, pool: ThreadPoolExecutor) -> list:
-    """Fill every draw. The pool's one worker does what needs no interpreter, this thread all else.
+    def hold(self, key: bytes, row: Row, signature: np.ndarray | None) -> None:
+        """From now on nothing that asks the same as this held-out row, or nearly repeats it, may train."""
+        self.held.add(key)
+        self.near_held.add(row, signature)
 
-    Returns rows to compare with the Hugging Face tokenizer, each with its texts: a source's first 16 and every 128th."""
-    data, max_seq_length = recipe.data, recipe.model.max_seq_length
-    compared: list[tuple[Row, tuple[str, str]]] = []
-    streams = {d.source.name: _examples(d.source, data, chat, pool, compared) for d in draws}
-    _ = chat.reference  # loaded now, while the worker still loads the fast one
-    held: set[bytes] = set()
-    grams = Grams(_question_prompts(recipe)) if data.decontaminate else Grams([])
-    near, exact = NearDuplicates(), Duplicates()
-    for draw in draws:  # all sources hold out first, so that no source trains on another's validation prompt
-        name = draw.source.name
-        _hold_out(draw, streams[name], planned[name]["validation"], max_seq_length, held, exact)
-    for draw in draws:
-        accept = _Filter(data, max_seq_length, held, grams, near, exact)
-        _fill(draw, streams[draw.source.name], accept, data.unit)
-        _stop_if_rotten(draw, data.max_rejected)
-    return compared
+    def unusable(self, row: Row, key: bytes) -> tuple[str, str] | None:
+        if len(row.ids) > self.max_seq_length:
+            return "too_long", f"{len(row.ids)} tokens > max_seq_length {self.max_seq_length}"
+        return ("validation_prompt", "a held-out row asks the same") if key in self.held else None
 
-
-def _examples(source: Source, data: Data, chat: Chat, pool: ThreadPoolExecutor, compared: list) -> Iterator:
-    """(number, conversation, [Row] or Rejected, prompt's key) of a source in seeded order; its first batches start at once."""
-    batches = _batches(source, data, chat, pool)
-    ahead: deque = deque()
-    _go_ahead(ahead, batches)
-    return _finished(ahead, batches, source, compared)
-
-
-def _go_ahead(ahead: deque, batches: Iterator) -> None:
-    """Render two batches ahead, and more while the first is not tokenized yet."""
-    while len(ahead) < AHEAD and (len(ahead) < 2 or not ahead[0][1].done()) and (batch := next(batches, None)):
-        ahead.append(batch)
-
-
-def _batches(source: Source, data: Data, chat: Chat, pool: ThreadPoolExecutor) -> Iterator:
-    """Yield rendered batches, [(number, conversation, [Example] or Rejected, prompt's key)], and their tokenization under way."""
-    rng = np.random.default_rng([data.seed, int(hashlib.sha256(source.name.encode()).hexdigest()[:8], 16)])
-    passes = itertools.chain.from_iterable(
-        conversations(source, data.seed, data.placeholders) for _ in range(source.max_repeats)
-    )
-    while batch := list(itertools.islice(passes, BATCH)):
-        items = [(number, *_render(item, source, chat, rng)) for number, item in batch]
-        texts = [
-            t for _, _, found, _ in items if isinstance(found, list) for e in found for t in (e.prompt, e.completion)
-        ]
-        yield items, pool.submit(_tokenized, chat, texts, data.duplicates == "near")
-
-
-def _tokenized(chat: Chat, texts: list[str], sign: bool) -> list[tuple]:
-    """(ids, prompt length, signature) of each prompt and completion."""
-    flat, ends = chat.encode_flat(texts)
-    starts, middles, stops = ends[:-1:2], ends[1::2], ends[2::2]
-    bounds = list(zip(starts.tolist(), middles.tolist(), stops.tolist(), strict=True))
-    signed = signatures([flat[m:b] for _, m, b in bounds]) if sign else [None] * len(bounds)
-    return [(flat[a:b].copy(), m - a, s) for (a, m, b), s in zip(bounds, signed, strict=True)]
-
-
-def _finished(ahead: deque, batches: Iterator, source: Source, compared: list) -> Iterator:
-    count = itertools.count()
-    while ahead:
-        items, tokenizing = ahead.popleft()
-        _go_ahead(ahead, batches)
-        tokenized = iter(tokenizing.result())
-        for number, conversation, found, prompt in items:
-            if isinstance(found, list):
-                rows = [_row(e, *next(tokenized), source, number) for e in found]
-                if (i := next(count)) < 16 or i % 128 == 0:
-                    compared.append((rows[-1], (found[-1].prompt, found[-1].completion)))
-                found = rows
-            yield number, conversation, found, prompt
-
-
-def _render(item, source: Source, chat: Chat, rng):
-    """(conversation, [Example] or Rejected, its prompt's key); the random draw for soft switches is spent on every row."""
-    switch = rng.random() < source.soft_switch
-    if isinstance(item, Rejected):
-        return None, item, None
-    try:
-        conversation = _with_switch(item) if switch and chat.kind == "hybrid" else item
-        found = examples(conversation, source.mode, chat, source.turns)
-        return conversation, found, prompt_key(conversation)
-    except Rejected as rejected:
-        return item, rejected, None
-
-
-def _with_switch(conversation: dict) -> dict:
-    """The same conversation with /think or /no_think, as its last reply is, at the end of the last user turn."""
-    messages = [dict(m) for m in conversation["messages"]]
-    last = max(i for i, m in enumerate(messages) if m["role"] == "assistant")
-    asked = max((i for i, m in enumerate(messages[:last]) if m["role"] == "user"), default=None)
-    if asked is None or SWITCH.search(messages[asked]["content"]):
-        return conversation
-    messages[asked]["content"] += " /think" if messages[last].get("reasoning_content") else " /no_think"
-    return {**conversation, "messages": messages}
-
-
-def _row(example, ids: np.ndarray, prompt_length: int, signature, source: Source, number: int) -> Row:
-    return Row(ids, prompt_length, source.name, example.mode, number, signature=signature)
-
-
-def _hold_out(draw: _Draw, stream, wanted: int, max_seq_length: int, held: set, exact: Duplicates) -> None:
-    """The first `wanted` usable conversations of a source never train, nor does any other row with their prompts."""
-    kept = 0
-    while kept < wanted and (item := next(stream, None)):
-        number, conversation, rows, prompt = item
-        draw.seen += 1
-        draw.numbers.add(number)
-        if isinstance(rows, Rejected):
-            draw.drop(number, rows.reason, rows.detail)
-            continue
-        fitting = [r for r in rows if len(r.ids) <= max_seq_length]
-        if not fitting:
-            draw.drop(number, "too_long", f"{len(rows[-1].ids)} tokens > max_seq_length {max_seq_length}")
-            continue
-        held.add(prompt)
-        exact.seen(prompt, conversation)
-        draw.validation += [replace(r, conversation=conversation) for r in fitting]
-        kept += 1
-
-
-def prompt_key(conversation: dict) -> bytes:
-    """Rows with equal keys ask the same thing: all user turns, case, spacing and typed mode switches aside."""
-    users = [m for m in conversation["messages"] if m["role"] == "user"]
-    return text_key({"messages": [{**m, "content": SWITCH.sub("", m["content"])} for m in users]})
-
-
-@dataclass
-class _Filter:
-    """Decides, row by row, what may train; the reason otherwise."""
-
-    data: Data
-    max_seq_length: int
-    held: set
-    grams: Grams
-    near: NearDuplicates
-    exact: Duplicates
-
-    def reason(self, conversation: dict, rows: list[Row], prompt: bytes, repeated: bool) -> tuple[str, str] | None:
-        longest = max(len(r.ids) for r in rows)
-        if longest > self.max_seq_length:
-            return "too_long", f"{longest} tokens > max_seq_length {self.max_seq_length}"
-        if prompt in self.held:
-            return "validation_prompt", "a held-out row asks the same"
-        if gram := self.grams.shared(conversation):
+    def reason(self, example: Example, row: Row, signature, conversation: dict) -> tuple[str, str] | None:
+        """(reason, detail) of what keeps an example out of training, or None; remembers it if not."""
+        messages = conversation["messages"][: example.turn]
+        key = prompt_key({"messages": messages})
+        if why := self.unusable(row, key):
+            return why
+        if gram := self.grams.shared({"messages": conversation["messages"][: example.turn + 1]}):
             return "contaminated", f"shares 13 words with an evaluation prompt: {gram!r}"
-        if repeated or self.data.duplicates == "keep":
+        asked = "\n".join(m["content"] for m in messages if m["role"] == "user")
+        if earlier := self.near_held.find(row, asked, signature):
+            return "near_validation", f"nearly repeats held-out row {earlier.number} of {earlier.source}"
+        if self.data.duplicates == "keep":
             return None
-        if self.exact.seen(prompt, conversation):
-            return "duplicate", "the same conversation, case and spacing aside"
-        if self.data.duplicates == "near" and self.near.seen([r.signature for r in rows if r.signature is not None]):
-            return "near_duplicate", "nearly the same supervised text as a row before"
+        if earlier := self.exact.find(key, row):
+            return "duplicate", f"repeats row {earlier.number} of {earlier.source}, case and spacing aside"
+        if earlier := self.near.find(row, asked, signature):
+            return "near_duplicate", f"nearly repeats row {earlier.number} of {earlier.source}"
+        self.near.add(row, signature)
         return None
 
 
-def _fill(draw: _Draw, stream, accept: _Filter, unit: str) -> None:
-    """Draw rows until the source's quota is met or it runs dry; a pass after the first repeats rows on purpose."""
-    held_numbers = {r.number for r in draw.validation}
-    for number, conversation, rows, prompt in stream:
-        if draw.amount >= draw.quota:
-            return
-        if number in held_numbers:
-            continue
-        repeated = number in draw.numbers
-        draw.seen += not repeated
-        draw.numbers.add(number)
-        if isinstance(rows, Rejected):
-            if not repeated:
-                draw.drop(number, rows.reason, rows.detail)
-        elif why := accept.reason(conversation, rows, prompt, repeated):
-            if not repeated:
-                draw.drop(number, *why)
-        else:
-            draw.train += rows
-            draw.languages["zh" if CJK.search(conversation["messages"][-1]["content"]) else "other"] += 1
-            draw.amount += sum(r.size(unit) for r in rows)
-    draw.dry = draw.amount < draw.quota
+def _question_prompts(recipe: Recipe) -> list[str]:
+    if not recipe.data.decontaminate:
+        return []
+    found = (
+        c for q in recipe.evaluate.questions for _, c in conversations(q, recipe.data.seed, recipe.data.placeholders)
+    )
+    return [m["content"] for c in found if not isinstance(c, Rejected) for m in c["messages"] if m["role"] == "user"]
 
 
-def _stop_if_rotten(draw: _Draw, limit: float) -> None:
-    malformed = {r: n for r, n in draw.dropped.items() if r not in NOT_MALFORMED}
-    count = sum(malformed.values())
-    if count and count > limit * draw.seen:
-        first = next(q for q in draw.quarantine if q["reason"] in malformed)
-        reasons = ", ".join(f"{r} {n}" for r, n in Counter(malformed).most_common())
-        raise ToolkitError(
-            f"{draw.source.path} ({draw.source.name}): {count} of {draw.seen} rows rejected, more than "
-            f"data.max_rejected={limit:g} allows: {reasons}. First, row {first['row']}: {first['detail']}. "
-            "Mend the rows, or raise data.max_rejected to go on without them"
-        )
-    if not draw.train:
-        raise ToolkitError(
-            f"{draw.source.path} ({draw.source.name}): no row left to train on: {draw.seen} seen, "
-            f"dropped: {dict(draw.dropped) or 'none'}, held out: {len(draw.validation)}"
-        )
+# --- shares ----------------------------------------------------------------------------------------------------------
 
 
-def _balance(draws: list[_Draw], data: Data) -> str | None:
-    """If a source ran dry the whole mix shrinks and keeps its shares; returns the source that limited it."""
-    unit = data.unit
-    possible = {d.source.name: d.amount / d.source.fraction for d in draws}
-    limiting = min(draws, key=lambda d: possible[d.source.name]) if any(d.dry for d in draws) else None
-    total = possible[limiting.source.name] if limiting else data.budget
+def split_count(source: Source) -> tuple[Source, int | None]:
+    """A source without its limit, and the limit: N of `path#N` or `max_rows`."""
+    if (match := re.fullmatch(r"(.+)#(\d+)", source.path)) and not find(source.path):
+        limit = min(int(match[2]), source.max_rows or int(match[2]))
+        return replace(source, path=match[1], max_rows=None), limit
+    return replace(source, max_rows=None), source.max_rows
+
+
+def unit_of(data: Data) -> str:
+    """What the plan is counted in: `data.unit`, or examples where `#N` counts stand in place of fractions."""
+    counted = any(s.fraction is None and split_count(s)[1] for s in data.sources)
+    return "examples" if counted else data.unit
+
+
+def plan(data: Data) -> dict[str, dict]:
+    """Per source: planned share and quota (in `unit_of(data)`, None where they come as they are) and rows held out.
+
+    Every source that takes part holds out at least one row."""
+    counts = [split_count(s)[1] for s in data.sources]
+    quotas, weights = counts, [s.fraction for s in data.sources]
+    if None not in weights:
+        quotas = [data.budget and round(f * data.budget) for f in weights]
+        shares = weights
+    else:
+        shares = [n / sum(counts) for n in counts] if None not in counts else [None] * len(counts)
+        known = [n for n in counts if n] or [1]
+        weights = [n or sum(known) / len(known) for n in counts]
+    held = [
+        max(1, round(data.validation_size * w / sum(weights))) if w and data.validation_size else 0 for w in weights
+    ]
+    return {
+        s.name: {"share": share, "quota": quota, "validation": n}
+        for s, share, quota, n in zip(data.sources, shares, quotas, held, strict=True)
+    }
+
+
+def _balance(draws: list[Draw], data: Data) -> str | None:
+    """Where sources are exhausted, reduce the whole mix and keep its shares; returns the source that limits it."""
+    if draws[0].source.fraction is None:
+        return None
+    short = {draw.source.name: draw.amount / draw.source.fraction for draw in draws if draw.exhausted}
+    limiting = min(short, key=short.get, default=None)
+    total = short[limiting] if limiting else data.budget
     for draw in draws:
-        draw.train = _trim(draw.train, draw.source.fraction * total, unit)
-    return limiting.source.name if limiting else None
+        draw.train = _trim(draw.train, draw.source.fraction * total, data.unit)
+    return limiting
 
 
 def _trim(rows: list[Row], target: float, unit: str) -> list[Row]:
@@ -382,16 +468,17 @@ def shares(rows: list[Row], key=lambda r: r.source) -> dict[str, dict[str, float
     for row in rows:
         for unit in UNITS:
             totals[unit][key(row)] += row.size(unit)
-    return {u: {k: n / max(1, sum(c.values())) for k, n in sorted(c.items())} for u, c in totals.items()}
+    return {u: {k: n / max(1, c.total()) for k, n in sorted(c.items())} for u, c in totals.items()}
 
 
 def _report(recipe, draws, planned, limited_by, fingerprints, chat, rows) -> dict:
-    data = recipe.data
+    data, unit, achieved = recipe.data, unit_of(recipe.data), shares(rows)
+    compared = sum(d.rows_compared for d in draws)
     return {
-        "unit": data.unit,
+        "unit": unit,
         "budget": data.budget,
-        "planned": {name: p["share"] for name, p in planned.items()},
-        "achieved": shares(rows),
+        "planned": {n: achieved[unit][n] if p["share"] is None else p["share"] for n, p in planned.items()},
+        "achieved": achieved,
         "achieved_modes": shares(rows, key=lambda r: r.mode),
         "total": {u: sum(r.size(u) for r in rows) for u in UNITS},
         "limited_by": limited_by,
@@ -399,21 +486,21 @@ def _report(recipe, draws, planned, limited_by, fingerprints, chat, rows) -> dic
         "validation": dict(Counter(f"{r.source}/{r.mode}" for d in draws for r in d.validation)),
         "max_seq_length": recipe.model.max_seq_length,
         "model_kind": chat.kind,
+        "tokenizer": {"name": "fastokens", "rows_compared": compared} if chat.fast else {"name": "tokenizers"},
         "fingerprints": fingerprints,
-        "warnings": lint(recipe, chat, rows),
     }
 
 
-def _source_report(draw: _Draw) -> dict:
+def _source_report(draw: Draw) -> dict:
     rows = draw.train
     lengths = [len(r.ids) for r in rows]
     return {
         "mode": draw.source.mode,
         "modes": dict(Counter(r.mode for r in rows)),
-        "languages": dict(draw.languages),
+        "rows_asked": draw.count,
         "rows_seen": draw.seen,
         "rows_kept": len(rows),
-        "rows_repeated": len(rows) - len({(r.number, r.prompt_length, len(r.ids)) for r in rows}),
+        "rows_repeated": len(rows) - len(set(map(id, rows))),
         "rows_held_out": len(draw.validation),
         "dropped": dict(draw.dropped.most_common()),
         "tokens": sum(lengths),
@@ -422,50 +509,69 @@ def _source_report(draw: _Draw) -> dict:
     }
 
 
-def _difference(chat: Chat, compared: list) -> str | None:
-    """The first of the rows to compare, (row, its texts), whose ids are not Hugging Face's; None when all are."""
-    found = iter(chat.encode_reference([t for _, texts in compared for t in texts]))
-    for row, _ in compared:
-        if row.ids.tolist() != next(found) + next(found):
-            return f"fastokens gives other ids for row {row.number} of {row.source}"
-    return None
-
-
-def _question_prompts(recipe: Recipe) -> list[str]:
-    found = (
-        c for q in recipe.evaluate.questions for _, c in conversations(q, recipe.data.seed, recipe.data.placeholders)
+def _check_shares(report: dict, draws: list[Draw]) -> None:
+    if draws[0].source.fraction is None:
+        return  # counts are the mix: what a source lacks of its own is in the report
+    unit, total = report["unit"], max(1, report["total"][report["unit"]])
+    off = {n: report["achieved"][unit].get(n, 0.0) - share for n, share in report["planned"].items()}
+    name = max(off, key=lambda n: abs(off[n]))
+    if abs(off[name]) <= TOLERANCE:
+        return
+    limit = report["limited_by"]
+    fix = f"Add rows to {limit}, which is exhausted, or lower its fraction" if limit else "Raise data.budget"
+    raise ToolkitError(
+        f"data.sources: {name}: planned {report['planned'][name]:.1%} of {unit}, achieved "
+        f"{report['planned'][name] + off[name]:.1%}: a mix of {total:,} {unit} is too small for rows of this length. {fix}"
     )
-    return [m["content"] for c in found if not isinstance(c, Rejected) for m in c["messages"] if m["role"] == "user"]
 
 
-def _check(report: dict, data: Data) -> None:
-    for name, planned in report["planned"].items():
-        achieved = report["achieved"][data.unit].get(name, 0.0)
-        if abs(achieved - planned) > TOLERANCE:
-            size = report["total"][data.unit]
-            raise ToolkitError(
-                f"data.sources {name}: planned {planned:.1%} of {data.unit}, achieved {achieved:.1%}: a mix of {size} "
-                f"{data.unit} is too small for rows of this length. Raise data.budget or data.max_rows, or add rows"
-            )
+# --- the cache -------------------------------------------------------------------------------------------------------
 
 
-def _write(folder: Path, train: list[Row], validation: list[Row], report: dict, draws: list[_Draw]) -> None:
-    """All files of a compiled mix; mix.json last, so that a folder with it is whole."""
+def cache_folder() -> Path:
+    """Where compiled mixes lie."""
+    return outputs() / ".mixes"
+
+
+def _key(recipe: Recipe, chat: Chat, fingerprints: dict) -> str:
+    code = [f.read_bytes() for name in CACHE_KEY_FILES for f in sorted(Path(__file__).parent.glob(name))]
+    decides = {
+        "data": asdict(recipe.data),
+        "questions": [asdict(q) for q in recipe.evaluate.questions],
+        "max_seq_length": recipe.model.max_seq_length,
+        "tokenizer": hashlib.sha256(f"{chat.json}{chat.template_text}{chat.tokens}".encode()).hexdigest(),
+        "sources": fingerprints,
+        "code": hashlib.sha256(b"".join(code)).hexdigest(),
+    }
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a cached mix is there with every byte as it was written."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_rows(folder / "train.npz", train)
-        _write_rows(folder / "validation.npz", validation)
-        with open(folder / "validation.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(r.conversation, ensure_ascii=False) + "\n" for r in validation)
-        with open(folder / "quarantine.jsonl", "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(q, ensure_ascii=False) + "\n" for d in draws for q in d.quarantine)
-        partial = folder / "mix.json.partial"
-        partial.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
-        partial.replace(folder / "mix.json")
+        sums = read_json(folder / CHECKSUMS)
+        return all(sums.get(name) == sha256(folder / name) for name in FILES)
+    except (ToolkitError, OSError):
+        return False
+
+
+def _write(folder: Path, train: list[Row], validation: list[Row], report: dict, draws: list[Draw]) -> None:
+    """All files of a compiled mix, in a new folder that then takes the place of an old one. The caller holds the lock."""
+    new = folder.with_name(f"{folder.name}.partial")
+    try:
+        shutil.rmtree(new, ignore_errors=True)  # a killed process left it
+        new.mkdir(parents=True)
+        _write_rows(new / "train.npz", train)
+        _write_rows(new / "validation.npz", validation)
+        write_jsonl(new / "validation.jsonl", (r.conversation for r in validation))
+        write_jsonl(new / "quarantine.jsonl", (entry for draw in draws for entry in draw.quarantine))
+        write_json(new / "mix.json", report)
+        write_json(new / CHECKSUMS, {name: sha256(new / name) for name in FILES})
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.rename(folder)
     except OSError as error:
-        raise ToolkitError(
-            f"{folder}: the compiled mix could not be written ({error.strerror}): free some space"
-        ) from error
+        raise write_error(folder, error) from error
 
 
 def _write_rows(file: Path, rows: list[Row]) -> None:
@@ -482,21 +588,41 @@ def _write_rows(file: Path, rows: list[Row]) -> None:
 
 def read(folder: Path) -> Mix:
     """A compiled mix from its folder; training rows come without their conversation, which only validation needs."""
-    conversations_ = [
-        json.loads(line) for line in (folder / "validation.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-    quarantine = [json.loads(line) for line in (folder / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
-    report = json.loads((folder / "mix.json").read_text(encoding="utf-8"))
-    validation = _read_rows(folder / "validation.npz", conversations_)
-    return Mix(_read_rows(folder / "train.npz", None), validation, report, quarantine, folder)
+    told = read_jsonl(folder / "validation.jsonl")
+    validation = [replace(r, conversation=c) for r, c in zip(_read_rows(folder / "validation.npz"), told, strict=True)]
+    report, quarantine = read_json(folder / "mix.json"), read_jsonl(folder / "quarantine.jsonl")
+    return Mix(_read_rows(folder / "train.npz"), validation, report, quarantine, folder)
 
 
-def _read_rows(file: Path, found: list[dict] | None) -> list[Row]:
+def _read_rows(file: Path) -> list[Row]:
     with np.load(file) as arrays:
-        ids, lengths = arrays["ids"], arrays["lengths"]
-        columns = zip(*(arrays[k].tolist() for k in ("prompt_lengths", "sources", "modes", "numbers")), strict=True)
-        starts = np.concatenate([[0], np.cumsum(lengths)]).tolist()
-    return [
-        Row(ids[starts[i] : starts[i + 1]], prompt, source, mode, number, found[i] if found else {})
-        for i, (prompt, source, mode, number) in enumerate(columns)
-    ]
+        parts = np.split(arrays["ids"], np.cumsum(arrays["lengths"])[:-1]) if len(arrays["lengths"]) else []
+        columns = (arrays[name].tolist() for name in ("prompt_lengths", "sources", "modes", "numbers"))
+        return [Row(*values) for values in zip(parts, *columns, strict=True)]
+
+
+# --- for a trainer ---------------------------------------------------------------------------------------------------
+
+
+def dataset(rows: list[Row]):
+    """A datasets.Dataset of input_ids and labels (-100 on the prompt), without a copy of the ids."""
+    import datasets
+    import pyarrow as pa
+
+    lengths = np.array([len(r.ids) for r in rows])
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32() if lengths.sum() < 2**31 else pa.int64())
+    kind = pa.ListArray if offsets.type == pa.int32() else pa.LargeListArray
+    flat = {"input_ids": [r.ids for r in rows], "labels": [r.labels for r in rows]}
+    columns = {name: np.concatenate(parts).astype(np.int32) for name, parts in flat.items()}
+    made = datasets.Dataset(pa.table({n: kind.from_arrays(offsets, pa.array(ids)) for n, ids in columns.items()}))
+    # Unsloth's sign that no row needs cutting: without it, rows that hold ids are padded on a GPU
+    made._unsloth_truncated_to = int(lengths.max())
+    return made
+
+
+def datasets_by_source(rows: list[Row]) -> dict:
+    """One dataset per source/mode among held-out rows."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(f"{row.source}/{row.mode}", []).append(row)
+    return {name: dataset(group) for name, group in sorted(groups.items())}

@@ -1,6 +1,6 @@
 """What a notebook needs beside the pipeline: a choice by what is there, live curves, replies side by side.
 
-path, *overrides = pick("data_recipes/quickstart.yaml", "data_recipes/pocket.yaml"); picture(show.figure(mixed))
+path, *overrides = pick("data_recipes/quickstart.yaml", "data_recipes/pocket.yaml"); picture(show.mix_figure(mixed))
 """
 
 import contextlib
@@ -20,8 +20,8 @@ import rich.jupyter
 from toolkit import recipe as recipes
 from toolkit.family import mode_title
 from toolkit.files import outputs, read_json
-from toolkit.labels import THOUGHT, cell
 from toolkit.recipe import Recipe
+from toolkit.show import SHOWN, cell
 
 Said = namedtuple("Said", "reasoning answer")
 """What a model said: the two fields of generate.py's `Reply` that are shown."""
@@ -120,14 +120,14 @@ def live(recipe: Recipe):
     """While the block trains `recipe`, its curves grow below the cell; afterwards they stay. An interrupt ends both."""
     from IPython.display import HTML, Image, display
 
-    from toolkit import pictures
+    from toolkit import show
 
     folder, over = outputs() / recipe.name, threading.Event()
     handle = display(HTML("<i>the curves appear with the first logged steps</i>"), display_id=True)
 
     def draw() -> None:
-        if pictures.logged(folder):
-            handle.update(Image(png(pictures.curves(folder))))
+        if show.logged(folder):
+            handle.update(Image(png(show.curves(folder))))
 
     def follow() -> None:
         while not over.wait(REFRESH):
@@ -160,7 +160,7 @@ def side_by_side(rows: Sequence[dict]):
 
 
 def _reply(reply) -> str:
-    thought = f"<span style='color:{THOUGHT}'>{escape(reply.reasoning)}</span><br>" if reply.reasoning else ""
+    thought = f"<span style='{SHOWN}'>{escape(reply.reasoning)}</span><br>" if reply.reasoning else ""
     return thought + (escape(reply.answer) or "<i>(no answer)</i>")
 
 

@@ -1,29 +1,33 @@
-"""A conversation becomes token ids and labels, by the model's own chat template.
+"""A conversation becomes prompt and completion, and those token ids, by the model's own chat template and tokenizer.
 
-chat = load_chat("pocket"); [(prompt, completion)] = examples(conversation, "thinking", chat)
+from toolkit.render import load_chat, examples; examples({"messages": messages}, "auto", load_chat("pocket"))
 """
 
 import functools
 import itertools
 import json
+import os
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import jinja2
 import jinja2.ext
 import jinja2.runtime
 import jinja2.sandbox
-import jinja2.utils
 import numpy as np
 
-from toolkit.files import POCKET, ToolkitError, find
+from toolkit.family import SWITCH, family_of, kind_of
+from toolkit.files import POCKET, ToolkitError, find, read_json
 from toolkit.sources import Rejected
 
-SWITCH = re.compile(r"(?<!\S)/(no_think|think)(?!\S)")
-DICT_ATTRIBUTES = frozenset(dir(dict))
-PLAIN = (str, jinja2.runtime.LoopContext, jinja2.utils.Namespace)
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
 PROBE = [{"role": "user", "content": "probe"}]
+REPLY = "probe-reply"
+SCRIPT_SETTINGS = re.compile(r'"(truncation|padding)"\s*:\s*{(?:[^{}]|{[^{}]*})*}')
+TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+"""What code in a template can raise: its own raise_exception, and Python's errors on a row it was not written for."""
 
 
 class Chat:
@@ -33,18 +37,18 @@ class Chat:
     (tests/test_render.py; `mix` compares ids again on a sample of every run's own rows).
     """
 
-    def __init__(self, folder: Path, name: str):
-        self.name = name
-        self.distrust: str | None = None
-        """What went wrong with the fast tokenizer, after which `encode` uses Hugging Face's."""
-        self.json = (folder / "tokenizer.json").read_text(encoding="utf-8")
-        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
-        self.template_text = _template_text(folder, settings)
-        self.eos = _token_text(settings.get("eos_token"))
-        self.pad = _token_text(settings.get("pad_token"))
-        self._variables = {
-            k: _token_text(settings.get(k)) for k in ("bos_token", "eos_token", "pad_token", "unk_token")
-        }
+    def __init__(
+        self, name: str, tokenizer_json: str, template: str | None, tokens: dict, model_type: str | None = None
+    ):
+        # Some checkpoints keep a training script's truncation and padding here, which would cut rows
+        head, key, rest = tokenizer_json.partition('"added_tokens"')
+        self.json = SCRIPT_SETTINGS.sub(r'"\1": null', head) + key + rest
+        self.name, self.template_text, self.tokens = name, template, tokens
+        """`tokens`: bos_token, eos_token, pad_token and unk_token, as the template sees them."""
+        self.fallback_reason: str | None = None
+        """Why `encode` uses Hugging Face's tokenizer instead of the fast one."""
+        self.switches = model_type is None or family_of(model_type).switches
+        """Whether /think and /no_think in a user turn mean something; taken for granted where the family is unknown."""
 
     @functools.cached_property
     def _template(self) -> jinja2.Template:
@@ -53,34 +57,82 @@ class Chat:
                 f"{self.name}: has no chat template: a base model cannot hold a conversation. Choose an instruct or "
                 "hybrid model (e.g. unsloth/Qwen3-4B), or save a chat_template.jinja beside its tokenizer.json"
             )
-        template = _environment().from_string(self.template_text)
-        shown = [template.render(messages=PROBE, add_generation_prompt=p, **self._variables) for p in (True, False)]
-        if shown[0] == shown[1]:
+        try:
+            return _environment().from_string(self.template_text)
+        except jinja2.TemplateSyntaxError as error:
+            raise ToolkitError(f"{self.name}: chat_template.jinja, line {error.lineno}: {error.message}") from error
+
+    def render(self, messages, tools=None, enable_thinking=None, add_generation_prompt=True) -> str:
+        """The text a model sees, as `apply_chat_template` gives it; `enable_thinking=None` leaves the switch out.
+
+        Raises Rejected with the template's own words where it refuses the messages."""
+        switch = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        values = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        try:
+            return self._template.render(values | self.tokens | switch)
+        except ToolkitError:
+            raise
+        except TEMPLATE_ERRORS as error:
+            raise Rejected("template_error", f"the chat template of {self.name} refuses it: {error}") from error
+
+    def _probe(self, messages, **values) -> str:
+        try:
+            return self.render(messages, **values)
+        except Rejected as error:
+            raise ToolkitError(f"{self.name}: its chat template fails on a plain question: {error.detail}") from error
+
+    @functools.cached_property
+    def kind(self) -> str:
+        """hybrid, thinking_only, instruct or base: found by rendering the template, not by the model's name."""
+        return "base" if self.template_text is None else kind_of(self._probe)
+
+    @functools.cached_property
+    def end(self) -> str:
+        """The token that ends a turn: the first that the template writes after a reply (Llama 3: <|eot_id|>).
+
+        Raises ToolkitError for a template that does not mark where a reply begins or ends, and where the tokenizer lacks
+        the token: both make a model that never stops, which is seen only after training."""
+        if self._probe(PROBE) == self._probe(PROBE, add_generation_prompt=False):
             raise ToolkitError(
                 f"{self.name}: its chat template has no generation prompt (add_generation_prompt changes nothing), so "
                 "a reply cannot be told from its header. Use the model's official template: chat_template.jinja"
             )
-        return template
+        turn = [*PROBE, {"role": "assistant", "content": REPLY}]
+        _, reply, after = self._probe(turn, add_generation_prompt=False).rpartition(REPLY)
+        for known in (self._special, list(_added_tokens(self.json))):
+            if reply and (found := [token for token in known if token in after]):
+                return min(found, key=after.index)
+        if not reply:
+            fault = "leaves out a reply that is plain text: it was written for another kind of model"
+        elif not after.strip():
+            fault = "writes nothing after a reply: the model would never stop"
+        else:
+            fault = f"ends a reply with {after.strip()!r}, which is no token of its tokenizer.json: the model would never stop"
+        raise ToolkitError(
+            f"{self.name}: its chat template {fault}. Take tokenizer.json and chat_template.jinja from the same instruct model"
+        )
+
+    @functools.cached_property
+    def _special(self) -> list[str]:
+        return [token for token, special in _added_tokens(self.json).items() if special]
+
+    @functools.cached_property
+    def special(self) -> re.Pattern:
+        """Matches the tokenizer's special tokens, which it reads as structure wherever they stand."""
+        return re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)")
 
     @property
     def fast(self):
-        """fastokens' tokenizer: the same ids several times sooner. None where it cannot be had."""
-        return None if self.distrust else _fast(self.json)
+        """fastokens' tokenizer: the same ids several times sooner. None where it cannot be used."""
+        return None if self.fallback_reason else _fast(self.json)
 
     @property
     def reference(self):
-        """Hugging Face's tokenizer: what `fast` is held against."""
+        """Hugging Face's tokenizer: what `fast` is compared with."""
         return _reference(self.json)
 
-    def render(self, messages, tools=None, enable_thinking=None, add_generation_prompt=True) -> str:
-        """The text a model sees, as `apply_chat_template` gives it; `enable_thinking=None` leaves the switch out."""
-        switch = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        return self._template.render(
-            messages=messages, tools=tools, add_generation_prompt=add_generation_prompt, **self._variables, **switch
-        )
-
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of each text, control tokens recognised, nothing added."""
+        """Token ids of each text, special tokens recognised, nothing added."""
         ids, ends = self.encode_flat(texts)
         return [ids[a:b].tolist() for a, b in itertools.pairwise(ends.tolist())]
 
@@ -98,18 +150,8 @@ class Chat:
         return [e.ids for e in self.reference.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids) -> str:
-        """Text of token ids, control tokens included."""
+        """Text of token ids, special tokens included."""
         return self.reference.decode(list(ids), skip_special_tokens=False)
-
-    @functools.cached_property
-    def kind(self) -> str:
-        """hybrid, thinking_only, instruct or base: found by rendering the template, not by the model's name."""
-        if self.template_text is None:
-            return "base"
-        on, off = (self.render(PROBE, enable_thinking=t) for t in (True, False))
-        if on != off:
-            return "hybrid"
-        return "thinking_only" if re.search(r"<think>\s*$", on) else "instruct"
 
 
 @functools.lru_cache(maxsize=1)
@@ -140,13 +182,12 @@ def _reference(tokenizer_json: str):
     return tokenizers.Tokenizer.from_str(tokenizer_json)
 
 
-@dataclass(frozen=True)
-class Example:
-    """One supervised turn as text: labels are `completion`, nothing else."""
-
-    prompt: str
-    completion: str
-    mode: str
+@functools.lru_cache(maxsize=1)
+def _added_tokens(tokenizer_json: str) -> dict[str, bool]:
+    """{added token: whether it is special}; only this list is parsed, as the whole file takes half a second."""
+    start = re.search(r'"added_tokens"\s*:\s*(?=\[)', tokenizer_json)
+    found = json.JSONDecoder().raw_decode(tokenizer_json, start.end())[0] if start else []
+    return {token["content"]: token["special"] for token in found}
 
 
 def load_chat(model_name: str, revision: str | None = None) -> Chat:
@@ -154,53 +195,121 @@ def load_chat(model_name: str, revision: str | None = None) -> Chat:
     folder = POCKET if model_name == "pocket" else find(model_name)
     if folder is None:
         folder = _download(model_name, revision)
-    missing = [f for f in ("tokenizer.json", "tokenizer_config.json") if not (folder / f).is_file()]
+    missing = [name for name in FILES[:2] if not (folder / name).is_file()]
     if missing:
         raise ToolkitError(f"{model_name}: {' and '.join(missing)} not found: expected a model folder or a Hub name")
-    return Chat(folder, model_name)
+    settings, file = read_json(folder / FILES[1]), folder / FILES[2]
+    template = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    if isinstance(template, list):  # several templates by name, as some checkpoints of 2024 have
+        template = {t["name"]: t["template"] for t in template}["default"]
+    model_type = read_json(folder / FILES[3]).get("model_type") if (folder / FILES[3]).is_file() else None
+    return Chat(model_name, (folder / FILES[0]).read_text(encoding="utf-8"), template, _tokens(settings), model_type)
+
+
+def chat_of(tokenizer) -> Chat:
+    """The same from a loaded transformers tokenizer, so that a mix is rendered by the very template a model trains with."""
+    names = ("bos_token", "eos_token", "pad_token", "unk_token")
+    tokens = {name: getattr(tokenizer, name) for name in names}
+    return Chat(tokenizer.name_or_path, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokens)
+
+
+def _tokens(settings: dict) -> dict[str, str | None]:
+    found = {name: settings.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    return {name: token["content"] if isinstance(token, dict) else token for name, token in found.items()}
+
+
+def _download(model_name: str, revision: str | None) -> Path:
+    """The tokenizer's few files from the Hub or its local cache."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model_name, revision=revision, allow_patterns=list(FILES)))
+    except Exception as error:  # the Hub library raises many kinds; to the reader they are one
+        raise ToolkitError(
+            f"{model_name}: no such folder here, and the Hub did not give it ({type(error).__name__}). "
+            "Check the name or the network, or set model.model_name to a local folder or to pocket"
+        ) from error
+
+
+# --- the label rule --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """One supervised turn as text: labels are `completion`, nothing else."""
+
+    prompt: str
+    completion: str
+    mode: str
+    turn: int
+    """Index of the supervised message in its conversation."""
 
 
 def examples(conversation: dict, mode: str, chat: Chat, turns: str = "last") -> list[Example]:
     """The label rule: for each supervised assistant turn, the prompt inference shows and the completion it must give.
 
-    `mode` is thinking, non_thinking or auto (a turn with reasoning is thinking). Raises Rejected when a turn cannot be
-    supervised: no reasoning in thinking mode, reasoning in non-thinking mode, or a template whose full rendering does
-    not continue the prompt.
+    `mode` is thinking, non_thinking or auto (a turn with reasoning is thinking); `turns` is last or each. Raises
+    Rejected when a turn cannot be supervised: reasoning where `mode` or the model has none, no reasoning where `mode`
+    asks for it, special tokens in the text, or a rendering that loses text or does not continue the prompt.
     """
-    messages = conversation["messages"]
+    messages, tools = conversation["messages"], conversation.get("tools")
+    texts = [m.get(key, "") for m in messages for key in ("content", "reasoning_content")]
+    calls = [m["tool_calls"] for m in messages if m.get("tool_calls")]
+    if hit := chat.special.search("\n".join(texts) + str([tools, *calls] if tools or calls else "")):
+        raise Rejected("control_token", f"the text holds {hit.group()!r}, which {chat.name} reads as structure")
     positions = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-    if turns == "last":
-        positions = positions[-1:]
-    return [
-        _example(messages, t, _turn_mode(messages[t], mode, chat), conversation.get("tools"), chat) for t in positions
-    ]
+    positions = positions[-1:] if turns == "last" else positions
+    return [_example(messages, t, _turn_mode(messages[t], mode, chat), tools, chat) for t in positions]
 
 
 def _turn_mode(message: dict, mode: str, chat: Chat) -> str:
     reasoned = bool(message.get("reasoning_content"))
     if mode == "thinking" and not reasoned:
         raise Rejected(
-            "no_reasoning", "mode is thinking, but the reply has no reasoning: it would teach an empty think block"
+            "no_reasoning",
+            "mode is thinking, but the reply has no reasoning: it would teach an empty think block. "
+            "Set mode: non_thinking (or auto), or use rows with reasoning",
         )
     if mode == "non_thinking" and reasoned:
         raise Rejected(
             "reasoning_in_non_thinking", "mode is non_thinking, but the reply has reasoning: set mode: auto or thinking"
         )
     if reasoned and chat.kind == "instruct":
-        raise Rejected("no_thinking_mode", f"{chat.name} has no thinking mode, but the reply has reasoning")
+        raise Rejected("no_thinking_mode", f"the reply has reasoning, but {chat.name} has no thinking mode (instruct)")
     return "thinking" if reasoned else "non_thinking"
 
 
 def _example(messages: list, t: int, mode: str, tools, chat: Chat) -> Example:
-    thinking = mode == "thinking" or last_switch(messages[:t]) == "no_think"
+    # After /no_think Qwen3 writes the empty block itself: inference shows the prompt of thinking mode, so it is taught
+    thinking = mode == "thinking" or (chat.switches and last_switch(messages[:t]) == "no_think")
     prompt = chat.render(messages[:t], tools, thinking)
     full = chat.render(messages[: t + 1], tools, thinking, add_generation_prompt=False)
+    _check_shown(messages[:t], prompt)
     if not full.startswith(prompt):
         raise Rejected("template_mismatch", _difference(prompt, full))
-    end = full.rfind(chat.eos)
+    _check_taught(messages[t], full[len(prompt) :])
+    end = full.rfind(chat.end)
     if end < len(prompt):
-        raise Rejected("no_end_of_turn", f"the template does not close the reply with {chat.eos!r}")
-    return Example(prompt, full[len(prompt) : end + len(chat.eos)], mode)
+        raise Rejected("no_end_of_turn", f"the template does not close the reply with {chat.end!r}")
+    return Example(prompt, full[len(prompt) : end + len(chat.end)], mode, t)
+
+
+def _check_shown(messages: list, prompt: str) -> None:
+    """Templates for images drop text that is not a list of parts, and say nothing."""
+    for message in messages:
+        if message["role"] in {"system", "user"} and message["content"].strip() not in prompt:
+            text = message["content"][:60]
+            raise Rejected("text_lost", f"the chat template leaves out the {message['role']} turn {text!r}")
+
+
+def _check_taught(reply: dict, completion: str) -> None:
+    """Some templates drop reasoning, or the answer beside a tool call."""
+    for key, what in (("content", "answer"), ("reasoning_content", "reasoning")):
+        if (text := reply.get(key, "").strip()) not in completion:
+            raise Rejected(f"{what}_lost", f"the chat template leaves out the {what} {text[:60]!r}")
+    for call in reply.get("tool_calls", ()):
+        if call["function"]["name"] not in completion:
+            raise Rejected("call_lost", f"the chat template leaves out the call of {call['function']['name']!r}")
 
 
 def last_switch(messages: list) -> str | None:
@@ -210,34 +319,14 @@ def last_switch(messages: list) -> str | None:
 
 
 def _difference(prompt: str, full: str) -> str:
-    at = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), min(len(prompt), len(full)))
+    at = len(os.path.commonprefix([prompt, full]))  # noqa: RUF071 - it is character by character that is wanted
     return f"the reply does not continue the prompt: prompt has {prompt[at : at + 40]!r} where it has {full[at : at + 40]!r}"
 
 
-def _download(model_name: str, revision: str | None) -> Path:
-    """The tokenizer's few files from the Hub or its local cache."""
-    from huggingface_hub import snapshot_download
+# --- Jinja as transformers sets it up (transformers/utils/chat_template_utils.py) --------------------------------------
 
-    files = ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
-    try:
-        return Path(snapshot_download(model_name, revision=revision, allow_patterns=files))
-    except Exception as error:  # the Hub library raises many kinds; to the user they are one: it cannot be had
-        raise ToolkitError(
-            f"{model_name}: no such folder here, and the Hub did not give it ({type(error).__name__}). "
-            "Check the name or the network, or set model.model_name to a local folder or to pocket"
-        ) from error
-
-
-def _template_text(folder: Path, settings: dict) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
-    return {t["name"]: t["template"] for t in template}["default"] if isinstance(template, list) else template
-
-
-def _token_text(token) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
+DICT_ATTRIBUTES = frozenset(dir(dict))
+PLAIN = (str, jinja2.runtime.LoopContext, jinja2.utils.Namespace)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -267,11 +356,9 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
 
 def _environment() -> jinja2.Environment:
-    """Jinja as transformers sets it up for chat templates (transformers/utils/chat_template_utils.py)."""
     env = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     env.filters["tojson"] = _tojson
-    env.globals["raise_exception"] = _raise
-    env.globals["strftime_now"] = _strftime_now
+    env.globals |= {"raise_exception": _raise, "strftime_now": lambda pattern: datetime.now().strftime(pattern)}
     return env
 
 
@@ -281,9 +368,3 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
 
 def _raise(message: str):
     raise jinja2.exceptions.TemplateError(message)
-
-
-def _strftime_now(pattern: str) -> str:
-    from datetime import datetime
-
-    return datetime.now().strftime(pattern)

@@ -69,13 +69,16 @@ def resolve(recipe: Recipe, console) -> Recipe:
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, model_name=name))
 
 
-def compile_mix(recipe: Recipe, console=None, *, fresh: bool = False):
-    """The recipe's mix, shown: shares planned and achieved, drops by reason, warnings."""
+def compile_mix(recipe: Recipe, console=None, *, fresh: bool = False, next_command: str = ""):
+    """The recipe's mix, shown: a verdict, shares planned and achieved, drops by reason, warnings."""
     from toolkit import mix, show
 
     console = console or default_console()
     mixed = mix.compile_mix(recipe, fresh=fresh)
-    console.print(show.table(mixed.report))
+    console.print(show.verdict(mixed.report), style="bold")
+    if next_command:
+        console.print(f"next: {next_command}", markup=False)
+    console.print(show.mix_table(mixed.report, console.width))
     for note in show.notes(mixed.report):
         console.print(f"· {note}", style="yellow" if note.startswith("warning") else None)
     return mixed

@@ -205,6 +205,7 @@ def _put_table(key: str, rows: Sequence[dict]) -> None:
 def _log_mix(mixed: Mix, folder: Path) -> None:
     """The mix as a table (one row per source) and as a picture."""
     import wandb
+
     from toolkit import show
 
     if _run is None:
@@ -216,7 +217,7 @@ def _log_mix(mixed: Mix, folder: Path) -> None:
         for name, source in report["sources"].items()
     ]
     _put_table("mix/shares", rows)
-    show.figure(mixed).savefig(folder / "mix.png", dpi=120)
+    show.mix_figure(mixed).savefig(folder / "mix.png", dpi=120)
     _run.log({"mix/picture": wandb.Image(str(folder / "mix.png"))})
 
 
