@@ -420,15 +420,6 @@ def test_the_table_names_every_size_and_card():
         assert word in text
 
 
-def test_the_figure_stacks_to_each_phase_total():
-    found = fit.forecast(Settings(), "8B")
-    axes = fit.figure(found, fit.usable_vram(12)).axes[0]
-    ends = {}
-    for bar in axes.patches:
-        ends[round(bar.get_y(), 3)] = max(ends.get(round(bar.get_y(), 3), 0), bar.get_x() + bar.get_width())
-    assert sorted(ends.values()) == pytest.approx(sorted(found.total(p) / GIB for p in found.phases))
-
-
 def test_a_forecast_takes_milliseconds_and_imports_nothing_heavy():
     code = "import toolkit.fit, sys; print({'torch', 'numpy', 'rich', 'matplotlib', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)

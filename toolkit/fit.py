@@ -645,22 +645,3 @@ def show_table(plan: Settings | None = None, console=None) -> None:
     for size, row in rooms.items():
         shown.add_row(size, *(cell(*room) for room in row.values()))
     (console or Console()).print(shown)
-
-
-def figure(planned: Forecast, vram: int):
-    """Every phase as a stacked bar, the card as a red line: a matplotlib figure."""
-    from matplotlib.figure import Figure
-
-    drawn = Figure(figsize=(8, 3), layout="constrained")
-    axes = drawn.subplots()
-    ends = [0.0] * len(planned.phases)
-    for name, column in COLUMNS.items():
-        sizes = [sum(parts.get(part, 0) for part in column) / GIB for parts in planned.phases.values()]
-        axes.barh(list(planned.phases), sizes, left=ends, label=name)
-        ends = [end + size for end, size in zip(ends, sizes, strict=True)]
-    axes.axvline(vram / GIB, color="red")
-    axes.invert_yaxis()
-    axes.set_xlabel("GiB")
-    axes.set_title(f"{planned.shape.name} on {vram / GIB:.1f} GiB", loc="left")
-    drawn.legend(loc="outside right upper", fontsize="small")
-    return drawn
