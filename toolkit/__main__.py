@@ -325,6 +325,27 @@ def compare(args):
 
 
 @verb(
+    arg("first", type=Path, help="a run's folder, or its name under outputs/"), arg("second", type=Path, help="another")
+)
+def diff(args):
+    """Two runs: in words, what differed between them and what it did to the scores."""
+    from toolkit import compare
+
+    for line in compare.difference_report(*(p if p.is_dir() else outputs() / p for p in (args.first, args.second))):
+        console().print(line, markup=False)
+
+
+@verb(RUN)
+def reproduce(args):
+    """Train a run again from its folder alone, and say whether it is equal; exit 1 when it is not."""
+    from toolkit.reproduce import reproduce
+
+    lines = reproduce(args.run, console())
+    console().print("\n".join(lines), markup=False)
+    return 0 if lines[0].startswith("equal") else 1
+
+
+@verb(
     *RECIPE,
     arg("--prompts", metavar="FILE", help="rows to answer; default: the recipe's own that it does not train on"),
     arg("--count", type=int, default=100, help="rows to keep, half of them in each mode"),

@@ -36,8 +36,8 @@ BATCH_KEYS = ("train.per_device_train_batch_size", "train.gradient_accumulation_
 FRACTION = re.compile(r"data\.sources\.(\d+)\.fraction")
 MAX_ATTEMPTS, LOG_TAIL_LINES, POLL_SECONDS, PLAIN_SECONDS = 2, 15, 1.0, 30.0
 """Attempts at a run; lines of a failed run's log that are shown; seconds between looks at a run, and between lines in a pipe."""
-TRAINING_PART = 0.7
-"""Of a run's time, about what training takes; the rest is loading and evaluation."""
+EVALUATION_PART = 0.4
+"""What evaluation takes at the end of a run, as a part of its training time, about."""
 
 
 @dataclass(frozen=True)
@@ -411,31 +411,35 @@ def _started(command: list[str], log: Path, group: str) -> Iterator[subprocess.P
 def _watch(process: subprocess.Popen, run: Planned, log: Path, console, seconds: list[float], left: int) -> None:
     """Show what the run's process says and the time left for it and for the sweep, until it ends."""
     began = printed = time.monotonic()
+    first: tuple[float, float] | None = None  # when the first step was seen: what came before is loading
     with console.status(f"{run.name}: starting") as status:
         while process.poll() is None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(POLL_SECONDS)
-            elapsed = time.monotonic() - began
-            each = sum(seconds) / len(seconds) if seconds else _expected(run, elapsed)
+            elapsed, done = time.monotonic() - began, _steps_done(run) / run.steps
+            first = first or ((elapsed, done) if done else None)
+            each = sum(seconds) / len(seconds) if seconds else None
+            if not each and first and done > first[1]:
+                training = (elapsed - first[0]) / (done - first[1])
+                each = elapsed + training * (1 - done + EVALUATION_PART)
             said = log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
-            parts = [f"{run.name} ({left} left)", said[:100]]
-            if each:
-                parts.insert(1, f"{_clock(each - elapsed)} left for this run, {_clock(each * left - elapsed)} for all")
-            status.update("; ".join(filter(None, parts)))
+            times = (
+                f"{_clock(each - elapsed)} left for this run, {_clock(each * left - elapsed)} for all" if each else ""
+            )
+            text = "; ".join(filter(None, (f"{run.name} ({left} left)", times, said[:100])))
+            status.update(text)
             if not console.is_terminal and time.monotonic() - printed >= PLAIN_SECONDS:
                 printed = time.monotonic()
-                console.print("; ".join(filter(None, parts)), markup=False)
+                console.print(text, markup=False)
 
 
-def _expected(run: Planned, elapsed: float) -> float | None:
-    """Seconds that a run will take in all, from the steps it has logged; None while there are too few."""
+def _steps_done(run: Planned) -> int:
     metrics = outputs() / run.name / "metrics.jsonl"
     try:
         rows = read_jsonl(metrics) if metrics.is_file() else []
     except ToolkitError:  # being rewritten just now
-        return None
-    done = rows[-1].get("step", 0) / run.steps if rows else 0.0
-    return elapsed / done / TRAINING_PART if done > 0.05 else None
+        return 0
+    return rows[-1].get("step", 0) if rows else 0
 
 
 def _clock(seconds: float) -> str:
