@@ -171,12 +171,11 @@ def test_a_source_with_rows_of_both_modes_counts_by_its_rows(tmp_path):
     assert compare([run]).points[0].shares["tokens"] == 0.3
 
 
-def test_an_eval_file_without_values_per_question_is_compared_by_its_intervals(tmp_path):
-    runs = [make_run(tmp_path, s, thinking=a) for s, a in zip(SHARES, (0.1, 0.3, 0.5, 0.7, 0.95), strict=True)]
-    for run in runs:
-        content = json.loads((run / "eval.json").read_text())
-        write_json(run / "eval.json", {name: content[name] for name in ("base", "tuned")})
-    assert compare(runs).recommended.label == "100% reasoning"
+def test_an_eval_file_without_values_per_question_is_left_out_with_the_reason(tmp_path):
+    runs = [make_run(tmp_path, s) for s in (0.0, 1.0)]
+    content = json.loads((runs[0] / "eval.json").read_text())
+    write_json(runs[0] / "eval.json", {name: content[name] for name in ("base", "tuned")})
+    assert compare(runs).left_out == [(runs[0].name, "unreadable: KeyError: 'per_question'")]
 
 
 # --- what is recommended

@@ -179,7 +179,7 @@ def read_run(folder: Path) -> Run:
         run = Run(folder.name, recipe, mix, result, manifest)
         settings_of(run.recipe)
         shares = [run.share(unit) for unit in UNITS]
-        asked = [run.found("tuned", *goal) for goal in GOALS]
+        asked = [run.found("tuned", *goal) for goal in GOALS if run.eval["per_question"]]
     except (AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ToolkitError(f"unreadable: {type(error).__name__}: {error}") from error
     if not any(asked) or not shares:
@@ -308,18 +308,12 @@ def seed_error(each: list[float]) -> float:
 
 def resampled(runs: list[Run], model: str, section: str, metric: str) -> np.ndarray:
     """RESAMPLES values of a metric's mean over runs, each as if other questions had been drawn; the draws are the same
-    for all runs, so differences are paired. An eval.json without values per question gives unpaired normal draws."""
+    for all runs, so differences are paired."""
     seed, vectors = 3407, []
     for run in runs:
-        kept = run.eval.get("per_question", {}).get(section, {}).get(model, {}).get(metric)
-        found = run.found(model, section, metric)
-        if kept:
-            sums, counts = np.array(kept, dtype=float)
-            drawn = ratios(sums, counts, draws(len(sums), seed))
-            vectors.append(np.where(np.isnan(drawn), found["value"], drawn))  # all its replies were cut
-        else:
-            noise = np.random.default_rng([seed, *run.name.encode(), *model.encode(), *metric.encode()])
-            vectors.append(noise.normal(found["value"], (found["high"] - found["low"]) / 3.92, RESAMPLES))
+        sums, counts = np.array(run.eval["per_question"][section][model][metric], dtype=float)
+        drawn = ratios(sums, counts, draws(len(sums), seed))
+        vectors.append(np.where(np.isnan(drawn), run.found(model, section, metric)["value"], drawn))  # all replies cut
     scatter = seed_error([run.found(model, section, metric)["value"] for run in runs])
     noise = np.random.default_rng([seed, *"".join(run.name for run in runs).encode()])
     return np.mean(vectors, axis=0) + noise.normal(0, scatter, RESAMPLES)
