@@ -71,16 +71,16 @@ def run_folder(folder: Path, base: Path, **lora) -> Path:
     """What training leaves behind, with an adapter that really changes the model."""
     import torch
     from peft import LoraConfig, get_peft_model
-    from transformers import Qwen3ForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     torch.manual_seed(1)
     model = get_peft_model(model, LoraConfig(**{"r": 8, "lora_alpha": 16, "target_modules": PROJECTIONS} | lora))
     for name, weight in model.named_parameters():
         if "lora_B" in name or "modules_to_save" in name:
             weight.data += torch.randn_like(weight) * 0.02
     model.save_pretrained(folder / "adapter")
-    tokenizer().save_pretrained(folder / "adapter")
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder / "adapter")
     manifest = {"model": {"name": str(base), "revision": None, "load_in_4bit": True}}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder

@@ -10,29 +10,27 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from toolkit.export.certificate import FAILED, uncertify, verify
-from toolkit.export.gguf_file import (
-    QUANTS,
-    check_quant,
-    check_supported,
-    plan_tensors,
-    quantize_with_llama_cpp,
-    write_gguf,
+from toolkit.export.certificate import verify
+from toolkit.export.gguf_file import check_quant, check_supported, gguf_path, modelfile, plan_tensors, write_gguf
+from toolkit.export.merge import (
+    FAILED,
+    SHARD_BYTES,
+    Checkpoint,
+    Merged,
+    Record,
+    load_tokenizer,
+    merge,
+    open_merged,
+    size_of,
 )
-from toolkit.export.ledger import Ledger
-from toolkit.export.merge import Checkpoint, Merged, merge, open_merged, size_of
 from toolkit.export.model_card import model_card
 from toolkit.export.parity import POSITIONS
-from toolkit.files import ToolkitError, read_json, sha256
-from toolkit.generate import SAMPLING
-from toolkit.recipe import load
+from toolkit.files import ToolkitError, lock, read_json, sha256
 
 LIBRARIES = 1.0e9
 """Memory of Python with torch, transformers and llama.cpp loaded, before any weight (measured: 0.8 GB)."""
 PER_TOKEN = 7e3
 """Memory for each token of the vocabulary when a GGUF's header is read back (measured: 1.1 GB for Qwen3's)."""
-OLLAMA = "0.30.0"
-"""The first Ollama that uses the chat template inside the GGUF when the Modelfile names no RENDERER."""
 
 
 def export(
@@ -43,31 +41,30 @@ def export(
     onto: str = "16bit",
     *,
     say: Callable[[str], None] = print,
+    details: bool = False,
 ) -> dict:
-    """Writes merged/ and gguf/ into the run folder and returns the certificate; a second call does what is missing.
+    """Write merged/ and gguf/ into the run folder and return the certificate; a second call does what is missing.
 
     `to` "merged" alone stops there; "gguf" includes it, as GGUF files are made from it and checked against it.
     `onto` "16bit" merges onto the 16-bit base, "4bit" onto the dequantized NF4 weights the adapter was trained on.
-    Raises ToolkitError if disk or memory is short (before it begins), if a file cannot be written, or if the
-    certificate fails; EXPORT_FAILED.txt then stands in the run folder."""
+    `details` says every check. Raises ToolkitError if another process works on the run, if disk or memory is short
+    (before anything is written), or if the certificate fails; EXPORT_FAILED.txt then stands in the run folder."""
     run, quants = Path(run), _quants(to, quants)
-    merged = open_merged(_checked(run), onto)
-    check_supported(merged.checkpoint)
-    ledger = Ledger(run / "export.json", _inputs(run, onto, merged))
-    _plan(run, merged, quants, ledger, say)
-    _clear(run)
-    merge(merged, run / "merged", ledger, run / "adapter", say)
-    for quant in quants:
-        _write_quant(run, quant, ledger, say)
-    if ollama and quants:
-        ledger.make_text(run / "gguf" / "Modelfile", modelfile(run))
-    certificate = verify(run, say=say)
-    if not certificate["passed"]:
-        failed = [c["name"] for c in certificate["checks"] if not c["passed"]]
-        raise ToolkitError(
-            f"{run}: the export is not the run; {len(failed)} checks failed ({'; '.join(failed)}). "
-            f"See certificate.md and {FAILED} there"
-        )
+    with lock(_checked(run), "export"):
+        merged = open_merged(run, onto)
+        if quants:
+            check_supported(merged)
+        record = Record(run, _inputs(run, onto, merged))
+        _plan(run, merged, quants, record, say)
+        for partial in run.rglob("*.partial"):  # left by an export that was killed
+            partial.unlink()
+        merge(merged, run, record, say)
+        for quant in quants:
+            _write_quant(run, quant, record, say)
+        if ollama and quants:
+            record.make(run / "gguf" / "Modelfile", modelfile(run, merged, load_tokenizer(run / "adapter")))
+        certificate = _valid_certificate(run, record) or verify(run, say=say, details=details)
+    _conclude(run, certificate, say)
     return certificate
 
 
@@ -80,9 +77,7 @@ def _quants(to: Sequence[str], quants: Sequence[str]) -> list[str]:
     wanted = list(dict.fromkeys(q.lower() for q in quants))
     for quant in wanted:
         check_quant(quant)
-    if any(q not in QUANTS for q in wanted) and "f16" not in wanted:
-        wanted.append("f16")  # llama-quantize starts from a file of ours
-    return sorted(wanted, key=lambda q: q not in QUANTS)
+    return wanted
 
 
 def _checked(run: Path) -> Path:
@@ -95,8 +90,7 @@ def _checked(run: Path) -> Path:
 
 def _inputs(run: Path, onto: str, merged: Merged) -> dict:
     """Everything the files depend on; another value of any of it makes them stale."""
-    base = merged.base
-    weights = sorted({file for file, _, _ in merged.checkpoint.entries.values()})
+    base, weights = merged.base, sorted(set(merged.checkpoint.files.values()))
     digest = hashlib.sha256("".join(map(sha256, weights)).encode()).hexdigest() if base.local else None
     adapter = {file.name: sha256(file) for file in sorted((run / "adapter").iterdir()) if file.suffix != ".md"}
     return {
@@ -109,13 +103,13 @@ def _inputs(run: Path, onto: str, merged: Merged) -> dict:
     }
 
 
-def _plan(run: Path, merged: Merged, quants: list[str], ledger: Ledger, say: Callable) -> None:
+def _plan(run: Path, merged: Merged, quants: list[str], record: Record, say: Callable) -> None:
     """Disk and memory, needed against free, in numbers. Raises ToolkitError if either is short."""
     import psutil
 
-    whole = sum(map(size_of(merged), merged.names()))
-    here = sum(f["bytes"] for n, f in ledger.files.items() if (run / n).is_file())
-    disk = {"merged": whole} | {q: sum(t.bytes for t in plan_tensors(merged, q)) for q in quants}
+    disk = {"merged": sum(size_of(merged, name) for name in merged.names())}
+    disk |= {q: sum(t.bytes for t in plan_tensors(merged, q)) for q in quants}
+    here = sum(f["bytes"] for n, f in record.files.items() if (run / n).is_file())
     needed = max(0, sum(disk.values()) - here) * 1.01 + 20e6  # headers, vocabulary and merges of each file
     free, memory, room = shutil.disk_usage(run).free, memory_needed(merged), psutil.virtual_memory().available
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in disk.items())
@@ -132,64 +126,50 @@ def _plan(run: Path, merged: Merged, quants: list[str], ledger: Ledger, say: Cal
 
 
 def memory_needed(merged: Merged) -> float:
-    """Bytes: the largest weight merged in fp32, or a GGUF tensor, or the certificate's one layer and 200 positions;
-    on top, the libraries and the vocabulary. Served GGUF files are memory-mapped and give way when memory is short."""
-    sizes = {name: math.prod(merged.shape(name)) for name in merged.names()}
-    layer = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
-    largest = max(size for name, size in sizes.items() if merged.adapter.touches(name))
-    certificate = 4 * layer + 6 * 4 * POSITIONS * merged.config["vocab_size"]
-    return LIBRARIES + PER_TOKEN * merged.config["vocab_size"] + max(12 * largest, 3 * max(sizes.values()), certificate)
+    """Bytes: a shard and its largest weight merged in fp32, or a GGUF tensor, or the certificate's largest weight and
+    200 positions; besides, the libraries and the vocabulary. Served GGUF files are memory-mapped."""
+    sizes = [math.prod(merged.shape(name)) for name in merged.names()]
+    shard = min(2 * sum(sizes), max(SHARD_BYTES, 2 * max(sizes)))
+    touched = max(math.prod(merged.shape(name)) for name in merged.names() if merged.adapter.touches(name))
+    vocabulary = merged.config["vocab_size"]
+    certificate = 6 * max(sizes) + 4 * 4 * POSITIONS * vocabulary
+    return LIBRARIES + PER_TOKEN * vocabulary + max(shard + 12 * touched, certificate)
 
 
-def _clear(run: Path) -> None:
-    """Leftovers of an export that was killed: half-written files never carry their final name."""
-    uncertify(run)
-    for partial in [*run.glob("*.partial"), *run.glob("merged/*.partial"), *run.glob("gguf/*.partial")]:
-        partial.unlink()
-
-
-def gguf_path(run: str | Path, quant: str) -> Path:
-    return Path(run) / "gguf" / f"{Path(run).resolve().name}.{quant}.gguf"
-
-
-def _write_quant(run: Path, quant: str, ledger: Ledger, say: Callable) -> None:
-    path = gguf_path(run, quant)
+def _write_quant(run: Path, quant: str, record: Record, say: Callable) -> None:
+    path, name = gguf_path(run, quant), run.resolve().name
 
     def write(partial: Path) -> None:
-        if quant in QUANTS:
-            write_gguf(Checkpoint(run / "merged"), partial, quant, run.resolve().name)
-        else:
-            say(f"gguf: {quant} is not one of ours, so your llama-quantize makes it from the F16 file")
-            quantize_with_llama_cpp(gguf_path(run, "f16"), partial, quant)
+        write_gguf(Checkpoint(run / "merged"), partial, quant, name, run / "adapter", say)
 
-    done = ledger.make(path, write)
+    done = record.make(path, write)
     say(f"gguf: {path.name}, {path.stat().st_size / 1e9:.3f} GB{'' if done else ', was there already'}")
 
 
-def modelfile(run: Path) -> str:
-    """An Ollama Modelfile for the smallest GGUF of a run, with Qwen3's sampling for both modes."""
-    smallest = min((run / "gguf").glob("*.gguf"), key=lambda p: p.stat().st_size)
-    context = read_json(run / "merged" / "config.json")["max_position_embeddings"]
-    wanted = load(run / "recipe.yaml").model.max_seq_length if (run / "recipe.yaml").is_file() else 8192
-    name = run.resolve().name
-    return "\n".join(
-        [
-            f"# Ollama {OLLAMA} or newer: it uses the chat template inside the GGUF. ollama create {name} -f Modelfile",
-            f"FROM ./{smallest.name}",
-            'PARAMETER stop "<|im_end|>"',
-            'PARAMETER stop "<|endoftext|>"',
-            f"PARAMETER num_ctx {min(context, max(4096, wanted))}",
-            f"# Sampling for thinking mode, Qwen3's default: ollama run {name}",
-            *_parameters("thinking", ""),
-            f"# For non-thinking mode (ollama run {name} --think=false) put these in place of the four above:",
-            *_parameters("non_thinking", "# "),
-            "",
-        ]
-    )
+def _valid_certificate(run: Path, record: Record) -> dict | None:
+    """The certificate of an export in which nothing had to be written: its files have just been compared by checksum."""
+    if record.wrote or (run / FAILED).is_file() or not (run / "certificate.json").is_file():
+        return None
+    certificate = read_json(run / "certificate.json")
+    same = certificate["files"] == record.files and certificate["inputs"] == record.inputs
+    return certificate if same and certificate["passed"] else None
 
 
-def _parameters(mode: str, prefix: str) -> list[str]:
-    return [f"{prefix}PARAMETER {key} {value:g}" for key, value in SAMPLING[mode].items()]
+def _conclude(run: Path, certificate: dict, say: Callable) -> None:
+    """The verdict and the next command. Raises ToolkitError if a check failed."""
+    failed = [c["name"] for c in certificate["checks"] if not c["passed"]]
+    if failed:
+        raise ToolkitError(
+            f"{run}: the exported files do not match the run; {len(failed)} checks failed ({'; '.join(failed)}). "
+            f"See certificate.md and {FAILED} there"
+        )
+    alarms = [r["name"] for r in certificate["reports"] if r["alarm"]]
+    say(f"verified: {len(certificate['checks'])} checks passed{', 1 alarm: ' + alarms[0] if alarms else ''}")
+    say(f"files:    {run / 'merged'}" + (f", {run / 'gguf'}" if (run / "gguf").is_dir() else ""))
+    if (run / "gguf" / "Modelfile").is_file():
+        say(f"next:     cd {run / 'gguf'} && ollama create {run.resolve().name} -f Modelfile")
+    else:
+        say(f"next:     vllm serve {run / 'merged'}")
 
 
 def push(
@@ -200,7 +180,7 @@ def push(
     *,
     say: Callable[[str], None] = print,
 ) -> list[dict]:
-    """Puts an export on the Hub as one commit, with a model card; `dry_run` (the default) only says what would go.
+    """Upload an export to the Hub as one commit, with a model card; `dry_run` (the default) only says what would go.
 
     Merged weights lie at the top, so that from_pretrained(repo) works; GGUF files and adapter in folders of their own.
     Returns [{"path", "bytes"}]. Raises ToolkitError without a passed certificate, or when the Hub refuses."""
@@ -210,12 +190,15 @@ def push(
     card, files = model_card(run, repo), _files(run)
     listing = [{"path": "README.md", "bytes": len(card.encode())}]
     listing += [{"path": path, "bytes": file.stat().st_size} for path, file in files.items()]
-    say(f"{'would push' if dry_run else 'pushing'} to {repo} ({'private' if private else 'public'}):")
+    say(f"{'would upload' if dry_run else 'uploading'} to {repo} ({'private' if private else 'public'}):")
     for entry in listing:
         say(f"{entry['bytes'] / 1e6:12.2f} MB  {entry['path']}")
     say(f"{sum(e['bytes'] for e in listing) / 1e6:12.2f} MB  in {len(listing)} files")
-    if not dry_run:
+    if dry_run:
+        say("nothing was uploaded: add --really-push to the same command to upload these files")
+    else:
         _upload(repo, card, files, private)
+        say(f"uploaded: https://huggingface.co/{repo}")
     return listing
 
 

@@ -9,19 +9,20 @@ import importlib.util
 import math
 import os
 import re
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from toolkit.export.merge import Adapter, Checkpoint
-from toolkit.family import family_of
+from toolkit.export.merge import Adapter, Merged, end_of_turn, generation_config, load_tokenizer, progress, stop_tokens
+from toolkit.family import KINDS, family_of, kind_of, mode_title, sampling_of
 from toolkit.files import ToolkitError, complete, read_json
+from toolkit.recipe import load
 
-LLAMA_CPP = "UNSLOTH_LLAMA_CPP_PATH"
+OLLAMA = "0.30.0"
+"""The first Ollama that uses the chat template inside the GGUF when the Modelfile names no RENDERER."""
 CHUNK = 1 << 22
 """Values converted at a time by a thread: 16 MB in fp32, whatever the size of the model."""
 
@@ -102,11 +103,11 @@ def _unsupported(config) -> str | None:
     return None
 
 
-def check_supported(checkpoint: Checkpoint) -> None:
-    """Raises ToolkitError, with the way out, for a model that cannot be converted."""
-    reason = convertible(checkpoint.config.get("model_type", "unknown"), checkpoint.config)
+def check_supported(model) -> None:
+    """Raises ToolkitError, with the way out, for a Checkpoint or Merged that cannot be converted."""
+    reason = convertible(model.config.get("model_type", "unknown"), model.config)
     if reason:
-        raise ToolkitError(f"{checkpoint.folder}: {reason}")
+        raise ToolkitError(f"{model.folder}: {reason}")
 
 
 def _rope(config) -> dict:
@@ -134,26 +135,12 @@ def tensor_type(name: str, shape: tuple[int, ...], quant: Quant, layers: int, ti
 
 
 def check_quant(quant: str) -> None:
-    """Quantizations that are not ours need the user's own llama.cpp; says so before anything is written."""
-    if quant not in QUANTS and _llama_quantize() is None:
+    """Raises ToolkitError for a quantization that is not made here."""
+    if quant not in QUANTS:
         raise ToolkitError(
-            f"quantization {quant!r}: expected one of {', '.join(QUANTS)}. For llama.cpp's others set {LLAMA_CPP} to a "
-            "folder with a built llama-quantize. Nothing was downloaded"
+            f"quantization {quant!r}: expected one of {', '.join(QUANTS)}. For others export f16 and run llama.cpp's "
+            "llama-quantize on that file"
         )
-
-
-def _llama_quantize() -> Path | None:
-    folder = Path(os.environ.get(LLAMA_CPP, "/nowhere"))
-    names = ("llama-quantize", "llama-quantize.exe", "build/bin/llama-quantize", "bin/llama-quantize")
-    return next((folder / n for n in names if (folder / n).is_file()), None)
-
-
-def quantize_with_llama_cpp(source: Path, path: Path, quant: str) -> None:
-    """A quantization only llama.cpp knows, from our F16 file, by the user's own llama-quantize."""
-    command = [str(_llama_quantize()), str(source), str(path), quant.upper()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise ToolkitError(f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()[-400:]}")
 
 
 class Planned(NamedTuple):
@@ -174,14 +161,22 @@ class Planned(NamedTuple):
         return math.prod(self.shape) // block * size
 
 
-def plan_tensors(model, quant: str) -> Iterator[Planned]:
-    """Every tensor of a file, in the checkpoint's order. An unknown quantization is taken for F16, the safe side."""
-    layers = model.config["num_hidden_layers"]
+def plan_tensors(model, quant: str) -> list[Planned]:
+    """Every tensor of a file, in the checkpoint's order."""
+    layers, plan = model.config["num_hidden_layers"], []
     for stored, name in gguf_names(model.config, model.names()):
         shape = model.shape(stored)
-        yield Planned(
-            stored, name, shape, tensor_type(name, shape, QUANTS.get(quant, QUANTS["f16"]), layers, model.tied)
-        )
+        kind = tensor_type(name, shape, QUANTS[quant], layers, model.tied)
+        plan.append(Planned(stored, name, shape, kind))
+    factors = rope_factors(model.config)
+    return plan if factors is None else [*plan, Planned("", "rope_freqs.weight", tuple(factors.shape), "F32")]
+
+
+def values_of(model, tensor: Planned):
+    """The values of a planned tensor, as llama.cpp's graph expects them."""
+    if not tensor.stored:
+        return rope_factors(model.config)
+    return converted(model.config, tensor.stored, model.tensor(tensor.stored))
 
 
 def gguf_names(config: dict, names: list[str]) -> Iterator[tuple[str, str]]:
@@ -212,7 +207,9 @@ def converted(config: dict, name: str, tensor):
     return tensor
 
 
-def write_gguf(model, path: Path, quant: str, name: str, tokenizer: Path | None = None) -> None:
+def write_gguf(
+    model, path: Path, quant: str, name: str, tokenizer: Path | None = None, say: Callable[[str], None] = lambda _: None
+) -> None:
     """Write `path`, a tensor at a time, from a Checkpoint or a Merged.
 
     `tokenizer` is the folder of tokenizer and template (the model's own by default). Raises ToolkitError for a model
@@ -220,24 +217,17 @@ def write_gguf(model, path: Path, quant: str, name: str, tokenizer: Path | None 
     import gguf
 
     check_supported(model)
-    writer = header(model, tokenizer or model.folder, quant, name, path)
-    plan = list(plan_tensors(model, quant))
+    writer, plan = header(model, tokenizer or model.folder, quant, name, path), plan_tensors(model, quant)
     for tensor in plan:
         kind = gguf.GGMLQuantizationType[tensor.kind]
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, kind)
-    factors = rope_factors(model.config)
-    if factors is not None:
-        writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for tensor in plan:
-                values = converted(model.config, tensor.stored, model.tensor(tensor.stored))
-                writer.write_tensor_data(_encode_whole(values, tensor.kind, pool))
-        if factors is not None:
-            writer.write_tensor_data(factors)
+            for tensor in progress(plan, lambda t: t.bytes, f"writing {quant}", say):
+                writer.write_tensor_data(_encode_whole(values_of(model, tensor), tensor.kind, pool))
     finally:
         writer.close()
 
@@ -323,18 +313,21 @@ def header(model, tokenizer: Path, quant: str, name: str, path: Path | None = No
     writer.add_type("model")
     writer.add_name(name)
     writer.add_size_label(gguf.size_label(sum(math.prod(model.shape(n)) for n in model.names()), 0, 0, 0))
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    sizes = {
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "head_count": config.num_attention_heads,
+        "head_count_kv": config.num_key_value_heads,
+        "key_length": head,
+        "value_length": head,
+        "layer_norm_rms_eps": config.rms_norm_eps,
+    }
+    for key, value in sizes.items():
+        getattr(writer, f"add_{key}")(value)
     _positions(writer, config)
-    if QUANTS.get(quant):
-        writer.add_file_type(gguf.LlamaFileType[QUANTS[quant].file_type])
+    writer.add_file_type(gguf.LlamaFileType[QUANTS[quant].file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _vocabulary(writer, tokenizer, config.vocab_size)
     return writer
@@ -359,16 +352,17 @@ def _positions(writer, config) -> None:
             writer.add_final_logit_softcapping(config.final_logit_softcapping)
 
 
-def rope_factors(config: dict) -> np.ndarray | None:
+def rope_factors(config: dict):
     """Llama 3.1's stretched positions as llama.cpp takes them: plain frequencies by stretched ones, (head_dim / 2,)."""
+    import torch
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     full = _full_config(config)
     if _rope(full)["rope_type"] != "llama3":
         return None
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](full, "cpu")
-    plain = _rope(full)["rope_theta"] ** -(np.arange(len(stretched), dtype=np.float64) / len(stretched))
-    return (plain / stretched.double().numpy()).astype(np.float32)
+    steps = torch.arange(len(stretched), dtype=torch.float64) / len(stretched)
+    return (_rope(full)["rope_theta"] ** -steps / stretched.double()).float()
 
 
 def pre_tokenizer(tokenizer: dict) -> str | None:
@@ -441,19 +435,6 @@ def _special(folder: Path, size: int, merges: bool):
     return special
 
 
-def load_tokenizer(folder: Path):
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def end_of_turn(tokenizer) -> int:
-    """The token the template closes an assistant turn with, whatever the tokenizer's own settings say."""
-    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
-    return tokenizer.encode(text, add_special_tokens=False)[-1]
-
-
 def chat_template(folder: Path) -> str:
     """The inference template. TRL's training variants carry {% generation %}, which no other program understands."""
     file = folder / "chat_template.jinja"
@@ -480,3 +461,33 @@ class GgufFile:
     def value(self, key: str):
         """A key of the header, None where the file has no such key."""
         return self.fields[key].contents() if key in self.fields else None
+
+
+def gguf_path(run: Path, quant: str) -> Path:
+    return run / "gguf" / f"{run.resolve().name}.{quant}.gguf"
+
+
+def modelfile(run: Path, merged: Merged, tokenizer) -> str:
+    """An Ollama Modelfile for the smallest GGUF of a run: stop tokens, context, and the family's sampling by mode."""
+    smallest = min((run / "gguf").glob("*.gguf"), key=lambda p: p.stat().st_size)
+    recipe, name, generation = run / "recipe.yaml", run.resolve().name, generation_config(merged, tokenizer)
+    wanted = load(recipe).model.max_seq_length if recipe.is_file() else 8192
+    stops = {*stop_tokens(generation, merged.config), end_of_turn(tokenizer)}
+    lines = [
+        f"# Ollama {OLLAMA} or newer: it uses the chat template inside the GGUF. ollama create {name} -f Modelfile",
+        f"FROM ./{smallest.name}",
+        *[f'PARAMETER stop "{tokenizer.decode([i])}"' for i in sorted(stops)],
+        f"PARAMETER num_ctx {min(merged.config['max_position_embeddings'], max(4096, wanted))}",
+    ]
+    if penalty := generation.get("repetition_penalty"):
+        lines.append(f"PARAMETER repeat_penalty {penalty:g}")
+    render = lambda turns, enable_thinking: tokenizer.apply_chat_template(  # noqa: E731 - kind_of asks for a function
+        turns, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+    )
+    family = family_of(merged.config["model_type"])
+    for number, mode in enumerate(KINDS[kind_of(render)]):
+        sampling = sampling_of(family, mode, generation)
+        if number:
+            lines.append(f"# For {mode_title(mode)} mode (ollama run {name} --think=false) use these values instead:")
+        lines += [f"{'# ' * number}PARAMETER {key} {value:g}" for key, value in sampling.items()]
+    return "\n".join(lines) + "\n"

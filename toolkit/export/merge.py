@@ -1,46 +1,31 @@
-"""Adapter + base → merged 16-bit safetensors, tensor by tensor: no model is ever in memory.
+"""Adapter + base → merged 16-bit safetensors, a shard at a time: the whole model is never in memory.
 
-merge(Merged(find_base(manifest["model"], "16bit"), Adapter(run / "adapter")), run / "merged", ledger)
+merged = open_merged(Path("outputs/hybrid"), "16bit"); merged.tensor("model.norm.weight")
 """
 
 import json
 import math
-import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from toolkit.files import POCKET, ToolkitError, complete, describe, find, read_json, write_json, write_text
 
-from toolkit.export.ledger import Ledger
-from toolkit.files import POCKET, ToolkitError, find, read_json
-
-SHARD_BYTES = 4 * 10**9
-DTYPES = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4), "U8": ("uint8", 1)}
+FAILED = "EXPORT_FAILED.txt"
+SHARD_BYTES = 2 * 10**9
 FOUR_BIT_NAMES = ("-unsloth-bnb-4bit", "-bnb-4bit")
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-PLAIN_LORA = {
-    "peft_type": "LORA",
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "use_dora": False,
-    "lora_bias": False,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
+PLAIN_LORA = {"peft_type": "LORA", "bias": "none"}
+NOT_MERGED = (
+    "fan_in_fan_out use_dora lora_bias rank_pattern alpha_pattern layer_replication trainable_token_indices "
+    "target_parameters"
+).split()
+"""PEFT settings under which a weight is not simply base + B·A·scaling."""
+TOKENIZER_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json added_tokens.json
+vocab.json merges.txt tokenizer.model""".split()
+PROGRESS_SECONDS = 5
 
 
 @dataclass(frozen=True)
@@ -64,14 +49,19 @@ class Base:
 
 
 def find_base(model: dict, onto: str, *, local_only: bool = False) -> Base:
-    """The base of `manifest.json["model"]`: `onto` "16bit" (the counterpart of a bnb-4bit name) or "4bit"."""
-    name, revision = model["name"], model.get("revision")
+    """The base of `manifest.json["model"]`: `onto` "4bit" is what was loaded, "16bit" its 16-bit counterpart.
+
+    Unsloth replaces some names when it loads (Qwen/Qwen3-4B → unsloth/Qwen3-4B-unsloth-bnb-4bit), so a revision counts
+    only for the name it was recorded with. Raises ToolkitError when the base cannot be had."""
     if onto not in ("16bit", "4bit"):
         raise ToolkitError(f"onto: expected 16bit or 4bit, got {onto!r}")
+    loaded = model.get("loaded") or model
+    name, revision = loaded["name"], loaded.get("revision")
     folder = POCKET if name == "pocket" else find(name)
     suffix = next((s for s in FOUR_BIT_NAMES if name.rstrip("/").endswith(s)), "")
     if onto == "16bit" and suffix and (folder is None or Checkpoint(folder).is_four_bit):
-        name, revision = name.rstrip("/").removesuffix(suffix), None  # that revision was the 4-bit one's
+        # The recipe may have named the 16-bit repository; otherwise it is the name without its ending.
+        name, revision = model["name"].rstrip("/").removesuffix(suffix), None
         folder = find(name)
     folder = folder or _download(name, revision, local_only)
     if onto == "16bit" and Checkpoint(folder).is_four_bit:
@@ -86,15 +76,9 @@ def find_base(model: dict, onto: str, *, local_only: bool = False) -> Base:
 def _download(name: str, revision: str | None, local_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    files = ["*.json", "*.safetensors", "*.jinja"]
     try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                local_files_only=local_only,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja"],
-            )
-        )
+        return Path(snapshot_download(name, revision=revision, local_files_only=local_only, allow_patterns=files))
     except Exception as error:  # the Hub library raises many kinds; to the user they are one: it cannot be had
         raise ToolkitError(
             f"{name}: no such folder here, and the Hub did not give it ({type(error).__name__}). Check "
@@ -109,9 +93,15 @@ class Checkpoint:
         self.folder, self.config = folder, read_json(folder / "config.json")
         index = folder / "model.safetensors.index.json"
         files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-        self.entries: dict[str, tuple[Path, dict, int]] = {}
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
-            self.entries |= _header(folder / file)
+            with open_weights(folder / file) as weights:
+                for name in weights.keys():  # noqa: SIM118 - safe_open is no dict and cannot be iterated
+                    self.files[name], self.shapes[name] = folder / file, tuple(weights.get_slice(name).get_shape())
+        for name in [n for n in self.files if n.endswith(NF4_STATE)]:
+            state = json.loads(bytes(self._stored(name)))
+            self.shapes[name.removesuffix(NF4_STATE)] = tuple(state["shape"])
 
     @property
     def is_four_bit(self) -> bool:
@@ -119,70 +109,60 @@ class Checkpoint:
 
     @property
     def tied(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings")) or HEAD not in self.entries
+        return bool(self.config.get("tie_word_embeddings")) or HEAD not in self.files
 
     def names(self) -> list[str]:
         """Weights only: neither the statistics of 4-bit ones nor a head that the embedding stands for."""
-        weights = [n for n in self.entries if n.endswith((".weight", ".bias"))]
+        weights = [n for n in self.files if n.endswith((".weight", ".bias"))]
         return [n for n in weights if n != HEAD or not self.tied]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if name + NF4_STATE in self.entries:
-            return tuple(json.loads(bytes(self.raw(name + NF4_STATE)))["shape"])
-        return tuple(self.entries[name][1]["shape"])
+        return self.shapes[name]
 
-    def raw(self, name: str) -> np.memmap:
-        """The tensor's bytes. Copy-on-write, because torch wants writable memory; nothing is ever written back."""
-        file, entry, start = self.entries[name]
-        first, last = entry["data_offsets"]
-        return np.memmap(file, np.uint8, "c", start + first, (last - first,))
+    def _stored(self, name: str):
+        with open_weights(self.files[name]) as weights:
+            return weights.get_tensor(name)
 
     def tensor(self, name: str):
         """The stored tensor; a stored 4-bit one is dequantized to the type it was trained in."""
-        import torch
-
-        dtype, _ = DTYPES[self.entries[name][1]["dtype"]]
-        value = torch.from_numpy(self.raw(name)).view(getattr(torch, dtype)).reshape(self.entries[name][1]["shape"])
-        return self._dequantized(name, value) if name + NF4_STATE in self.entries else value
-
-    def _dequantized(self, name: str, packed):
+        if name + NF4_STATE not in self.files:
+            return self._stored(name)
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        parts = {n.removeprefix(name + "."): self.tensor(n) for n in self.entries if n.startswith(name + ".")}
-        return dequantize_4bit(packed, QuantState.from_dict(parts, device="cpu"))
+        parts = {n.removeprefix(name + "."): self._stored(n) for n in self.files if n.startswith(name + ".")}
+        return dequantize_4bit(self._stored(name), QuantState.from_dict(parts, device="cpu"))
 
 
-def _header(file: Path) -> dict[str, tuple[Path, dict, int]]:
-    """Layout of https://github.com/huggingface/safetensors#format: length, JSON, data."""
+def open_weights(file: Path):
+    """safetensors' view of a file. Raises ToolkitError for one that is missing, cut short or something else."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with open(file, "rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            table = json.loads(stream.read(size))
-    except (OSError, ValueError) as error:
-        raise ToolkitError(f"{file}: expected safetensors weights ({error})") from error
-    table.pop("__metadata__", None)
-    return {name: (file, entry, 8 + size) for name, entry in table.items()}
+        return safe_open(file, "pt")
+    except (OSError, SafetensorError) as error:
+        raise ToolkitError(
+            f"{file}: expected whole safetensors weights ({error}). Restore the file, or run the step that writes it again"
+        ) from error
 
 
 class Adapter:
     """A LoRA as PEFT saves it, in fp32."""
 
     def __init__(self, folder: Path):
-        from safetensors.torch import load_file
-
         self.config = read_json(folder / "adapter_config.json")
-        for key, plain in PLAIN_LORA.items():
-            if self.config.get(key, plain) not in (plain, None):
-                raise ToolkitError(
-                    f"{folder / 'adapter_config.json'}: {key} = {self.config[key]!r} cannot be merged "
-                    f"here, only {plain!r}; merge it with PEFT's merge_and_unload"
-                )
+        odd = [k for k in NOT_MERGED if self.config.get(k)]
+        odd += [k for k, plain in PLAIN_LORA.items() if self.config.get(k, plain) != plain]
+        if odd:
+            raise ToolkitError(
+                f"{folder / 'adapter_config.json'}: {odd[0]} = {self.config[odd[0]]!r} cannot be merged here; "
+                "merge it with PEFT's merge_and_unload"
+            )
         rank = self.config["r"]
         self.scaling = self.config["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        stored = load_file(folder / "adapter_model.safetensors")
-        names = {n: n.removeprefix("base_model.model.") for n in stored}
+        with open_weights(folder / "adapter_model.safetensors") as weights:
+            stored = {n.removeprefix("base_model.model."): weights.get_tensor(n).float() for n in weights.keys()}  # noqa: SIM118
         # A head that is itself a LoRA target is stored beside its factors, unchanged (PEFT's save_embedding_layers).
-        self.tensors = {new: stored[n].float() for n, new in names.items() if not new.endswith(".base_layer.weight")}
+        self.tensors = {n: tensor for n, tensor in stored.items() if not n.endswith(".base_layer.weight")}
 
     def factors(self, name: str) -> tuple | None:
         """(A, B) of a weight, or None where the adapter leaves it alone."""
@@ -211,6 +191,7 @@ class Merged:
 
     def __init__(self, base: Base, adapter: Adapter):
         self.base, self.adapter, self.checkpoint = base, adapter, Checkpoint(base.folder)
+        self.folder = base.folder
         # A trained head or embedding ends their being one tensor: from here on both are stored.
         self.unties = self.checkpoint.tied and (adapter.touches(HEAD) or adapter.touches(EMBEDDING))
         adapter.check(self.names())
@@ -259,63 +240,149 @@ def nf4_round_trip(weight):
     return dequantize_4bit(packed, state)
 
 
-def merge(merged: Merged, out: Path, ledger: Ledger, tokenizer: Path, say: Callable[[str], None] = print) -> None:
-    """Writes `out` in the Hugging Face layout; `config.json` comes last, so a folder that loads is whole."""
-    shards = plan_shards(merged)
-    for file, names in shards.items():
-        if ledger.make(out / file, lambda partial, names=names: write_shard(partial, merged, names)):
-            say(f"merged: {file}, {(out / file).stat().st_size / 1e9:.2f} GB")
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(map(size_of(merged), merged.names()))},
-            "weight_map": {n: file for file, names in shards.items() for n in names},
-        }
-        ledger.make_text(out / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-    for source in [tokenizer / f for f in TOKENIZER_FILES] + [merged.base.folder / "generation_config.json"]:
-        if source.is_file():
-            ledger.make(out / source.name, lambda partial, source=source: shutil.copyfile(source, partial))
-    ledger.make_text(out / "config.json", json.dumps(merged.config, indent=2) + "\n")
-
-
-def size_of(merged: Merged) -> Callable[[str], int]:
-    return lambda name: 2 * math.prod(merged.shape(name))
-
-
-def plan_shards(merged: Merged) -> dict[str, list[str]]:
-    size, groups, filled = size_of(merged), [[]], 0
-    for name in merged.names():
-        if groups[-1] and filled + size(name) > SHARD_BYTES:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size(name)
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
-
-
-def write_shard(path: Path, merged: Merged, names: list[str]) -> None:
-    """One safetensors file, streamed: memory is that of one tensor."""
-    import torch
-
-    table, end = {"__metadata__": {"format": "pt"}}, 0
-    for name in names:
-        start, end = end, end + size_of(merged)(name)
-        table[name] = {"dtype": "BF16", "shape": list(merged.shape(name)), "data_offsets": [start, end]}
-    header = json.dumps(table).encode()
-    header += b" " * (-len(header) % 8)
-    with open(path, "wb") as out:
-        out.write(len(header).to_bytes(8, "little") + header)
-        for name in names:
-            out.write(merged.tensor(name).contiguous().view(torch.uint8).numpy())
-
-
 def open_merged(run: Path, onto: str, *, local_only: bool = False) -> Merged:
     """A run's base and adapter, seen as one checkpoint. `onto` "4bit" is the base exactly as it was trained on."""
-    model, config = read_json(run / "manifest.json")["model"], read_json(run / "adapter" / "adapter_config.json")
-    loaded = str(config.get("base_model_name_or_path"))  # Unsloth swaps a name for its -bnb-4bit twin when it loads
+    model = read_json(run / "manifest.json")["model"]
     if onto == "4bit" and not model.get("load_in_4bit"):
         raise ToolkitError(f"{run}: trained on 16-bit weights: there is no 4-bit base to merge onto, use --onto 16bit")
-    if onto == "4bit" and loaded.endswith(FOUR_BIT_NAMES) and "/" in loaded and find(model["name"]) is None:
-        model = {"name": loaded, "revision": model.get("revision") if loaded == model["name"] else None}
     return Merged(find_base(model, onto, local_only=local_only), Adapter(run / "adapter"))
+
+
+class Record:
+    """export.json: what an export has written, by checksum, for one set of inputs.
+
+    A file whose recorded checksum and inputs still match is kept, so a repeated export writes only what is missing."""
+
+    def __init__(self, run: Path, inputs: dict):
+        self.run, self.inputs, self.wrote = run, inputs, False
+        old = read_json(run / "export.json") if (run / "export.json").is_file() else {"inputs": inputs, "files": {}}
+        self.files: dict[str, dict] = old["files"]
+        if old["inputs"] != inputs:  # another adapter or base: every old file is stale
+            uncertify(run)
+            for name in self.files:
+                (run / name).unlink(missing_ok=True)
+            self.files = {}
+
+    def make(self, path: Path, content: str | Callable[[Path], object]) -> bool:
+        """Write a text, or let `content(partial)` write, unless the file is there already; True if it was written."""
+        name = path.relative_to(self.run).as_posix()
+        kept = path.is_file() and self.files.get(name) == describe(path)
+        if kept and (callable(content) or path.read_text(encoding="utf-8") == content):
+            return False
+        if not self.wrote:
+            uncertify(self.run)
+        self.wrote = True
+        with complete(path) as partial:
+            content(partial) if callable(content) else partial.write_text(content, encoding="utf-8")
+        self.files[name] = describe(path)
+        write_json(self.run / "export.json", {"inputs": self.inputs, "files": self.files})
+        return True
+
+
+def uncertify(run: Path) -> None:
+    """Withdraw a certificate: the files are about to change, or to be looked at again."""
+    for name in ("certificate.json", "certificate.md"):
+        (run / name).unlink(missing_ok=True)
+    write_text(run / FAILED, "Not verified yet: the export or its verification was interrupted.\n")
+
+
+def merge(merged: Merged, run: Path, record: Record, say: Callable[[str], None] = print) -> None:
+    """Write run/merged in the Hugging Face layout; `config.json` comes last, so a folder that loads is whole."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    out = run / "merged"
+    shards = split_state_dict_into_shards_factory(
+        {name: merged.shape(name) for name in merged.names()},
+        get_storage_size=lambda shape: 2 * math.prod(shape),
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
+    for file, names in shards.filename_to_tensors.items():
+
+        def write(partial: Path, file: str = file, names: list[str] = names) -> None:
+            one_by_one = progress(names, lambda n: size_of(merged, n), f"merging {file}", say)
+            tensors = {n: merged.tensor(n).contiguous() for n in one_by_one}
+            try:
+                save_file(tensors, partial, metadata={"format": "pt"})
+            except SafetensorError as error:  # a full disk, told as every other failed write
+                raise OSError(str(error)) from error
+
+        if record.make(out / file, write):
+            say(f"merged: {file}, {(out / file).stat().st_size / 1e9:.2f} GB")
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        record.make(out / "model.safetensors.index.json", _json(index))
+    for file, text in small_files(merged, run / "adapter").items():
+        record.make(out / file, text)
+
+
+def size_of(merged: Merged, name: str) -> int:
+    """Bytes of a merged tensor."""
+    return 2 * math.prod(merged.shape(name))
+
+
+def small_files(merged: Merged, tokenizer: Path) -> dict[str, str]:
+    """{file: text} of a merged folder besides its weights: the run's tokenizer, the base's settings.
+
+    `model_max_length` is the base's: training may set it to the recipe's `max_seq_length`, which vLLM and transformers
+    would take for the model's limit."""
+    files = {f: (tokenizer / f).read_text(encoding="utf-8") for f in TOKENIZER_FILES if (tokenizer / f).is_file()}
+    base = merged.base.folder / "tokenizer_config.json"
+    longest = (read_json(base) if base.is_file() else {}).get("model_max_length")
+    settings = json.loads(files["tokenizer_config.json"])
+    settings["model_max_length"] = longest or merged.config["max_position_embeddings"]
+    files["tokenizer_config.json"] = _json(settings)
+    if generation := generation_config(merged, load_tokenizer(tokenizer)):
+        files["generation_config.json"] = _json(generation)
+    return files | {"config.json": _json(merged.config)}
+
+
+def _json(value: dict) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def generation_config(merged: Merged, tokenizer) -> dict:
+    """The base's generation_config.json, with the end of a turn among its stop tokens (a base model's lacks it)."""
+    file = merged.base.folder / "generation_config.json"
+    generation = read_json(file) if file.is_file() else {}
+    stops, end = stop_tokens(generation, merged.config), end_of_turn(tokenizer)
+    return generation if end in stops else generation | {"eos_token_id": [*stops, end]}
+
+
+def stop_tokens(generation: dict, config: dict) -> list[int]:
+    """Ids that end generation in transformers."""
+    stops = generation.get("eos_token_id", config.get("eos_token_id"))
+    return stops if isinstance(stops, list) else [i for i in [stops] if i is not None]
+
+
+def load_tokenizer(folder: Path):
+    """The tokenizer of a folder. Raises ToolkitError when its files are missing or damaged."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exceptions for a damaged tokenizer.json
+        raise ToolkitError(
+            f"{folder}: the tokenizer cannot be loaded ({str(error)[:200]}): restore its files"
+        ) from error
+
+
+def end_of_turn(tokenizer) -> int:
+    """The token the template closes an assistant turn with, whatever the tokenizer's own settings say."""
+    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
+    return tokenizer.encode(text, add_special_tokens=False)[-1]
+
+
+def progress(items: list, size: Callable, label: str, say: Callable[[str], None]) -> Iterator:
+    """The items one by one; every few seconds it says how far it is, by their sizes, and the time left."""
+    total, done, began = sum(map(size, items)), 0, time.monotonic()
+    last = began
+    for item in items:
+        yield item
+        done, now = done + size(item), time.monotonic()
+        if now - last > PROGRESS_SECONDS and done < total:
+            say(f"{label}: {done / total:.0%}, about {(now - began) * (total / done - 1):.0f} s left")
+            last = now

@@ -1,13 +1,14 @@
-"""A model card from what a run folder knows: mix, scores, certificate, licence and data sets.
+"""Model cards from what a run folder knows: mix, scores, certificate, licence and data sets.
 
-text = model_card(Path("outputs/hybrid"), "me/hybrid")
+text = model_card(Path("outputs/hybrid"), "me/hybrid"); adapter = adapter_card(Path("outputs/hybrid"))
 """
 
-import json
 import re
 from pathlib import Path
 
-from toolkit.files import read_json
+from toolkit.export.merge import find_base
+from toolkit.family import UNKNOWN, family_of
+from toolkit.files import ToolkitError, read_json
 from toolkit.recipe import load
 
 NOTICES = {
@@ -17,137 +18,122 @@ NOTICES = {
 }
 """Attributions that data sets ask for; any other Hub source is named with its page."""
 
+TEMPLATE = """---
+library_name: {{ 'transformers' if certificate else 'peft' }}
+pipeline_tag: text-generation
+tags: [qlora, lora, unsloth, trl]
+{%- if base and '/' in base %}
+base_model: {{ base }}
+{%- endif %}
+{%- if 'Apache-2.0' in licence %}
+license: apache-2.0
+{%- endif %}
+---
+
+# {{ name }}
+
+{{ 'A QLoRA fine-tune' if certificate else 'A LoRA adapter' }} of {{ base }}{{ ' at ' + revision if revision }}.
+{%- if certificate %} The adapter was merged onto the {{ certificate.inputs.onto }} base.{% endif %}
+{% if mix %}
+## What it was trained on
+
+Shares were planned in {{ mix.unit }} and measured on the compiled rows in every unit.
+
+| source | mode | rows | planned | {{ mix.achieved | join(' | ') }} |
+|---|---|--:|--:|{{ '--:|' * mix.achieved | length }}
+{%- for source, of in mix.sources.items() %}
+| {{ source }} | {{ of.mode }} | {{ '{:,}'.format(of.rows_kept) }} | {{ '{:.1%}'.format(mix.planned[source]) }} |
+{%- for share in mix.achieved.values() %} {{ '{:.1%}'.format(share[source]) }} |{% endfor %}
+{%- endfor %}
+{% endif %}{% if scores %}
+## Scores
+
+| mode | metric | base | tuned | n |
+|---|---|--:|--:|--:|
+{%- for mode, metrics in scores.tuned.items() %}{% for metric, score in metrics.items() %}
+| {{ mode }} | {{ metric }} | {{ interval((scores.base[mode] or {})[metric]) }} | {{ interval(score) }} | {{ score.n }} |
+{%- endfor %}{% endfor %}
+{% endif %}{% if certificate %}
+## Parity certificate
+
+{{ certificate.checks | length }} checks passed: these files give the same tokens, template and probabilities as the run
+that was evaluated (certificate.md). {{ certificate.kl }}
+
+| measured | value | |
+|---|--:|---|
+{%- for check in certificate.checks if 'KL' in check.name %}
+| {{ check.name }} | {{ '{:.3g}'.format(check.value) }} | {{ check.rule }} {{ '{:.3g}'.format(check.limit) }} |
+{%- endfor %}{% for report in certificate.reports %}
+| {{ report.name }} | {{ '{:.3g}'.format(report.value) }} | {{ report.note }} |
+{%- endfor %}
+{% endif %}
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{{ repo if certificate else base }}", device_map="auto")
+{%- if not certificate %}
+from peft import PeftModel
+model = PeftModel.from_pretrained(model, "{{ repo }}")
+{%- endif %}
+tokenizer = AutoTokenizer.from_pretrained("{{ repo }}")
+messages = [{"role": "user", "content": "Hello"}]
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs.to(model.device), max_new_tokens=1024)[0]))
+```
+{% if certificate and 'gguf/Modelfile' in certificate.files %}
+For Ollama: download the folder gguf/ and `ollama create NAME -f Modelfile` in it.
+{% endif %}
+## Licence and attributions
+
+- Base model: {{ base }}: {{ licence }}.
+{%- for notice in notices %}
+- Data: {{ notice }}.
+{%- endfor %}
+"""
+
 
 def model_card(run: Path, repo: str) -> str:
-    """README.md of the repository, front matter included."""
+    """README.md of the Hub repository `repo` with an exported and certified run, front matter included."""
     certificate = read_json(run / "certificate.json")
-    base = certificate["inputs"]["base"]
-    parts = [
-        _front_matter(base),
-        f"# {repo.split('/')[-1]}",
-        _introduction(base, certificate),
-        _mix(run),
-        _scores(run),
-        _certificate(certificate),
-        _use(repo, certificate),
-        _licence(base, run),
-    ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    inputs, config = certificate["inputs"], read_json(run / "merged" / "config.json")
+    family = family_of(config["model_type"])
+    return _render(run, repo, inputs["base"], inputs["revision"], family, certificate)
 
 
-def _front_matter(base: str) -> str:
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [qwen3, qlora, unsloth, trl, gguf]",
-    ]
-    if "/" in base:
-        lines.append(f"base_model: {base}")
-    if _is_qwen3(base):
-        lines.append("license: apache-2.0")
-    return "\n".join([*lines, "---"])
+def adapter_card(run: Path) -> str:
+    """README.md of a run's adapter/, instead of PEFT's empty template. Names no path of this machine."""
+    model = read_json(run / "manifest.json")["model"]
+    try:
+        base = find_base(model, "4bit", local_only=True)
+        family = family_of(read_json(base.folder / "config.json")["model_type"])
+        return _render(run, run.resolve().name, base.label, base.revision, family, None)
+    except ToolkitError:  # the base has been removed from this machine since
+        return _render(run, run.resolve().name, Path(model["name"]).name, None, UNKNOWN, None)
 
 
-def _is_qwen3(base: str) -> bool:
-    return re.match(r"(Qwen|unsloth)/Qwen3-", base) is not None
+def _render(run: Path, repo: str, base: str, revision: str | None, family, certificate: dict | None) -> str:
+    import jinja2
 
-
-def _introduction(base: str, certificate: dict) -> str:
-    inputs = certificate["inputs"]
-    revision = f" at {inputs['revision']}" if inputs["revision"] else ""
-    return (
-        f"A QLoRA fine-tune of {base}{revision}, trained for both of Qwen3's modes, thinking and non-thinking. "
-        f"The adapter was merged onto the {inputs['onto']} base."
+    told = {n: read_json(run / f"{n}.json") if (run / f"{n}.json").is_file() else None for n in ("mix", "eval")}
+    sources = load(run / "recipe.yaml").data.sources if (run / "recipe.yaml").is_file() else ()
+    notices = [_notice(path) for path in dict.fromkeys(source.path for source in sources)]
+    template = jinja2.Environment(keep_trailing_newline=True).from_string(TEMPLATE)
+    facts = {"repo": repo, "name": repo.split("/")[-1], "base": base, "revision": revision, "licence": family.licence}
+    return template.render(
+        facts, mix=told["mix"], scores=told["eval"], certificate=certificate, notices=notices, interval=_interval
     )
 
 
-def _mix(run: Path) -> str:
-    """Planned and achieved shares of every source."""
-    if not (run / "mix.json").is_file():
-        return ""
-    mix = read_json(run / "mix.json")
-    units = list(mix["achieved"])
-    lines = [
-        "## What it was trained on",
-        "",
-        f"Shares were planned in {mix['unit']} and measured on the compiled rows in every unit.",
-        "",
-        f"| source | mode | rows | planned | {' | '.join(units)} |",
-        "|---|---|--:|--:|" + "--:|" * len(units),
-    ]
-    for name, source in mix["sources"].items():
-        shares = " | ".join(f"{mix['achieved'][unit][name]:.1%}" for unit in units)
-        lines.append(f"| {name} | {source['mode']} | {source['rows_kept']:,} | {mix['planned'][name]:.1%} | {shares} |")
-    return "\n".join(lines)
-
-
-def _scores(run: Path) -> str:
-    """Base beside tuned, with intervals."""
-    if not (run / "eval.json").is_file():
-        return ""
-    scores = read_json(run / "eval.json")
-    lines = ["## Scores", "", "| mode | metric | base | tuned | n |", "|---|---|--:|--:|--:|"]
-    for mode, metrics in scores["tuned"].items():
-        for metric, value in metrics.items():
-            before = scores["base"].get(mode, {}).get(metric)
-            lines.append(f"| {mode} | {metric} | {_interval(before)} | {_interval(value)} | {value.get('n', '')} |")
-    return "\n".join(lines)
-
-
 def _interval(score: dict | None) -> str:
-    if score is None or score.get("value") is None:
+    if not score or score.get("value") is None:
         return ""
     known = score.get("low") is not None and score.get("high") is not None
     return f"{score['value']:.3g}" + (f" ({score['low']:.3g} to {score['high']:.3g})" if known else "")
 
 
-def _certificate(certificate: dict) -> str:
-    lines = [
-        "## Parity certificate",
-        "",
-        f"{len(certificate['checks'])} checks passed: these files give the same tokens, template and "
-        "probabilities as the run that was evaluated (certificate.md).",
-        "",
-        "| measured | value | |",
-        "|---|--:|---|",
-    ]
-    lines += [f"| {c['name']} | {c['value']:.3g} | |" for c in certificate["checks"] if "KL" in c["name"]]
-    lines += [f"| {r['name']} | {r['value']:.3g} | {r['note']} |" for r in certificate["reports"]]
-    return "\n".join(lines)
-
-
-def _use(repo: str, certificate: dict) -> str:
-    lines = [
-        "## Use",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        f"model = AutoModelForCausalLM.from_pretrained({json.dumps(repo)}, device_map='auto')",
-        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(repo)})",
-        "messages = [{'role': 'user', 'content': 'Hello'}]",
-        "inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=True,",
-        "                                       return_dict=True, return_tensors='pt').to(model.device)",
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=1024)[0]))",
-        "```",
-    ]
-    if any(name.endswith("Modelfile") for name in certificate["files"]):
-        lines += ["", "For Ollama: download the folder gguf/ and `ollama create NAME -f Modelfile` in it."]
-    return "\n".join(lines)
-
-
-def _licence(base: str, run: Path) -> str:
-    lines = ["## Licence and attributions", ""]
-    licence = ", by the Qwen team, Apache-2.0" if _is_qwen3(base) else "; its licence applies"
-    lines.append(f"- Base model: {base}{licence}.")
-    sources = load(run / "recipe.yaml").data.sources if (run / "recipe.yaml").is_file() else ()
-    for path in dict.fromkeys(s.path for s in sources):
-        notice = next((text for word, text in NOTICES.items() if word in path), None)
-        lines.append(f"- Data: {notice or _page_of(path)}.")
-    return "\n".join(lines)
-
-
-def _page_of(path: str) -> str:
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists():
+def _notice(path: str) -> str:
+    known = next((text for word, text in NOTICES.items() if word in path), None)
+    if known is None and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).exists():
         return f"{path} (https://huggingface.co/datasets/{path}; its licence applies)"
-    return f"{Path(path).name}, a local file"
+    return known or f"{Path(path).name}, a local file"

@@ -1,22 +1,25 @@
 """A run, its merged folder and its GGUF files, asked for the same tokens, prompts and probabilities: do they agree?
 
-divergence(log_probs(adapter_view(merged), texts), log_probs(stored_view(folder), texts)).mean()
+merged = open_merged(run, "16bit"); divergence(log_probs(merged, "adapter", texts), log_probs(merged, "merged", texts))
 """
 
 import contextlib
 import http.client
 import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from toolkit.export.merge import EMBEDDING, HEAD, Checkpoint, Merged
-from toolkit.files import ToolkitError
+from toolkit.export.merge import EMBEDDING, HEAD, Checkpoint, Merged, end_of_turn, load_tokenizer
+from toolkit.family import KINDS, kind_of
+from toolkit.files import ROOT, ToolkitError
 
-HEAD_ROWS = 16384
 TOP = 512
 NEAR_TIE = 1e-2
 """Two tokens this close in log-probability (1% of each other) are both the top one: rounding alone swaps them."""
@@ -29,10 +32,11 @@ CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required"
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": CITY}}]
 CALLS = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}]
 CALL = {"role": "assistant", "content": "", "tool_calls": CALLS}
+AGAIN = [USER, THOUGHT, {"role": "user", "content": "And doubled?"}]
 CONVERSATIONS: tuple[tuple[list[dict], list | None], ...] = (
     ([USER], None),
     ([{"role": "system", "content": "Answer briefly."}, USER], None),
-    ([USER, THOUGHT, {"role": "user", "content": "And doubled?"}], None),
+    (AGAIN, None),
     ([ASK], TOOLS),
     ([ASK, CALL, {"role": "tool", "content": '{"sky": "clear"}'}], TOOLS),
 )
@@ -50,133 +54,81 @@ TEXTS = (
 )
 """No decomposed accents (e + U+0301): Qwen's tokenizer composes them (NFC), llama.cpp does not, in any GGUF of Qwen."""
 REPLIES = (
-    "<think>\nOkay, the user asks for a sum. 17 + 25 = 42.\n</think>\n\nIt is **42**.<|im_end|>",
-    "Water boils at 100 °C at sea level, because its vapour pressure then equals that of the air.<|im_end|>",
+    "<think>\nOkay, the user asks for a sum. 17 + 25 = 42.\n</think>\n\nIt is **42**.",
+    "Water boils at 100 °C at sea level, because its vapour pressure then equals that of the air.",
 )
 
 
-@dataclass(frozen=True)
-class View:
-    """Weights as a forward pass sees them: a tensor by name and, for an adapter that is not merged, its factors."""
+class _Weights(Mapping):
+    """Weights by name, read or computed when a module is about to run: what accelerate loads offloaded modules from."""
 
-    config: dict
-    tensor: Callable
-    factors: Callable = lambda _: None
-    scaling: float = 0.0
+    def __init__(self, model: Checkpoint | Merged, which: str):
+        self.model, self.which = model, which
 
+    def __getitem__(self, name: str):
+        model, name = self.model, EMBEDDING if name == HEAD and self.model.tied else name
+        if self.which == "merged":
+            return model.tensor(name)
+        saved = model.adapter.saved(name) if self.which == "adapter" else None
+        return model.base_tensor(name) if saved is None else saved
 
-def stored_view(checkpoint: Checkpoint) -> View:
-    return View(checkpoint.config, checkpoint.tensor)
+    def __iter__(self):
+        return iter(self.model.names())
 
-
-def base_view(merged: Merged) -> View:
-    return View(merged.config, merged.base_tensor)
-
-
-def merging_view(merged: Merged) -> View:
-    """What a merge would store, without storing it."""
-    return View(merged.config, merged.tensor)
+    def __len__(self) -> int:
+        return len(self.model.names())
 
 
-def adapter_view(merged: Merged) -> View:
-    """Base and adapter side by side, as the run was trained and evaluated."""
+def log_probs(model: Checkpoint | Merged, which: str, sequences: list[list[int]]) -> np.ndarray:
+    """fp32 log-probabilities after every token of every sequence: (positions, vocabulary), by transformers.
 
-    def tensor(name: str):
-        saved = merged.adapter.saved(name)
-        return merged.base_tensor(name) if saved is None else saved
-
-    return View(merged.config, tensor, merged.adapter.factors, merged.adapter.scaling)
-
-
-def log_probs(view: View, sequences: list[list[int]]) -> np.ndarray:
-    """fp32 log-probabilities after every token of every sequence: (positions, vocabulary).
-
-    A dense Qwen3 written out (https://arxiv.org/abs/2505.09388, section 2), layer by layer from memory-mapped weights:
-    memory is one layer, so a 14B fits a laptop; and no patch another library made to transformers' classes gets in."""
+    `which`: "merged" are the stored or merged weights, "base" those without the adapter, "adapter" base and adapter side
+    by side as trained. Each module's weights are loaded when it runs and dropped after it, so that memory is the
+    largest weight in fp32 and a 14B fits a laptop. Unsloth replaces parts of transformers, so where it is imported
+    this runs in a process of its own."""
+    if "unsloth" in sys.modules:
+        return _in_own_process(model, which, sequences)
     import torch
-    from torch.nn.functional import log_softmax
+    from accelerate import init_empty_weights
+    from accelerate.hooks import attach_align_device_hook
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config, embedding = view.config, view.tensor(EMBEDDING)
+    with init_empty_weights():
+        empty = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config), dtype=torch.float32).eval()
+    attach_align_device_hook(
+        empty, execution_device=torch.device("cpu"), offload=True, weights_map=_Weights(model, which)
+    )
+    if which == "adapter":
+        for name, module in empty.named_modules():
+            if (factors := model.adapter.factors(f"{name}.weight")) is not None:
+                module.register_forward_hook(_beside(*factors, model.adapter.scaling))
+    # One batch, so that every weight is loaded once; padding to the right is not seen by what stands before it.
+    longest = max(map(len, sequences))
+    batch = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences])
     with torch.inference_mode():
-        states = [embedding[torch.tensor(ids)].float() for ids in sequences]
-        turns = [_rotation(config, len(ids)) for ids in sequences]
-        for i in range(config["num_hidden_layers"]):
-            layer = _Layer(view, f"model.layers.{i}.")
-            states = [layer(state, turn) for state, turn in zip(states, turns, strict=True)]
-        hidden = torch.cat([_rms(s, view.tensor("model.norm.weight"), config["rms_norm_eps"]) for s in states])
-        head = embedding if config["tie_word_embeddings"] else view.tensor(HEAD)
-        rows = range(0, len(head), HEAD_ROWS)
-        logits = torch.cat([hidden @ head[r : r + HEAD_ROWS].float().T for r in rows], dim=1)
-        factors = None if config["tie_word_embeddings"] else view.factors(HEAD)
-        if factors is not None:
-            logits += (hidden @ factors[0].T) @ factors[1].T * view.scaling
-        return log_softmax(logits, dim=1).numpy()
+        logits = empty(batch, use_cache=False).logits
+        rows = [row[: len(ids)].log_softmax(-1) for row, ids in zip(logits, sequences, strict=True)]
+        return torch.cat(rows).numpy()
 
 
-class _Layer:
-    """One decoder layer in fp32; its weights live as long as it does."""
-
-    def __init__(self, view: View, prefix: str):
-        self.view, self.prefix, self.config = view, prefix, view.config
-        self.weights: dict = {}
-
-    def weight(self, name: str):
-        if name not in self.weights:
-            self.weights[name] = self.view.tensor(self.prefix + name).float()
-        return self.weights[name]
-
-    def linear(self, name: str, x):
-        name += ".weight"
-        y, factors = x @ self.weight(name).T, self.view.factors(self.prefix + name)
-        return y if factors is None else y + (x @ factors[0].T) @ factors[1].T * self.view.scaling
-
-    def norm(self, name: str, x):
-        return _rms(x, self.weight(f"{name}.weight"), self.config["rms_norm_eps"])
-
-    def heads(self, name: str, x, turn):
-        """(heads, tokens, head_dim), queries and keys normalized per head and turned."""
-        y = self.linear(f"self_attn.{name}_proj", x).view(len(x), -1, self.config["head_dim"])
-        if turn is not None:
-            return _turned(self.norm(f"self_attn.{name}_norm", y).transpose(0, 1), *turn)
-        return y.transpose(0, 1)
-
-    def __call__(self, x, turn):
-        from torch.nn.functional import scaled_dot_product_attention, silu
-
-        y = self.norm("input_layernorm", x)
-        q, k, v = self.heads("q", y, turn), self.heads("k", y, turn), self.heads("v", y, None)
-        groups = len(q) // len(k)
-        k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
-        y = scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.linear("self_attn.o_proj", y.transpose(0, 1).reshape(len(x), -1))
-        y = self.norm("post_attention_layernorm", x)
-        return x + self.linear("mlp.down_proj", silu(self.linear("mlp.gate_proj", y)) * self.linear("mlp.up_proj", y))
+def _beside(a, b, scaling: float) -> Callable:
+    return lambda _, inputs, output: output + (inputs[0] @ a.T) @ b.T * scaling
 
 
-def _rms(x, weight, epsilon: float):
-    return x * (x.pow(2).mean(-1, keepdim=True) + epsilon).rsqrt() * weight.float()
-
-
-def _rotation(config: dict, length: int) -> tuple:
-    """(cos, sin) of rotary positions 0…length-1, for the default and the stretched (YaRN) kind."""
-    import torch
-    from transformers import Qwen3Config
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    full, factor = Qwen3Config.from_dict(config), 1.0
-    rope = full.rope_parameters
-    frequencies = rope["rope_theta"] ** (-torch.arange(0, config["head_dim"], 2).float() / config["head_dim"])
-    if rope["rope_type"] != "default":
-        frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](full, "cpu")
-    angles = torch.arange(length).float()[:, None] * torch.cat([frequencies, frequencies])
-    return angles.cos() * factor, angles.sin() * factor
-
-
-def _turned(x, cos, sin):
-    import torch
-
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+def _in_own_process(model: Checkpoint | Merged, which: str, sequences: list[list[int]]) -> np.ndarray:
+    code = (
+        "import pickle, sys, numpy; from toolkit.export.parity import log_probs; "
+        "numpy.save(sys.argv[1], log_probs(*pickle.load(sys.stdin.buffer)))"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "log_probs.npy"
+        command = [sys.executable, "-c", code, str(out)]
+        done = subprocess.run(
+            command, input=pickle.dumps((model, which, sequences)), cwd=ROOT, capture_output=True, check=False
+        )
+        if done.returncode:
+            raise ToolkitError(f"the reference forward pass failed: {done.stderr.decode(errors='replace')[-400:]}")
+        return np.load(out)
 
 
 def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -184,29 +136,56 @@ def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
     return np.sum(np.exp(reference, dtype=np.float64) * (reference.astype(np.float64) - other), axis=1)
 
 
-def hf_encode(tokenizer) -> Callable:
-    return lambda text: tokenizer.encode(text, add_special_tokens=False)
+class Tokens:
+    """The run's own tokenizer and template: what every exported file is compared with."""
 
+    def __init__(self, folder: Path):
+        self.tokenizer = load_tokenizer(folder)
+        self.kind = kind_of(lambda messages, enable_thinking: self.render(messages, None, enable_thinking))
+        self.modes, self.end = KINDS[self.kind], end_of_turn(self.tokenizer)
+        self.bos = self.tokenizer.decode(self.tokenizer.encode("")[:1])
+        """What the tokenizer puts before every text, if anything; llama.cpp then leaves it out of what it renders."""
+        self.cases = [
+            (m, t, mode == "thinking") for m, t in CONVERSATIONS if self._renders(m, t) for mode in self.modes
+        ]
 
-def hf_render(tokenizer) -> Callable:
-    def render(messages: list, tools: list | None, thinking: bool) -> str:
-        return tokenizer.apply_chat_template(
+    def _renders(self, messages: list, tools: list | None) -> bool:
+        """Whether the template has a form for this: some refuse a role, and some leave tools out."""
+        from jinja2 import TemplateError
+
+        try:
+            plain = self.render(messages, None, False)
+            return tools is None or self.render(messages, tools, False) != plain
+        except TemplateError:
+            return False
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text)
+
+    def render(self, messages: list, tools: list | None, thinking: bool) -> str:
+        return self.tokenizer.apply_chat_template(
             messages, tools=tools, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
         )
 
-    return render
 
+class ServedTokens:
+    """The same two questions to a served GGUF."""
 
-def server_encode(post: Callable) -> Callable:
-    return lambda text: post("/tokenize", {"content": text})["tokens"]
+    def __init__(self, post: Callable):
+        self.post = post
 
+    def encode(self, text: str) -> list[int]:
+        return self.post("/tokenize", {"content": text})["tokens"]
 
-def server_render(post: Callable) -> Callable:
-    def render(messages: list, tools: list | None, thinking: bool) -> str:
+    def encode_prompt(self, text: str) -> list[int]:
+        return self.post("/tokenize", {"content": text, "add_special": True})["tokens"]
+
+    def render(self, messages: list, tools: list | None, thinking: bool) -> str:
         body = {"messages": [_openai(m) for m in messages], "chat_template_kwargs": {"enable_thinking": thinking}}
-        return post("/apply-template", body | ({"tools": tools} if tools else {}))["prompt"]
-
-    return render
+        return self.post("/apply-template", body | ({"tools": tools} if tools else {}))["prompt"]
 
 
 def _openai(message: dict) -> dict:
@@ -220,26 +199,29 @@ def _openai(message: dict) -> dict:
     return message | {"tool_calls": calls}
 
 
-def tokenizer_differences(encode: Callable, render: Callable, tokenizer) -> tuple[int, int]:
-    """(texts, renderings) that differ from the run's own tokenizer: awkward texts, and every kind of conversation in
-    both modes, with the renderings tokenized too."""
-    own_encode, own_render = hf_encode(tokenizer), hf_render(tokenizer)
-    cases = [(messages, tools, thinking) for messages, tools in CONVERSATIONS for thinking in (True, False)]
-    rendered = [own_render(*case) for case in cases]
-    texts = sum(encode(text) != own_encode(text) for text in (*TEXTS, *rendered))
-    return texts, sum(render(*case) != text for case, text in zip(cases, rendered, strict=True))
+def tokenizer_differences(theirs, own: Tokens) -> tuple[int, int]:
+    """(texts, renderings) that differ from the run's own: awkward texts, and every kind of conversation in each mode,
+    with the renderings tokenized too."""
+    texts = sum(theirs.encode(text) != own.encode(text) for text in TEXTS)
+    templates = 0
+    for case in own.cases:
+        bare = own.render(*case).removeprefix(own.bos)
+        templates += theirs.render(*case).removeprefix(own.bos) != bare
+        texts += theirs.encode_prompt(bare) != own.encode(own.bos + bare)
+    return texts, templates
 
 
-def probe_sequences(tokenizer) -> list[list[int]]:
-    """A few hundred positions of conversation, both modes and both kinds of reply."""
-    render, encode = hf_render(tokenizer), hf_encode(tokenizer)
+def probe_sequences(own: Tokens) -> list[list[int]]:
+    """A few hundred positions of conversation, in the modes the model has and with both kinds of reply."""
+    first, last = own.modes[0] == "thinking", own.modes[-1] == "thinking"
+    end = own.tokenizer.decode([own.end])
     texts = [
-        render([USER], None, True) + REPLIES[0],
-        render([USER], None, False) + REPLIES[1],
-        render(CONVERSATIONS[2][0], None, True) + REPLIES[0],
-        REPLIES[1] + REPLIES[0],
+        own.render([USER], None, first) + REPLIES[0] + end,
+        own.render([USER], None, last) + REPLIES[1] + end,
+        own.render(AGAIN, None, first) + REPLIES[0] + end,
+        REPLIES[1] + end + REPLIES[0] + end,
     ]
-    return [encode(text)[-PER_TEXT:] for text in texts[: POSITIONS // PER_TEXT]]
+    return [own.encode(text)[-PER_TEXT:] for text in texts[: POSITIONS // PER_TEXT]]
 
 
 @contextlib.contextmanager
