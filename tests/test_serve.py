@@ -331,7 +331,7 @@ def test_the_command_says_where_how_to_ask_for_the_base_and_ends_when_told_to(ru
     said = ""
     while "Ctrl-C" not in said:
         said += process.stdout.readline()
-    for _ in range(2):
+    while "base: curl" not in said:
         said += process.stdout.readline()
     url = re.search(r"http://127.0.0.1:\d+", said)[0]
     assert "app.start" in httpx.get(url, headers={"Accept-Encoding": "gzip"}).text

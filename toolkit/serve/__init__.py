@@ -48,7 +48,10 @@ def welcome(engine: Engine) -> str:
     """What a person needs once the server is up: addresses, how to choose between runs and base, how to stop."""
     address = f"{engine.url}/v1/chat/completions"
     header = f' -H "Authorization: Bearer {engine.key}"' if engine.key else ""
-    lines = [f"page: {engine.url}/    API: {engine.url}/v1    {engine.context:,} tokens of context    Ctrl-C stops"]
+    lines = [
+        f"page: {engine.url}/    API: {engine.url}/v1    {engine.context:,} tokens of context    Ctrl-C stops",
+        "in the page switch its tools off (+, Tools): it offers them to every model, which changes the prompt",
+    ]
     if engine.key:
         lines.append(f"API key, asked for by API and page: {engine.key}")
     for i, name in enumerate([*engine.runs, *[BASE] * bool(engine.runs)]):
