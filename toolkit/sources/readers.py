@@ -85,7 +85,9 @@ def data_files(path: Path, split: str) -> list[Path]:
     known = ", ".join(READERS)
     if not path.is_dir():
         if not ending(path):
-            raise ToolkitError(f"{path}: expected {known}: save a spreadsheet as CSV UTF-8, unpack an archive")
+            raise ToolkitError(
+                f"{path}: unknown kind of file: expected {known}: save a spreadsheet as CSV UTF-8, unpack an archive"
+            )
         return [path]
     found = sorted(f for f in path.rglob("[!.]*") if not f.is_dir() and "/." not in f"/{f.relative_to(path)}")
     files = {f: re.split("[-_.]", f.name)[0].lower() for f in found if ending(f) and f.name not in NOT_ROWS}
