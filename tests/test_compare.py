@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -141,6 +142,17 @@ def equal_point(name, right):
     counted = {"thinking": {"tuned": {"accuracy": (right, [1.0] * QUESTIONS)}}}
     content = {"tuned": {"thinking": {"accuracy": found}}, "per_question": counted}
     return Point(name, [Run(name, {}, {}, content, {})], {}, {("thinking", "accuracy"): found})
+
+
+def test_unanimous_answers_to_few_questions_prove_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "QUESTIONS", 3)
+    runs = [make_run(tmp_path, s, thinking=a, base=0.0) for s, a in ((0.25, 0.0), (0.75, 1.0))]
+    found = compare(runs)
+    assert simultaneous_margin(found.points, found.goal) > 0.7  # three of three: 29% to 100%
+    gain = change(found.points[1], found.goal)
+    assert gain["low"] < 0.5 < gain["value"]
+    lines = difference_report(*runs)
+    assert any(line.startswith("thinking accuracy: 0% → 100%") for line in lines)
 
 
 def test_seeds_are_averaged_and_each_stays_visible(tmp_path):

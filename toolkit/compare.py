@@ -17,7 +17,7 @@ import pandas as pd
 import yaml
 
 from toolkit.evaluate import is_rate
-from toolkit.evaluate.stats import RESAMPLES, difference, draws, ratios
+from toolkit.evaluate.stats import RESAMPLES, difference, draws, ratios, unanimous
 from toolkit.family import MODES, mode_title
 from toolkit.files import ToolkitError, read_json
 
@@ -327,6 +327,9 @@ def change(point: Point, key: tuple[str, str]) -> dict | None:
     drawn = resampled(point.runs, "tuned", *key) - resampled(point.runs, "base", *key)
     low, high = np.quantile(drawn, [0.025, 0.975])
     value = point.values[key]["value"] - float(np.mean([found["value"] for found in base]))
+    if is_rate(key[1]) and value and math.isclose(low, high):  # all questions agree: no spread to resample, but a bound
+        bound = unanimous(point.values[key]["n"])
+        low, high = max(-1.0, low - bound), min(1.0, high + bound)
     return {"value": value, "low": float(low), "high": float(high)}
 
 
@@ -335,7 +338,10 @@ def simultaneous_margin(points: list[Point], goal: tuple[str, str]) -> float:
     resamples, which bounds all pairs at once (Tukey's range test, by bootstrap)."""
     vectors = np.stack([resampled(point.runs, "tuned", *goal) for point in points])
     centred = vectors - np.array([[point.values[goal]["value"]] for point in points])
-    return float(np.quantile(np.ptp(centred, axis=0), 0.95))
+    agreed = [
+        p.values[goal] for p in points if p.values[goal]["value"] in (0.0, 1.0)
+    ]  # of which resamples show no spread
+    return max([float(np.quantile(np.ptp(centred, axis=0), 0.95)), *(found["high"] - found["low"] for found in agreed)])
 
 
 def kept_of_base(values: dict, goal: tuple[str, str]) -> float:
@@ -470,6 +476,8 @@ def _score_change(a: Run, b: Run, key: tuple[str, str], old: dict, new: dict) ->
     if not all(kept):
         return text
     found = difference(*kept, seed=3407, rate=is_rate(key[1]))
+    if found["value"] is None:
+        return f"{text} (no question that both finished)"
     low, high = (f"{scale * found[end]:+.3g}" for end in ("low", "high"))
     shown = "certain" if found["low"] > 0 or found["high"] < 0 else "no difference shown"
     return f"{text} ({scale * found['value']:+.3g} [{low}, {high}], {shown})"
