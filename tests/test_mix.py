@@ -483,7 +483,8 @@ def test_near_twins_of_held_out_rows_do_not_train(tmp_path):
     held = {r.number % 20 for r in mixed.validation}
     assert not held & {r.number % 20 for r in mixed.train}
     found = {q["row"]: q["detail"] for q in mixed.quarantine if q["reason"] == "near_validation"}
-    assert len(found) == len(mixed.validation) == 10
+    assert set(found) == {n for n in range(1, 41) if n % 20 in held} - {r.number for r in mixed.validation}
+    assert len(found) > 5
     assert all(int(detail.split("row ")[1].split()[0]) % 20 == row % 20 for row, detail in found.items())
 
 
@@ -537,16 +538,17 @@ def test_the_source_that_is_too_small_is_the_one_that_limits(tmp_path):
         report = compiled(first, second, unit="examples", budget=400, validation_size=2).report
         assert report["limited_by"] == "tiny"
         assert report["sources"]["tiny"]["rows_kept"] == 5
+    long = {"name": "long", "path": jsonl(tmp_path / "long.jsonl", chat_rows(40, length=60)), "fraction": 0.5}
     with pytest.raises(ToolkitError, match="Add rows to tiny, which is exhausted"):
-        compiled(big | {"fraction": 0.7}, tiny | {"fraction": 0.3}, unit="tokens", budget=9000, validation_size=4)
+        compiled(long, tiny | {"fraction": 0.5}, unit="tokens", budget=9000, validation_size=2)
 
 
-def test_a_share_that_rounds_to_no_row_takes_none_not_all(tmp_path):
+def test_a_share_of_less_than_a_row_takes_one_not_all(tmp_path):
     big = {"name": "big", "path": jsonl(tmp_path / "big.jsonl", chat_rows(400)), "fraction": 0.999}
     rare = {"name": "rare", "path": jsonl(tmp_path / "rare.jsonl", chat_rows(50, start=1000)), "fraction": 0.001}
     report = compiled(big, rare, unit="examples", budget=100, validation_size=2).report
     assert report["limited_by"] is None
-    assert report["sources"]["rare"]["rows_kept"] == 0
+    assert report["sources"]["rare"]["rows_kept"] == 1
 
 
 def test_counts_without_fractions_are_the_mix_in_examples(tmp_path):
@@ -655,7 +657,7 @@ def test_a_model_that_cannot_hold_a_conversation_is_refused_before_a_source_is_o
 
 
 def flip(file):
-    data = bytearray(file.read_bytes())
+    data = bytearray(file.read_bytes() or b" ")
     data[len(data) // 2] ^= 4
     file.write_bytes(data)
 

@@ -293,12 +293,12 @@ class Draw:
 
     def examples(self, drawn: Drawn) -> Iterator[tuple[Example, Row, np.ndarray | None]]:
         """The examples of a row, counted; a rejected row has none. Raises ToolkitError once a source is hopeless."""
+        if self.drawn and self.drawn % CHECK_EVERY == 0:
+            self.check(max(0.5, self.data.max_rejected))
         self.drawn += 1
         self.seen += max(1, len(drawn.rows))
         if drawn.rejected:
             self.drop(drawn.number, drawn.rejected.reason, drawn.rejected.detail)
-        if self.drawn % CHECK_EVERY == 0:
-            self.check(max(0.5, self.data.max_rejected))
         return zip(drawn.examples, drawn.rows, drawn.signatures, strict=True)
 
     def drop(self, number: int, reason: str, detail: str) -> None:
