@@ -5,6 +5,7 @@ python -m toolkit --help     (then `python -m toolkit train hybrid train.max_ste
 
 import argparse
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -366,6 +367,7 @@ def replay(args):
     arg("--no-ollama", dest="ollama", action="store_false", help="write no Modelfile"),
     arg("--push", metavar="REPO", help="list what would go to the Hub, with the model card"),
     arg("--really-push", action="store_true", help="with --push: upload it"),
+    arg("--details", action="store_true", help="every check of the certificate"),
 )
 def export(args):
     """Write merged weights and GGUF files and prove that they are the run: certificate.json."""
@@ -374,11 +376,11 @@ def export(args):
     folder = model.run_folder(args.run)
     quants = args.quant or recipe.load(folder / "recipe.yaml").export.quantization_method
     gguf = "gguf" in args.to
-    export.export(
-        folder, args.to, quants if gguf else (), ollama=args.ollama and gguf, onto=args.onto, say=console().print
-    )
+    say = functools.partial(console().print, markup=False)
+    ollama = args.ollama and gguf
+    export.export(folder, args.to, quants if gguf else (), ollama=ollama, onto=args.onto, say=say, details=args.details)
     if args.push:
-        export.push(folder, args.push, dry_run=not args.really_push, say=console().print)
+        export.push(folder, args.push, dry_run=not args.really_push, say=say)
 
 
 @verb(RUN)
