@@ -16,7 +16,7 @@ import pytest
 from tests.pocket_run import make_gguf, make_run
 from toolkit.files import POCKET, ROOT, ToolkitError
 from toolkit.serve import vllm_command, welcome
-from toolkit.serve.engine import BASE, exported_gguf, start
+from toolkit.serve.engine import BASE, check, exported_gguf, start
 
 SUM = [{"role": "user", "content": "What is 17 + 25?"}]
 QUIET = {"chat_template_kwargs": {"enable_thinking": False}}
@@ -107,6 +107,15 @@ def test_run_and_base_have_the_probabilities_they_have_in_pytorch(name, outputs,
     assert divergence(served, served.lora(run.name), texts, expected["tuned"]) < 1e-4
     assert divergence(served, served.lora(BASE), texts, expected["base"]) < 1e-4
     assert divergence(served, served.lora(BASE), texts, expected["tuned"]) > 1e-3, "the two must be told apart"
+
+
+def test_the_check_passes_for_the_run_and_fails_for_another(runs, engine):
+    measured = check(runs[0], engine)
+    assert set(measured) == {"tuned", "base"}
+    assert all(m["mean"] < 0.01 for m in measured.values())
+    changed = make_run(runs[0].parent / "elsewhere" / "tuned", 9, 0.5)  # other weights under a name that is served
+    with pytest.raises(ToolkitError, match="tuned: served with a KL of"):
+        check(changed, engine)
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "llama3", "smollm2", "qwen3_instruct_2507", "gemma3"])

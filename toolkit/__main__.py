@@ -413,6 +413,7 @@ def chat(args):
     arg("runs", nargs="+", metavar="run", help="folders or names; several: runs of one base"),
     *WEIGHTS,
     arg("--base", action="store_true", help="serve the base alone, for tools that cannot ask for it in a request"),
+    arg("--check", dest="checked", action="store_true", help="first measure that run and base are served as they are"),
     arg("--engine", choices=("llama.cpp", "vllm"), default="llama.cpp", help="vllm: for GPUs; prints its command"),
     arg("--host", default="127.0.0.1", help="another needs an API key"),
     arg("--port", type=int, default=8000),
@@ -422,7 +423,7 @@ def serve(args):
     """OpenAI-compatible API and a chat page on 127.0.0.1; run and base from one copy of the weights."""
     from toolkit.serve import serve
 
-    names = ("engine", "source", "quant", "context", "base", "host", "port", "key")
+    names = ("engine", "source", "quant", "context", "base", "host", "port", "key", "checked")
     serve(args.runs, say=console().print, **{name: getattr(args, name) for name in names})
 
 

@@ -15,7 +15,7 @@ from toolkit.family import family_of
 from toolkit.files import POCKET, find, read_json
 from toolkit.model import run_folder
 from toolkit.render import load_chat
-from toolkit.serve.engine import BASE, CONTEXT, Engine, start
+from toolkit.serve.engine import BASE, CONTEXT, Engine, check, start
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -23,9 +23,9 @@ VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def serve(runs: Sequence[str | Path], *, engine: str = "llama.cpp", host: str = "127.0.0.1", port: int = 8000,
-          key: str | None = None, say=print, **options) -> None:  # fmt: skip
+          key: str | None = None, checked: bool = False, say=print, **options) -> None:  # fmt: skip
     """Serve until Ctrl-C. `options` are those of `engine.start`. A host other than this machine needs an API key, and
-    gets one when none is given. Raises ToolkitError before anything listens."""
+    gets one when none is given. `checked` first holds what is served against the run. Raises ToolkitError."""
     if host not in LOOPBACK and key is None:
         key = secrets.token_urlsafe(24)
     if engine == "vllm":
@@ -37,6 +37,9 @@ def serve(runs: Sequence[str | Path], *, engine: str = "llama.cpp", host: str = 
         subprocess.run(command, check=False)
         return
     served = start(runs, host=host, port=port, key=key, say=say, **options)
+    for run in runs if checked else ():
+        measured = check(run, served, options.get("quant"))
+        say("checked against the run: " + ", ".join(f"{name} KL {m['mean']:.1g}" for name, m in measured.items()))
     say(welcome(served))
     try:
         threading.Event().wait()

@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from toolkit.export.certificate import KL_MEAN, LIMITS
 from toolkit.export.gguf_file import GgufFile, check_quant, write_gguf, write_lora_gguf
 from toolkit.export.merge import Merged, open_merged
+from toolkit.export.parity import Tokens, file_divergence, log_probs, probe_sequences
 from toolkit.family import KINDS, MODES, family_of, sampling_of
 from toolkit.files import ToolkitError, complete, lock, outputs, read_json, sha256
 from toolkit.model import run_folder
@@ -20,6 +22,8 @@ from toolkit.render import load_chat
 
 BASE = "base"
 """The name by which clients and messages call a run's base."""
+QUANT = "q8_0"
+"""What a base is converted to unless asked otherwise: half the size of F16, half a thousandth of KL from it."""
 SLOTS = 4
 """Replies generated at once (llama.cpp's own default)."""
 CONTEXT = 8192
@@ -111,7 +115,7 @@ def start(
         raise ToolkitError("several runs are served as adapters beside their base: leave out --from and --base")
     _check_port(host, port)
     if source == "adapter":
-        weights, loras, facts = _converted(folders, quant or "q8_0", say)
+        weights, loras, facts = _converted(folders, quant or QUANT, say)
     else:
         weights, loras = exported_gguf(folders[0], quant), []
         facts = _facts_of_file(weights)
@@ -165,6 +169,23 @@ def _llama_server(weights: Path, loras, *, alias, template, context, sampling, h
         ) from error
 
 
+def check(run: str | Path, engine: Engine, quant: str | None = None) -> dict[str, dict]:
+    """{"RUN" | "base": KL from the run and its base in PyTorch}, measured and limited as in an export's certificate.
+
+    Raises ToolkitError when what is served is not the run."""
+    folder = run_folder(run).resolve()
+    if folder.name not in engine.runs:
+        raise ToolkitError("only an adapter beside its base is checked here: an export has `python -m toolkit verify`")
+    own, merged, limit = Tokens(folder / "adapter"), open_merged(folder, "16bit"), LIMITS.get(quant or QUANT, KL_MEAN)
+    sequences, found = probe_sequences(own), {}
+    for name, which in ((folder.name, "adapter"), (BASE, "base")):
+        expected = log_probs(merged, which, sequences)
+        found[name] = file_divergence(engine.call, expected, sequences, own.encode("a")[0], **engine.lora(name))
+        if found[name]["mean"] > limit:
+            raise ToolkitError(f"{name}: served with a KL of {found[name]['mean']:.2g} from the run, limit {limit:g}")
+    return found
+
+
 # --- files that llama.cpp reads --------------------------------------------------------------------------------------
 
 
@@ -181,7 +202,7 @@ def _converted(folders: list[Path], quant: str, say) -> tuple[Path, list[Path], 
         if not weights.is_file():
             say(f"converting {base.label} to {quant}, once for all runs on it")
             with complete(weights) as partial:
-                write_gguf(checkpoint, partial, quant, base.label, tokenizer=folders[0] / "adapter")
+                write_gguf(checkpoint, partial, quant, base.label, folders[0] / "adapter", say)
         for folder in folders:
             adapter = sha256(folder / "adapter" / "adapter_model.safetensors")[:8]
             loras.append(place / f"{folder.name}-{adapter}.lora.gguf")
