@@ -231,8 +231,20 @@ def test_an_interrupted_training_closes_its_run(tiny):
 
 @pytest.mark.parametrize("name", ["swanlab", "trackio", "mlflow"])
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_loaded(tmp_path, name):
-    with pytest.raises(ToolkitError, match=f"report_to: {name} needs a package.*pip install {name}.*report_to=none"):
+    with pytest.raises(ToolkitError, match=f"report_to: {name} needs a package.*pip install '{name}.*report_to=none"):
         tracking.check({"report_to": ["wandb", name]}, tmp_path)
+
+
+def test_a_version_of_a_tracker_that_fails_with_this_transformers_is_named(tmp_path, monkeypatch):
+    (tmp_path / "swanlab").mkdir()
+    (tmp_path / "swanlab" / "__init__.py").write_text("")
+    (tmp_path / "swanlab-0.10.3.dist-info").mkdir()
+    (tmp_path / "swanlab-0.10.3.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: swanlab\nVersion: 0.10.3\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ToolkitError, match=r"swanlab 0.10.3 is too new here: `pip install 'swanlab<0.8'`"):
+        tracking.check({"report_to": "swanlab"}, tmp_path)
 
 
 def test_an_unknown_tracker_is_refused(tmp_path):

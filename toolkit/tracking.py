@@ -8,10 +8,15 @@ rows to `log_table`; `train.sft_config` gives transformers only `other_trackers(
 would add 400 keys and local paths; after eval.json is written, and again when a finished run is opened, `finish` adds the
 evaluation. Config holds the recipe and `mix/reasoning_share_{examples,tokens,supervised_tokens}`; the summary holds
 `evaluate.summary(result)`: `eval/{base,tuned,difference}/{thinking,non_thinking,forgetting}/METRIC`.
+
+Ratios side by side in wandb: the run `<sweep>-comparison` holds the table, the picture and the curve over the share. By hand,
+in a project filtered to the sweep's group: Add panel → Scatter plot, x = config `mix/reasoning_share_supervised_tokens`,
+y = summary `eval/tuned/thinking/accuracy`.
 """
 
 import contextlib
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -19,6 +24,8 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+from packaging import version
 
 from toolkit import recipe as recipes
 from toolkit.files import ToolkitError, read_json, sha256, write_text
@@ -33,6 +40,9 @@ PACKAGES = {
     "mlflow": "mlflow",
 }
 """`report_to` name → the Python package it needs."""
+BELOW = {"swanlab": "0.8"}
+"""Versions from which a tracker fails in the pinned transformers: swanlab's get_run() raises where its callback expects
+None (tried: 0.7.20 works; 0.8.5, 0.9.8 and 0.10.3 raise)."""
 KEYS = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
@@ -85,10 +95,14 @@ def check(train: dict, folder: Path, say: Callable[[str], None] = print) -> None
     for name in trackers(train):
         if name not in PACKAGES:
             raise ToolkitError(f"train.report_to: {name}: expected one of {', '.join(PACKAGES)} or none")
-        if importlib.util.find_spec(PACKAGES[name]) is None:
+        package = PACKAGES[name]
+        wanted = f"{package}<{BELOW[name]}" if name in BELOW else package
+        advice = f"`pip install '{wanted}'`, or set train.report_to=none"
+        if importlib.util.find_spec(package) is None:
+            raise ToolkitError(f"train.report_to: {name} needs a package that is not installed: {advice}")
+        if name in BELOW and version.parse(importlib.metadata.version(package)) >= version.parse(BELOW[name]):
             raise ToolkitError(
-                f"train.report_to: {name} needs a package that is not installed: "
-                f"`pip install {PACKAGES[name]}`, or set train.report_to=none"
+                f"train.report_to: {name} {importlib.metadata.version(package)} is too new here: {advice}"
             )
     if not logs_to_wandb(train):
         return
