@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import families
 from tests.export_fixtures import base_model, killed_export, run_folder
 from tests.hub_stand_in import stand_in
 from toolkit.export import export, gguf_path, memory_needed, modelfile, push
@@ -26,6 +27,7 @@ from toolkit.export.merge import (
     open_merged,
 )
 from toolkit.export.model_card import adapter_card
+from toolkit.export.parity import log_probs
 from toolkit.files import ROOT, ToolkitError, read_json, sha256
 
 SILENT = {"say": lambda _: None}
@@ -141,6 +143,41 @@ def test_onto_4bit_merges_onto_bitsandbytes_own_rounding_of_the_linear_layers(ba
     assert sorted(on_disk.names()) == sorted(on_load.names())
     embedding = "model.embed_tokens.weight"
     assert torch.equal(on_load.base_tensor(embedding), Checkpoint(base).tensor(embedding))
+
+
+def test_a_run_on_a_dynamic_4bit_folder_exports_onto_both_bases(tmp_path):
+    """Laid out like unsloth/Qwen3-0.6B-unsloth-bnb-4bit: NF4 tensors, and some modules left in 16 bits."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    base = families.build("qwen3", tmp_path / "toy")
+    kept = ["lm_head", "model.layers.1.mlp.down_proj"]
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=kept,
+    )
+    four = tmp_path / "toy-unsloth-bnb-4bit"
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.bfloat16)
+    model.save_pretrained(four)
+    AutoTokenizer.from_pretrained(base).save_pretrained(four)
+    run = run_folder(tmp_path / "run", base)
+    (run / "manifest.json").write_text(json.dumps({"model": {"name": str(four), "load_in_4bit": True}}))
+    stored = Checkpoint(four)
+    assert f"{kept[1]}.weight.absmax" not in stored.files
+    assert "model.layers.0.mlp.down_proj.weight.absmax" in stored.files
+    for onto, label in (("16bit", "toy"), ("4bit", "toy-unsloth-bnb-4bit")):
+        certificate = export(run, quants=("q8_0",), onto=onto, **SILENT)
+        assert (certificate["passed"], certificate["inputs"]["base"]) == (True, label)
+
+
+def test_the_reference_pass_is_the_same_where_unsloth_has_patched_transformers(run, monkeypatch):
+    merged, texts = open_merged(run, "16bit"), [[1, 2, 3, 4], [5, 6, 7]]
+    here = log_probs(merged, "adapter", texts)
+    monkeypatch.setitem(sys.modules, "unsloth", sys)  # as if imported: the pass then runs in a process of its own
+    assert (here == log_probs(merged, "adapter", texts)).all()
 
 
 def test_a_4bit_folder_gives_way_to_the_16bit_one_beside_it(base, tmp_path):
