@@ -1,5 +1,9 @@
-"""A finished run without training it, nor torch, on the pocket model or another: `make_run(tmp_path / "one", seed=1)`."""
+"""Finished runs: made without training, nor torch, on the pocket model or another; or really trained, in seconds, here.
 
+folder = make_run(tmp_path / "one", seed=1); folder, said = trained("two", "train.max_steps=4")
+"""
+
+import io
 import json
 import shutil
 from pathlib import Path
@@ -10,6 +14,40 @@ from toolkit import recipe
 from toolkit.files import POCKET, ROOT
 
 RANK = 8
+SMALL = ["data.budget=3000", "data.validation_size=8", "train.per_device_train_batch_size=4", "train.max_steps=4",
+         "train.eval_steps=1", "train.save_steps=1", "train.save_total_limit=9", "evaluate.max_new_tokens=8",
+         "train.report_to=none"]  # fmt: skip
+
+
+class Screen(io.StringIO):
+    """A console's file that calls `action` once, when `trigger` is printed: a fault at a known place of a run."""
+
+    def __init__(self, trigger: str = "", action=None):
+        super().__init__()
+        self.trigger, self.action = trigger, action
+
+    def write(self, text: str) -> int:
+        done = super().write(text)
+        if self.action and self.trigger in text:
+            action, self.action = self.action, None
+            action()
+        return done
+
+
+def trained(name: str, *changes: str, screen: Screen | None = None, **options) -> tuple[Path, str]:
+    """(run folder, what was printed) of a small training under $TOOLKIT_OUTPUTS, without evaluation unless `score=True`."""
+    from rich.console import Console
+
+    from toolkit.model import unsloth
+
+    unsloth()  # before transformers, which it patches
+    from toolkit import progress, run
+
+    progress.Progress.PLAIN_EVERY = 0  # every step is printed
+    screen = screen or Screen()
+    console = Console(file=screen, width=200)
+    small = recipe.load(ROOT / "data_recipes" / "pocket.yaml", [f"name={name}", *SMALL, *changes])
+    return run.train(small, console, **{"score": False} | options), screen.getvalue()
 
 
 def make_run(folder: Path, seed: int = 1, noise: float = 0.002, base: Path = POCKET) -> Path:

@@ -96,7 +96,7 @@ EXECUTED = (
 )
 
 
-UNDER_WAY = "callbacks model serve.engine train".split()
+UNDER_WAY = "serve.engine".split()
 """Usage lines that do not run yet: their modules are being rewritten. The last step empties this."""
 
 

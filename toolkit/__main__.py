@@ -146,11 +146,14 @@ def _unexpected(error: Exception, args: argparse.Namespace) -> str:
 
     run = outputs() / str(getattr(args, "name", None) or getattr(args, "run", None) or "")
     log = run / "run.log" if (run / "recipe.yaml").is_file() else outputs() / "toolkit.log"
+    written = [Path(note[5:]) for note in vars(error).get("__notes__", []) if note.startswith("log: ")]
     try:
+        log = written[0] if written else log  # `run.train` writes its run's log itself
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a", encoding="utf-8") as file:
             print(time.strftime("%Y-%m-%d %H:%M:%S"), *sys.argv, file=file)
-            traceback.print_exception(error, file=file)
+            if not written:
+                traceback.print_exception(error, file=file)
         where = f"the traceback is in {log}"
     except OSError:  # the disk may be what failed
         where = "set TOOLKIT_DEBUG=1 to see the traceback"

@@ -1,24 +1,67 @@
-"""Load a 4-bit Qwen3 through Unsloth, attach LoRA, reload a run.
+"""Load a model through Unsloth, attach LoRA, reload a run; send what the libraries print to a log.
 
-model, tokenizer = load_run("outputs/pocket"); with model.disable_adapter(): ...  # the base
+model, tokenizer = load_run("pocket")
 """
 
 import contextlib
-import json
+import io
+import logging
 import os
+import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-from toolkit.files import POCKET, ToolkitError, did_you_mean, find, outputs
+from toolkit.files import POCKET, ToolkitError, did_you_mean, find, outputs, read_json, sha256
 from toolkit.recipe import Lora, Model
 
-VOID = open(os.devnull, "w")  # noqa: SIM115 - stays open: log handlers made while it is in place keep writing to it
+
+class Log(io.TextIOBase):
+    """Where the libraries' stdout and stderr go: run.log of the run in work, otherwise outputs/toolkit.log.
+
+    One object for the whole process: log handlers created while `quiet()` is in place keep writing to it."""
+
+    folder: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "run.log" if self.folder else outputs() / "toolkit.log"
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):  # a full disk must not turn a library's warning into a crash
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8", errors="replace") as file:
+                file.write(text)
+        return len(text)
+
+
+LOG = Log()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Send what libraries print, warn and log to LOG instead of the screen, unless TOOLKIT_DEBUG is set."""
+    if os.environ.get("TOOLKIT_DEBUG"):
+        yield
+        return
+    screens = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+    handlers = [(h, h.stream) for x in loggers for h in x.handlers if vars(h).get("stream") in screens]
+    with contextlib.redirect_stdout(LOG), contextlib.redirect_stderr(LOG), warnings.catch_warnings():
+        for handler, _ in handlers:
+            handler.stream = LOG
+        try:
+            yield
+        finally:
+            for handler, stream in handlers:
+                handler.stream = stream
 
 
 def unsloth():
     """Unsloth's FastLanguageModel; importing it takes about ten seconds, so only here and only when needed.
 
     Its generated sources go under outputs/, it never installs or downloads on its own, and without a network its calls
-    to the Hub are switched off, as they would each wait for a time-out.
+    to the Hub are switched off, as they would each wait for a timeout.
     """
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(outputs() / ".unsloth"))
     os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
@@ -28,24 +71,6 @@ def unsloth():
     return FastLanguageModel
 
 
-@contextlib.contextmanager
-def quiet():
-    """Keep library chatter off the screen, unless TOOLKIT_DEBUG is set; errors come as exceptions all the same."""
-    if os.environ.get("TOOLKIT_DEBUG"):
-        yield
-        return
-    import logging
-    import warnings
-
-    with contextlib.redirect_stdout(VOID), contextlib.redirect_stderr(VOID), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-
 def has_bf16() -> bool:
     """Whether the CUDA card here computes in bfloat16; a T4 only emulates it."""
     import torch
@@ -53,10 +78,36 @@ def has_bf16() -> bool:
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that the GPU has no memory left; CUDA and cuBLAS report it as a plain RuntimeError too."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        m in str(error) for m in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
+
+
+def checkpoint_file(section: Model, name: str) -> dict:
+    """A JSON file of a recipe's model, from its folder or the Hub, without loading anything; {} where it has none."""
+    where = POCKET if section.model_name == "pocket" else find(section.model_name)
+    if where is None:
+        import huggingface_hub
+
+        try:
+            file = Path(huggingface_hub.hf_hub_download(section.model_name, name, revision=section.revision))
+        except (OSError, ValueError):  # no such name, no network: loading reports it, with the reason
+            return {}
+    else:
+        file = where / name
+    return read_json(file) if file.is_file() else {}
+
+
 def load_base(section: Model):
     """(model, tokenizer) of a recipe's `model:` section: a dynamic-quant checkpoint, or 16-bit weights quantized on load.
 
-    Raises ToolkitError when the name is neither a folder nor to be had from the Hub.
+    Raises ToolkitError when the name is neither a folder nor on the Hub, or when the weights do not fit on the card.
     """
     fast = unsloth()
     where = POCKET if section.model_name == "pocket" else find(section.model_name)
@@ -69,9 +120,36 @@ def load_base(section: Model):
                 revision=section.revision,
                 **section.extra,
             )
-    except OSError as error:
-        raise ToolkitError(f"{section.model_name}: cannot be loaded: {str(error).splitlines()[0]}") from error
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if out_of_memory(error):
+            reason = "it does not fit into GPU memory: `python -m toolkit fit` shows what does"
+        raise ToolkitError(f"{section.model_name}: cannot be loaded: {reason} (details: {LOG.path})") from error
+    loaded = model.config._name_or_path
+    if section.revision and where is None and loaded != section.model_name:
+        raise ToolkitError(
+            f"model.revision: Unsloth loads {loaded} for {section.model_name} and ignores the revision: "
+            f"set model.model_name to {loaded} with a revision of its own, or remove model.revision"
+        )
+    if model.device.type == "cuda":
+        from unsloth.utils.packing import mark_allow_overlength
+
+        mark_allow_overlength(model)  # otherwise prompts longer than max_seq_length are cut without a word
+    model.generation_config.max_length = None  # Unsloth sets it; generate() would warn at every call
+    # Unsloth sets it to max_seq_length; saved with the adapter, it would make other programs cut their prompts
+    settings = checkpoint_file(section, "tokenizer_config.json")
+    tokenizer.model_max_length = settings.get("model_max_length") or tokenizer.model_max_length
     return model, tokenizer
+
+
+def notices(section: Model, model) -> list[str]:
+    """What Unsloth decided by itself while it loaded, and only says in the log."""
+    loaded, found = model.config._name_or_path, []
+    if find(loaded) is None and loaded != section.model_name:
+        found.append(f"Unsloth loaded {loaded} for {section.model_name}")
+    if model.device.type == "cuda" and model.get_input_embeddings().weight.device.type == "cpu":
+        found.append("Unsloth keeps the input embedding in main memory, as GPU memory is tight")
+    return found
 
 
 def attach(model, lora: Lora, *, seed: int, use_gradient_checkpointing="unsloth"):
@@ -97,6 +175,7 @@ def load_run(folder: str | Path):
     from toolkit import recipe
 
     folder = run_folder(folder)
+    check_adapter(folder)
     resolved = recipe.load(folder / "recipe.yaml")
     model, tokenizer = load_base(resolved.model)
     with quiet():
@@ -120,4 +199,19 @@ def run_folder(folder: str | Path) -> Path:
 
 def manifest(folder: Path) -> dict:
     """A run's manifest.json."""
-    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return read_json(folder / "manifest.json")
+
+
+def damaged(folder: Path, checksums: dict[str, str]) -> str | None:
+    """The first file of a folder that is missing or differs from its SHA-256; None when all are as written."""
+    return next((n for n, s in checksums.items() if not (folder / n).is_file() or sha256(folder / n) != s), None)
+
+
+def check_adapter(folder: Path) -> None:
+    """Compare a run's adapter with the checksums in its manifest. Raises ToolkitError naming a damaged file."""
+    name = damaged(folder / "adapter", manifest(folder).get("adapter", {}))
+    if name:
+        raise ToolkitError(
+            f"{folder / 'adapter' / name}: missing or damaged: its SHA-256 differs from manifest.json. Run the `train` "
+            "command of this run again: it writes the adapter again from the last checkpoint, without training"
+        )

@@ -21,7 +21,10 @@ class Progress:
             from rich import progress
 
             columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn()
-            self.bar = progress.Progress(*columns, progress.TimeRemainingColumn(), console=self.console, transient=True)
+            self.bar = progress.Progress(
+                *columns, progress.TimeRemainingColumn(), console=self.console, transient=True,
+                redirect_stdout=False, redirect_stderr=False,  # what libraries print meanwhile goes to the log
+            )  # fmt: skip
             self.task = self.bar.add_task(self.title, total=self.total)
             self.bar.start()
         return self
@@ -35,7 +38,7 @@ class Progress:
         self.done += count
         now = time.monotonic()
         if self.bar:
-            self.bar.update(self.task, completed=self.done, total=self.total)
+            self.bar.update(self.task, description=self.title, completed=self.done, total=self.total)
         elif now - self.printed >= self.PLAIN_EVERY and self.done < self.total:
             self.printed = now
             left = (now - self.started) / self.done * (self.total - self.done)

@@ -1,17 +1,23 @@
-"""The steps of a run, composed: what the command line and the notebooks both call.
+"""Read this first: the steps of a run, composed. What the command line and the notebooks both call.
 
-folder = train(recipe.load("data_recipes/pocket.yaml")); result = evaluate(folder)
+folder = train(recipes.load("data_recipes/pocket.yaml")); result = evaluate(folder)
+
+The way of a run: recipe → resolve (which model) → compile_mix → load, attach LoRA → train → report → evaluate.
 """
 
+import contextlib
 import dataclasses
-import json
 import os
+import signal
 import time
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
 
 from toolkit import recipe as recipes
 from toolkit import tracking
-from toolkit.files import outputs, read_json, write_json
+from toolkit.family import family_of, mode_title
+from toolkit.files import ToolkitError, lock, outputs, read_json, read_jsonl, write_json
 from toolkit.recipe import Recipe
 
 HUB = "https://huggingface.co"
@@ -24,6 +30,111 @@ def default_console():
     console = Console(highlight=False)
     piped = not (console.is_terminal or console.is_jupyter)
     return Console(highlight=False, soft_wrap=True, width=160) if piped else console
+
+
+def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = True, details: bool = False) -> Path:
+    """Compile, load, train, evaluate; ends with before and after and the next command. Returns the run's folder.
+
+    An unfinished run of the same recipe resumes from its last checkpoint; a finished one is left as it is.
+    """
+    from toolkit import train as training
+
+    console = console or default_console()
+    console.file = console.file  # keep printing there while the libraries' output goes to the log
+    # accelerate starts this function in every process; one of them talks
+    console.quiet = console.quiet or not training.is_main()
+    folder = outputs() / recipe.name
+    if training.is_main():
+        tracking.check(recipe.train, folder, console.print)
+    check_gguf(recipe)
+    recipe = resolve(recipe, console)
+    with lock(folder, "train") if training.is_main() else contextlib.nullcontext(), recorded(folder):
+        with training.main_first():
+            folder, state = training.claim(recipe, fresh=fresh and training.is_main())
+            if state != "finished":
+                mixed = compile_mix(recipe, console)
+        if state == "finished" and (not score or scored(folder)):
+            if score and training.is_main():
+                log_evaluation(recipe, folder, console)  # a kill may have come between eval.json and wandb
+            console.print(f"{folder} is finished already: `python -m toolkit evaluate {recipe.name}` scores it again")
+            return folder
+        loaded = _train(recipe, mixed, folder, console) if state != "finished" else None
+        if training.is_main():
+            report(folder, console)
+            if score:
+                evaluate(folder, console, loaded=loaded, details=details)
+            else:
+                console.print(f"the run: {folder}\nnext:    python -m toolkit evaluate {folder.name}")
+    return folder
+
+
+def _train(recipe: Recipe, mixed, folder: Path, console):
+    """Load, attach LoRA, train; returns (model, tokenizer), ready to be scored."""
+    from toolkit import model as models
+    from toolkit import train as training
+
+    clock = {"mix": time.time()}
+    with loading(recipe.model.model_name, console):
+        model, tokenizer = models.load_base(recipe.model)
+        model = models.attach(model, recipe.lora, seed=recipe.data.seed)
+    for notice in models.notices(recipe.model, model):
+        console.print(f"· {notice}")
+    clock["model"] = time.time()
+    training.train(recipe, mixed, model, tokenizer, folder, console, clock)
+    return model, tokenizer
+
+
+def evaluate(folder: str | Path, console=None, *, level: str | None = None, loaded=None, details: bool = False) -> dict:
+    """Score a run against its own base; writes eval.json and the wandb summary, prints the verdict and the next command.
+
+    `details` prints the table of all metrics too; `loaded` is (model, tokenizer) right after training."""
+    from toolkit import evaluate as evaluation
+    from toolkit import mix
+    from toolkit import model as models
+    from toolkit.evaluate.questions import LEVELS, from_mix
+
+    console = console or default_console()
+    console.file = console.file
+    folder = models.run_folder(folder)
+    with lock(folder, "evaluate"):
+        recipe = recipes.load(folder / "recipe.yaml")
+        if loaded is None:
+            with loading(recipe.model.model_name, console):
+                loaded = models.load_run(folder)
+        mixed = mix.compile_mix(recipe)
+        level = level or recipe.evaluate.level
+        result = evaluation.evaluate(
+            *loaded,
+            *questions(recipe, mixed),
+            validation=from_mix(mixed)["validation"],
+            level=level,
+            steps=read_json(folder / "manifest.json").get("steps"),
+            max_new_tokens=min(recipe.evaluate.max_new_tokens, LEVELS[level].max_new_tokens),
+            batch_size=generation_batch(recipe, mixed, loaded[0].config),
+            console=console,
+        )
+        write_json(folder / "eval.json", result)
+        log_evaluation(recipe, folder, console)
+    if details:
+        console.print(evaluation.table(result, console.width))
+    for line in result["verdict"]:
+        console.print(line)
+    worse = result["verdict"][-1].startswith(("result: WORSE", "result: BROKEN"))
+    following = "evaluate {0} --details" if worse else "chat {0}   or   python -m toolkit export {0}"
+    console.print(f"the run: {folder}\nnext:    python -m toolkit {following.format(folder.name)}")
+    return result
+
+
+def check_gguf(recipe: Recipe) -> None:
+    """Raises ToolkitError when the recipe asks for a GGUF that its model's architecture cannot become: before training."""
+    from toolkit.model import checkpoint_file
+
+    kind = checkpoint_file(recipe.model, "config.json").get("model_type") if recipe.export.quantization_method else None
+    if kind and family_of(kind).gguf is None:
+        raise ToolkitError(
+            f"{recipe.model.model_name}: no GGUF conversion for model type {kind!r}: set "
+            "export.quantization_method=[] (the run can still be exported as merged weights)"
+        )
 
 
 def default_recipe() -> tuple[str, str]:
@@ -63,10 +174,66 @@ def resolve(recipe: Recipe, console) -> Recipe:
         name = "pocket"
         console.print("model: pocket (no CUDA card for a larger one)")
     else:
-        memory = torch.cuda.get_device_properties(0).total_memory
+        memory = fit.usable_vram()
         name = fit.choose_model(memory, recipe)
         console.print(f"model: {name} (the largest Qwen3 that fits {memory / 2**30:.1f} GiB with this recipe)")
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, model_name=name))
+
+
+def scored(folder: Path) -> bool:
+    """Whether a run has an evaluation that can be read."""
+    try:
+        return {"base", "tuned", "difference"} <= read_json(folder / "eval.json").keys()
+    except ToolkitError:
+        return False
+
+
+@contextlib.contextmanager
+def loading(name: str, console) -> Iterator[None]:
+    """Say what is loaded, with the time while it lasts (on a terminal) and after."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    began = time.monotonic()
+    live = console.is_terminal or console.is_jupyter
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
+    bar.add_task(f"loading {name}")
+    if not live:
+        console.print(f"loading {name} …")
+    with bar if live else contextlib.nullcontext():
+        yield
+    console.print(f"loaded {name} in {time.monotonic() - began:.0f} s")
+
+
+@contextlib.contextmanager
+def recorded(folder: Path) -> Iterator[None]:
+    """Libraries' output and tracebacks of the block go to the run's run.log; a run that ends early says why in its
+    manifest."""
+    from toolkit.model import LOG
+
+    LOG.folder = folder
+    try:
+        yield
+    except BaseException as error:
+        LOG.write("".join(traceback.format_exception(error)))
+        error.add_note(f"log: {LOG.path}")
+        _record_stop(folder, error)
+        raise
+    finally:
+        LOG.folder = None
+
+
+def _record_stop(folder: Path, error: BaseException) -> None:
+    from toolkit.train import is_main, read_manifest
+
+    made = read_manifest(folder)
+    if not is_main() or made.get("state") != "running":
+        return
+    reason = f"{type(error).__name__}: {error}"
+    if isinstance(error, KeyboardInterrupt):  # the command line passes SIGTERM and SIGHUP on as one with their number
+        reason = f"interrupted by {signal.Signals(*error.args or [signal.SIGINT]).name}"
+    with contextlib.suppress(ToolkitError):  # on a full disk the reason is on the screen only
+        write_json(folder / "manifest.json", made | {"state": "stopped", "stopped": reason})
 
 
 def compile_mix(recipe: Recipe, console=None, *, fresh: bool = False, next_command: str = ""):
@@ -84,88 +251,6 @@ def compile_mix(recipe: Recipe, console=None, *, fresh: bool = False, next_comma
     return mixed
 
 
-def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = True, details: bool = False) -> Path:
-    """Compile, load, train, evaluate; ends with before and after in both modes. Returns the run's folder.
-
-    An unfinished run of the same recipe goes on where it stopped; a finished one is left as it is.
-    """
-    from toolkit import train as training
-
-    console = console or default_console()
-    if not training.is_main():
-        console.quiet = True  # under accelerate every process runs this function; one of them talks
-    recipe = resolve(recipe, console)
-    if training.is_main():
-        tracking.check(recipe.train, outputs() / recipe.name, console.print)
-    with training.main_first():
-        folder, state = training.claim(recipe, fresh=fresh and training.is_main())
-        if state != "finished":
-            mixed = compile_mix(recipe, console)
-    if state == "finished" and (not score or (folder / "eval.json").is_file()):
-        if score and training.is_main():
-            log_evaluation(recipe, folder, console)  # a kill may have come between eval.json and wandb
-        console.print(f"{folder} is finished already: `python -m toolkit evaluate {recipe.name}` scores it again")
-        return folder
-    loaded = None
-    if state != "finished":
-        from toolkit import model as models
-
-        clock = {"mix": time.time()}
-        console.print(f"loading {recipe.model.model_name} …")
-        model, tokenizer = models.load_base(recipe.model)
-        model = models.attach(model, recipe.lora, seed=recipe.data.seed)
-        clock["model"] = time.time()
-        training.train(recipe, mixed, model, tokenizer, folder, console, clock)
-        loaded = model, tokenizer
-    if training.is_main():
-        report(folder, console)
-        if score:
-            evaluate(folder, console, loaded=loaded, details=details)
-        else:
-            console.print(f"the run: {folder}\nnext:    python -m toolkit evaluate {folder.name}")
-    return folder
-
-
-def evaluate(folder: str | Path, console=None, *, level: str | None = None, loaded=None, details: bool = False) -> dict:
-    """Score a run against its own base; writes eval.json and the wandb summary, prints the verdict, with `details` after
-    the whole table."""
-    from toolkit import evaluate as evaluation
-    from toolkit import mix
-    from toolkit import model as models
-    from toolkit.evaluate.questions import LEVELS, from_mix
-
-    console = console or default_console()
-    folder = models.run_folder(folder)
-    recipe = recipes.load(folder / "recipe.yaml")
-    model, tokenizer = loaded or models.load_run(folder)
-    mixed = mix.compile_mix(recipe)
-    level = level or recipe.evaluate.level
-    reasoning, chat = questions(recipe, mixed)
-    result = evaluation.evaluate(
-        model,
-        tokenizer,
-        reasoning,
-        chat,
-        None,
-        from_mix(mixed)["validation"],
-        level=level,
-        steps=read_json(folder / "manifest.json").get("steps"),
-        max_new_tokens=min(recipe.evaluate.max_new_tokens, LEVELS[level].max_new_tokens),
-        batch_size=generation_batch(recipe, mixed),
-        console=console,
-    )
-    write_json(folder / "eval.json", result)
-    if details:
-        console.print(evaluation.table(result, console.width))
-    log_evaluation(recipe, folder, console)
-    for line in result["verdict"]:
-        console.print(line)
-    worse = result["verdict"][-1].startswith(("result: WORSE", "result: BROKEN"))
-    following = "evaluate {0} --details" if worse else "chat {0}   or   python -m toolkit export {0}"
-    console.print(f"the run: {folder}\nnext:    python -m toolkit {following.format(folder.name)}")
-    return result
-
-
 def log_evaluation(recipe: Recipe, folder: Path, console) -> None:
     """Send a run's eval.json to wandb, unless that was done before."""
     from toolkit import evaluate as evaluation
@@ -174,16 +259,17 @@ def log_evaluation(recipe: Recipe, folder: Path, console) -> None:
     tracking.finish(recipe, folder, evaluation.summary(result), result.get("samples", []), console)
 
 
-def generation_batch(recipe: Recipe, mixed) -> int:
-    """How many replies fit on the card at once; 32 on a CPU."""
+def generation_batch(recipe: Recipe, mixed, config) -> int:
+    """How many replies fit on the card at once; 32 on a CPU, and for a model that has no forecast."""
     import torch
 
     from toolkit import fit
 
     if not torch.cuda.is_available():
         return 32
-    planned = fit.forecast(fit.settings(recipe, max(len(r.ids) for r in mixed.train)), recipe.model.model_name)
-    return fit.generation_batch(planned, torch.cuda.get_device_properties(0).total_memory)
+    longest = max(len(r.ids) for r in mixed.train)
+    planned = fit.forecast_or_none(recipe, config, longest=longest, vram=fit.usable_vram())
+    return planned.settings.generation_batch if planned else 32
 
 
 def questions(recipe: Recipe, mixed) -> tuple[list[dict] | None, list[dict] | None]:
@@ -200,30 +286,28 @@ def questions(recipe: Recipe, mixed) -> tuple[list[dict] | None, list[dict] | No
 
 
 def report(folder: Path, console) -> None:
-    """What a training ends with: the fixed prompts before and after, speed, memory."""
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    console.print(before_after(rows))
-    console.print(
-        f"{manifest['steps']} steps in {manifest['train_seconds']:.0f} s, {manifest['tokens_per_second']:,.0f} tokens/s, "
-        f"{manifest['supervised_tokens_per_second']:,.0f} supervised tokens/s, "
-        f"peak memory {manifest['peak_memory_bytes'] / 2**30:.2f} GiB"
-    )
+    """The fixed prompts before and after a training, its speed and memory."""
+    from toolkit.callbacks import speed
+
+    made = read_json(folder / "manifest.json")
+    console.print(before_after(read_jsonl(folder / "samples.jsonl")))
+    console.print(f"{made['steps']} steps in {made['train_seconds']:.0f} s: {speed(made)}")
+    if made["skipped_steps"]:
+        console.print(f"{made['skipped_steps']} of the steps were skipped: their fp16 gradients overflowed")
 
 
 def before_after(rows: list[dict]):
-    """A table of the fixed prompts' replies before and after training, in both modes."""
+    """A table of the fixed prompts' replies before and after training, in each mode of the model."""
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title="the same prompts before and after", title_justify="left", show_lines=True)
     for column in ("prompt", "mode", "before", "after"):
         table.add_column(column)
-    asked = {(r["prompt"], r["mode"]): {} for r in rows}
+    asked: dict[tuple, dict] = {(r["prompt"], r["mode"]): {} for r in rows}
     for row in rows:
-        thought = row["reasoning"] + "\n" * bool(row["reasoning"])
-        answer = row["answer"] or "(nothing)"
-        asked[row["prompt"], row["mode"]][row["when"]] = Text.assemble((thought, "bright_black"), answer)
+        thought = [(row["reasoning"] + "\n", "bright_black")] if row["reasoning"] else []
+        asked[row["prompt"], row["mode"]][row["when"]] = Text.assemble(*thought, row["answer"] or "(nothing)")
     for (prompt, mode), reply in asked.items():
-        table.add_row(prompt, mode.replace("_", "-"), reply.get("before"), reply.get("after"))
+        table.add_row(prompt, mode_title(mode), reply.get("before"), reply.get("after"))
     return table

@@ -1,27 +1,37 @@
 """Recipe + model + mix → TRL SFTTrainer → a run folder.
 
-folder = claim(recipe); train(recipe, compile_mix(recipe), model, tokenizer, folder)
+folder, state = claim(recipe); train(recipe, mixed, model, tokenizer, folder, console)
 """
 
 import contextlib
+import dataclasses
+import errno
+import gc
 import importlib.metadata
-import json
+import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from toolkit import fit, tracking
 from toolkit import recipe as recipes
-from toolkit.files import ROOT, ToolkitError, outputs, write_json, write_text
-from toolkit.mix import Mix, Row
-from toolkit.model import has_bf16, quiet
+from toolkit.files import ROOT, ToolkitError, outputs, read_json, sha256, write_error, write_json, write_text
+from toolkit.mix import Mix, datasets_by_source
+from toolkit.model import damaged, has_bf16, out_of_memory, quiet, unsloth
 from toolkit.recipe import Recipe
 
+WRITE_ERRORS = {
+    getattr(errno, name) for name in ("ENOSPC", "EFBIG", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EIO")
+}
+NO_SPACE = r"No space left|os error (27|28)|PytorchStreamWriter|unexpected pos|iostream error"
+"""How torch.save and safetensors report a failed write: as a RuntimeError and a SafetensorError of their own."""
 PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "wandb")
 
 
@@ -61,8 +71,17 @@ def claim(recipe: Recipe, *, fresh: bool = False) -> tuple[Path, str]:
             f"{folder} holds a run of another recipe ({_changes(recipes.load(written), recipe)}). "
             "Runs are never overwritten: choose another name (name=...), or pass --fresh to move the old run aside"
         )
-    finished = (folder / "manifest.json").is_file() and "finished" in json.loads((folder / "manifest.json").read_text())
+    made = read_manifest(folder)
+    finished = "finished" in made and damaged(folder / "adapter", made.get("adapter", {})) is None
     return folder, "finished" if finished else "unfinished"
+
+
+def _since_start(clock: dict | None) -> dict:
+    """Seconds from the start of this process, imports included, to each of the times in `clock`."""
+    import psutil
+
+    began = psutil.Process().create_time()
+    return {name: round(at - began, 2) for name, at in (clock or {}).items()}
 
 
 def _changes(old: Recipe, new: Recipe) -> str:
@@ -82,153 +101,150 @@ def _changes(old: Recipe, new: Recipe) -> str:
 
 
 def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console, clock: dict | None = None) -> dict:
-    """Train the adapter on `model` and leave it in `folder`; goes on from the last whole checkpoint if there is one.
+    """Train the adapter on `model` and write it to `folder`; resumes from the newest whole checkpoint.
 
-    Halves the batch and doubles the accumulation when memory runs out before the first step. `clock` holds when earlier
-    phases ended (time.time()). Returns the manifest.
+    A checkpoint of the last step leaves nothing to train: then only what follows training is done. `clock` holds when
+    earlier phases ended (time.time()). Returns the manifest.
     """
-    import torch
-
-    started = time.time()
-    _need_space(folder, model)
-    manifest = describe(recipe, mixed, model)
+    need_space(folder, model)
     with main_first():
         if is_main():
             for name in ("mix.json", "quarantine.jsonl"):
                 shutil.copy(mixed.folder / name, folder / name)
-            write_json(folder / "manifest.json", manifest)
+            write_json(folder / "manifest.json", describe(recipe, mixed, model, folder))
         checkpoint = last_checkpoint(folder, console)
-    settings = dict(recipe.train)
     with tracking.training(recipe, mixed, folder) if is_main() else contextlib.nullcontext():
-        while True:
-            trainer, counter, samples, progress = _trainer(recipe, settings, mixed, model, tokenizer, folder, console)
-            try:
-                _longest_batch_first(trainer, mixed.train, counter)
+        if checkpoint is None or not ended(checkpoint):
+            counter = fit_adapter(recipe, mixed, model, tokenizer, folder, checkpoint, console)
+            clock = {**(clock or {}), "first_step": counter.first_step}
+        return finish(recipe, mixed, model, tokenizer, folder, console, clock) if is_main() else {}
+
+
+def fit_adapter(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, checkpoint: Path | None, console):
+    """Run the trainer to its last step. Where memory runs out before the first one, with a smaller batch. Returns its
+    Counter; the weights are in `model` and in the checkpoints."""
+    if on_cuda():
+        console.print("compiling kernels: about a minute, once")
+    while True:
+        trainer, hooks = build_trainer(recipe, mixed, model, tokenizer, folder, console)
+        try:
+            with quiet(), writing(folder / "checkpoints"):
+                run_longest_batch(trainer)
+                hooks["counter"].watch(trainer)
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-                break
-            except torch.OutOfMemoryError:
-                settings = _halved(settings, trainer.state.global_step, console)
-                del trainer
-                torch.cuda.empty_cache()
-            finally:
-                progress.stop()
-        if is_main():
-            samples.answer(trainer.model, trainer.state.global_step, "after")
-    if not is_main():
-        return manifest
-    with quiet():
-        trainer.model.save_pretrained(str(folder / "adapter"))
-        tokenizer.save_pretrained(str(folder / "adapter"))
-    manifest |= {
-        **counter.summary(),
-        "reached_after": _since_start({**(clock or {}), "first_step": counter.first_step}),
-        "steps": trainer.state.global_step,
-        "best_step": trainer.state.best_global_step,
-        "batch": {k: settings[k] for k in ("per_device_train_batch_size", "gradient_accumulation_steps")},
-        "processes": trainer.args.world_size,
-        "packing": trainer.args.packing,
-        "padding_free": trainer.args.padding_free,
-        "evaluation_seconds": round(trainer.evaluation_seconds, 2),
-        "seconds": round(time.time() - started, 2),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-    if torch.cuda.is_available():
-        planned = fit.forecast(fit.settings(recipe, max(len(r.ids) for r in mixed.train)), recipe.model.model_name)
-        manifest["fit"] = fit.compare(planned, torch.cuda.max_memory_reserved())
-        console.print(f"peak memory: {manifest['fit']['error']:+.1%} forecast against measured")
-    write_json(folder / "manifest.json", manifest)
-    return manifest
+            return hooks["counter"]
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        finally:
+            hooks["progress"].stop()
+            steps = trainer.state.global_step
+            release(trainer)
+        # outside `except`: there the traceback would hold the step's tensors
+        del trainer, hooks
+        recipe = dataclasses.replace(recipe, train=smaller_batch(recipe.train, steps, console))
 
 
-def _since_start(clock: dict) -> dict:
-    """Seconds from the start of this process, imports included, to each of the times in `clock`."""
-    import psutil
+def release(trainer) -> None:
+    """Free what training held and evaluation does not need: optimizer state, gradients, the float32 wrapper of forward."""
+    import torch
 
-    began = psutil.Process().create_time()
-    return {name: round(at - began, 2) for name, at in clock.items()}
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    trainer.model.zero_grad(set_to_none=True)
+    trainer.optimizer = trainer.lr_scheduler = None
+    trainer.accelerator.free_memory()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
-def _halved(settings: dict, steps_done: int, console) -> dict:
-    """Half the batch, twice the accumulation: the same effective batch in less memory."""
+def smaller_batch(settings: dict, steps_done: int, console) -> dict:
+    """The next smaller batch size that divides the effective batch, which stays the same."""
     batch, accumulation = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
     if batch == 1 or steps_done:
         raise ToolkitError(
-            f"out of GPU memory after {steps_done} steps at batch size {batch}. Run `python -m toolkit fit` for the "
-            "smallest changes that fit; the last checkpoint is kept and the same command goes on from it"
+            f"out of GPU memory after {steps_done} steps at batch size {batch}. `python -m toolkit fit` shows the "
+            "smallest changes that fit; the same command resumes from the last checkpoint"
         )
-    console.print(f"out of memory at batch {batch} × {accumulation}: going on with {batch // 2} × {accumulation * 2}")
-    return settings | {"per_device_train_batch_size": batch // 2, "gradient_accumulation_steps": accumulation * 2}
+    smaller = max(n for n in range(1, batch // 2 + 1) if batch * accumulation % n == 0)
+    more = batch * accumulation // smaller
+    console.print(
+        f"out of memory at batch {batch} × {accumulation}: trying {smaller} × {more}, the same effective batch"
+    )
+    return settings | {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": more}
 
 
-def _trainer(recipe: Recipe, settings: dict, mixed: Mix, model, tokenizer, folder: Path, console):
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn a write that failed below `path`, whoever reports it, into the error that says what to do."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        known = error.errno in WRITE_ERRORS if isinstance(error, OSError) else re.search(NO_SPACE, str(error))
+        if not known:
+            raise
+        failed = error if isinstance(error, OSError) else OSError(str(error).splitlines()[0])
+        raise write_error(path, failed) from error
+
+
+def build_trainer(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console):
+    """(SFTTrainer on the mix, its callbacks by name)."""
     import transformers
     import trl
 
-    from toolkit.callbacks import Counter, Metrics, Progress, Samples
-
-    class Trainer(trl.SFTTrainer):
-        """SFTTrainer that counts supervised tokens, and one validation loss for all sources, weighted as they are mixed."""
-
-        def compute_loss(self, model, inputs, *args, **kwargs):
-            if model.training:
-                counter.count(inputs)
-            return super().compute_loss(model, inputs, *args, **kwargs)
-
-        evaluation_seconds = 0.0
-        """Validation losses and sample replies during training."""
-
-        def evaluate(self, eval_dataset=None, **kwargs):
-            started = time.monotonic()
-            metrics = super().evaluate(eval_dataset, **kwargs)
-            if eval_dataset is None and kwargs.get("metric_key_prefix", "eval") == "eval":
-                losses = {k: metrics[f"eval_{k}_loss"] for k in weights}
-                metrics["eval_loss"] = sum(weights[k] * losses[k] for k in losses) / sum(weights.values())
-                self.log({"eval_loss": metrics["eval_loss"], **{f"eval_{k}_loss": v for k, v in losses.items()}})
-                self.evaluation_seconds += time.monotonic() - started
-            return metrics
-
-    counter = Counter()
     validation = datasets_by_source(mixed.validation)
-    achieved = mixed.report["achieved"][recipe.data.unit]
-    weights = {k: max(achieved[k.split("/")[0]], 1e-6) for k in validation}
-    samples = Samples(
-        folder,
-        tokenizer,
-        recipe.evaluate.prompts,
-        recipe.data.seed,
-        max_new_tokens=min(256, recipe.evaluate.max_new_tokens),
-    )
-    progress = Progress(console, counter)
-    callbacks = [counter, Metrics(folder), progress, samples]
-    if recipe.evaluate.early_stopping_patience:
-        callbacks.append(transformers.EarlyStoppingCallback(recipe.evaluate.early_stopping_patience))
+    hooks = callbacks(recipe, mixed, tokenizer, folder, console)
     with quiet():
-        trainer = Trainer(
+        try:
+            arguments = trl.SFTConfig(**sft_arguments(recipe, folder, bool(validation)))
+        except ValueError as error:  # two keys that contradict each other, e.g. save_steps and eval_steps
+            raise ToolkitError(f"train: {error}") from error
+        trainer = trl.SFTTrainer(
             model=model,
-            args=sft_config(recipe, settings, folder, bool(validation)),
-            train_dataset=dataset(mixed.train),
+            args=arguments,
+            train_dataset=mixed.train_dataset,
             eval_dataset=validation or None,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=list(hooks.values()),
         )
+    trainer.args.load_best_model_at_end = False  # `finish` loads it, after a resume with nothing left to train too
+    trainer.args.save_total_limit = None  # `Checkpoints` deletes old ones, once the new one is whole
     for weight in trainer.model.parameters():
-        if (
-            weight.requires_grad
-        ):  # TRL makes LoRA bfloat16 on a 4-bit base; a resumed run loads float32 and would differ
+        # TRL makes LoRA bfloat16 on a 4-bit base; a resumed run loads float32 and would differ
+        if weight.requires_grad:
             weight.data = weight.data.float()
     trainer.remove_callback(transformers.ProgressCallback)
     trainer.remove_callback(transformers.PrinterCallback)
     if trainer.args.packing or trainer.args.padding_free:
         console.print(f"packing {trainer.args.packing}, padding-free {trainer.args.padding_free}")
-    return trainer, counter, samples, progress
+    return trainer, hooks
 
 
-def sft_config(recipe: Recipe, settings: dict, folder: Path, validates: bool):
-    """TRL's SFTConfig from the recipe's `train:` section, for rows that already hold ids and labels."""
+def callbacks(recipe: Recipe, mixed: Mix, tokenizer, folder: Path, console) -> dict:
+    """{"counter", "metrics", "progress", "samples", …}: `list(….values())` goes to SFTTrainer, `counter.watch(trainer)` after."""
+    from toolkit.callbacks import Checkpoints, Counter, EarlyStopping, Metrics, ProgressLine, Samples
+
+    achieved = mixed.report["achieved"][recipe.data.unit]
+    weights = {f"{row.source}/{row.mode}": max(achieved[row.source], 1e-6) for row in mixed.validation}
+    counter = Counter([*mixed.train, *mixed.validation], weights)
+    limit = min(256, recipe.evaluate.max_new_tokens)
+    hooks = {
+        "counter": counter,
+        "metrics": Metrics(folder),
+        "progress": ProgressLine(console, counter),
+        "samples": Samples(folder, tokenizer, recipe.evaluate.prompts, recipe.data.seed, limit),
+    }
+    if recipe.evaluate.early_stopping_patience and weights:
+        hooks["early_stopping"] = EarlyStopping(recipe.evaluate.early_stopping_patience)
+    return hooks | {"checkpoints": Checkpoints(recipe.train.get("save_total_limit"))}
+
+
+def sft_arguments(recipe: Recipe, folder: Path, validates: bool) -> dict:
+    """Arguments for TRL's SFTConfig from the recipe's `train:` section, for rows that already hold ids and labels."""
     import torch
-    import trl
 
-    half = torch.cuda.is_available()
+    settings, half = recipe.train, torch.cuda.is_available()
     bf16 = half and has_bf16()
     packing = bool(settings.get("packing"))
     values = {"bf16": bf16, "fp16": half and not bf16, "save_strategy": settings["eval_strategy"], **settings}
@@ -238,93 +254,144 @@ def sft_config(recipe: Recipe, settings: dict, folder: Path, validates: bool):
         "run_name": recipe.name,
         "seed": recipe.data.seed,
         "disable_tqdm": True,
+        "logging_nan_inf_filter": False,  # it logs the mean loss where the loss is NaN
         "max_length": recipe.model.max_seq_length if packing else None,
         "dataset_kwargs": None if packing else {"skip_prepare_dataset": True},
     }
     if not validates:
         values |= {"eval_strategy": "no", "load_best_model_at_end": False}
-    elif values["load_best_model_at_end"]:
+    elif values["load_best_model_at_end"] or recipe.evaluate.early_stopping_patience:
         values |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
-    with quiet():
-        return trl.SFTConfig(**values)
+    return values
 
 
-def dataset(rows: list[Row]):
-    """A datasets.Dataset of input_ids and labels, without a copy of the ids."""
-    import datasets
-    import pyarrow as pa
-
-    lengths = np.array([len(r.ids) for r in rows])
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32() if lengths.sum() < 2**31 else pa.int64())
-    kind = pa.ListArray if offsets.type == pa.int32() else pa.LargeListArray
-    ids = np.concatenate([r.ids for r in rows]).astype(np.int32)
-    labels = np.concatenate([r.labels for r in rows]).astype(np.int32)
-    columns = {
-        name: kind.from_arrays(offsets, pa.array(flat)) for name, flat in (("input_ids", ids), ("labels", labels))
-    }
-    made = datasets.Dataset(pa.table(columns))
-    # Unsloth's sign that no row needs cutting: without it, rows that hold ids are padded on a GPU
-    made._unsloth_truncated_to = int(lengths.max())
-    return made
-
-
-def datasets_by_source(rows: list[Row]) -> dict:
-    """One dataset per source/mode among held-out rows."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(f"{row.source}/{row.mode}", []).append(row)
-    return {name: dataset(group) for name, group in sorted(groups.items())}
-
-
-def _longest_batch_first(trainer, rows: list[Row], counter) -> None:
-    """Run the longest batch of the mix once, forward and backward: what will not fit fails now, not hours in."""
+def on_cuda() -> bool:
     import torch
 
-    if not torch.cuda.is_available():
+    return torch.cuda.is_available()
+
+
+def longest_rows(rows, count: int) -> list[dict]:
+    """The rows of a trainer's data set with the most tokens, as they are: packed rows stay packs."""
+    import pyarrow.compute
+
+    lengths = pyarrow.compute.list_value_length(rows.with_format("arrow")[:]["input_ids"]).to_numpy()
+    return [rows[int(i)] for i in np.argsort(-lengths, kind="stable")[:count]]
+
+
+def run_longest_batch(trainer) -> None:
+    """On a GPU, run the longest batch once, forward and backward: what will not fit fails now, not hours in."""
+    import torch
+
+    if not on_cuda():
         return
-    longest = sorted(rows, key=lambda r: -len(r.ids))[: trainer.args.per_device_train_batch_size]
-    batch = trainer.data_collator([dict(trainer.train_dataset[0]) | _columns(r) for r in longest])
+    batch = trainer.data_collator(longest_rows(trainer.train_dataset, trainer.args.per_device_train_batch_size))
     batch = {k: v.to(trainer.model.device) for k, v in batch.items() if hasattr(v, "to")}
-    trainer.model.train()
-    with torch.random.fork_rng(devices=[0]), trainer.autocast_smart_context_manager():
+    unsloth().for_training(trainer.model)  # its trainer's __init__ ends with checkpointing switched off
+    with torch.random.fork_rng(devices=[0]):
         trainer.compute_loss(trainer.model, batch).backward()
     trainer.model.zero_grad(set_to_none=True)
-    counter.tokens = counter.supervised = 0
-
-
-def _columns(row: Row) -> dict:
-    return {"input_ids": row.ids.tolist(), "labels": row.labels.tolist()}
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
 
 
 def last_checkpoint(folder: Path, console) -> Path | None:
-    """The newest whole checkpoint; one that a kill cut short is removed, and said so."""
-    found = sorted((folder / "checkpoints").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-    for checkpoint in reversed(found):
-        if _whole(checkpoint):
-            console.print(f"going on from {checkpoint.relative_to(folder)}")
+    """The newest whole checkpoint; one that was cut short or damaged is removed, and said so."""
+    for checkpoint in reversed(all_checkpoints(folder)):
+        if whole(checkpoint):
+            console.print(f"resuming from {checkpoint.relative_to(folder)}")
             return checkpoint
-        console.print(f"{checkpoint.relative_to(folder)} was cut short and is removed")
+        console.print(f"{checkpoint.relative_to(folder)} is incomplete or damaged and is removed")
         shutil.rmtree(checkpoint)
     return None
 
 
-def _whole(checkpoint: Path) -> bool:
-    """Transformers writes trainer_state.json last; the tensors before it must open too."""
-    import torch
-    from safetensors import SafetensorError, safe_open
+def all_checkpoints(folder: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    return sorted((folder / "checkpoints").glob("checkpoint-*"), key=step_of)
 
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def whole(checkpoint: Path) -> bool:
+    """Whether every file of a checkpoint is as its checksums.json, written last, says."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
-        with safe_open(checkpoint / "adapter_model.safetensors", "pt") as tensors:
-            tensors.keys()
-        for name in ("optimizer.pt", "scheduler.pt"):
-            torch.load(checkpoint / name, weights_only=True, map_location="meta")
-    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError):
+        return damaged(checkpoint, read_json(checkpoint / "checksums.json")) is None
+    except ToolkitError:
         return False
-    return True
 
 
-def _need_space(folder: Path, model) -> None:
+def ended(checkpoint: Path) -> bool:
+    """Whether training ended at this checkpoint: at the last step, or stopped early."""
+    state = read_json(checkpoint / "trainer_state.json")
+    stopped = state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+    return stopped or state["global_step"] >= state["max_steps"]
+
+
+def best_checkpoint(folder: Path, console) -> Path:
+    """Of the whole checkpoints, the one with the lowest validation loss; without any loss, the newest."""
+    found = all_checkpoints(folder)
+    history = read_json(found[-1] / "trainer_state.json")["log_history"]
+    losses = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
+    for checkpoint in sorted(found if losses else found[::-1], key=lambda p: losses.get(step_of(p), math.inf)):
+        if whole(checkpoint):
+            return checkpoint
+        console.print(f"{checkpoint.relative_to(folder)} is damaged: the next best checkpoint is used")
+    raise ToolkitError(f"{folder}: no whole checkpoint left: train again with --fresh")
+
+
+def finish(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console, clock: dict | None) -> dict:
+    """From the checkpoints: the adapter, the replies after training, the last manifest. The same after an uninterrupted
+    training and after a resume that had nothing left to train."""
+    from toolkit.callbacks import progress_of, write_metrics
+
+    last = all_checkpoints(folder)[-1]
+    chosen = best_checkpoint(folder, console) if recipe.train["load_best_model_at_end"] else last
+    state = read_json(last / "trainer_state.json")
+    totals = state["stateful_callbacks"]["Counter"]["attributes"]["totals"]
+    write_metrics(folder / "metrics.jsonl", state["log_history"])
+    checksums = write_adapter(chosen, model, tokenizer, folder / "adapter")
+    samples = callbacks(recipe, mixed, tokenizer, folder, console)["samples"]
+    samples.begin(model, state["global_step"])
+    samples.answer(model, state["global_step"], "after")
+    manifest = read_json(folder / "manifest.json") | {
+        **progress_of(totals),
+        **{name: totals[name] for name in ("skipped_steps", "peak_memory_bytes")},
+        **{name: round(totals[name], 2) for name in ("train_seconds", "evaluation_seconds", "seconds")},
+        "train_loss": totals["loss"] / totals["steps"],
+        "reached_after": _since_start(clock),
+        "steps": state["global_step"],
+        "best_step": state["best_global_step"],
+        "adapter_step": step_of(chosen),
+        **state["stateful_callbacks"]["Counter"]["args"],
+        "adapter": checksums,
+        "state": "finished",
+        "finished": _now(),
+    }
+    write_json(folder / "manifest.json", manifest)  # before the comparison: what fit does not know never stops a run
+    if on_cuda():
+        longest = max(len(r.ids) for r in mixed.train)
+        if planned := fit.forecast_or_none(recipe, model.config, longest=longest, say=console.print):
+            manifest["fit"] = fit.compare(planned, totals["peak_memory_bytes"])
+            write_json(folder / "manifest.json", manifest)
+    return manifest
+
+
+def write_adapter(checkpoint: Path, model, tokenizer, folder: Path) -> dict[str, str]:
+    """Load a checkpoint's weights into `model` and write them as the run's adapter. Returns {file: SHA-256}."""
+    import peft
+    from safetensors.torch import load_file
+
+    with quiet(), writing(folder):
+        peft.set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+    return {p.name: sha256(p) for p in sorted(folder.iterdir())}
+
+
+def need_space(folder: Path, model) -> None:
     """Adapter, best and last checkpoint (weights and two optimizer moments each) must fit on the disk."""
     trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     need, free = trainable * (1 + 3 * 3) + 50 * 2**20, shutil.disk_usage(folder).free
@@ -335,11 +402,11 @@ def _need_space(folder: Path, model) -> None:
         )
 
 
-def describe(recipe: Recipe, mixed: Mix, model) -> dict:
-    """manifest.json as a run begins: what it would take to repeat it."""
+def describe(recipe: Recipe, mixed: Mix, model, folder: Path) -> dict:
+    """manifest.json as a run begins: what it would take to repeat it. A resumed run keeps when it began."""
     import torch
 
-    gpu = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
+    gpu = torch.cuda.get_device_properties(0) if on_cuda() else None
     return {
         "recipe_sha256": recipes.sha256(recipe),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
@@ -348,12 +415,34 @@ def describe(recipe: Recipe, mixed: Mix, model) -> dict:
             "name": recipe.model.model_name,
             "revision": recipe.model.revision or vars(model.config).get("_commit_hash"),
             "load_in_4bit": recipe.model.load_in_4bit,
+            "loaded": loaded_from(recipe.model.model_name, model.config),
         },
         "data": mixed.report["fingerprints"],
         "seeds": {"data": recipe.data.seed, "train": recipe.data.seed},
         "commit": commit(),
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "started": read_manifest(folder).get("started") or _now(),
+        "state": "running",
     }
+
+
+def loaded_from(name: str, config) -> dict:
+    """{"name", "revision"} of the repository whose weights were loaded: on CUDA Unsloth replaces some names by those of
+    its own 4-bit checkpoints. A folder keeps the recipe's name, which holds no one's home."""
+    loaded = config._name_or_path
+    revision = vars(config).get("_commit_hash")
+    return {"name": name if Path(loaded).exists() else loaded, "revision": revision}
+
+
+def read_manifest(folder: Path) -> dict:
+    """A run's manifest.json; {} where it is missing or damaged, as training writes it again."""
+    try:
+        return read_json(folder / "manifest.json")
+    except ToolkitError:
+        return {}
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def commit() -> str | None:
