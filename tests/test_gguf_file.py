@@ -192,6 +192,37 @@ def test_llama_cpp_computes_the_base_and_with_the_lora_the_tuned_model_of_every_
         assert kl(base, 1) > 1e-2  # the two can be told apart
 
 
+LLAMA3_1 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama3", {"rope_parameters": LLAMA3_1 | {"original_max_position_embeddings": 64}}),
+        ("gemma3", {"sliding_window": 8}),
+    ],
+    ids=["llama3.1's stretched positions", "gemma3's window"],
+)
+def test_llama_cpp_computes_the_positions_of_the_config(name, changes, tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, ids = families.build(name, tmp_path / "base"), list(range(5, 65))
+
+    def logits():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        with torch.inference_mode():
+            return model(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
+
+    plain = logits()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    write_gguf(Checkpoint(folder), tmp_path / "base.gguf", "f16", "base")
+    with llama_server(tmp_path / "base.gguf") as post:
+        assert file_divergence(post, logits(), [ids], 70)["mean"] < 1e-5
+        assert file_divergence(post, plain, [ids], 70)["mean"] > 1e-5  # the change is one that can be seen
+
+
 @pytest.mark.parametrize("trained", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "lm_head"]}])
 def test_a_gguf_lora_refuses_what_it_cannot_hold(trained, tmp_path):
     folder = families.build("qwen3", tmp_path / "base")
