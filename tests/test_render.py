@@ -12,7 +12,7 @@ from tests import families
 from tests import qwen3 as real
 from tests.label_check import violations
 from toolkit.files import POCKET, ToolkitError
-from toolkit.render import _short_merges, chat_of, examples, last_switch, load_chat
+from toolkit.render import chat_of, examples, last_switch, load_chat
 from toolkit.sources import Rejected
 
 USER = {"role": "user", "content": "What is 2 + 4?"}
@@ -389,16 +389,3 @@ def test_truncation_and_padding_kept_in_tokenizer_json_cut_nothing(tmp_path):
     assert (
         load_chat(str(tmp_path)).encode(TEXTS) == load_chat(str(tmp_path)).encode_reference(TEXTS) == chat.encode(TEXTS)
     )
-
-
-@pytest.mark.parametrize("layout", [{"indent": 2}, {"indent": 4}, {}])
-def test_merges_in_the_short_form_are_the_same_merges(layout):
-    tokenizer = json.loads((POCKET / "tokenizer.json").read_text(encoding="utf-8"))
-    tokenizer["model"]["merges"][0] = ["],\n        [", '"\\']
-    text = json.dumps(tokenizer, ensure_ascii=False, **layout)
-    short = json.loads(_short_merges(text))
-    joined = [" ".join(m) if isinstance(m, list) else m for m in short["model"]["merges"]]
-    assert joined == [" ".join(m) for m in tokenizer["model"]["merges"]]
-    assert {**short, "model": 0} == {**tokenizer, "model": 0}
-    assert short["model"]["vocab"] == tokenizer["model"]["vocab"]
-    assert (short["model"]["merges"] == joined) == (layout == {"indent": 2})

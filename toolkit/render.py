@@ -124,10 +124,14 @@ class Chat:
     @property
     def fast(self):
         """fastokens' tokenizer: the same ids several times sooner. None where it cannot be used."""
-        return None if self.fallback_reason else _fast(self.json)
+        return None if self.fallback_reason else self._fast
 
-    @property
-    def reference(self):
+    @functools.cached_property
+    def _fast(self):
+        return _fast(self.json)
+
+    @functools.cached_property
+    def _reference(self):
         """Hugging Face's tokenizer: what `fast` is compared with."""
         return _reference(self.json)
 
@@ -147,11 +151,11 @@ class Chat:
 
     def encode_reference(self, texts: list[str]) -> list[list[int]]:
         """The same by Hugging Face's tokenizer."""
-        return [e.ids for e in self.reference.encode_batch(texts, add_special_tokens=False)]
+        return [e.ids for e in self._reference.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids) -> str:
         """Text of token ids, special tokens included."""
-        return self.reference.decode(list(ids), skip_special_tokens=False)
+        return self._reference.decode(list(ids), skip_special_tokens=False)
 
 
 @functools.lru_cache(maxsize=1)
@@ -159,20 +163,9 @@ def _fast(tokenizer_json: str):
     import fastokens
 
     try:
-        return fastokens.Tokenizer.from_json_str(_short_merges(tokenizer_json))
+        return fastokens.Tokenizer.from_json_str(tokenizer_json)
     except ValueError:
         return None
-
-
-def _short_merges(tokenizer_json: str) -> str:
-    """Merges in their older, shorter form, "a b" for ["a", "b"], which load sooner; another layout is left as it is.
-
-    A line break stands in JSON only between values, so no token's text is touched.
-    """
-    head, merges, tail = tokenizer_json.partition('"merges"')
-    for long, short in (('",\n        "', " "), ('[\n        "', '"'), ('"\n      ]', '"')):
-        tail = tail.replace(long, short)
-    return head + merges + tail
 
 
 @functools.lru_cache(maxsize=1)
