@@ -4,7 +4,7 @@ tracking.check(recipe.train, folder)     # before the model is loaded; then `wit
 
 Callers and what they pass: `run.train` calls `check`, then `training` around the trainer; the metrics callback passes every
 line of metrics.jsonl to `log` (KEYS says which of its values go to wandb, under which name); the sample callback passes its
-rows to `log_table`; `train.sft_config` gives transformers only `other_trackers(recipe.train)`, because its own wandb callback
+rows to `log_table`; `train.sft_arguments` gives transformers only `other_trackers(recipe.train)`, because its own wandb callback
 would add 400 keys and local paths; after eval.json is written, and again when a finished run is opened, `finish` adds the
 evaluation. Config holds the recipe and `mix/reasoning_share_{examples,tokens,supervised_tokens}`; the summary holds
 `evaluate.summary(result)`: `eval/{base,tuned,difference}/{thinking,non_thinking,forgetting}/METRIC`.
