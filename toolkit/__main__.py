@@ -283,18 +283,15 @@ def fit(args):
     from toolkit import fit, mix, recipe
 
     if args.table:
-        fit.show_table(console=console())
+        fit.show_table(console())
         return
     found = _recipe(args) if args.recipe or not args.model else recipe.load("hybrid", args.overrides)
     if not args.vram and not torch.cuda.is_available():
         console().print("no CUDA card here: planned for one of 8 GB (--vram)")
         args.vram = 8
     vram = fit.usable_vram(args.vram)
-    longest, lengths = None, []
-    if args.measure:
-        lengths = [len(row.ids) for row in mix.compile_mix(found).train]
-        longest = max(lengths)
-    fit.show(fit.forecast(found, args.model, longest=longest, vram=vram), vram, lengths, console())
+    longest = max(len(row.ids) for row in mix.compile_mix(found).train) if args.measure else None
+    fit.show(fit.forecast(found, args.model, longest=longest, vram=vram), vram, console())
 
 
 @verb(
