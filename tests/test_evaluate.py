@@ -10,14 +10,24 @@ from rich.console import Console
 from tests import export_fixtures, tiny_qwen3
 from tests.evaluation import long_table
 from toolkit import recipe as recipes
-from toolkit.evaluate import evaluate, from_mix, is_rate, score, summarize, summary, table, verdict
-from toolkit.evaluate.base_replies import checksum
-from toolkit.evaluate.questions import LEVELS, as_question, choose, fingerprint, load_probes, plan, sized
+from toolkit.evaluate import evaluate, from_mix, is_rate, score, summarize, summary, table
+from toolkit.evaluate.questions import (
+    LEVELS,
+    as_question,
+    choose,
+    fingerprint,
+    plan,
+    select,
+    sized,
+)
+from toolkit.evaluate.questions import (
+    PROBES as SHIPPED_PROBES,
+)
 from toolkit.evaluate.score import Judge, leaks, same_words
 from toolkit.evaluate.stats import difference, interval
-from toolkit.evaluate.subject import divergence, logits_at_once
+from toolkit.evaluate.subject import LOGITS, LoadedRun, checksum, logits_at_once
 from toolkit.family import MODES
-from toolkit.files import ROOT, ToolkitError
+from toolkit.files import ROOT, ToolkitError, read_jsonl
 from toolkit.generate import Reply, inference, split_reply
 from toolkit.mix import compile_mix
 
@@ -100,9 +110,6 @@ class Scripted:
         progress.advance(len(conversations))
         return [self.scripts[adapter](c, mode) for c in conversations]
 
-    def first(self, conversations, mode, adapter):
-        return [0.9 if adapter and mode == "thinking" else 0.1] * len(conversations)
-
     def own(self, conversations, _mode, _tokens, _progress):
         return [{"extra": 1.0 if c[0]["content"] == "identity" else 3.0} for c in conversations]
 
@@ -111,7 +118,7 @@ def run(tuned, base=perfect, level="quick", questions=SUMS, chat=CHAT, validatio
         divergence=kls, modes=MODES, switches=True):  # fmt: skip
     subject = Scripted(base, tuned, divergence, modes, switches)
     console = Console(file=io.StringIO())
-    return score(subject, questions, chat, PROBES, validation, level=level, steps=steps, console=console)
+    return score(subject, select(level, steps, questions, chat, PROBES, validation), console)
 
 
 def values(result, mode, name="tuned"):
@@ -124,27 +131,22 @@ def test_a_model_that_keeps_both_modes_scores_one_everywhere():
         found = values(result, mode)
         assert {m for m, v in found.items() if is_rate(m) and v != 1.0} == {"cut"}
         assert found["cut"] == 0.0
-        assert all(d["value"] == 0.0 for m, d in result["difference"][mode].items() if m != "think_probability")
+        assert all(change["value"] == 0.0 for change in result["difference"][mode].values())
     assert result["tuned"]["thinking"]["accuracy"]["n"] == 20
     assert result["tuned"]["thinking"]["accuracy/chat"]["n"] == 5
 
 
 @pytest.mark.parametrize(("script", "thinking", "non_thinking"), [
-    (always_thinks, {"adherence": 1, "accuracy": 1, "switch/think": 1, "switch/no_think": 0, "switch/mid_conversation": 0.5},
-     {"adherence": 0, "adherence/no_tags": 0, "adherence/no_leak": 1, "accuracy": 1, "switch/hard": 0}),
-    (never_thinks, {"adherence": 0, "adherence/thought": 0, "adherence/answered": 1, "accuracy": 1, "switch/think": 0,
-                    "switch/no_think": 1, "switch/mid_conversation": 0.5},
-     {"adherence": 1, "accuracy": 1, "switch/hard": 1}),
-    (empty_block, {"adherence": 0, "adherence/thought": 0, "adherence/closed": 1, "accuracy": 1, "switch/no_think": 1},
-     {"adherence": 1}),
-    (leaks_aloud, {"adherence": 0, "switch/no_think": 0, "accuracy": 1},
-     {"adherence": 0, "adherence/no_tags": 1, "adherence/no_leak": 0, "accuracy": 1}),
-    (rambles, {"adherence": 0, "accuracy": 1}, {"adherence": 0, "adherence/no_leak": 1, "adherence/short": 0, "accuracy": 1}),
-    (never_closes, {"adherence": 0, "adherence/thought": 1, "adherence/closed": 0, "accuracy": 0, "accuracy/chat": 0, "cut": 0},
-     {"adherence": 0, "adherence/no_tags": 0, "accuracy": 0}),
-    (thinks_twice, {"adherence": 0, "adherence/closed": 1}, {"adherence": 0}),
-    (thinks_after_the_answer, {"adherence": 0, "adherence/thought": 1}, {"adherence": 0}),
-    (endless, {"adherence": 0, "adherence/closed": 0, "cut": 1, "accuracy": None}, {"cut": 1, "accuracy": None}),
+    (always_thinks, {"adherence": 1, "accuracy": 1, "switch/think": 1, "switch/no_think": 0},
+     {"adherence": 0, "accuracy": 1}),
+    (never_thinks, {"adherence": 0, "accuracy": 1, "switch/think": 0, "switch/no_think": 1}, {"adherence": 1, "accuracy": 1}),
+    (empty_block, {"adherence": 0, "accuracy": 1, "switch/no_think": 1}, {"adherence": 1}),
+    (leaks_aloud, {"adherence": 0, "accuracy": 1, "switch/no_think": 0}, {"adherence": 0, "accuracy": 1}),
+    (rambles, {"adherence": 0, "accuracy": 1}, {"adherence": 0, "accuracy": 1}),
+    (never_closes, {"adherence": 0, "accuracy": 0, "accuracy/chat": 0, "cut": 0}, {"adherence": 0, "accuracy": 0}),
+    (thinks_twice, {"adherence": 0}, {"adherence": 0}),
+    (thinks_after_the_answer, {"adherence": 0}, {"adherence": 0}),
+    (endless, {"adherence": 0, "cut": 1, "accuracy": None}, {"cut": 1, "accuracy": None}),
 ])  # fmt: skip
 def test_a_scripted_model_scores_exactly_what_it_must(script, thinking, non_thinking):
     result = run(script)
@@ -189,7 +191,7 @@ def test_cut_replies_leave_accuracy_and_show_in_n():
 def test_samples_of_a_question_stay_together_and_n_counts_questions():
     result = run(perfect, level="full")
     assert result["tuned"]["thinking"]["adherence"]["n"] == 25
-    assert result["budget"]["replies"] == 2 * (25 * 4 + 25 * 3) + 2 * (25 * 4 + 25)
+    assert result["budget"]["replies"] == 2 * (25 * 4 + 25 * 2) + 2 * 25 * 4  # switches are tried in thinking mode
     assert result["per_question"]["thinking"]["tuned"]["adherence"][1] == [4.0] * 25
 
 
@@ -289,21 +291,21 @@ def test_a_question_ends_at_its_last_user_turn():
 
 
 def test_the_probe_set_is_frozen_bilingual_and_balanced():
-    probes = load_probes()
+    probes = read_jsonl(SHIPPED_PROBES)
     counts = {(p["category"], p["language"]) for p in probes}
     assert (len(probes), len(counts)) == (72, 12)
     assert len({p["messages"][0]["content"] for p in probes}) == 72
     assert fingerprint(probes) == "819bf2a74a174352", "changing a probe makes old evaluations incomparable"
 
 
-def test_a_switch_in_mid_conversation_comes_after_a_turn_with_the_other_switch():
-    asks = [a for a in plan(SUMS, "thinking", LEVELS["quick"], switches=True) if a.purpose == "switch/mid_conversation"]
-    assert {a.must_think for a in asks} == {True, False}
-    for ask in asks:
-        first, second, third = ask.messages
-        assert first["content"].endswith(" /no_think" if ask.must_think else " /think")
-        assert third["content"].endswith(" /think" if ask.must_think else " /no_think")
-        assert second["role"] == "assistant"
+def test_soft_switches_are_tried_at_the_end_of_a_question_and_in_thinking_mode_alone():
+    asked = select("quick", questions=SUMS, chat_questions=(), probes=())
+    found = [ask for ask in plan(asked, "thinking", switches=True) if ask.purpose != "answer"]
+    assert [ask.purpose for ask in found[:2]] == ["switch/think", "switch/no_think"]
+    assert all(ask.messages[-1]["content"].endswith("? /" + ask.purpose.removeprefix("switch/")) for ask in found)
+    assert {
+        a.purpose for a in plan(asked, "non_thinking", switches=True) + plan(asked, "thinking", switches=False)
+    } == {"answer"}
 
 
 def test_bootstrap_intervals_cover_the_truth_at_the_stated_rate():
@@ -332,15 +334,15 @@ def tokenizer():
     return export_fixtures.tokenizer()
 
 
-def test_divergence_equals_a_plain_softmax_over_each_row_alone(tokenizer, monkeypatch):
+def test_divergence_equals_a_plain_softmax_over_each_row(tokenizer, tmp_path, monkeypatch):
     import torch
 
     import toolkit.evaluate.subject
 
     model = tiny_qwen3.model(tokenizer)
     rows = [{"input_ids": list(range(20, 20 + n)), "prompt_length": p} for n, p in ((30, 3), (12, 11), (200, 1))]
-    monkeypatch.setattr(toolkit.evaluate.subject, "LONG_LOGITS", 1)  # long rows in parts of CHUNK positions
-    for row, found in zip(rows, divergence(model, tokenizer, rows), strict=True):
+    monkeypatch.setattr(toolkit.evaluate.subject, "LOGITS", 1)  # long rows in parts of CHUNK positions
+    for row, found in zip(rows, LoadedRun(model, tokenizer, tmp_path).divergence(rows), strict=True):
         ids, start = torch.tensor([row["input_ids"]]), row["prompt_length"]
         with inference(model, tokenizer):
             tuned = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
@@ -407,7 +409,7 @@ def test_a_model_with_one_mode_is_scored_in_that_mode_alone(modes):
     result = run(perfect, modes=modes, switches=False)
     for name in ("base", "tuned", "difference", "per_question"):
         assert set(result[name]) == {*modes, "forgetting"}
-    assert not {m for m in result["tuned"][modes[0]] if m.startswith(("switch", "think_probability"))}
+    assert not {m for m in result["tuned"][modes[0]] if m.startswith("switch")}
     assert {row["mode"] for row in result["samples"]} == set(modes)
     assert "thinking" not in " ".join(result["verdict"])
 
@@ -423,8 +425,8 @@ def without_answers(_conversation, _mode):
 
 
 @pytest.mark.parametrize(("base", "tuned", "last"), [
-    (without_answers, perfect, "result: better than the base in say with thinking (+100 points), sums with thinking (+100 points)"),
-    (perfect, without_answers, "result: WORSE than the base in say with thinking (-100 points), sums with thinking (-100 points)"),
+    (without_answers, perfect, "result: better than the base in sums with thinking (+100 points), say with thinking (+100 points)"),
+    (perfect, without_answers, "result: WORSE than the base in sums with thinking (-100 points), say with thinking (-100 points)"),
     (perfect, perfect, "result: no change shown"),
     (perfect, endless, "result: WORSE than the base in keeps to its mode with thinking (-100 points)"),
 ])  # fmt: skip
@@ -433,13 +435,9 @@ def test_the_verdict_says_in_a_few_lines_what_changed_and_ends_with_better_or_wo
     assert 4 <= len(lines) <= 8
     assert lines[-1].startswith(last), lines
     if base is without_answers:
-        assert lines[1] == "sums with thinking: 0% → 100% (+100 points, certain)"
+        assert lines[0] == "sums with thinking: 0% → 100% (+100 points, certain)"
     if tuned is endless:
-        assert lines[1] == "sums with thinking: not measured (100% of replies cut by the token limit)"
-
-
-def test_a_verdict_on_nothing_says_so():
-    assert verdict({}) == ["result: nothing was measured"]
+        assert lines[0] == "sums with thinking: not measured (100% of replies cut by the token limit)"
 
 
 def rendered(result, width) -> str:
@@ -455,7 +453,7 @@ def test_no_name_or_number_of_the_table_is_cut_at_80_and_120_columns(width):
     assert "openmath_sample" in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
-    for words in ("sums", "say", "keeps to its mode", "obeys /no_think", "obeys the later switch",
+    for words in ("sums", "say", "keeps to its mode", "obeys /no_think", "KL, knowledge",
                   "-1.000 [-1.000, -0.832]", "thinking mode", "non-thinking mode"):  # fmt: skip
         assert words in text
     assert ("1.000 [0.832, 1.000]" in text) == (width == 120)
@@ -498,8 +496,8 @@ def test_the_checksum_of_a_base_is_the_same_under_every_adapter_and_another_for_
 
 
 def test_logits_take_half_of_the_free_memory_at_most():
-    assert logits_at_once(1 << 28, float("inf")) == 1 << 28
-    assert logits_at_once(1 << 28, 1e9) * 8 <= 0.5e9
+    assert logits_at_once(float("inf")) == LOGITS
+    assert logits_at_once(1e9) * 8 <= 0.5e9
 
 
 def test_a_model_without_an_adapter_is_refused(tokenizer):

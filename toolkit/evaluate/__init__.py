@@ -12,30 +12,20 @@ tuned), metric, question (or probe, or held-out row), value, weight. All numbers
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
 import pandas as pd
 
-from toolkit.evaluate.questions import (
-    LEVELS,
-    SHIPPED,
-    Ask,
-    choose,
-    fingerprint,
-    from_mix,
-    load_probes,
-    plan,
-    read_questions,
-    sized,
-)
+from toolkit.evaluate.questions import LEVELS, Ask, Asked, fingerprint, from_mix, plan, select, spread
 from toolkit.evaluate.score import Judge, marks
 from toolkit.evaluate.stats import difference, interval, is_rate
 from toolkit.evaluate.subject import LoadedRun
 from toolkit.evaluate.text import show, summary, table, verdict
 from toolkit.family import mode_title
-from toolkit.files import ToolkitError, finite, outputs
+from toolkit.files import finite, outputs
 from toolkit.generate import Reply
 from toolkit.progress import Progress
 
@@ -47,6 +37,8 @@ MAY_CHANGE = {"identity"}
 """Probe categories a run may mean to change ("who made you?"): reported, but not part of the pooled kl and nll."""
 KEPT = ("accuracy", "accuracy/chat", "adherence", "kl")
 """Metrics whose sums and counts per question are written out, so that `compare` can pair runs question by question."""
+SAMPLES = 8
+"""Prompts of each mode whose replies are kept for people to read."""
 
 
 def evaluate(
@@ -67,117 +59,82 @@ def evaluate(
 ) -> dict:
     """eval.json's content for a PeftModel, in the modes that its chat template has.
 
-    Questions and probes are those that ship unless given (questions.SHIPPED, probes.jsonl); `validation` holds rows {"input_ids", "prompt_length", "source", "mode"}.
-    `steps` of a short training make a quick evaluation smaller (questions.sized). `seed` is evaluation's own, not the
-    recipe's: runs that differ in their training seed must be asked alike. The base's replies are kept in `cache`
-    (default: .base_replies under the outputs) for the next evaluation. `console` is a rich one that shows progress.
-    Raises ToolkitError for a model without an adapter or a chat template."""
+    Questions and probes are those that ship unless given (questions.SHIPPED, probes.jsonl); `validation` holds rows
+    {"input_ids", "prompt_length", "source", "mode"}. `steps` of a short training make a quick evaluation smaller
+    (questions.sized). `seed` is evaluation's own, not the recipe's: runs that differ in their training seed must be asked
+    alike. The base's replies are kept in `cache` (default: .base_replies under the outputs) for the next evaluation.
+    `console` is a rich one that shows progress. Raises ToolkitError for a model without an adapter or a chat template."""
     limit, cache = max_new_tokens or LEVELS[level].max_new_tokens, cache or outputs() / ".base_replies"
     subject = LoadedRun(model, tokenizer, cache, seed, limit, batch_size)
-    probes = load_probes() if probes is None else probes
-    questions, chat_questions = (
-        read_questions(shipped) if given is None else given
-        for given, shipped in zip((questions, chat_questions), SHIPPED, strict=True)
-    )
-    return score(subject, questions, chat_questions, probes, validation, level=level, steps=steps, console=console)
+    return score(subject, select(level, steps, questions, chat_questions, probes, validation), console)
 
 
-def score(
-    subject,
-    questions: Sequence[dict],
-    chat_questions: Sequence[dict],
-    probes: Sequence[dict],
-    validation: Sequence[dict],
-    *,
-    level: str,
-    steps: int | None = None,
-    console=None,
-) -> dict:
+def score(subject, asked: Asked, console=None) -> dict:
     """The same for anything that replies as a LoadedRun does."""
     from rich.console import Console
 
-    size, started, console = sized(level, steps), time.perf_counter(), console or Console()
-    asked = [{**q, "chat": False} for q in choose(questions, size.questions, "set")]
-    asked += [{**q, "chat": True} for q in choose(chat_questions, size.questions, "set")]
-    if not asked:
-        raise ToolkitError(
-            "nothing to ask: evaluation needs questions with an expected_answer (recipe: evaluate.questions)"
-        )
-    kinds = {(probe["category"], probe["language"]) for probe in probes}
-    probes = choose(probes, size.probes * len(kinds), "category", "language")
-    validation = choose(validation, size.validation, "source", "mode")
-    plans = {mode: plan(asked, mode, size, switches=subject.switches) for mode in subject.modes}
-    total = 2 * sum(map(len, plans.values()))
+    started, console = time.perf_counter(), console or Console()
+    plans = {mode: plan(asked, mode, switches=subject.switches) for mode in subject.modes}
+    total = len(MODELS) * sum(map(len, plans.values()))
     console.print(
-        f"{level} evaluation: {total} replies (base and tuned, {' and '.join(map(mode_title, plans))}) of at most "
-        f"{subject.max_new_tokens} tokens, {len(probes)} probes, {len(validation)} held-out rows"
+        f"{asked.level} evaluation: {total} replies (base and tuned, {' and '.join(map(mode_title, plans))}) of at most "
+        f"{subject.max_new_tokens} tokens, {len(asked.probes)} probes, {len(asked.validation)} held-out rows"
     )
-    with Progress(console, "evaluating", total + len(plans) * len(probes)) as progress, Judge() as judge:
+    with Progress(console, "evaluating", total + len(plans) * len(asked.probes)) as progress:
         replies = {
-            (mode, adapter): subject.reply([ask.messages for ask in asks], mode, adapter, progress)
+            mode: {name: subject.reply([a.messages for a in asks], mode, name == "tuned", progress) for name in MODELS}
             for mode, asks in plans.items()
-            for adapter in (False, True)
         }
-        rows = [row for mode in plans for row in mode_rows(subject, mode, plans[mode], replies, asked, judge)]
-        rows += forgetting_rows(subject, probes, validation, size.probe_tokens, progress)
-    what = {"questions": asked, "probes": probes, "validation": validation}
+        rows = [*answer_rows(plans, replies, asked.questions), *forgetting_rows(subject, asked, progress)]
     result = {
-        "level": level,
+        "level": asked.level,
         "seed": subject.seed,
         "modes": list(subject.modes),
-        "budget": {
-            "replies": total,
-            "samples": size.samples,
-            "max_new_tokens": subject.max_new_tokens,
-            "probes": len(probes),
-            "probe_tokens": size.probe_tokens,
-            "validation_rows": len(validation),
-        },
+        "budget": asdict(asked.size) | {"replies": total, "max_new_tokens": subject.max_new_tokens},
         "seconds": round(time.perf_counter() - started, 2),
-        "answer_timeouts": judge.timeouts,
-        "fingerprints": {name: fingerprint(rows) for name, rows in what.items()},
+        "fingerprints": {name: fingerprint(getattr(asked, name)) for name in ("questions", "probes", "validation")},
         **summarize(pd.DataFrame(rows, columns=COLUMNS), subject.seed),
-        "samples": samples(plans, replies, asked),
+        "samples": samples(plans, replies, asked.questions),
     }
     return finite(result | {"verdict": verdict(result)})
 
 
-def mode_rows(subject, mode: str, asks: list[Ask], replies: dict, asked: list[dict], judge) -> Iterator[tuple]:
-    """Rows of the long table for one mode: what each reply of base and tuned scores."""
-    hybrid = len(subject.modes) > 1
-    usual = usual_tokens(asks, replies[mode, False])
-    for on, model in enumerate(MODELS):
-        for ask, reply in zip(asks, replies[mode, bool(on)], strict=True):
-            question = asked[ask.question]
-            for mark in marks(ask, reply, question, usual[ask.question, ask.purpose], judge, hybrid=hybrid):
-                metric, value, weight = mark
-                yield mode, model, metric, ask.question, float(value) * weight, weight
-        if hybrid:  # any other model always opens a block, or never does
-            chances = subject.first([q["messages"] for q in asked], mode, bool(on))
-            yield from ((mode, model, "think_probability", i, chance, 1) for i, chance in enumerate(chances))
+def answer_rows(plans: dict[str, list[Ask]], replies: dict, questions: list[dict]) -> Iterator[tuple]:
+    """Rows of the long table for what each reply of base and tuned scores."""
+    with Judge() as judge:
+        for mode, asks in plans.items():
+            usual = usual_tokens(asks, replies[mode]["base"])
+            for model in MODELS:
+                for ask, reply in zip(asks, replies[mode][model], strict=True):
+                    found = marks(
+                        ask, mode, reply, questions[ask.question], usual[ask.question], judge, hybrid=len(plans) > 1
+                    )
+                    yield from (
+                        (mode, model, metric, ask.question, float(value), weight) for metric, value, weight in found
+                    )
 
 
-def usual_tokens(asks: list[Ask], base: list[Reply]) -> dict[tuple[int, str], float]:
-    """Answer tokens that the base takes for each (question, purpose), and no fewer than it takes for most."""
+def usual_tokens(asks: list[Ask], base: list[Reply]) -> dict[int, float]:
+    """Answer tokens that the base takes for each question, and no fewer than it takes for most."""
     lengths = defaultdict(list)
     for ask, reply in zip(asks, base, strict=True):
-        lengths[ask.question, ask.purpose].append(reply.answer_tokens)
-    typical = median(mean(tokens) for tokens in lengths.values())
-    return {key: max(mean(tokens), typical, 1) for key, tokens in lengths.items()}
+        if ask.purpose == "answer":
+            lengths[ask.question].append(reply.answer_tokens)
+    typical = median(map(mean, lengths.values()))
+    return {question: max(mean(tokens), typical, 1) for question, tokens in lengths.items()}
 
 
-def forgetting_rows(subject, probes: list[dict], validation: list[dict], tokens: int, progress) -> Iterator[tuple]:
+def forgetting_rows(subject, asked: Asked, progress) -> Iterator[tuple]:
     """Rows for NLL and KL per token on the base's own greedy answers to the probes, and held-out loss by source."""
     for mode in subject.modes:
-        found = subject.divergence(subject.own([p["messages"] for p in probes], mode, tokens, progress))
-        for i, (probe, sums) in enumerate(zip(probes, found, strict=True)):
-            counts = int(probe["category"] not in MAY_CHANGE)
-            parts = {"": counts, f"/{probe['category']}": 1} | ({f"/{mode}": counts} if len(subject.modes) > 1 else {})
+        answers = subject.own([p["messages"] for p in asked.probes], mode, asked.size.probe_tokens, progress)
+        for i, (probe, sums) in enumerate(zip(asked.probes, subject.divergence(answers), strict=True)):
+            pooled = probe["category"] not in MAY_CHANGE
             for model, kl in (("base", 0.0), ("tuned", sums["kl"])):
-                for part, weight in parts.items():
-                    for metric, value in (("kl", kl), ("nll", sums[model])):
-                        yield "forgetting", model, metric + part, i, value * weight, sums["tokens"] * weight
-    for i, (row, sums) in enumerate(zip(validation, subject.divergence(validation), strict=True)):
+                yield "forgetting", model, f"kl/{probe['category']}", i, kl, sums["tokens"]
+                yield "forgetting", model, "kl", i, pooled * kl, pooled * sums["tokens"]
+                yield "forgetting", model, "nll", i, pooled * sums[model], pooled * sums["tokens"]
+    for i, (row, sums) in enumerate(zip(asked.validation, subject.divergence(asked.validation), strict=True)):
         for model in MODELS:
             yield "forgetting", model, f"loss/{row['source']}/{row['mode']}", i, sums[model], sums["tokens"]
 
@@ -185,31 +142,33 @@ def forgetting_rows(subject, probes: list[dict], validation: list[dict], tokens:
 def summarize(long: pd.DataFrame, seed: int) -> dict:
     """{"base", "tuned", "difference"}: {section: {metric: {"value", "low", "high", "n"}}} and "per_question", from the
     long table. A value that is not a number counts as not measured."""
-    long = long.assign(weight=long.weight.where(np.isfinite(long.value), 0), value=long.value.where(np.isfinite, 0))
-    result: dict = {"base": {}, "tuned": {}, "difference": {}, "per_question": {}}
-    for section, rows in long.groupby("section", sort=False):
-        # One entry for each question asked, so that every metric of `per_question` pairs with every other
-        count = rows.question[rows.metric.isin(KEPT)].max() + 1 if rows.metric.isin(KEPT).any() else 0
-        kept = result["per_question"][section] = {model: {} for model in MODELS}
-        for metric, part in rows.groupby("metric"):
-            rate, sums, length = is_rate(metric), {}, max(count, part.question.max() + 1)
-            for model in MODELS:
-                own = part[part.model == model]
-                sums[model] = [np.bincount(own.question, own[x], minlength=length) for x in ("value", "weight")]
-                result[model].setdefault(section, {})[metric] = interval(*sums[model], seed=seed, rate=rate)
-                if metric in KEPT:
-                    kept[model][metric] = [np.round(x, 6).tolist() for x in sums[model]]
-            change = difference(sums["base"], sums["tuned"], seed=seed, rate=rate)
-            result["difference"].setdefault(section, {})[metric] = change
+    measured = np.isfinite(long.value)
+    long = long.assign(weight=long.weight.where(measured, 0), value=long.value.where(measured, 0))
+    # One entry for each question asked, so that every metric of `per_question` pairs with every other
+    asked = long[long.metric.isin(KEPT)].groupby("section").question.max()
+    result = {name: defaultdict(dict) for name in (*MODELS, "difference", "per_question")}
+    for (section, metric), rows in long.groupby(["section", "metric"], sort=False):
+        length, rate, sums = max(asked.get(section, 0), rows.question.max()) + 1, is_rate(metric), {}
+        for model, own in rows.groupby("model"):
+            sums[model] = [np.bincount(own.question, own[x], minlength=length) for x in ("value", "weight")]
+            result[model][section][metric] = interval(*sums[model], seed=seed, rate=rate)
+        result["difference"][section][metric] = difference(sums["base"], sums["tuned"], seed=seed, rate=rate)
+        for model in MODELS if metric in KEPT else ():
+            kept = result["per_question"][section].setdefault(model, {})
+            kept[metric] = [np.round(x, 6).tolist() for x in sums[model]]
     return result
 
 
-def samples(plans: dict, replies: dict, asked: list[dict], count: int = 8) -> list[dict]:
+def samples(plans: dict[str, list[Ask]], replies: dict, questions: list[dict]) -> list[dict]:
     """A few prompts of each mode with both models' replies, for people to read."""
-    rows = []
-    for mode, asks in plans.items():
-        for i in np.linspace(0, len(asks) - 1, min(count, len(asks))).astype(int).tolist():
-            row = {"mode": mode, "purpose": asks[i].purpose, "prompt": asks[i].messages[-1]["content"]}
-            row["expected_answer"] = asked[asks[i].question]["expected_answer"]
-            rows.append(row | {name: replies[mode, on][i].text for name, on in (("base", False), ("tuned", True))})
-    return rows
+    return [
+        {
+            "mode": mode,
+            "purpose": asks[i].purpose,
+            "prompt": asks[i].messages[-1]["content"],
+            "expected_answer": questions[asks[i].question]["expected_answer"],
+            **{model: replies[mode][model][i].text for model in MODELS},
+        }
+        for mode, asks in plans.items()
+        for i in spread(len(asks), SAMPLES)
+    ]

@@ -1,6 +1,6 @@
 """What evaluation asks, and what that costs: levels, questions, every prompt of a mode, the probe set that ships.
 
-asks = plan([as_question(row, "sums") for row in rows], "thinking", sized("quick", steps=200), switches=True)
+asked = select("quick", steps=200); asks = plan(asked, "thinking", switches=True)
 """
 
 import hashlib
@@ -22,6 +22,7 @@ SHIPPED = (
 )
 """Easy questions, reasoning and chat, that any chat model answers: they show what was lost."""
 PROBES = Path(__file__).with_name("probes.jsonl")
+"""The frozen bilingual probe set that ships: rows {"id", "category", "language", "messages"}."""
 STEPS_PER_QUESTION = 4
 """A quick evaluation asks one question of each kind for so many training steps, so that it takes about a sixth of the
 training time, a third at most (pocket recipe, 2 cores, 2026-11-25: 0.9 s a step, 0.65 s a question in both modes)."""
@@ -67,19 +68,39 @@ def sized(level: str, steps: int | None = None) -> Level:
 
 
 @dataclass(frozen=True)
-class Ask:
-    """One prompt: for an answer, or to see whether a soft switch is obeyed."""
+class Asked:
+    """Everything that one evaluation asks."""
 
-    question: int
-    mode: str
-    messages: list[dict]
-    purpose: str = "answer"
-    must_think: bool = False
+    level: str
+    size: Level
+    questions: list[dict]
+    """{"messages", "expected_answer", "set", "chat": whether it counts as a chat question}."""
+    probes: list[dict]
+    validation: list[dict]
 
 
-def load_probes() -> list[dict]:
-    """The frozen bilingual probe set that ships: {"id", "category", "language", "messages"}."""
-    return read_jsonl(PROBES)
+def select(
+    level: str,
+    steps: int | None = None,
+    questions: Sequence[dict] | None = None,
+    chat_questions: Sequence[dict] | None = None,
+    probes: Sequence[dict] | None = None,
+    validation: Sequence[dict] = (),
+) -> Asked:
+    """As many of the given questions, probes and held-out rows as the level asks; those that ship stand in for None."""
+    size = sized(level, steps)
+    rows = []
+    for chat, (given, shipped) in enumerate(zip((questions, chat_questions), SHIPPED, strict=True)):
+        found = read_questions(shipped) if given is None else given
+        rows += [{**row, "chat": bool(chat)} for row in choose(found, size.questions, "set")]
+    if not rows:
+        raise ToolkitError(
+            "nothing to ask: evaluation needs questions with an expected_answer (recipe: evaluate.questions)"
+        )
+    probes = read_jsonl(PROBES) if probes is None else probes
+    kinds = {(probe["category"], probe["language"]) for probe in probes}
+    chosen = choose(probes, size.probes * len(kinds), "category", "language")
+    return Asked(level, size, rows, chosen, choose(validation, size.validation, "source", "mode"))
 
 
 def as_question(conversation: dict, name: str) -> dict:
@@ -109,13 +130,15 @@ def from_mix(mixed) -> dict:
     without any).
 
     evaluate(model, tokenizer, **from_mix(mixed)) scores a model in anybody's own notebook."""
-    rows = [
-        {"input_ids": row.ids.tolist(), "prompt_length": row.prompt_length, "source": row.source, "mode": row.mode}
-        for row in mixed.validation
-    ]
-    answered = [row for row in mixed.validation if row.conversation.get("expected_answer")]
-    questions = [as_question(row.conversation, row.source) for row in answered]
-    return {"questions": questions or None, "validation": rows}
+    held_out = mixed.validation
+    return {
+        "questions": [as_question(r.conversation, r.source) for r in held_out if r.conversation.get("expected_answer")]
+        or None,
+        "validation": [
+            {"input_ids": r.ids.tolist(), "prompt_length": r.prompt_length, "source": r.source, "mode": r.mode}
+            for r in held_out
+        ],
+    }
 
 
 def choose(rows: Sequence[dict], limit: int, *keys: str) -> list[dict]:
@@ -128,32 +151,30 @@ def choose(rows: Sequence[dict], limit: int, *keys: str) -> list[dict]:
     return [row for _, _, row in sorted(ranked, key=lambda item: item[:2])[:limit]]
 
 
-def plan(asked: list[dict], mode: str, size: Level, *, switches: bool) -> list[Ask]:
+@dataclass(frozen=True)
+class Ask:
+    """One prompt: a question for its answer, or with a soft switch to see whether that is obeyed."""
+
+    question: int
+    """Its place in Asked.questions."""
+    messages: list[dict]
+    purpose: str = "answer"
+
+
+def plan(asked: Asked, mode: str, *, switches: bool) -> list[Ask]:
     """Every prompt of a mode in one list, the same for base and tuned: full batches, and pairs. `switches` says that the
-    model obeys /think and /no_think, which is then tried on some questions."""
-    asks = [Ask(i, mode, q["messages"]) for i, q in enumerate(asked) for _ in range(size.samples)]
-    spread = np.linspace(0, len(asked) - 1, min(size.switches, len(asked))).astype(int).tolist()
-    for turn, i in enumerate(spread if switches else ()):
-        asks += _switches(asked[i], asked[i - 1], i, mode, turn % 2 == 0)
+    model obeys /think and /no_think where its template lets it think; that is tried on some questions."""
+    asks = [Ask(i, q["messages"]) for i, q in enumerate(asked.questions) for _ in range(asked.size.samples)]
+    for i in spread(len(asked.questions), asked.size.switches) if switches and mode == "thinking" else ():
+        *before, last = asked.questions[i]["messages"]
+        for switch in ("think", "no_think"):
+            asks.append(Ask(i, [*before, {**last, "content": f"{last['content']} /{switch}"}], f"switch/{switch}"))
     return asks
 
 
-def _switches(question: dict, earlier: dict, i: int, mode: str, thinks_now: bool) -> list[Ask]:
-    messages = question["messages"]
-    if mode == "non_thinking":  # enable_thinking=False is the hard switch: /think must not undo it
-        return [Ask(i, mode, _switched(messages, "/think"), "switch/hard")]
-    before, now = ("/no_think", "/think") if thinks_now else ("/think", "/no_think")
-    past = [*_switched(earlier["messages"], before), {"role": "assistant", "content": earlier["expected_answer"]}]
-    here = [message for message in _switched(messages, now) if message["role"] != "system"]
-    return [
-        Ask(i, mode, _switched(messages, "/think"), "switch/think", must_think=True),
-        Ask(i, mode, _switched(messages, "/no_think"), "switch/no_think"),
-        Ask(i, mode, past + here, "switch/mid_conversation", must_think=thinks_now),
-    ]
-
-
-def _switched(messages: list[dict], switch: str) -> list[dict]:
-    return [*messages[:-1], {**messages[-1], "content": f"{messages[-1]['content']} {switch}"}]
+def spread(length: int, count: int) -> list[int]:
+    """At most `count` places in a list of that length, evenly spread."""
+    return np.linspace(0, length - 1, min(count, length)).astype(int).tolist()
 
 
 def fingerprint(rows: Sequence) -> str:

@@ -8,7 +8,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
 import unicodedata
 from collections.abc import Iterable
 
@@ -31,44 +30,35 @@ LENGTH_FACTOR = 3.0
 
 
 def marks(
-    ask: Ask, reply: Reply, question: dict, base_tokens: float, judge: "Judge", *, hybrid: bool
+    ask: Ask, mode: str, reply: Reply, question: dict, base_tokens: float, judge: "Judge", *, hybrid: bool
 ) -> Iterable[tuple[str, float, int]]:
-    """(metric, value, weight) of one reply; `base_tokens` is the usual length of the base's answer to the same prompt.
+    """(metric, value, weight) of one reply; `base_tokens` is the usual length of the base's answer to the question.
 
     A reply that the limit cut counts nothing for accuracy (weight 0), so that its share stands in `cut` alone."""
-    if ask.purpose == "switch/hard":
-        yield ask.purpose, not has_tags(reply.text), 1
-    elif ask.purpose != "answer":
-        yield ask.purpose, thinks(reply) if ask.must_think else obeys_no_think(reply), 1
+    if ask.purpose == "switch/think":
+        yield ask.purpose, thinks(reply), 1
+    elif ask.purpose == "switch/no_think":
+        yield ask.purpose, obeys_no_think(reply), 1
     else:
-        yield "cut", not reply.finished, 1
+        right = reply.finished and judge.right(reply.answer, question["expected_answer"])
+        yield f"accuracy/set/{question['set']}", right, int(reply.finished)
+        yield "accuracy/chat" if question["chat"] else "accuracy", right, int(reply.finished)
+        yield "adherence", thinks(reply) if mode == "thinking" else is_direct(reply, base_tokens, hybrid), 1
         yield "reasoning_tokens", reply.reasoning_tokens, 1
         yield "answer_tokens", reply.answer_tokens, 1
-        parts = adherence_parts(ask.mode, reply, base_tokens, hybrid)
-        yield "adherence", thinks(reply) if ask.mode == "thinking" else all(parts.values()), 1
-        yield from ((f"adherence/{name}", kept, 1) for name, kept in parts.items())
-        right = reply.finished and judge.right(reply.answer, question["expected_answer"])
-        yield "accuracy/chat" if question["chat"] else "accuracy", right, int(reply.finished)
-        yield f"accuracy/set/{question['set']}", right, int(reply.finished)
+        yield "cut", not reply.finished, 1
 
 
-def adherence_parts(mode: str, reply: Reply, base_tokens: float, hybrid: bool) -> dict[str, bool]:
-    """What keeping to a mode is made of. A block that the limit cut open did not close: it counts against thinking mode
-    (endless thinking is how that mode dies), and `cut` stands beside it. A model without a thinking mode has none to
-    leak from: it answers, without tags."""
-    answered = bool(reply.answer)
-    if mode == "thinking":
-        thought = bool(reply.opened and reply.reasoning)
-        whole = {"thought": thought, "closed": reply.closed, "answered": answered}
-        return whole | ({"finished": thinks(reply)} if reply.finished else {})
-    direct = {"no_tags": not has_tags(reply.text), "answered": answered}
-    if hybrid:
-        direct |= {"no_leak": not leaks(reply), "short": reply.answer_tokens <= LENGTH_FACTOR * base_tokens}
-    return direct
+def is_direct(reply: Reply, base_tokens: float, hybrid: bool) -> bool:
+    """What non-thinking mode promises: an answer without tags. A hybrid model must not let its reasoning leak into it
+    either, neither in words nor in length; a model without a thinking mode has none to leak from."""
+    plain = bool(reply.answer) and not has_tags(reply.text)
+    return plain and not (hybrid and (leaks(reply) or reply.answer_tokens > LENGTH_FACTOR * base_tokens))
 
 
 def thinks(reply: Reply) -> bool:
-    """What thinking mode promises: a block that is not empty, is closed, and has an answer after it."""
+    """What thinking mode promises: a block that is not empty, is closed, and has an answer after it. A block that the
+    limit cut open breaks it too: endless thinking is how that mode dies, and `cut` stands beside it."""
     after = reply.text.partition(THINK_CLOSE)[2].strip()
     return bool(reply.opened and reply.reasoning and after and not has_tags(after))
 
@@ -110,8 +100,8 @@ def same_words(answer: str, expected: str) -> bool:
     return bool(wanted) and (words(answer) == wanted or wanted in runs)
 
 
-class Judge:
-    """Compares answers; mathematics in a process of its own, which is ended when a comparison takes too long.
+class Judge(contextlib.AbstractContextManager):
+    """Compares answers; mathematics in a process of its own, which ends itself when a comparison takes too long.
 
     math-verify's own timeout is an alarm signal: it fails outside the main thread (notebook servers, training callbacks),
     and no signal interrupts a big-integer power: nothing but the end of its process stops `9^{9^{9}}`. It is a plain
@@ -121,41 +111,26 @@ class Judge:
     def __init__(self, seconds: float = SECONDS):
         self.seconds, self.timeouts = seconds, 0
         self.process: subprocess.Popen | None = None
-        self.known: dict[tuple[str, str], bool] = {}
 
     def right(self, answer: str, expected: str) -> bool:
         """Whether the answer is the expected one: as mathematics if that is mathematics, else as words."""
         if not is_mathematics(expected):
             return same_words(answer, expected)
-        key = (answer, expected)
-        if key not in self.known:
-            equal = bool(words(answer)) and _squeezed(answer) == _squeezed(expected)
-            self.known[key] = equal or self._verified(answer, expected)
-        return self.known[key]
+        same = bool(words(answer)) and _squeezed(answer) == _squeezed(expected)
+        return same or self._verified(answer, expected)
 
     def _verified(self, answer: str, expected: str) -> bool:
-        if self.process is None:
-            self._start()
+        self.process = self.process or _start(self.seconds)
         # math-verify finds no number that touches Chinese text: 答案是42。
         apart = re.sub(r"[\u3000-\u9fff\uff00-\uffef]+", " ", answer)
-        timer = threading.Timer(self.seconds, self.process.kill)
-        timer.start()
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps([apart, expected]) + "\n")
             self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        timer.cancel()
-        if line:
+        if line := self.process.stdout.readline():
             return json.loads(line)
-        self.close()  # killed by the timer, or dead for want of memory: no verdict, and a fresh process for the next
+        self.close()  # out of time, or dead for want of memory: no verdict, and a fresh process for the next
         self.timeouts += 1
         return False
-
-    def _start(self) -> None:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen([sys.executable, "-c", WORKER], **pipes, text=True, encoding="utf-8")
-        if not self.process.stdout.readline():  # "ready": importing sympy takes seconds, which are no comparison's
-            raise ToolkitError("math-verify did not start: run `python -c 'import math_verify'` to see why")
 
     def close(self) -> None:
         """End the process; a next comparison starts another."""
@@ -164,26 +139,36 @@ class Judge:
             self.process.communicate()
             self.process = None
 
-    def __enter__(self) -> "Judge":
-        return self
-
     def __exit__(self, *_) -> None:
         self.close()
 
 
-# What the process runs. `None` switches math-verify's alarm off: here the clock is the parent's.
+def _start(seconds: float) -> subprocess.Popen:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    command = [sys.executable, "-c", WORKER, str(seconds)]
+    process = subprocess.Popen(command, **pipes, text=True, encoding="utf-8")
+    if not process.stdout.readline():  # "ready": importing sympy takes seconds, which are no comparison's
+        raise ToolkitError("math-verify did not start: run `python -c 'import math_verify'` to see why")
+    return process
+
+
+# What the process runs. `None` switches math-verify's alarm off; faulthandler's clock ends the process from a thread
+# that does not need the interpreter, so in the midst of a big-integer power too.
 WORKER = r"""
-import json, logging, sys
+import faulthandler, json, logging, sys
 logging.disable(logging.CRITICAL)
 from math_verify import parse, verify
 print("ready", flush=True)
 for line in sys.stdin:
     answer, expected = json.loads(line)
+    faulthandler.dump_traceback_later(float(sys.argv[1]), exit=True)
     gold = expected if "$" in expected or "boxed" in expected else f"${expected}$"
     gold, found = (parse(text, parsing_timeout=None) for text in (gold, answer))
     if not found and len(answer) < 100:  # a bare formula without dollars: a + b
         found = parse(f"${answer}$", parsing_timeout=None)
-    print(json.dumps(bool(verify(gold, found, timeout_seconds=None))), flush=True)
+    right = bool(verify(gold, found, timeout_seconds=None))
+    faulthandler.cancel_dump_traceback_later()
+    print(json.dumps(right), flush=True)
 """
 
 

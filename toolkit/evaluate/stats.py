@@ -18,31 +18,31 @@ def interval(sums, counts, *, seed: int, rate: bool = False) -> dict:
     `sums` and `counts` hold what several samples of a question add up to, so that its samples stay together (a cluster).
     `rate` says that the number lies between 0 and 1: where all questions agree, the bootstrap sees no spread at all, and
     the exact binomial bound takes its place. Questions with a count of 0 are left out; `n` counts those that remain."""
-    sums, counts = _kept(sums, counts)
-    if not len(sums):
-        return {"value": None, "low": None, "high": None, "n": 0}
-    value = sums.sum() / counts.sum()
-    low, high = _quantiles(ratios(sums, counts, draws(len(sums), seed)), len(sums))
-    if rate and value in (0.0, 1.0):
-        bound = unanimous(len(sums))
-        low, high = (0.0, bound) if value == 0 else (1 - bound, 1.0)
-    return {"value": float(value), "low": float(low), "high": float(high), "n": len(sums)}
+    return _estimate([(sums, counts)], seed, least=0.0 if rate else None)
 
 
 def difference(first, second, *, seed: int, rate: bool = False) -> dict:
     """second - first with a paired 95% interval: each resample draws the same questions for both.
 
     `first` and `second` are (sums, counts); only questions counted in both take part."""
-    both = (np.asarray(first[1]) > 0) & (np.asarray(second[1]) > 0)
-    a, b = ([np.asarray(x, float)[both] for x in pair] for pair in (first, second))
-    n = int(both.sum())
+    return _estimate([second, first], seed, least=-1.0 if rate else None)
+
+
+def _estimate(pairs: list, seed: int, least: float | None) -> dict:
+    """The ratio of the first (sums, counts), minus that of the second if there is one; `least` is a rate's lower limit."""
+    table = np.asarray(pairs, float)  # pairs × (sums, counts) × questions
+    table = np.compress((table[:, 1] > 0).all(axis=0), table, axis=2)
+    n = table.shape[2]
     if not n:
         return {"value": None, "low": None, "high": None, "n": 0}
-    value = b[0].sum() / b[1].sum() - a[0].sum() / a[1].sum()
     drawn = draws(n, seed)
-    low, high = _quantiles(ratios(*b, drawn) - ratios(*a, drawn), n)
-    if rate and math.isclose(low, high):
-        low, high = max(-1.0, value - unanimous(n)), min(1.0, value + unanimous(n))
+    value, *subtracted = (sums.sum() / counts.sum() for sums, counts in table)
+    resampled, *resampled_subtracted = (ratios(sums, counts, drawn) for sums, counts in table)
+    value -= sum(subtracted)
+    low, high = _quantiles(resampled - sum(resampled_subtracted), n)
+    all_agree = math.isclose(low, high) if subtracted else value in (0.0, 1.0)
+    if least is not None and all_agree:
+        low, high = max(least, value - unanimous(n)), min(1.0, value + unanimous(n))
     return {"value": float(value), "low": float(low), "high": float(high), "n": n}
 
 
@@ -67,11 +67,6 @@ def ratios(sums: np.ndarray, counts: np.ndarray, drawn: np.ndarray) -> np.ndarra
 def unanimous(n: int) -> float:
     """Share that n questions, none of which shows it, leave possible at 97.5%: the Clopper-Pearson bound."""
     return 1 - 0.025 ** (1 / n)
-
-
-def _kept(sums, counts) -> tuple[np.ndarray, np.ndarray]:
-    sums, counts = np.asarray(sums, float), np.asarray(counts, float)
-    return sums[counts > 0], counts[counts > 0]
 
 
 def _quantiles(resampled: np.ndarray, n: int) -> np.ndarray:

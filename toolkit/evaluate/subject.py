@@ -1,17 +1,19 @@
-"""What evaluation asks of a model: replies, the chance of a think block, how far tuned is from base.
+"""What evaluation asks of a model: replies, and how far tuned is from base.
 
 subject = LoadedRun(model, tokenizer, cache=Path("outputs/.base_replies"))
-subject.reply([[{"role": "user", "content": "12 + 30?"}]], "thinking", True)  # True: with the adapter
+subject.divergence([{"input_ids": [1, 2, 3, 4], "prompt_length": 2}])
 """
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 
-from toolkit.evaluate.base_replies import base_key, checksum, remembered
 from toolkit.family import family_of
-from toolkit.files import ToolkitError
+from toolkit.files import ToolkitError, read_json, write_json
 from toolkit.generate import (
     Reply,
     closing_token,
@@ -19,15 +21,12 @@ from toolkit.generate import (
     generate,
     inference,
     modes_of,
-    pad_token,
     prompts,
-    think_probability,
+    sampling_values,
 )
 
-LOGITS = 1 << 26
-"""Logits held at a time for a batch of rows (128 MB in 16 bits, twice: base and tuned)."""
-LONG_LOGITS = 1 << 28
-"""The same for one long row (512 MB): beyond it the row is read again for each part, which costs time instead."""
+LOGITS = 1 << 28
+"""Logits held at a time (512 MB in 16 bits, twice: base and tuned); a row with more is read again for each part."""
 BYTES_PER_LOGIT = 8
 """Base and tuned in float32, as accelerate's wrapper returns them after a training in the same process."""
 CHUNK = 128
@@ -41,7 +40,7 @@ class LoadedRun:
     model: object
     tokenizer: object
     cache: Path
-    """Folder of the base's replies."""
+    """Folder of the base's replies: one base asked one question set is asked once, in all runs and sweeps."""
     seed: int = 3407
     max_new_tokens: int = 1024
     batch_size: int = 32
@@ -54,34 +53,38 @@ class LoadedRun:
         """Whether it obeys /think and /no_think."""
         self.weights = checksum(self.model)
 
-    def reply(
-        self, conversations: list[list[dict]], mode: str, adapter: bool, progress=None, **settings
-    ) -> list[Reply]:
+    def reply(self, conversations: list[list[dict]], mode: str, adapter: bool, progress, **settings) -> list[Reply]:
         """A reply to each conversation; the base's are kept for the next evaluation. `progress` is a toolkit.progress."""
         settings = {"max_new_tokens": self.max_new_tokens, "seed": self.seed, "greedy": False} | settings
-        settings["progress"] = progress and progress.advance
-
-        def ask() -> list[dict]:
-            with switched(self.model, adapter):
-                size = self.batch_size
-                replies = generate(self.model, self.tokenizer, conversations, mode, batch_size=size, **settings)
-            return [asdict(reply) for reply in replies]
-
-        if adapter:
-            return [Reply(**row) for row in ask()]
-        ids = prompts(self.tokenizer, conversations, mode)[1]
-        decides = {k: v for k, v in settings.items() if k != "progress"} | {"weights": self.weights, "prompts": ids}
-        rows, found = remembered(self.cache, base_key(self.model, mode, decides), ask)
-        if found and progress:
-            progress.skip(len(rows))
-        return [Reply(**row) for row in rows]
-
-    def first(self, conversations: list[list[dict]], mode: str, adapter: bool) -> list[float]:
-        """The probability of each conversation that the first new token is `<think>`."""
+        file = None if adapter else self.cache / f"{self.key(conversations, mode, settings)}.json"
+        if file and (known := stored(file)):
+            progress.skip(len(known))
+            return known
         with switched(self.model, adapter):
-            return think_probability(self.model, self.tokenizer, conversations, mode, batch_size=self.batch_size)
+            settings |= {"batch_size": self.batch_size, "progress": progress.advance}
+            replies = generate(self.model, self.tokenizer, conversations, mode, **settings)
+        if file:
+            rows = [asdict(reply) for reply in replies]
+            write_json(file, {"sha256": digest(rows), "replies": rows})
+        return replies
 
-    def own(self, conversations: list[list[dict]], mode: str, tokens: int, progress=None) -> list[dict]:
+    def key(self, conversations: list[list[dict]], mode: str, settings: dict) -> str:
+        """Identity of everything that decides the base's replies. Not the batch size: that decides rounding alone."""
+        import torch
+
+        cuda = self.model.device.type == "cuda"
+        decides = {
+            **settings,
+            "weights": self.weights,
+            "prompts": prompts(self.tokenizer, conversations, mode)[1],
+            "positions": self.model.config.get_text_config().to_dict().get("rope_parameters"),
+            "sampling": sampling_values(self.model, mode),
+            "device": torch.cuda.get_device_name(self.model.device) if cuda else "cpu",
+            "versions": [version("torch"), version("transformers")],
+        }
+        return digest(decides)[:32]
+
+    def own(self, conversations: list[list[dict]], mode: str, tokens: int, progress) -> list[dict]:
         """The base's greedy answers as rows {"input_ids", "prompt_length"}, the end-of-turn token included."""
         asked = prompts(self.tokenizer, conversations, mode)[1]
         replies = self.reply(conversations, mode, False, progress, max_new_tokens=tokens, greedy=True)
@@ -92,8 +95,39 @@ class LoadedRun:
         return rows
 
     def divergence(self, rows: Sequence[dict]) -> list[dict]:
-        """Sums over each row's completion: {"tokens", "base": NLL in nats, "tuned": NLL, "kl": of tuned from base}."""
-        return divergence(self.model, self.tokenizer, rows, self.batch_size)
+        """How far tuned is from base on the completions of rows {"input_ids", "prompt_length"}: for each, sums over its
+        tokens: {"tokens", "base": NLL in nats, "tuned": NLL, "kl": of tuned from base}."""
+        with inference(self.model, self.tokenizer):
+            return [_divergence(self.model, row["input_ids"], row["prompt_length"]) for row in rows]
+
+
+def stored(file: Path) -> list[Reply] | None:
+    """The replies in a file of the cache; None where it is missing, damaged or not what its own checksum says."""
+    with contextlib.suppress(ToolkitError, KeyError):
+        content = read_json(file)
+        if content["sha256"] == digest(content["replies"]):
+            return [Reply(**row) for row in content["replies"]]
+    return None
+
+
+def digest(value) -> str:
+    """SHA-256 of plain values."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def checksum(model) -> str:
+    """Identity of the base's weights as they are loaded, quantization included, whatever adapter is on top: name, type,
+    shape and sum of all bytes of each tensor. To hash 8 GB byte by byte would take longer than the questions."""
+    import torch
+
+    found = []
+    for name, tensor in model.get_base_model().named_parameters():
+        if any(part in name for part in ("lora_", ".modules_to_save.", "trainable_tokens")):  # PEFT's own weights
+            continue
+        plain = name.replace(".base_layer", "").replace(".original_module", "")
+        raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        found.append([plain, str(tensor.dtype), list(tensor.shape), int(raw.sum(dtype=torch.int64))])
+    return digest(found)
 
 
 @contextlib.contextmanager
@@ -103,60 +137,32 @@ def switched(model, adapter: bool) -> Iterator[None]:
         yield
 
 
-def divergence(model, tokenizer, rows: Sequence[dict], batch_size: int = 32) -> list[dict]:
-    """How far tuned is from base on the supervised tokens of rows {"input_ids", "prompt_length"}, in their order."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i]["input_ids"]))
-    found: dict[int, dict] = {}
-    with inference(model, tokenizer):
-        while order:
-            width = len(rows[order[0]]["input_ids"])
-            fit = max(1, min(batch_size, logits_at_once(LOGITS, free_memory(model)) // (width * _vocabulary(model))))
-            batch, order = order[:fit], order[fit:]
-            found.update(zip(batch, _batch_divergence(model, tokenizer, [rows[i] for i in batch]), strict=True))
-    return [found[i] for i in range(len(rows))]
+def logits_at_once(free_bytes: float) -> int:
+    """LOGITS, or as many as fill half of the free memory."""
+    return int(min(LOGITS, free_bytes / 2 / BYTES_PER_LOGIT))
 
 
-def logits_at_once(wanted: int, free_bytes: float) -> int:
-    """`wanted` logits, or as many as fill half of the free memory."""
-    return int(min(wanted, free_bytes / 2 / BYTES_PER_LOGIT))
-
-
-def _vocabulary(model) -> int:
-    return model.config.get_text_config().vocab_size
-
-
-def _batch_divergence(model, tokenizer, rows: list[dict]) -> list[dict]:
+def _divergence(model, ids: list[int], prompt_length: int) -> dict:
+    # One row at a time: nothing is padded, and no logits are held for other tokens than the completion's
     import torch
 
-    width = max(len(row["input_ids"]) for row in rows)
-    filled = [row["input_ids"] + [pad_token(tokenizer)] * (width - len(row["input_ids"])) for row in rows]
-    ids = torch.tensor(filled, device=model.device)
-    places = torch.arange(1, width, device=model.device)
-    lengths = torch.tensor([[row["prompt_length"], len(row["input_ids"])] for row in rows], device=model.device)
-    wanted = (places >= lengths[:, :1]) & (places < lengths[:, 1:])  # position p is judged by the logits at p - 1
-    sums = {name: torch.zeros(len(rows), dtype=torch.float64) for name in ("base", "tuned", "kl")}
-    part = max(CHUNK, logits_at_once(LONG_LOGITS, free_memory(model)) // (len(rows) * _vocabulary(model)))
-    for start in range(int(lengths[:, 0].min()) - 1, width - 1, part):
-        end = min(start + part, width - 1)
-        logits = [_logits(model, ids[:, :end], end - start, adapter) for adapter in (False, True)]
-        for a in range(0, end - start, CHUNK):
-            b = min(a + CHUNK, end - start)
-            here = slice(start + a, start + b)
-            pair = [x[:, a:b].float().log_softmax(-1) for x in logits]
-            for name, values in _token_sums(pair, ids[:, 1:][:, here]).items():
-                sums[name] += (values * wanted[:, here]).sum(1).double().cpu()
-    tokens = wanted.sum(1).tolist()
-    return [{"tokens": n, **{k: v[i].item() for k, v in sums.items()}} for i, n in enumerate(tokens)]
+    part = max(CHUNK, logits_at_once(free_memory(model)) // model.config.get_text_config().vocab_size)
+    row = torch.tensor([ids], device=model.device)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for start in range(prompt_length, len(ids), part):
+        end = min(start + part, len(ids))
+        logits = [_logits(model, row[:, : end - 1], end - start, adapter) for adapter in (False, True)]
+        parts = (x.split(CHUNK) for x in (*logits, row[0, start:end]))
+        for base, tuned, target in zip(*parts, strict=True):
+            base, tuned = (x.float().log_softmax(-1) for x in (base, tuned))
+            nll = [-x.gather(-1, target[:, None]).sum() for x in (base, tuned)]
+            kl = (base.exp() * (base - tuned)).sum()
+            sums += torch.stack([*nll, kl]).double().cpu()
+    base, tuned, kl = sums.tolist()
+    return {"tokens": len(ids) - prompt_length, "base": base, "tuned": tuned, "kl": kl}
 
 
 def _logits(model, ids, keep: int, adapter: bool):
-    # Rows are padded on the right, where a causal model cannot look, so no mask is needed. No labels: with them Unsloth's
-    # fused loss returns no logits.
+    # No labels: with them Unsloth's fused loss returns no logits. The one at position p - 1 judges token p.
     with switched(model, adapter):
-        return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[:, -keep:]
-
-
-def _token_sums(pair: list, targets) -> dict:
-    base, tuned = pair
-    nll = [-x.gather(-1, targets[..., None])[..., 0] for x in pair]
-    return {"base": nll[0], "tuned": nll[1], "kl": (base.exp() * (base - tuned)).sum(-1)}
+        return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0, -keep:]
