@@ -18,7 +18,6 @@ from toolkit.generate import (
     rows_that_fit,
     sampler,
     split_reply,
-    think_probability,
 )
 
 CHATS = [
@@ -133,15 +132,6 @@ def test_a_reply_cut_by_the_limit_says_so_and_its_tokens_are_counted(model, toke
     assert all(reply.reasoning_tokens + reply.answer_tokens + reply.opened + reply.closed == 3 for reply in cut)
 
 
-def test_the_think_probability_is_the_model_s_softmax_at_the_first_new_position(model, tokenizer):
-    found = think_probability(model, tokenizer, CHATS, "thinking", batch_size=4)
-    for chat, probability in zip(CHATS, found, strict=True):
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
-        with inference(model, tokenizer):
-            expected = model(ids).logits[0, -1].softmax(-1)[tokenizer.convert_tokens_to_ids("<think>")].item()
-        assert probability == pytest.approx(expected, rel=1e-3)
-
-
 def test_a_thinking_only_template_opens_the_block_in_the_prompt(model, tokenizer):
     only = copy.deepcopy(tokenizer)
     only.chat_template = tokenizer.chat_template.replace(
@@ -149,7 +139,6 @@ def test_a_thinking_only_template_opens_the_block_in_the_prompt(model, tokenizer
     )
     replies = generate(model, only, CHATS[:2], "thinking", max_new_tokens=4, seed=0)
     assert [reply.opened for reply in replies] == [True, True]
-    assert think_probability(model, only, CHATS[:2], "thinking") == [1.0, 1.0]
 
 
 def test_a_batch_is_as_large_as_its_key_value_cache_allows():

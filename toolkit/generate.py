@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from toolkit.family import KINDS, THINK_CLOSE, THINK_OPEN, family_of, kind_of, sampling_of
-from toolkit.family import QWEN3_SAMPLING as SAMPLING  # noqa: F401 - export and serve still import it from here
 from toolkit.files import ToolkitError
 
 LONG_PROMPTS = "_unsloth_allow_packed_overlength"
@@ -131,29 +130,6 @@ def generate(
     return [replies[i] for i in range(len(order))]
 
 
-def think_probability(
-    model, tokenizer, conversations: Sequence[list[dict]], mode: str, *, batch_size: int = 32
-) -> list[float]:
-    """Probability that the reply to each conversation begins with `<think>` (with the tag's first token, where it is not
-    a token of its own); 1.0 where the prompt opens the block."""
-    texts, ids = prompts(tokenizer, conversations, mode)
-    token = tokenizer(THINK_OPEN, add_special_tokens=False)["input_ids"][0]
-    result: list[float] = []
-    with inference(model, tokenizer):
-        for start in range(0, len(ids), batch_size):
-            # Through generate(): the one call whose left padding means the same in Hugging Face and in Unsloth's kernels
-            output = model.generate(
-                **_pad(model, tokenizer, ids[start : start + batch_size]),
-                max_new_tokens=1,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-                pad_token_id=pad_token(tokenizer),
-            )
-            result += output.logits[0].float().softmax(-1)[:, token].tolist()
-    return [1.0 if text.rstrip().endswith(THINK_OPEN) else p for text, p in zip(texts, result, strict=True)]
-
-
 @contextlib.contextmanager
 def inference(model, tokenizer) -> Iterator[None]:
     """Evaluation mode without gradients, prompts never cut; afterwards model and tokenizer are as they were, so it may
@@ -169,7 +145,9 @@ def inference(model, tokenizer) -> Iterator[None]:
         for attributes, _ in states:
             if "max_seq_length" in attributes:
                 attributes[LONG_PROMPTS] = True
-        with torch.no_grad(), autocast(model):
+        # On a GPU in the precision Unsloth trains and generates in, since its LoRA weights are float32
+        half = model.device.type == "cuda" and model.dtype in (torch.float16, torch.bfloat16)
+        with torch.no_grad(), torch.autocast("cuda", dtype=model.dtype) if half else contextlib.nullcontext():
             yield
     finally:
         tokenizer.padding_side = side
@@ -179,16 +157,6 @@ def inference(model, tokenizer) -> Iterator[None]:
             attributes.update(state)
         for attributes, use_cache in caches:
             attributes["use_cache"] = use_cache
-
-
-def autocast(model):
-    """The precision Unsloth trains and generates in on a GPU (its LoRA weights are float32); nothing on a CPU."""
-    import torch
-
-    half = model.dtype in (torch.float16, torch.bfloat16)
-    return (
-        torch.autocast("cuda", dtype=model.dtype) if model.device.type == "cuda" and half else contextlib.nullcontext()
-    )
 
 
 def sampler(values: dict, uniforms: np.ndarray) -> Callable:
@@ -235,9 +203,8 @@ def rows_that_fit(config, tokens: int, free_bytes: float, batch_size: int) -> in
     """Rows of a batch whose 16-bit key-value cache fits at full length, with 30% left for everything else: 32 rows of
     8,192 tokens would take Qwen3-4B 38 GB."""
     text = config.get_text_config()
-    head_dim = (
-        getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    )  # Qwen2 does not state it
+    # Qwen2 does not state it
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     row = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * tokens
     return int(max(1, min(batch_size, 0.7 * free_bytes / row)))
 
@@ -251,41 +218,29 @@ def free_memory(model) -> float:
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
-def pad_token(tokenizer) -> int:
-    return (
-        tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    )  # Llama 3 has no padding
-
-
-def _pad(model, tokenizer, ids: list[list[int]]) -> dict:
+def _continue(model, tokenizer, ids: list[list[int]], limit: int, ends: set[int], chooser) -> list[list[int]]:
+    """The new tokens of each row: prompts are padded on the left, replies end in padding."""
     import torch
 
+    # Llama 3 has no padding token
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     width = max(map(len, ids))
-    rows = [[pad_token(tokenizer)] * (width - len(row)) + row for row in ids]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in ids]
-    return {
-        "input_ids": torch.tensor(rows, device=model.device),
-        "attention_mask": torch.tensor(mask, device=model.device),
-    }
-
-
-def _continue(model, tokenizer, ids: list[list[int]], limit: int, ends: set[int], chooser) -> list[list[int]]:
-    batch = _pad(model, tokenizer, ids)
     output = model.generate(
-        **batch,
+        input_ids=torch.tensor([[pad] * (width - len(row)) + row for row in ids], device=model.device),
+        attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=model.device),
         max_new_tokens=limit,
         do_sample=False,
         use_cache=True,
         repetition_penalty=1.0,  # Qwen2.5's file says 1.1, which would also count the padding of a row
         eos_token_id=sorted(ends),
-        pad_token_id=pad_token(tokenizer),
+        pad_token_id=pad,
         logits_processor=[chooser] if chooser else [],
     )
     if model.device.type == "cuda" and "unsloth" in sys.modules:
         from unsloth.models._decode_graphs import release_for_training
 
         release_for_training(model)  # its key-value buffers would stay, and the next batch be planned smaller
-    return output[:, batch["input_ids"].shape[1] :].tolist()
+    return output[:, width:].tolist()
 
 
 def _reply(tokenizer, ids: list[int], ends: set[int], prompt_opens: bool) -> Reply:
