@@ -110,6 +110,11 @@ def scaled(by: float, name: str = "mlp.up_proj") -> Callable:
     return lambda model, n: stored(model, n) * (by if f"layers.0.{name}" in n else 1)
 
 
+def shifted(model: Faulty, name: str):
+    """A norm, which is zero in a new Gemma and cannot be scaled."""
+    return stored(model, name) + (0.02 if "layers.0.input_layernorm" in name else 0)
+
+
 def other_layer(model: Faulty, name: str):
     return stored(model, name.replace("layers.0.", "layers.x.").replace("layers.1.", "layers.0.").replace(".x.", ".1."))
 
@@ -221,7 +226,7 @@ SABOTAGES: dict[str, Callable] = {
     "merges of the merged tokenizer": edit("merged/tokenizer.json", merges_swapped),
     "template of the merged folder": lambda run: template(run / "merged"),
     "merged weights scaled": weights(multiply("layers.0.mlp.up_proj", 1.01)),
-    "merged norm scaled": weights(multiply("model.norm", 1.02)),
+    "merged norm shifted": weights(lambda tensors: tensors["model.norm.weight"].add_(0.02)),
     "one element of the merged weights": weights(one_element),
     "merged layers swapped": weights(swap(LAYER.format(0), LAYER.format(1))),
     "merged tensors swapped": weights(swap(LAYER.format(0), LAYER.format(0).replace("up", "gate"))),
@@ -231,7 +236,7 @@ SABOTAGES: dict[str, Callable] = {
     "layers swapped in the GGUF": gguf("q4_k_m", other_layer),
     "tensors swapped in the GGUF": gguf("q8_0", swapped),
     "sign of a tensor of the F16": gguf("f16", scaled(-1, "self_attn.v_proj")),
-    "a norm of the GGUF": gguf("q4_k_m", scaled(1.02, "input_layernorm")),
+    "a norm of the GGUF": gguf("q4_k_m", shifted),
     "template of the GGUF": gguf("q8_0", tokenizer=template),
     "bos flag of the GGUF": gguf("q8_0", tokenizer=settings(add_bos_token=True, add_eos_token=True)),
     "eos token of the GGUF": gguf("q8_0", tokenizer=settings(eos_token="!")),
