@@ -9,10 +9,9 @@ import functools
 import hashlib
 import importlib.util
 import json
-import math
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,6 +25,7 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]  # what numpy and torch accept
+AboveZero = Annotated[float, msgspec.Meta(gt=0)]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class Data:
     """Rows held out before anything trains, shared between the sources by their fractions."""
     max_rejected: Share = 0.05
     """Stop when more than this share of a source's rows is malformed."""
+    reasoning: Share | None = None
+    """Rescales the thinking sources' fractions to this share; the resolved recipe holds the result."""
     duplicates: Literal["near", "exact", "keep"] = "near"
     """`near` drops rows whose text is almost the same (MinHash), `exact` only equal ones after normalisation."""
     decontaminate: bool = True
@@ -99,7 +101,7 @@ class Lora:
     """The adapter; further keys are arguments of Unsloth's `FastLanguageModel.get_peft_model`."""
 
     r: Positive = 16
-    lora_alpha: float = 32.0  # not 32: a value read back from YAML is written the same
+    lora_alpha: int | float = 32
     lora_dropout: Share = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     use_rslora: bool = False
@@ -128,36 +130,38 @@ class Export:
     """llama.cpp's names: f16, bf16, q8_0, q4_k_m …"""
 
 
-# Every knob that matters is stated: Unsloth rewrites SFTConfig's own defaults when it is imported.
-TRAIN_DEFAULTS = {
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 4,
-    "per_device_eval_batch_size": 2,
-    "learning_rate": 2.0e-4,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 0.05,
-    "num_train_epochs": 1,
-    "max_steps": -1,
-    "weight_decay": 0.01,
-    "max_grad_norm": 1.0,
-    "optim": "adamw_8bit",
-    "logging_steps": 1,
-    "eval_strategy": "steps",
-    "eval_steps": 0.25,
-    "save_steps": 0.25,
-    "save_total_limit": 2,
-    "load_best_model_at_end": True,
-    "report_to": "wandb",
-}
-ABOVE_ZERO = """learning_rate num_train_epochs per_device_train_batch_size gradient_accumulation_steps
-per_device_eval_batch_size""".split()
+@dataclass(frozen=True)
+class Train:
+    """TRL's `SFTConfig`: what matters is stated, since Unsloth rewrites its defaults; further keys are its own."""
+
+    per_device_train_batch_size: Positive = 2
+    gradient_accumulation_steps: Positive = 4
+    per_device_eval_batch_size: Positive = 2
+    learning_rate: AboveZero = 2.0e-4
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.05
+    num_train_epochs: AboveZero = 1
+    max_steps: int = -1
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    optim: str = "adamw_8bit"
+    logging_steps: float = 1
+    eval_strategy: Literal["no", "steps", "epoch"] = "steps"
+    eval_steps: float = 0.25
+    save_steps: float = 0.25
+    save_total_limit: int | None = 2
+    load_best_model_at_end: bool = True
+    report_to: str | list[str] = "wandb"
+    extra: dict = field(default_factory=dict)
+
+
 OWNED = {
-    "output_dir": "a run is written to outputs/<name>: set `name`",
-    "max_length": "set model.max_seq_length; rows are never truncated",
-    "assistant_only_loss": "labels follow the label rule (README, “What is trained on”)",
-    "completion_only_loss": "labels follow the label rule (README, “What is trained on”)",
-    "seed": "set data.seed: one seed decides rows and training",
-    "run_name": "set `name`",
+    "train.output_dir": "a run is written to outputs/<name>: set `name`",
+    "train.max_length": "set model.max_seq_length; rows are never truncated",
+    "train.assistant_only_loss": "labels follow the label rule (README, “What is trained on”)",
+    "train.completion_only_loss": "labels follow the label rule (README, “What is trained on”)",
+    "train.seed": "set data.seed: one seed decides rows and training",
+    "train.run_name": "set `name`",
 }
 
 
@@ -169,29 +173,29 @@ class Recipe:
     data: Data
     model: Model
     lora: Lora = field(default_factory=Lora)
-    train: dict = field(default_factory=dict)
-    """TRL SFTConfig's own names, passed straight through."""
+    train: Train = field(default_factory=Train)
+    """Checked as `Train`; a recipe that was read holds a dict by SFTConfig's names, as TRL takes it."""
     evaluate: Evaluate = field(default_factory=Evaluate)
     export: Export = field(default_factory=Export)
 
 
-SECTIONS = {"data": Data, "model": Model, "lora": Lora, "evaluate": Evaluate, "export": Export}
-CHOICES = {
-    name: typing.get_args(hint)
-    for section in (Source, Data, Evaluate)
-    for name, hint in typing.get_type_hints(section).items()
-    if typing.get_origin(hint) is Literal
-}
-KINDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "array": "a list"}
-KINDS |= {"object": "a section with keys", "null": "nothing"}
-HINTS = {
-    "sources": " (at least one {path, fraction})",
-    "model_name": " (e.g. unsloth/Qwen3-4B-unsloth-bnb-4bit, a local folder, auto or pocket)",
-    "name": " (the run's folder will be outputs/<name>)",
-}
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 as people write it: 2e-4 is a number; `no`, as in `eval_strategy: no`, is a word."""
+
+    yaml_implicit_resolvers: typing.ClassVar = {
+        first: [(tag, pattern) for tag, pattern in known if first in "tTfF" or not tag.endswith(":bool")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-# --- reading and writing ---------------------------------------------------------------------------------------------
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that _Loader would read as a number."""
+
+
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
+    )
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -219,41 +223,41 @@ def from_dict(values: dict, where: str = "recipe", overrides: Sequence[str] = ()
     values = _plain(values, where)
     for override in overrides:
         apply_override(values, override)
-    reasoning = values["data"].pop("reasoning", None) if isinstance(values.get("data"), dict) else None
-    for path, section, node in _sections(values):
-        _take_extra_keys(path, section, node, where)
+    _check_keys(values, Recipe, where)
     try:
-        built = msgspec.convert(values, Recipe, strict=True)
+        built = msgspec.convert(values, Recipe)
     except msgspec.ValidationError as error:
         raise ToolkitError(f"{where}: {_explain(str(error), values)}") from error
-    _check_train(built.train, where)
     if not re.fullmatch(r"\w[\w.\-]{0,99}", built.name):
-        shown = built.name if len(built.name) <= 100 else f"{built.name[:100]}…"
         raise ToolkitError(
-            f"{where}: name: {shown!r} becomes a folder: use up to 100 letters, digits, '-', '_' and '.'"
+            f"{where}: name: {built.name!r:.100} becomes a folder: use up to 100 letters, digits, '-', '_' and '.'"
         )
-    data = _with_fractions(dataclasses.replace(built.data, sources=_named(built.data.sources)), reasoning, where)
     # AUTHOER is how some self-cognition sets spell AUTHOR
-    fill = {"AUTHOR" if name == "AUTHOER" else name: value for name, value in data.placeholders.items()}
+    fill = {"AUTHOR" if name == "AUTHOER" else name: value for name, value in built.data.placeholders.items()}
+    sources = _with_fractions(built.data, where)
     return dataclasses.replace(
         built,
-        data=dataclasses.replace(data, placeholders=fill),
-        train=TRAIN_DEFAULTS | built.train,
+        data=dataclasses.replace(built.data, sources=sources, reasoning=None, placeholders=fill),
+        train=_flat(msgspec.to_builtins(Train()) | values.get("train", {})),  # as written: 1 stays 1, not 1.0
         evaluate=dataclasses.replace(built.evaluate, questions=_named(built.evaluate.questions)),
     )
 
 
 def to_dict(recipe: Recipe) -> dict:
     """The resolved recipe as plain values; `from_dict` reads them back to an equal recipe."""
-    values = msgspec.to_builtins(recipe)
-    for name in ("model", "lora"):
-        values[name] |= values[name].pop("extra")
+    values = {key: _flat(value) for key, value in msgspec.to_builtins(recipe).items()}
+    del values["data"]["reasoning"]
     return json.loads(json.dumps(values))  # tuples become lists
+
+
+def _flat(section):
+    """A section with its further keys beside the known ones."""
+    return section | section.pop("extra", {}) if isinstance(section, dict) else section
 
 
 def to_yaml(recipe: Recipe) -> str:
     """The resolved recipe as YAML: what the run folder keeps."""
-    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+    return yaml.dump(to_dict(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def sha256(recipe: Recipe) -> str:
@@ -263,7 +267,7 @@ def sha256(recipe: Recipe) -> str:
 
 def _yaml(text: str, where: str):
     try:
-        return _plain(yaml.safe_load(text), where)
+        return _plain(yaml.load(text, _Loader), where)
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         # PyYAML's constructors let the others through, for tagged values and dates that cannot be built
         raise ToolkitError(f"{where}: not readable as YAML: {error}") from error
@@ -283,10 +287,6 @@ def apply_override(values: dict, override: str) -> None:
     if not separator:
         raise ToolkitError(f"override {override!r}: expected key=value, e.g. train.max_steps=10")
     value = _yaml(text, f"override {override!r}") if text else None
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
-        value = float(value)  # YAML reads 2e-4 as text; on a command line nobody means text
-    if value is False and text == "no":
-        value = "no"  # eval_strategy=no is a word to SFTConfig; who means false writes false
     node, keys = values, path.split(".")
     for i, key in enumerate(keys):
         if isinstance(node, list):
@@ -301,83 +301,50 @@ def apply_override(values: dict, override: str) -> None:
             node = node[key] if isinstance(node, list) else node.setdefault(key, {})
 
 
-# --- checks ----------------------------------------------------------------------------------------------------------
+def _check_keys(node, kind, where: str, path: str = "") -> None:
+    """Refuse keys and choices that a section does not know, here and in the sections inside it.
 
-
-def _sections(values: dict) -> Iterator[tuple[str, type, dict]]:
-    """(dotted path, class, values) of every section that is there."""
-    found = [("", Recipe, values), *((f"{name}.", cls, values.get(name)) for name, cls in SECTIONS.items())]
-    for parent, key in (("data", "sources"), ("evaluate", "questions")):
-        section = values.get(parent)
-        sources = section.get(key) if isinstance(section, dict) else None
-        found += [
-            (f"{parent}.{key}.{i}.", Source, s) for i, s in enumerate(sources if isinstance(sources, list) else ())
-        ]
-    return (entry for entry in found if isinstance(entry[2], dict))
-
-
-def _take_extra_keys(path: str, section: type, node: dict, where: str) -> None:
-    """Refuse unknown keys; those that Unsloth's function takes move to `extra`. One text where a list belongs is a list."""
-    fields = {f.name: f.type for f in dataclasses.fields(section) if f.name != "extra"}
-    extra = [key for key in node if key not in fields]
-    allowed = passthrough(section) if extra else []
+    Keys that Unsloth or TRL take move to `extra`. One text where a list belongs becomes a list.
+    """
+    if kind == tuple[Source, ...] and isinstance(node, list):
+        for i, source in enumerate(node):
+            _check_keys(source, Source, where, f"{path}{i}.")
+    if not (dataclasses.is_dataclass(kind) and isinstance(node, dict)):
+        return
+    known = {f.name: f.type for f in dataclasses.fields(kind) if f.name != "extra"}
+    extra = {key: node.pop(key) for key in [*node] if key not in known}
+    allowed = passthrough(kind) if extra else []
     for key in extra:
+        if path + key in OWNED:
+            raise ToolkitError(f"{where}: {path}{key}: not set here: {OWNED[path + key]}")
         if key not in allowed:
-            raise ToolkitError(f"{where}: unknown key {path}{key}{did_you_mean(str(key), [*fields, *allowed])}")
-    if extra:
-        node["extra"] = {key: node.pop(key) for key in extra}
-    for key, kind in fields.items():
-        if kind == tuple[str, ...] and isinstance(node.get(key), str):
+            raise ToolkitError(f"{where}: unknown key {path}{key}{did_you_mean(key, [*known, *allowed])}")
+    for key in known.keys() & node.keys():
+        choices = typing.get_args(known[key]) if typing.get_origin(known[key]) is Literal else ()
+        if choices and node[key] not in choices:
+            raise ToolkitError(f"{where}: {path}{key}: expected one of {', '.join(choices)}, found {node[key]!r:.100}")
+        if known[key] == tuple[str, ...] and isinstance(node[key], str):
             node[key] = [node[key]]
+        _check_keys(node[key], known[key], where, f"{path}{key}.")
+    if extra:
+        node["extra"] = extra
+
+
+WORDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "array": "a list",
+         "object": "keys", "null": "nothing", "int | float": "a number"}  # fmt: skip
 
 
 def _explain(error: str, values: dict) -> str:
     """msgspec's message with the recipe's words: dotted key, what was expected, the value found."""
-    text, _, location = error.partition(" - at `")
-    keys = [word.strip("[]") for word in re.findall(r"\[[^]]*\]|[^.`$\[\]]+", location)]
-    path = ".".join(keys)
+    text, _, location = error.partition(" - at `$")
+    keys = re.findall(r"[^.`\[\]]+", location)
     if missing := re.search(r"missing required field `(\w+)`", text):
-        return f"{'.'.join([*keys, missing[1]])} is missing{HINTS.get(missing[1], '')}"
-    found = values
-    for key in keys:
-        if key == "...":  # msgspec does not name the key of a free dictionary
-            break
-        found = found[int(key)] if isinstance(found, list) else found[key]
-    if "enum" in text:
-        expected = f"one of {', '.join(CHOICES[keys[-1]])}"
-    else:
-        expected = text.removeprefix("Expected ").partition(", got")[0]
-        expected = re.sub(r"`([\w |]+)`", lambda m: " or ".join(KINDS.get(w, w) for w in m[1].split(" | ")), expected)
-    return f"{path}: expected {expected}, found {found!r}{_number_hint(found)}"
-
-
-def _number_hint(value) -> str:
-    if isinstance(value, str) and re.fullmatch(r"\d+[eE][+-]?\d+", value):
-        return f" (YAML reads {value} as text: write {value.replace('e', '.0e')})"
-    return ""
-
-
-def _check_train(train: dict, where: str) -> None:
-    """Names and kinds of the `train:` section against TRL's SFTConfig, without importing it."""
-    known = sft_fields() if train.keys() - TRAIN_DEFAULTS.keys() else {}
-    for key, value in train.items():
-        if key in OWNED:
-            raise ToolkitError(f"{where}: train.{key}: not set here: {OWNED[key]}")
-        if known and key not in known:
-            raise ToolkitError(f"{where}: unknown key train.{key}{did_you_mean(str(key), known)}")
-        default = type(TRAIN_DEFAULTS.get(key))
-        kind = known.get(key) or {float: "float", int: "int | float", str: "str"}.get(default, "")
-        if isinstance(value, bool) and "bool" not in kind and "str" in kind:
-            raise ToolkitError(
-                f"{where}: train.{key}: expected text, found {value} (YAML reads no as false: write 'no')"
-            )
-        if isinstance(value, str) and "str" not in kind and ("float" in kind or "int" in kind):
-            raise ToolkitError(f"{where}: train.{key}: expected a number, found {value!r}{_number_hint(value)}")
-        if key in ABOVE_ZERO and not (type(value) in (int, float) and math.isfinite(value) and value > 0):
-            raise ToolkitError(f"{where}: train.{key}: expected a number above 0, found {value!r}")
-
-
-# --- sources ---------------------------------------------------------------------------------------------------------
+        return f"{'.'.join([*keys, missing[1]])} is missing (data_recipes/pocket.yaml shows a whole recipe)"
+    found = functools.reduce(lambda node, key: node[int(key)] if isinstance(node, list) else node[key], keys, values)
+    expected = text.removeprefix("Expected ").partition(", got")[0]
+    for kind in re.findall("`(.+)`", expected):
+        expected = expected.replace(f"`{kind}`", WORDS.get(kind) or " or ".join(WORDS[k] for k in kind.split(" | ")))
+    return f"{'.'.join(keys)}: expected {expected}, found {found!r:.100}"
 
 
 def _named(sources: tuple[Source, ...]) -> tuple[Source, ...]:
@@ -392,12 +359,12 @@ def _named(sources: tuple[Source, ...]) -> tuple[Source, ...]:
     return tuple(dataclasses.replace(s, name=name) for s, name in zip(sources, names, strict=True))
 
 
-def _with_fractions(data: Data, reasoning: float | None, where: str) -> Data:
-    """Check that the fractions are all there, or none: the mix is then the sources' `#N` counts, or all they hold."""
-    sources = list(data.sources)
+def _with_fractions(data: Data, where: str) -> tuple[Source, ...]:
+    """Named sources whose fractions sum to 1 and obey `data.reasoning`; or none has a fraction: the mix is then the
+    sources' `#N` counts, or all they hold."""
+    sources, shared = list(_named(data.sources)), data.budget is not None or data.reasoning is not None
     if len({s.name for s in sources}) < max(1, len(sources)):
         raise ToolkitError(f"{where}: data.sources: expected at least one source, and names that differ")
-    shared = data.budget is not None or reasoning is not None
     if len(sources) == 1 and sources[0].fraction is None and (shared or "#" not in sources[0].path):
         sources = [dataclasses.replace(sources[0], fraction=1.0)]
     without = [i for i, s in enumerate(sources) if s.fraction is None]
@@ -408,58 +375,53 @@ def _with_fractions(data: Data, reasoning: float | None, where: str) -> Data:
             "fraction, data.budget and data.reasoning: `path#500` then takes 500 examples, a plain path all there are)"
         )
     if without:
-        return data
-    if reasoning is not None:
-        sources = _rescale(sources, reasoning, where)
+        return tuple(sources)
+    if data.reasoning is not None:
+        sources = _rescale(sources, data.reasoning, where)
     total = sum(s.fraction for s in sources)
     if abs(total - 1) > 1e-6:
         parts = " + ".join(f"{s.fraction:g} ({s.name})" for s in sources)
         raise ToolkitError(f"{where}: data.sources: fractions must sum to 1, found {parts} = {total:g}")
-    return dataclasses.replace(data, sources=tuple(sources))
+    return tuple(sources)
 
 
 def _rescale(sources: list[Source], reasoning: float, where: str) -> list[Source]:
     """`data.reasoning=x`: thinking sources share x, the others 1 - x, in their old proportions."""
-    if isinstance(reasoning, bool) or not isinstance(reasoning, int | float) or not 0 <= reasoning <= 1:
-        raise ToolkitError(f"{where}: data.reasoning: expected a number from 0 to 1, found {reasoning!r}")
     if any(s.mode == "auto" for s in sources):
         raise ToolkitError(f"{where}: data.reasoning needs every source's `mode` to be thinking or non_thinking")
-    totals = {m: sum(s.fraction for s in sources if s.mode == m) for m in ("thinking", "non_thinking")}
-    shares = {"thinking": float(reasoning), "non_thinking": 1.0 - reasoning}
-    for mode, share in shares.items():
-        if share > 0 and not totals[mode]:
+    factors = {}
+    for mode, share in (("thinking", reasoning), ("non_thinking", 1.0 - reasoning)):
+        total = sum(s.fraction for s in sources if s.mode == mode)
+        if share and not total:
             raise ToolkitError(
                 f"{where}: data.reasoning={reasoning}: no source with mode {mode} and a fraction above 0"
             )
-    return [
-        dataclasses.replace(s, fraction=shares[s.mode] * s.fraction / totals[s.mode]) if totals[s.mode] else s
-        for s in sources
-    ]
+        factors[mode] = share / total if total else 0.0
+    return [dataclasses.replace(s, fraction=s.fraction * factors[s.mode]) for s in sources]
 
 
-# --- what Unsloth and TRL accept, read from their installed source: importing them takes seconds ---------------------
-
-
-def sft_fields() -> dict[str, str]:
-    """Field names of TRL's SFTConfig with their annotations."""
-    files = ("transformers", "training_args.py", "TrainingArguments"), ("trl", "trainer/sft_config.py", "SFTConfig")
-    fields = [n for file in files for cls in _definitions(*file) for n in cls.body if isinstance(n, ast.AnnAssign)]
-    return {node.target.id: ast.unparse(node.annotation) for node in fields}
-
-
-def passthrough(section: type) -> list[str]:
-    """Argument names of the Unsloth function that a section's further keys go to; empty for closed sections."""
-    target = {Model: ("loader.py", "from_pretrained"), Lora: ("llama.py", "get_peft_model")}.get(section)
-    if target is None:
-        return []
-    found = [f.args for f in _definitions("unsloth", f"models/{target[0]}", target[1])]
-    return sorted({a.arg for args in found for a in args.args + args.kwonlyargs} - {"model", "args", "kwargs"})
+TAKEN_BY = {
+    Model: [("unsloth", "models/loader.py", "from_pretrained")],
+    Lora: [("unsloth", "models/llama.py", "get_peft_model")],
+    Train: [("transformers", "training_args.py", "TrainingArguments"), ("trl", "trainer/sft_config.py", "SFTConfig")],
+}
 
 
 @functools.cache
-def _definitions(package: str, file: str, name: str) -> list[ast.ClassDef | ast.FunctionDef]:
-    spec = importlib.util.find_spec(package)
-    if spec is None:
-        raise ToolkitError(f"{package} is not installed: run `make setup` or `python -m toolkit setup`")
-    tree = ast.parse((Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8"))
-    return [n for n in ast.walk(tree) if isinstance(n, ast.ClassDef | ast.FunctionDef) and n.name == name]
+def passthrough(section: type) -> list[str]:
+    """Names of a section's further keys: arguments of the function, or fields of the class, that they go to.
+
+    Read from the installed source, since importing it takes seconds. Empty for closed sections.
+    """
+    names = set()
+    for package, file, name in TAKEN_BY.get(section, ()):
+        spec = importlib.util.find_spec(package)
+        if spec is None:
+            raise ToolkitError(f"{package} is not installed: run `make setup` or `python -m toolkit setup`")
+        source = (Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                names |= {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                names |= {argument.arg for argument in node.args.args + node.args.kwonlyargs}
+    return sorted(names - {"model"})
