@@ -94,6 +94,11 @@ class Mix:
         """The same of the held-out rows; None without any."""
         return dataset(self.validation) if self.validation else None
 
+    @property
+    def validation_by_source(self) -> dict | None:
+        """{"source/mode": data set} of the held-out rows: SFTTrainer then logs a loss for each. None without any."""
+        return datasets_by_source(self.validation) or None
+
 
 # --- the steps -------------------------------------------------------------------------------------------------------
 

@@ -104,17 +104,22 @@ def checkpoint_file(section: Model, name: str) -> dict:
     return read_json(file) if file.is_file() else {}
 
 
+def checkpoint_path(section: Model) -> str:
+    """What `from_pretrained` takes for a recipe's model name: the folder it names, or the Hub name itself."""
+    where = POCKET if section.model_name == "pocket" else find(section.model_name)
+    return str(where or section.model_name)
+
+
 def load_base(section: Model):
     """(model, tokenizer) of a recipe's `model:` section: a dynamic-quant checkpoint, or 16-bit weights quantized on load.
 
     Raises ToolkitError when the name is neither a folder nor on the Hub, or when the weights do not fit on the card.
     """
-    fast = unsloth()
-    where = POCKET if section.model_name == "pocket" else find(section.model_name)
+    fast, where = unsloth(), checkpoint_path(section)
     try:
         with quiet():
             model, tokenizer = fast.from_pretrained(
-                str(where or section.model_name),
+                where,
                 max_seq_length=section.max_seq_length,
                 load_in_4bit=section.load_in_4bit,
                 revision=section.revision,
@@ -126,7 +131,7 @@ def load_base(section: Model):
             reason = "it does not fit into GPU memory: `python -m toolkit fit` shows what does"
         raise ToolkitError(f"{section.model_name}: cannot be loaded: {reason} (details: {LOG.path})") from error
     loaded = model.config._name_or_path
-    if section.revision and where is None and loaded != section.model_name:
+    if section.revision and where == section.model_name != loaded:
         raise ToolkitError(
             f"model.revision: Unsloth loads {loaded} for {section.model_name} and ignores the revision: "
             f"set model.model_name to {loaded} with a revision of its own, or remove model.revision"

@@ -23,7 +23,7 @@ import numpy as np
 from toolkit import fit, tracking
 from toolkit import recipe as recipes
 from toolkit.files import ROOT, ToolkitError, outputs, read_json, sha256, write_error, write_json, write_text
-from toolkit.mix import Mix, datasets_by_source
+from toolkit.mix import Mix
 from toolkit.model import damaged, has_bf16, out_of_memory, quiet, unsloth
 from toolkit.recipe import Recipe
 
@@ -106,18 +106,23 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console, c
     A checkpoint of the last step leaves nothing to train: then only what follows training is done. `clock` holds when
     earlier phases ended (time.time()). Returns the manifest.
     """
-    need_space(folder, model)
     with main_first():
         if is_main():
-            for name in ("mix.json", "quarantine.jsonl"):
-                shutil.copy(mixed.folder / name, folder / name)
-            write_json(folder / "manifest.json", describe(recipe, mixed, model, folder))
+            begin(recipe, mixed, model, folder)
         checkpoint = last_checkpoint(folder, console)
     with tracking.training(recipe, mixed, folder) if is_main() else contextlib.nullcontext():
         if checkpoint is None or not ended(checkpoint):
             counter = fit_adapter(recipe, mixed, model, tokenizer, folder, checkpoint, console)
             clock = {**(clock or {}), "first_step": counter.first_step}
         return finish(recipe, mixed, model, tokenizer, folder, console, clock) if is_main() else {}
+
+
+def begin(recipe: Recipe, mixed: Mix, model, folder: Path) -> None:
+    """Start a run's record: what the mix holds, and manifest.json. Raises ToolkitError when the disk is too small."""
+    need_space(folder, model)
+    for name in ("mix.json", "quarantine.jsonl"):
+        shutil.copy(mixed.folder / name, folder / name)
+    write_json(folder / "manifest.json", describe(recipe, mixed, model, folder))
 
 
 def fit_adapter(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, checkpoint: Path | None, console):
@@ -130,7 +135,6 @@ def fit_adapter(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, chec
         try:
             with quiet(), writing(folder / "checkpoints"):
                 run_longest_batch(trainer)
-                hooks["counter"].watch(trainer)
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             return hooks["counter"]
         except RuntimeError as error:
@@ -193,7 +197,7 @@ def build_trainer(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, co
     import transformers
     import trl
 
-    validation = datasets_by_source(mixed.validation)
+    validation = mixed.validation_by_source
     hooks = callbacks(recipe, mixed, tokenizer, folder, console)
     with quiet():
         try:
@@ -204,21 +208,27 @@ def build_trainer(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, co
             model=model,
             args=arguments,
             train_dataset=mixed.train_dataset,
-            eval_dataset=validation or None,
+            eval_dataset=validation,
             processing_class=tokenizer,
             callbacks=list(hooks.values()),
         )
+    prepare(trainer, hooks)
+    trainer.remove_callback(transformers.ProgressCallback)
+    trainer.remove_callback(transformers.PrinterCallback)
+    if trainer.args.packing or trainer.args.padding_free:
+        console.print(f"packing {trainer.args.packing}, padding-free {trainer.args.padding_free}")
+    return trainer, hooks
+
+
+def prepare(trainer, hooks: dict) -> None:
+    """Make a plain SFTTrainer keep the run's record: what `finish` expects, whoever built the trainer."""
     trainer.args.load_best_model_at_end = False  # `finish` loads it, after a resume with nothing left to train too
     trainer.args.save_total_limit = None  # `Checkpoints` deletes old ones, once the new one is whole
     for weight in trainer.model.parameters():
         # TRL makes LoRA bfloat16 on a 4-bit base; a resumed run loads float32 and would differ
         if weight.requires_grad:
             weight.data = weight.data.float()
-    trainer.remove_callback(transformers.ProgressCallback)
-    trainer.remove_callback(transformers.PrinterCallback)
-    if trainer.args.packing or trainer.args.padding_free:
-        console.print(f"packing {trainer.args.packing}, padding-free {trainer.args.padding_free}")
-    return trainer, hooks
+    hooks["counter"].watch(trainer)
 
 
 def callbacks(recipe: Recipe, mixed: Mix, tokenizer, folder: Path, console) -> dict:
@@ -289,7 +299,7 @@ def run_longest_batch(trainer) -> None:
     batch = {k: v.to(trainer.model.device) for k, v in batch.items() if hasattr(v, "to")}
     unsloth().for_training(trainer.model)  # its trainer's __init__ ends with checkpointing switched off
     with torch.random.fork_rng(devices=[0]):
-        trainer.compute_loss(trainer.model, batch).backward()
+        type(trainer).compute_loss(trainer, trainer.model, batch).backward()  # unwatched: this step does not count
     trainer.model.zero_grad(set_to_none=True)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
