@@ -20,8 +20,8 @@ T4 = Card("Tesla T4", 15 * GIB, 15 * GIB, "GPU-b")
         (Machine(), "none: .* CPU cores", "^$"),
         (Machine(has_driver=True), "this torch has no CUDA", "build of torch with CUDA.*UNSLOTH_FORCE_CPU=1"),
         (Machine(True, (RTX,), "12.4", torch_cuda="13.0"), "supports CUDA 12.4, this torch needs 13.0", "update the driver"),
-        (Machine(True, (RTX,), "12.4", torch_cuda="12.8", visible=""), "hidden by CUDA_VISIBLE_DEVICES=''", "unset it"),
-        (Machine(True, (RTX,), "12.8", torch_cuda="12.8", visible="1"), "=1 names no card", "numbered 0: correct or unset"),
+        (Machine(True, (RTX,), "12.4", torch_cuda="12.8", visible=""), "hidden: CUDA_VISIBLE_DEVICES='' names no card", "unset it"),
+        (Machine(True, (RTX,), "12.8", torch_cuda="12.8", visible="1"), "='1' names no card", "unset it.*numbered 0 to 0"),
         (Machine(True, (RTX,), "12.8", torch_cuda="12.8"), "torch cannot open it", "restart"),
         (Machine(True, (RTX,), "13.0", torch_cuda="12.8", seen=(RTX,)), "RTX 3060, 12.0 GiB, bf16; CUDA 12.8", "^$"),
         (Machine(seen=(Card("GTX 1650", 4 * GIB, 4 * GIB),)), "GTX 1650, 4.0 GiB", "only Qwen3-0.6B and 1.7B fit"),
@@ -89,7 +89,7 @@ def test_doctor_asks_for_nothing_that_setup_would_not_do(monkeypatch):
 
 
 def test_every_pin_is_read_the_no_deps_line_included():
-    names = [name for name, _ in install.pins()]
+    names = install.pins()
     assert {"torch", "pexpect", "unsloth", "unsloth_zoo"} <= set(names)
 
 

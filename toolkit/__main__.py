@@ -4,14 +4,12 @@ python -m toolkit --help     (then `python -m toolkit train hybrid train.max_ste
 """
 
 import argparse
-import contextlib
-import functools
 import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+import traceback
 from pathlib import Path
 
 from toolkit.files import ToolkitError, did_you_mean, outputs, safe_output
@@ -23,9 +21,6 @@ OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 class Stopped(KeyboardInterrupt):
     """SIGTERM or SIGHUP: handled like Ctrl-C, so that every `finally` runs. `args[0]` is the signal's number."""
-
-
-# --- the frame: arguments, errors, signals ---------------------------------------------------------------------------
 
 
 def arg(*flags: str, **options) -> tuple[tuple[str, ...], dict]:
@@ -46,28 +41,21 @@ def verb(*arguments):
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 1 (a check failed or a bug), 2 (an error with its fix), 128 + signal."""
     safe_output()
-    words = sys.argv[1:] if argv is None else list(argv)
-    if not words:
-        parser().print_help()
-        return 0
+    words = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     args = argparse.Namespace(verb=words[0])
+    debug = bool(os.environ.get("TOOLKIT_DEBUG"))
     try:
-        with _signals():
-            if words[0] not in VERBS and not words[0].startswith("-"):
-                raise ToolkitError(f"{words[0]}: no such verb{did_you_mean(words[0], VERBS)}")
-            words, overrides = take_overrides(words)
-            parser().parse_args(words, args)
-            args.overrides = [*getattr(args, "overrides", ()), *overrides]
-            if args.verb not in ("setup", "doctor"):
-                from toolkit import doctor
+        _catch_signals()
+        if words[0] not in VERBS and not words[0].startswith("-"):
+            raise ToolkitError(f"{words[0]}: no such verb{did_you_mean(words[0], VERBS)}")
+        words, overrides = take_overrides(words)
+        parser().parse_args(words, args)
+        args.overrides = [*getattr(args, "overrides", ()), *overrides]
+        if args.verb not in ("setup", "doctor"):
+            from toolkit import doctor
 
-                doctor.use_largest_card(print)
-            return VERBS[args.verb][0](args) or 0
-    except ToolkitError as error:
-        if os.environ.get("TOOLKIT_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            doctor.use_largest_card(print)
+        return VERBS[args.verb][0](args) or 0
     except KeyboardInterrupt as stop:
         print("interrupted: finished steps are kept; run the same command again to resume", file=sys.stderr)
         return 128 + (stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT)
@@ -75,10 +63,11 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # the last resort: whatever a library raises becomes a line that helps, and a log
-        if os.environ.get("TOOLKIT_DEBUG"):
+        if debug:
             raise
-        print(_unexpected(error, args), file=sys.stderr)
-        return 1
+        known = isinstance(error, ToolkitError)
+        print(f"error: {error}" if known else _unexpected(error, args), file=sys.stderr)
+        return 2 if known else 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -101,65 +90,44 @@ def take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     `--only` by all. A word after an option with exactly one value is that value (`--out a=b.jsonl`).
     """
     known = {flags[0]: options for flags, options in VERBS[words[0]][1]} if words[0] in VERBS else {}
-    takes_overrides = "overrides" in known
+    if "overrides" not in known:
+        return words, []
     kept, overrides, option = [], [], ""
     for previous, word in zip(["", *words], words, strict=False):
-        if word.startswith("-"):
-            option = word
-        takes = known.get(previous, {})
-        is_value = (
-            ("nargs" not in takes and "action" not in takes and previous in known)
-            or option == "--only"
-            or (option == "--set" and (previous == "--set" or "," in word))
-            or not (takes_overrides or option)  # a file name
-        )
+        option = word if word.startswith("-") else option
+        has_one_value = previous in known and not {"nargs", "action"} & known[previous].keys()
+        is_setting = option == "--set" and (previous == "--set" or "," in word)
+        is_value = has_one_value or is_setting or option == "--only"
         (overrides if OVERRIDE.match(word) and not is_value else kept).append(word)
-    if overrides and not takes_overrides:
-        raise ToolkitError(
-            f"{words[0]} takes no key=value: {overrides[0]!r}. A run's recipe is fixed; train another name"
-        )
     return kept, overrides
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """While a verb runs, SIGTERM and SIGHUP raise Stopped; one that is ignored (nohup) stays ignored."""
+def _catch_signals() -> None:
+    """SIGTERM and SIGHUP raise Stopped from now on; one that is ignored (nohup) stays ignored."""
 
     def stop(number, _frame):
         raise Stopped(number)
 
-    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # Windows has no SIGHUP
-    before = {getattr(signal, name): signal.getsignal(getattr(signal, name)) for name in names}
-    for number, handler in before.items():
-        if handler == signal.SIG_DFL:
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _unexpected(error: Exception, args: argparse.Namespace) -> str:
     """Append the traceback to the run's log and return what to tell the reader."""
-    import traceback
-
-    run = outputs() / str(getattr(args, "name", None) or getattr(args, "run", None) or "")
+    run = outputs() / str(getattr(args, "name", None) or getattr(args, "run", ""))
     log = run / "run.log" if (run / "recipe.yaml").is_file() else outputs() / "toolkit.log"
-    written = [Path(note[5:]) for note in vars(error).get("__notes__", []) if note.startswith("log: ")]
     try:
-        log = written[0] if written else log  # `run.train` writes its run's log itself
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a", encoding="utf-8") as file:
             print(time.strftime("%Y-%m-%d %H:%M:%S"), *sys.argv, file=file)
-            if not written:
-                traceback.print_exception(error, file=file)
+            traceback.print_exception(error, file=file)
         where = f"the traceback is in {log}"
     except OSError:  # the disk may be what failed
         where = "set TOOLKIT_DEBUG=1 to see the traceback"
-    first = (str(error).strip() or "no message").splitlines()[0]
     return (
-        f"error: {type(error).__name__}: {first}\n"
+        f"error: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}\n"
         f"This is a bug, or a library that failed: {where}. Run the same command again to resume."
     )
 
@@ -185,14 +153,17 @@ def _recipe(args):
     return loaded
 
 
-# --- the verbs -------------------------------------------------------------------------------------------------------
+def _folder(run: str) -> Path:
+    """A run's folder by its path, else by its name under outputs/."""
+    return Path(run) if Path(run).is_dir() else outputs() / run
+
 
 RECIPE = (
-    arg("recipe", nargs="?", help="a YAML file or a name in data_recipes/; default: hybrid on a GPU with a Hub, else pocket"),
+    arg("recipe", nargs="?", help="a YAML file or a name in data_recipes/; default: hybrid on a GPU, else pocket"),
     arg("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=10 data.reasoning=0.5"),
-)  # fmt: skip
-DETAILS = arg("--details", action="store_true", help="show every metric in a table, not the verdict alone")
-FRESH = arg("--fresh", action="store_true", help="compile or train anew; an old run is moved aside")
+)
+DETAILS = arg("--details", action="store_true", help="show every metric")
+FRESH = arg("--fresh", action="store_true", help="start anew; an old run is moved aside")
 RUN = arg("run", type=Path, help="a run's folder, or its name under outputs/")
 WEIGHTS = (
     arg("--from", dest="source", choices=("adapter", "merged-gguf"), default="adapter",
@@ -210,21 +181,15 @@ def setup(args):  # noqa: ARG001 - every verb takes its arguments
     install.setup()
     from toolkit import doctor
 
-    for finding in doctor.gpu(doctor.look()):
-        print(f"{finding.what}: {finding.state}" + (f"\n  → {finding.fix}" if finding.fix else ""))
+    doctor.show(doctor.gpu(doctor.look()), console())
 
 
 @verb()
 def doctor(args):  # noqa: ARG001 - every verb takes its arguments
     """Say what is installed, what will run, and the fix for what will not."""
-    from toolkit.doctor import examine
+    from toolkit import doctor
 
-    out = console()
-    for finding in examine():
-        mark = "[yellow]![/]" if finding.fix else "[green]✓[/]"
-        out.print(f"{mark} {finding.what:<11} {finding.state}")
-        if finding.fix:
-            out.print(f"{'':14}→ {finding.fix}", markup=False)
+    doctor.show(doctor.examine(), console())
 
 
 @verb(
@@ -245,11 +210,9 @@ def mix(args):
     words = ["python -m toolkit train", args.recipe or recipe.name, *args.overrides]
     mixed = run.compile_mix(recipe, out, fresh=args.fresh, next_command=" ".join(words))
     if args.show:
-        for part in show.terminal(mixed, render.load_chat(recipe.model.model_name, recipe.model.revision), args.show):
-            out.print(part)
-    picture = mixed.folder / "mix.png"
-    if not picture.is_file():
-        show.mix_figure(mixed).savefig(picture, dpi=120)
+        chat = render.load_chat(recipe.model.model_name, recipe.model.revision)
+        out.print(*show.terminal(mixed, chat, args.show), sep="\n")
+    show.mix_figure(mixed).savefig(mixed.folder / "mix.png", dpi=120)
     out.print(f"mix.json, mix.png and quarantine.jsonl: {mixed.folder}")
 
 
@@ -270,28 +233,23 @@ def evaluate(args):
 
 
 @verb(
-    *RECIPE,
-    arg("--model", help="forecast this model instead of the recipe's, e.g. unsloth/Qwen3-8B-unsloth-bnb-4bit"),
-    arg("--vram", type=float, default=0, metavar="GB", help="plan for a card of this size; default: the one here"),
+    arg("recipe", nargs="?", default="hybrid", help="default: hybrid"),
+    RECIPE[1],
+    arg("--model", help="instead of the recipe's, e.g. unsloth/Qwen3-8B-unsloth-bnb-4bit"),
+    arg("--vram", type=float, default=0, metavar="GB", help="a card's size; default: the one here, else 8"),
     arg("--measure", action="store_true", help="compile the mix and take its longest row"),
     arg("--table", action="store_true", help="every Qwen3 on cards of 6 to 24 GB"),
 )
 def fit(args):
     """Say what a run will need in memory, before it is run, and what would make it fit."""
-    import torch
-
-    from toolkit import fit, mix, recipe
+    from toolkit import fit, mix, notebook
 
     if args.table:
         fit.show_table(console())
         return
-    found = _recipe(args) if args.recipe or not args.model else recipe.load("hybrid", args.overrides)
-    if not args.vram and not torch.cuda.is_available():
-        console().print("no CUDA card here: planned for one of 8 GB (--vram)")
-        args.vram = 8
-    vram = fit.usable_vram(args.vram)
-    longest = max(len(row.ids) for row in mix.compile_mix(found).train) if args.measure else None
-    fit.show(fit.forecast(found, args.model, longest=longest, vram=vram), vram, console())
+    recipe, vram = _recipe(args), notebook.vram(args.vram)
+    longest = max(len(row.ids) for row in mix.compile_mix(recipe).train) if args.measure else None
+    fit.show(fit.forecast(recipe, args.model, longest=longest, vram=vram), vram, console())
 
 
 @verb(
@@ -313,7 +271,7 @@ def sweep(args):
 
 
 @verb(
-    arg("runs", nargs="*", type=Path, help="run folders or names; without any, every scored run"),
+    arg("runs", nargs="*", type=_folder, help="run folders or names; without any, every scored run"),
     arg("--out", type=Path, help="where table, picture and page go; default: outputs/comparison"),
 )
 def compare(args):
@@ -321,19 +279,15 @@ def compare(args):
     from toolkit import compare, report
 
     found = args.runs or sorted(p.parent for p in outputs().glob("*/eval.json"))
-    comparison = compare.compare([p if p.is_dir() else outputs() / p for p in found])
-    report.conclude(comparison, args.out or outputs() / "comparison", console())
+    report.conclude(compare.compare(found), args.out or outputs() / "comparison", console())
 
 
-@verb(
-    arg("first", type=Path, help="a run's folder, or its name under outputs/"), arg("second", type=Path, help="another")
-)
+@verb(arg("first", type=_folder, help="a run's folder, or its name under outputs/"), arg("second", type=_folder))
 def diff(args):
     """Two runs: in words, what differed between them and what it did to the scores."""
     from toolkit import compare
 
-    for line in compare.difference_report(*(p if p.is_dir() else outputs() / p for p in (args.first, args.second))):
-        console().print(line, markup=False)
+    console().print("\n".join(compare.difference_report(args.first, args.second)), markup=False)
 
 
 @verb(RUN)
@@ -375,10 +329,8 @@ def export(args):
 
     folder = model.run_folder(args.run)
     quants = args.quant or recipe.load(folder / "recipe.yaml").export.quantization_method
-    gguf = "gguf" in args.to
-    say = functools.partial(console().print, markup=False)
-    ollama = args.ollama and gguf
-    export.export(folder, args.to, quants if gguf else (), ollama=ollama, onto=args.onto, say=say, details=args.details)
+    gguf, say = "gguf" in args.to, console().print
+    export.export(folder, args.to, quants if gguf else (), ollama=args.ollama and gguf, onto=args.onto, say=say)
     if args.push:
         export.push(folder, args.push, dry_run=not args.really_push, say=say)
 
@@ -449,10 +401,8 @@ def generate(args):
                              progress=lambda done, total: bar.update(task, completed=done, total=total))  # fmt: skip
     for reason in counts["rejected"][:3]:
         console().print(f"left out: {reason}", style="yellow", markup=False)
-    console().print(
-        f"{counts['prompts']} prompts, {len(counts['rejected'])} rows left out: {counts['answered']} replies written to "
-        f"{args.replies}, {counts['there']} were there, {counts['unfinished']} cut at --max-new-tokens {args.max_new_tokens}"
-    )
+    console().print(f"{counts['prompts']} prompts, {len(counts['rejected'])} rows left out; {args.replies}: "
+                    f"{counts['answered']} replies, {counts['there']} from before, {counts['unfinished']} cut short")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,17 +13,18 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from toolkit import install
 from toolkit.files import ROOT
 
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/nvidia-smi")  # what unsloth_zoo/device_type.py asks
-SMALL = 5 * 2**30
+CARD_QUERY = "--query-gpu=name,memory.total,memory.free,uuid", "--format=csv,noheader,nounits"
+SMALL, GIB = 5 * 2**30, 2**30
 ON_CPU = "to train on the CPU instead: UNSLOTH_FORCE_CPU=1"
 
 
-@dataclass(frozen=True)
-class Finding:
+class Finding(NamedTuple):
     """One line of the doctor's report; `fix` is empty where nothing is wrong."""
 
     what: str
@@ -31,8 +32,7 @@ class Finding:
     fix: str = ""
 
 
-@dataclass(frozen=True)
-class Card:
+class Card(NamedTuple):
     """A card as nvidia-smi or torch sees it; memory in bytes."""
 
     name: str
@@ -63,10 +63,32 @@ class Machine:
 
 def examine() -> list[Finding]:
     """All findings, quickest first."""
-    return [_python(), _packages(), *compiler(), *gpu(look()), _hub(), _wandb(), _disk(), _default_recipe()]
+    from toolkit.run import default_recipe, hub_answers
+    from toolkit.tracking import has_account
+
+    wrong, count, free = install.differing(), len(install.pins()), shutil.disk_usage(ROOT).free / GIB
+    system = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    pinned = f"{count - len(wrong)} of {count} as pinned; torch {install.installed('torch')}"
+    hub, account = hub_answers(), has_account()
+    recipe, why = default_recipe()
+    checks = {  # what → is it as it should be?, state, fix
+        "python": (sys.version_info >= (3, 11), system, "install Python 3.11 or newer and make the .venv again"),
+        "packages": (not wrong, pinned, f"{', '.join(wrong)}: python -m toolkit setup"),
+        "hub": (hub, "answers" if hub else "does not answer", "local folders and the pocket model still work"),
+        "wandb": (account, "account found" if account else "no account: runs stay offline", "optional: wandb login"),
+        "disk": (free > 20, f"{free:.0f} GiB free", "a 4B export needs about 20 GiB"),
+        "make train": (True, f"{recipe}: {why}", ""),
+    }
+    found = [Finding(what, state, "" if is_good else fix) for what, (is_good, state, fix) in checks.items()]
+    return [*found[:2], *compiler(), *gpu(look()), *found[2:]]
 
 
-# --- the GPU ---------------------------------------------------------------------------------------------------------
+def show(findings: list[Finding], console) -> None:
+    """Print findings, each with its fix below it."""
+    for what, state, fix in findings:
+        console.print(f"{'[yellow]![/]' if fix else '[green]✓[/]'} {what:<11} {state}")
+        if fix:
+            console.print(f"{'':14}→ {fix}", markup=False)
 
 
 def look() -> Machine:
@@ -75,27 +97,24 @@ def look() -> Machine:
 
     from toolkit.model import has_bf16
 
-    reachable = torch.cuda.is_available()
-    count = torch.cuda.device_count() if reachable else 0
-    names = [torch.cuda.get_device_name(i) for i in range(count)]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     memory = [torch.cuda.mem_get_info(i) for i in range(count)]
-    apps = _nvidia_smi("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
-    header = re.search(r"CUDA Version: *([\d.]+)", _nvidia_smi())
+    apps = nvidia_smi("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
+    header = re.search(r"CUDA Version: *([\d.]+)", nvidia_smi())
     return Machine(
-        has_driver=any(Path(file).exists() for file in DRIVER_FILES),
-        cards=read_cards(
-            _nvidia_smi("--query-gpu=name,memory.total,memory.free,uuid", "--format=csv,noheader,nounits")
-        ),
+        has_driver=_has_driver(),
+        cards=read_cards(nvidia_smi(*CARD_QUERY)),
         driver_cuda=header[1] if header else "",
         processes=read_processes(apps),
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
         torch_cuda=torch.version.cuda,
-        seen=tuple(Card(name, total, free) for name, (free, total) in zip(names, memory, strict=True)),
-        half="bf16" if reachable and has_bf16() else "fp16 (no bf16 on this card)",
+        seen=tuple(Card(torch.cuda.get_device_name(i), total, free) for i, (free, total) in enumerate(memory)),
+        half="bf16" if count and has_bf16() else "fp16 (no bf16 on this card)",
     )
 
 
-def _nvidia_smi(*options: str) -> str:
+def nvidia_smi(*options: str) -> str:
+    """What the tool prints; nothing where it is missing or fails."""
     tool = shutil.which("nvidia-smi")
     done = tool and subprocess.run([tool, *options], capture_output=True, text=True, timeout=30)
     return done.stdout if done and not done.returncode else ""
@@ -103,58 +122,49 @@ def _nvidia_smi(*options: str) -> str:
 
 def read_cards(text: str) -> tuple[Card, ...]:
     """nvidia-smi's lines `name, total MiB, free MiB, uuid`."""
-    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.count(",") == 3]
-    return tuple(Card(n, int(t) * 2**20, int(f) * 2**20, u) for n, t, f, u in rows if t.isdigit() and f.isdigit())
+    rows = re.findall(r"(?m)^(.+), (\d+), (\d+), (\S+)$", text)
+    return tuple(Card(name, int(total) * 2**20, int(free) * 2**20, uuid) for name, total, free, uuid in rows)
 
 
 def read_processes(text: str) -> tuple[str, ...]:
     """nvidia-smi's lines `pid, name, MiB`."""
-    rows = [[cell.strip() for cell in line.split(",")] for line in text.splitlines() if line.count(",") == 2]
-    return tuple(
-        f"pid {p} ({Path(n).name}" + (f", {int(m) / 1024:.1f} GiB)" if m.isdigit() else ")") for p, n, m in rows
-    )
+    rows = re.findall(r"(?m)^(\d+), (.*), (.+)$", text)
+    sizes = [f", {int(used) / 1024:.1f} GiB" if used.isdigit() else "" for _, _, used in rows]
+    return tuple(f"pid {pid} ({Path(name).name}{size})" for (pid, name, _), size in zip(rows, sizes, strict=True))
 
 
 def gpu(m: Machine) -> Iterator[Finding]:
     """What a run will train on, and why a card that is there cannot be used."""
     if not m.seen:
-        yield _unreachable(m)
+        yield Finding("gpu", *_unreachable(m))
         return
-    first = m.seen[0]
+    first, total = m.seen[0], f"{m.seen[0].total / GIB:.1f}"
     count = f"; the first of {len(m.seen)} cards is used" if len(m.seen) > 1 else ""
     part = ", a MIG slice: the rest of the card is not yours" if " MIG " in first.name else ""
     small = "only Qwen3-0.6B and 1.7B fit: see `python -m toolkit fit --table`" if first.total < SMALL else ""
-    state = f"{first.name}{part}, {first.total / 2**30:.1f} GiB, {m.half}; CUDA {m.torch_cuda}{count}"
-    yield Finding("gpu", state, small)
-    if len(m.seen) > 1 and max(card.total for card in m.seen) > first.total:
+    yield Finding("gpu", f"{first.name}{part}, {total} GiB, {m.half}; CUDA {m.torch_cuda}{count}", small)
+    if max(card.total for card in m.seen) > first.total:
         yield Finding("cards", "a larger card is there", "unset CUDA_VISIBLE_DEVICES: the largest is then chosen")
-    held = first.total - first.free
-    if held > first.total / 8:
-        state = (
-            f"{held / 2**30:.1f} of {first.total / 2**30:.1f} GiB are in use by {', '.join(m.processes) or 'others'}"
-        )
+    if (held := first.total - first.free) > first.total / 8:
+        state = f"{held / GIB:.1f} of {total} GiB are in use by {', '.join(m.processes) or 'others'}"
         yield Finding("gpu memory", state, "end those processes (kill PID), or plan with less: fit --vram")
 
 
-def _unreachable(m: Machine) -> Finding:
+def _unreachable(m: Machine) -> tuple[str, str]:
+    """(state, fix) of a machine whose torch sees no card."""
     if not (m.has_driver or m.cards):
-        return Finding("gpu", f"none: {os.cpu_count()} CPU cores, the pocket model trains, larger ones are slow")
+        return f"none: {os.cpu_count()} CPU cores: the pocket model trains, larger ones are slow", ""
     name = m.cards[0].name if m.cards else "an NVIDIA driver"
-    if m.visible is not None and m.visible.strip() in ("", "-1"):
-        return Finding(
-            "gpu", f"{name} is hidden by CUDA_VISIBLE_DEVICES={m.visible!r}", "unset it to train on the card"
-        )
-    if m.torch_cuda is None:
-        fix = f"pip install --force-reinstall a build of torch with CUDA; {ON_CPU}"
-        return Finding("gpu", f"{name} is here, but this torch has no CUDA", fix)
-    if m.driver_cuda and int(m.driver_cuda.split(".")[0]) < int(m.torch_cuda.split(".")[0]):
-        fix = f"update the driver, or install a build of torch for CUDA {m.driver_cuda.split('.')[0]}; {ON_CPU}"
-        return Finding("gpu", f"{name}: its driver supports CUDA {m.driver_cuda}, this torch needs {m.torch_cuda}", fix)
+    driver, needed = (int((version or "0").split(".")[0]) for version in (m.driver_cuda, m.torch_cuda))
     if m.visible is not None:
-        there = f"0 to {len(m.cards) - 1}" if len(m.cards) > 1 else "0"
-        fix = f"the cards here are numbered {there}: correct or unset it"
-        return Finding("gpu", f"CUDA_VISIBLE_DEVICES={m.visible} names no card", fix)
-    return Finding("gpu", f"{name} is here, but torch cannot open it", f"restart after a driver update; {ON_CPU}")
+        fix = f"unset it to train on the card; cards are numbered 0 to {max(0, len(m.cards) - 1)}"
+        return f"{name} is hidden: CUDA_VISIBLE_DEVICES={m.visible!r} names no card", fix
+    if not needed:
+        return f"{name} is here, but this torch has no CUDA", f"pip install a build of torch with CUDA; {ON_CPU}"
+    if 0 < driver < needed:
+        state = f"{name}: its driver supports CUDA {m.driver_cuda}, this torch needs {m.torch_cuda}"
+        return state, f"update the driver, or install a build of torch for CUDA {driver}; {ON_CPU}"
+    return f"{name} is here, but torch cannot open it", f"restart after a driver update; {ON_CPU}"
 
 
 def largest_card(cards: tuple[Card, ...], environment: dict) -> Card | None:
@@ -167,63 +177,23 @@ def largest_card(cards: tuple[Card, ...], environment: dict) -> Card | None:
 
 def use_largest_card(say: Callable[[str], None]) -> None:
     """Choose the largest card for this process. Call it before torch starts CUDA."""
-    cards = read_cards(_nvidia_smi("--query-gpu=name,memory.total,memory.free,uuid", "--format=csv,noheader,nounits"))
+    cards = read_cards(nvidia_smi(*CARD_QUERY))
     if card := largest_card(cards, dict(os.environ)):
         os.environ["CUDA_VISIBLE_DEVICES"] = card.uuid
         say(f"using {card.name}, the largest of {len(cards)} cards (CUDA_VISIBLE_DEVICES chooses another)")
 
 
-# --- the rest --------------------------------------------------------------------------------------------------------
-
-
-def compiler(
-    which: Callable = shutil.which, headers: Path | None = None, is_gpu: bool | None = None
-) -> Iterator[Finding]:
+def compiler(which: Callable = shutil.which, headers: Path | None = None, is_gpu: bool | None = None) -> list[Finding]:
     """Triton compiles its launcher with a C compiler and Python.h at the first step (triton/runtime/build.py)."""
-    if is_gpu is None:
-        is_gpu = any(Path(file).exists() for file in DRIVER_FILES)
     folder = headers or Path(sysconfig.get_paths()["include"])
-    lacking = [] if os.environ.get("CC") or any(map(which, ("cc", "gcc", "clang"))) else ["a C compiler"]
+    has_compiler = os.environ.get("CC") or any(map(which, ("cc", "gcc", "clang")))
+    lacking = [] if has_compiler else ["a C compiler"]
     lacking += [] if (folder / "Python.h").is_file() else ["Python.h"]
-    if is_gpu and lacking and platform.system() != "Windows":
-        fix = "apt install gcc python3-dev (or your system's names for them)"
-        yield Finding("compiler", f"{' and '.join(lacking)} missing: the first step on the GPU will fail", fix)
+    if not (_has_driver() if is_gpu is None else is_gpu) or not lacking or platform.system() == "Windows":
+        return []
+    state = f"{' and '.join(lacking)} missing: the first step on the GPU will fail"
+    return [Finding("compiler", state, "apt install gcc python3-dev (or your system's names for them)")]
 
 
-def _python() -> Finding:
-    fix = "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer and make the .venv again"
-    return Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", fix)
-
-
-def _packages() -> Finding:
-    wrong, count = install.differing(), len(list(install.pins()))
-    state = f"{count - len(wrong)} of {count} as pinned; torch {install.installed('torch')}"
-    return Finding("packages", state, f"{', '.join(wrong)}: python -m toolkit setup" if wrong else "")
-
-
-def _hub() -> Finding:
-    from toolkit.run import hub_answers
-
-    if hub_answers():
-        return Finding("hub", "answers")
-    return Finding("hub", "does not answer", "local folders, the Hub's local cache and the pocket model still work")
-
-
-def _wandb() -> Finding:
-    from toolkit.tracking import has_account
-
-    if has_account():
-        return Finding("wandb", "account found: runs are uploaded")
-    return Finding("wandb", "no account: runs are kept offline", "optional: wandb login, or upload later: wandb sync")
-
-
-def _disk() -> Finding:
-    free = shutil.disk_usage(ROOT).free / 2**30
-    return Finding("disk", f"{free:.0f} GiB free", "" if free > 20 else "a 4B export needs about 20 GiB")
-
-
-def _default_recipe() -> Finding:
-    from toolkit.run import default_recipe
-
-    recipe, why = default_recipe()
-    return Finding("make train", f"{recipe}: {why}")
+def _has_driver() -> bool:
+    return any(Path(file).exists() for file in DRIVER_FILES)

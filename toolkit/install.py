@@ -3,63 +3,48 @@
 python -m toolkit setup
 """
 
-import hashlib
 import importlib.metadata
 import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-REQUIREMENTS = ROOT / "requirements.txt"
-STAMP = Path(sys.prefix) / ".toolkit-requirements"
+REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
 TORCH = (2, 4), (2, 15)
 """Unsloth's range, the end excluded. A torch inside it stays, whatever requirements.txt pins: it may be the only build for
 the driver here, and torchvision fits it (unsloth/import_fixes.py refuses a torchvision of another torch)."""
 
 
 def setup() -> None:
-    """Install what is pinned, then the one `--no-deps` line; nothing where all of it is installed already.
-
-    Raises SystemExit when pip fails.
-    """
-    text = REQUIREMENTS.read_text(encoding="utf-8")
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    if STAMP.is_file() and STAMP.read_text() == digest and not differing():
+    """Install what is pinned, then the `--no-deps` line; nothing where all of it is installed. Raises SystemExit."""
+    if not differing():
         return
+    text, torch = REQUIREMENTS.read_text(encoding="utf-8"), installed("torch")
     wanted = [line.split(" #")[0].strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
-    torch = installed("torch")
     if torch_fits(torch):
         print(f"keeping torch {torch}")
         wanted = [line for line in wanted if not line.startswith("torch==")]
     elif torch:  # companions built for the old one would stop `import unsloth`
         subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"])
-    pip(*wanted)
-    pip("--no-deps", *re.search(r"^# --no-deps (.*)$", text, re.MULTILINE)[1].split())
-    STAMP.write_text(digest)
+    for packages in (wanted, ["--no-deps", *re.search(r"^# --no-deps (.*)$", text, re.MULTILINE)[1].split()]):
+        print(f"installing {len(packages)} packages (a few minutes the first time)", flush=True)
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        if subprocess.run([*pip, *packages]).returncode:
+            raise SystemExit("pip could not install the packages above: check the network, then run the same again")
 
 
-def pip(*packages: str) -> None:
-    """`pip install` into this Python."""
-    print(f"installing {len(packages)} packages (a few minutes the first time)", flush=True)
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
-    if subprocess.run(command).returncode:
-        raise SystemExit("pip could not install the packages above: check the network, then run the same command again")
-
-
-def pins() -> Iterator[tuple[str, str]]:
-    """(package, version) of requirements.txt, the `--no-deps` line included."""
-    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#") or line.startswith("# --no-deps"):
-            yield from re.findall(r"([\w\-]+)==([^\s;]+)", line.split(" #")[0])
+def pins() -> dict[str, str]:
+    """Package → version of requirements.txt, the `--no-deps` line included."""
+    lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
+    stated = " ".join(line.split(" #")[0] for line in lines if line.startswith("# --no-deps") or line[:1] != "#")
+    return dict(re.findall(r"([\w\-]+)==([^\s;]+)", stated))
 
 
 def differing() -> list[str]:
     """Packages that `setup` would install or replace, each with its version here and the pinned one."""
-    found = {name: (installed(name), version) for name, version in pins()}
+    found = {name: (installed(name), version) for name, version in pins().items()}
     return [
         f"{name} {here or 'missing'} (pinned: {version})"
         for name, (here, version) in found.items()
