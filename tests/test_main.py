@@ -42,7 +42,6 @@ def start(body: str, outputs) -> subprocess.Popen:
         ("sweep R --reasoning 0 1 data.budget=8000", {"recipe": "R", "reasoning": [0, 1]}, ["data.budget=8000"]),
         ("sweep R --set a.b=1,2 data.budget=8000 --seeds 2", {"set": ["a.b=1,2"], "seeds": 2}, ["data.budget=8000"]),
         ("sweep R --set a=1,2 b=3,4", {"set": ["a=1,2", "b=3,4"]}, []),
-        ("sweep R x=1 --only a=1 b=2", {"only": ["a=1", "b=2"]}, ["x=1"]),
         ("train --fresh train.max_steps=2", {"recipe": None, "fresh": True}, ["train.max_steps=2"]),
         ("train train.max_steps=2 pocket", {"recipe": "pocket"}, ["train.max_steps=2"]),
         ("mix pocket --show 2 data.budget=8", {"recipe": "pocket", "show": 2}, ["data.budget=8"]),

@@ -1,10 +1,10 @@
-"""A sweep gives every ratio the same, does each run once, shows what crashed, and hands wandb's agents the same runs."""
+"""A sweep gives every ratio the same, does each run once, and shows what crashed."""
 
 import collections
 import io
-import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,10 +17,10 @@ import yaml
 from rich.console import Console
 
 from tests.test_compare import evaluation, sums
-from tests.wandb_service import SweepService
 from toolkit import recipe as recipes
 from toolkit import sweep as sweeps
 from toolkit.files import ROOT, ToolkitError
+from toolkit.progress import Progress
 from toolkit.sweep import common_steps, plan, rows_per_step, sweep, work
 
 RATIOS = [0, 0.25, 0.5, 0.75, 1]
@@ -42,8 +42,9 @@ RUNNER = textwrap.dedent("""
     held = lock(folder, "train")
     held.__enter__()  # as long as this process lives, like a training
     (folder / "recipe.yaml").write_text(given.read_text())
+    steps = recipe["train"]["max_steps"]
     for step in range(1, 11):
-        (folder / "metrics.jsonl").write_text(json.dumps({"step": 2 * step, "loss": 1.0}) + "\\n")
+        (folder / "metrics.jsonl").write_text(json.dumps({"step": steps * step // 10, "loss": 1.0}) + "\\n")
         time.sleep(float(os.environ.get("TEST_SECONDS", 0)) / 10)
     flag = home / f"crash-{recipe['name']}"
     if flag.exists():
@@ -55,7 +56,9 @@ RUNNER = textwrap.dedent("""
     modes = {s["name"]: {"mode": s["mode"]} for s in recipe["data"]["sources"]}
     files = {
         "mix.json": {"unit": "supervised_tokens", "planned": shares, "sources": modes, "limited_by": None,
-                     "achieved": {u: shares for u in ("examples", "tokens", "supervised_tokens")}},
+                     "achieved": {u: shares for u in ("examples", "tokens", "supervised_tokens")},
+                     "achieved_modes": {u: {modes[n]["mode"]: s for n, s in shares.items()}
+                                        for u in ("examples", "tokens", "supervised_tokens")}},
         "eval.json": json.loads((home / "eval.json").read_text()),
         "manifest.json": {"model": {"name": "pocket"}, "finished": "now", "group": os.environ["TOOLKIT_SWEEP"]},
     }
@@ -118,7 +121,7 @@ def do(project, ratios, console=None):
     """Plan and work, without the picture at the end; returns the runs that failed."""
     runs = plan(recipes.load(project / "tiny.yaml"), ratios, 1, [], silent())
     folder = project / "out/tiny-sweep"
-    sweeps.write_plan(folder, runs, ["tiny.yaml"], ratios, 1, [])
+    sweeps.write_plan(folder, runs)
     return work(runs, folder, scripted(project), console or silent())
 
 
@@ -184,7 +187,7 @@ def test_any_key_can_be_swept_and_names_say_what(project):
     base = recipes.load(project / "tiny.yaml")
     runs = plan(base, [0.5], 2, ["train.learning_rate=1e-4,2e-4"], silent())
     assert [run.name for run in runs] == [
-        f"tiny-r0.5-s{seed}-learning_rate{rate}" for rate in ("0.0001", "0.0002") for seed in (3407, 3408)
+        f"tiny-r0.5-s{seed}-learning_rate{rate}" for rate in ("1e-4", "2e-4") for seed in (3407, 3408)
     ]
     assert [run.recipe.train["learning_rate"] for run in runs] == [1e-4, 1e-4, 2e-4, 2e-4]
     assert [run.recipe.data.seed for run in runs] == [3407, 3408] * 2
@@ -263,25 +266,18 @@ def test_finished_runs_are_left_alone_and_only_the_missing_one_is_done(project):
     assert changed == {"tiny-r0.5-s3407"}
 
 
-def test_a_crashed_run_shows_the_end_of_its_log_and_is_tried_once_more(project):
+def test_a_run_that_crashes_shows_the_end_of_its_log_stops_no_other_and_is_done_by_the_next_command(project):
     (project / "out/crash-tiny-r0-s3407").write_text("1")
     console = loud()
-    assert do(project, [0, 1], console) == []
-    assert ran(project) == {"tiny-r0-s3407": 2, "tiny-r1-s3407": 1}
+    with pytest.raises(ToolkitError, match=r"1 of 2 runs failed: tiny-r0-s3407"):
+        run_sweep(project, console=console)
+    assert ran(project) == {"tiny-r0-s3407": 1, "tiny-r1-s3407": 1}
     shown = console.export_text()
     assert "step 7/9" in shown
     assert "RuntimeError: the cable was pulled" in shown
-    assert "trying again" in shown
-
-
-def test_a_run_that_crashes_twice_does_not_stop_the_others_and_is_tried_again_next_time(project):
-    (project / "out/crash-tiny-r0-s3407").write_text("2")
-    with pytest.raises(ToolkitError, match=r"1 of 2 runs failed: tiny-r0-s3407"):
-        run_sweep(project)
-    assert ran(project) == {"tiny-r0-s3407": 2, "tiny-r1-s3407": 1}
     assert (project / "out/tiny-sweep/comparison.csv").is_file()  # of what there is
     assert do(project, [0, 1]) == []
-    assert ran(project) == {"tiny-r0-s3407": 3, "tiny-r1-s3407": 1}
+    assert ran(project) == {"tiny-r0-s3407": 2, "tiny-r1-s3407": 1}
 
 
 def test_a_folder_of_another_recipe_is_refused_before_anything_trains(project):
@@ -322,7 +318,7 @@ def test_what_another_worker_holds_is_said_once_with_who_holds_it(project):
     assert holder.stdout.readline() == "held\n"
     threading.Timer(0.6, lambda: holder.communicate("\n")).start()
     console = loud()
-    sweeps.write_plan(folder, runs, ["tiny.yaml"], [0], 1, [])
+    sweeps.write_plan(folder, runs)
     assert work(runs, folder, scripted(project), console) == []
     shown = console.export_text()
     assert shown.count("waiting: ") == 1
@@ -330,16 +326,18 @@ def test_what_another_worker_holds_is_said_once_with_who_holds_it(project):
     assert ran(project) == {"tiny-r0-s3407": 1}
 
 
-def test_progress_shows_the_time_left_for_the_run_and_for_the_whole_sweep(project, monkeypatch):
+def test_progress_shows_the_time_left_for_the_whole_sweep(project, monkeypatch):
     monkeypatch.setenv("TEST_SECONDS", "1.5")
-    monkeypatch.setattr(sweeps, "PLAIN_SECONDS", 0.2)
+    monkeypatch.setattr(Progress, "PLAIN_EVERY", 0.2)
     console = loud()
     assert do(project, [0, 1], console) == []
-    lines = [line for line in console.export_text().splitlines() if "left for this run" in line]
+    lines = [line for line in console.export_text().splitlines() if " left" in line]
     assert len(lines) >= 4
-    assert lines[0].startswith("tiny-r0-s3407 (2 left); about ")
-    assert lines[-1].startswith("tiny-r1-s3407 (1 left); about ")
-    assert all("for all" in line for line in lines)
+    steps = [re.fullmatch(r"tiny-sweep, steps: (\d+) of (\d+), about \d+ s left", line).groups() for line in lines]
+    assert len({total for _, total in steps}) == 1
+    done, total = [int(n) for n, _ in steps], int(steps[0][1])
+    assert done == sorted(done)
+    assert done[0] < total / 2 < done[-1] < total
 
 
 def test_a_killed_sweep_resumes_and_waits_for_the_run_that_still_trains(project, monkeypatch):
@@ -361,74 +359,6 @@ def test_a_killed_sweep_resumes_and_waits_for_the_run_that_still_trains(project,
     monkeypatch.setenv("TEST_SECONDS", "0")
     assert do(project, [0, 1]) == []
     assert ran(project) == {"tiny-r0-s3407": 1, "tiny-r1-s3407": 1}  # the orphan finished, and was not started twice
-
-
-# --- wandb's agents
-
-
-def expand(grid):
-    """Every combination of a wandb grid, as the service hands them out, and the command an agent makes of each."""
-    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
-
-    names, values = zip(*((k, v["values"]) for k, v in grid["parameters"].items()), strict=True)
-    for combination in itertools.product(*values):
-        args = {name: {"value": value} for name, value in zip(names, combination, strict=True)}
-        words = create_sweep_command_args({"args": args}) | {"interpreter": [sys.executable]}
-        command = create_sweep_command(grid["command"])
-        yield [w for c in command for w in (words[c[2:-1]] if c.startswith("${") else [c])]
-
-
-def test_the_wandb_file_loads_with_wandbs_own_reader_and_expands_to_the_same_runs(project):
-    from wandb.sdk.launch.sweeps.utils import load_sweep_config
-
-    base, settings = recipes.load(project / "tiny.yaml"), ["train.learning_rate=1e-4,2e-4"]
-    runs = plan(base, [0, 1], 2, settings, silent())
-    sweeps.write_plan(project / "out/tiny-sweep", runs, ["tiny.yaml"], [0, 1], 2, settings)
-    commands = list(expand(load_sweep_config(str(project / "out/tiny-sweep/sweep.yaml"))))
-    chosen = [sweeps._chosen(runs, words[words.index("--only") + 1 :], base).name for words in commands]
-    assert sorted(chosen) == sorted(run.name for run in runs)
-    assert commands[0][1:6] == ["-m", "toolkit", "sweep", "tiny.yaml", "--reasoning"]
-
-
-def test_only_does_that_one_run_and_an_unknown_one_is_refused(project):
-    run_sweep(project, only=["data.reasoning=1.0", "data.seed=3407"])
-    assert ran(project) == {"tiny-r1-s3407": 1}
-    with pytest.raises(ToolkitError, match=r"no such run in this sweep. Its runs: data.reasoning=0 data.seed=3407"):
-        run_sweep(project, only=["data.reasoning=0.3", "data.seed=3407"])
-
-
-AGENT_RUNNER = """
-import sys
-from rich.console import Console
-from toolkit.sweep import sweep
-path, runner, only = sys.argv[1], sys.argv[2], sys.argv[sys.argv.index("--only") + 1 :]
-sweep(path, reasoning=[0, 1], seeds=2, only=only, console=Console(quiet=True),
-      command=lambda file: [sys.executable, runner, str(file)])
-"""
-
-
-@pytest.mark.slow  # half a minute: wandb's agents look for work every five seconds
-def test_two_stock_wandb_agents_work_through_the_file_and_do_every_run_once(project):
-    runs = plan(recipes.load(project / "tiny.yaml"), [0, 1], 2, [], silent())
-    sweeps.write_plan(project / "out/tiny-sweep", runs, ["tiny.yaml"], [0, 1], 2, [])
-    grid = yaml.safe_load((project / "out/tiny-sweep/sweep.yaml").read_text())
-    (project / "agent_runner.py").write_text(AGENT_RUNNER)
-    words = [
-        sys.executable,
-        "agent_runner.py",
-        "tiny.yaml",
-        "runner.py",
-    ]  # `python -m toolkit sweep`, with scripted training
-    grid["command"] = words + grid["command"][grid["command"].index("--only") :]
-    (project / "sweep.yaml").write_text(yaml.safe_dump(grid))
-    stock = [sys.executable, "-m", "wandb"]
-    with SweepService() as service:
-        environment = service.environment() | {"PYTHONPATH": str(ROOT)}
-        subprocess.run([*stock, "sweep", "sweep.yaml"], env=environment, cwd=project, check=True, timeout=120)
-        agents = [subprocess.Popen([*stock, "agent", "me/p/sweep1"], env=environment, cwd=project) for _ in range(2)]
-        assert [agent.wait(timeout=300) for agent in agents] == [0, 0]
-        assert {agent for agent, _ in service.given} == {"agent1", "agent2"}
-    assert ran(project) == {run.name: 1 for run in runs}
 
 
 # --- real training

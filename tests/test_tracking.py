@@ -110,11 +110,11 @@ def test_ratios_stand_side_by_side_in_wandb(tmp_path, monkeypatch):
     found = synced(folder)
     assert (found.runs[0]["groupName"], found.runs[0]["jobType"]) == ("ratios-sweep", "comparison")
     assert found.summary["recommendation"]
-    curve = [(line["mix/reasoning_share_supervised_tokens"], line["eval/tuned/thinking/accuracy"])
-             for line in found.history if "eval/tuned/thinking/accuracy" in line]  # fmt: skip
-    assert curve == [(0.25, 0.5), (0.75, 0.5)]
     (table,) = found.tables
-    assert len(table["data"]) >= 2
+    shown = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    columns = ("reasoning_share_supervised_tokens", "thinking/accuracy")
+    assert [tuple(row[c] for c in columns) for row in shown] == [(None, 0.4), (0.25, 0.5), (0.75, 0.5)]
+    assert any("picture" in line for line in found.history)
 
 
 # --- a run that was killed
@@ -229,20 +229,36 @@ def test_an_interrupted_training_closes_its_run(tiny):
 # --- other trackers
 
 
+@pytest.fixture
+def swanlab(tmp_path, monkeypatch):
+    """A stand-in for the installed package: a version of it."""
+
+    def install(version):
+        info = tmp_path / f"swanlab-{version}.dist-info"
+        info.mkdir()
+        (tmp_path / "swanlab.py").write_text("")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: swanlab\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    return install
+
+
+def test_swanlab_writes_into_the_run_folder_and_not_where_the_command_was_typed(tmp_path, monkeypatch, swanlab):
+    monkeypatch.setenv("SWANLAB_LOG_DIR", "set so that it is restored")
+    swanlab("0.7.20")
+    for name in ("one", "two"):
+        tracking.check({"report_to": "swanlab"}, tmp_path / name)
+        assert os.environ["SWANLAB_LOG_DIR"] == str(tmp_path / name / "swanlog")
+
+
 @pytest.mark.parametrize("name", ["swanlab", "trackio", "mlflow"])
 def test_a_tracker_that_is_not_installed_is_named_before_anything_is_loaded(tmp_path, name):
     with pytest.raises(ToolkitError, match=f"report_to: {name} needs a package.*pip install '{name}.*report_to=none"):
         tracking.check({"report_to": ["wandb", name]}, tmp_path)
 
 
-def test_a_version_of_a_tracker_that_fails_with_this_transformers_is_named(tmp_path, monkeypatch):
-    (tmp_path / "swanlab").mkdir()
-    (tmp_path / "swanlab" / "__init__.py").write_text("")
-    (tmp_path / "swanlab-0.10.3.dist-info").mkdir()
-    (tmp_path / "swanlab-0.10.3.dist-info" / "METADATA").write_text(
-        "Metadata-Version: 2.1\nName: swanlab\nVersion: 0.10.3\n"
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_a_version_of_a_tracker_that_fails_with_this_transformers_is_named(tmp_path, swanlab):
+    swanlab("0.10.3")
     with pytest.raises(ToolkitError, match=r"swanlab 0.10.3 is too new here: `pip install 'swanlab<0.8'`"):
         tracking.check({"report_to": "swanlab"}, tmp_path)
 

@@ -1,18 +1,13 @@
-"""Stand-ins for W&B's service on this machine, so that the stock `wandb sync`, `wandb sweep` and `wandb agent` can be tried offline.
+"""A stand-in for W&B's service on this machine, so that the stock `wandb sync` can be tried offline.
 
-with SweepService() as service: subprocess.run([*wandb, "agent", "me/project/sweep1"], env=service.environment())
-
-SweepService keeps one sweep, hands out its grid run by run to whichever agent asks, and ends the agents when none is left.
+with RunService() as service: subprocess.run([*wandb, "sync", run], env=service.environment()); service.history
 """
 
 import gzip
-import itertools
 import json
 import os
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-import yaml
 
 VIEWER = {"id": "1", "name": "me", "username": "me", "entity": "me", "admin": False, "email": "", "flags": "{}",
           "deletedAt": None, "apiKeys": {"edges": []}, "teams": {"edges": []}}  # fmt: skip
@@ -102,44 +97,3 @@ class RunService(Service):
             self.summary = json.loads(body)
         elif path.endswith(".table.json"):
             self.tables.append(json.loads(body))
-
-
-class SweepService(Service):
-    """GraphQL answers for wandb 0.31: create a sweep, register an agent, heartbeat."""
-
-    def __init__(self):
-        super().__init__()
-        self.config, self.agents, self.given, self.waiting = "", 0, [], []
-
-    def answer(self, query: str, variables: dict) -> dict:
-        if "upsertSweep" in query:
-            return self._keep(variables)
-        if "createAgent" in query:
-            self.agents += 1
-            return {"createAgent": {"agent": {"id": f"agent{self.agents}"}}}
-        if "agentHeartbeat" in query:
-            return self._heartbeat(variables)
-        if "SweepWithRuns" in query:
-            sweep = {"id": "1", "name": "sweep1", "method": "grid", "state": "RUNNING", "config": self.config}
-            return {"project": {"sweep": sweep | {"runs": {"edges": []}}}}
-        return {"viewer": VIEWER, "serverInfo": {"cliVersionInfo": {}, "features": []}}
-
-    def _keep(self, variables: dict) -> dict:
-        self.config = variables["config"]
-        parameters = yaml.safe_load(self.config)["parameters"]
-        combinations = itertools.product(*([(k, v) for v in p["values"]] for k, p in parameters.items()))
-        self.waiting = [dict(combination) for combination in combinations]
-        project = {"id": "1", "name": "p", "entity": {"id": "1", "name": "me"}}
-        return {"upsertSweep": {"sweep": {"name": "sweep1", "project": project}, "configValidationWarnings": []}}
-
-    def _heartbeat(self, variables: dict) -> dict:
-        agent, busy = variables["id"], json.loads(variables["runState"])
-        commands = []
-        if not busy and self.waiting:
-            args = self.waiting.pop(0)
-            self.given.append((agent, args))
-            args = {name: {"value": value} for name, value in args.items()}
-            commands = [{"type": "run", "run_id": f"run{len(self.given)}", "args": args, "program": None}]
-        elif not busy:
-            commands = [{"type": "exit"}]
-        return {"agentHeartbeat": {"agent": {"id": agent}, "commands": json.dumps(commands)}}

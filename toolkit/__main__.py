@@ -86,8 +86,8 @@ def parser() -> argparse.ArgumentParser:
 def take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     """(other words, overrides): takes `key=value` words out, so that no option with several values swallows them.
 
-    Only `--set` and `--only` are followed by such words themselves: `--set` by its first and by those with a comma,
-    `--only` by all. A word after an option with exactly one value is that value (`--out a=b.jsonl`).
+    Only `--set` is followed by such words itself: its first, and those with a comma. A word after an option with exactly
+    one value is that value (`--out a=b.jsonl`).
     """
     known = {flags[0]: options for flags, options in VERBS[words[0]][1]} if words[0] in VERBS else {}
     if "overrides" not in known:
@@ -97,7 +97,7 @@ def take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
         option = word if word.startswith("-") else option
         has_one_value = previous in known and not {"nargs", "action"} & known[previous].keys()
         is_setting = option == "--set" and (previous == "--set" or "," in word)
-        is_value = has_one_value or is_setting or option == "--only"
+        is_value = has_one_value or is_setting
         (overrides if OVERRIDE.match(word) and not is_value else kept).append(word)
     return kept, overrides
 
@@ -259,15 +259,15 @@ def fit(args):
         help="default: 0 0.25 0.5 0.75 1; with --set alone, the recipe's own"),
     arg("--seeds", type=int, default=1, help="runs per setting, seeds counted up from data.seed"),
     arg("--set", nargs="+", default=[], metavar="key=a,b", help="any other key, e.g. train.learning_rate=1e-4,2e-4"),
-    arg("--only", nargs="+", default=[], metavar="key=value", help="just the run with these values (wandb's agents)"),
 )  # fmt: skip
 def sweep(args):
     """Train every reasoning share at one budget, compare, recommend; the same command resumes it."""
     from toolkit import sweep
 
     reasoning = args.reasoning if args.reasoning is not None else [] if args.set else sweep.RATIOS
-    sweep.sweep(args.recipe, args.overrides, reasoning=reasoning, seeds=args.seeds, settings=args.set, only=args.only,
-                console=console())  # fmt: skip
+    sweep.sweep(
+        args.recipe, args.overrides, reasoning=reasoning, seeds=args.seeds, settings=args.set, console=console()
+    )
 
 
 @verb(

@@ -7,9 +7,10 @@ Only the run folders are read (recipe.yaml, mix.json, eval.json, manifest.json):
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -17,28 +18,24 @@ import pandas as pd
 import yaml
 
 from toolkit.evaluate import is_rate
-from toolkit.evaluate.stats import RESAMPLES, difference, draws, ratios, unanimous
+from toolkit.evaluate.stats import RESAMPLES, draws, ratios, unanimous
 from toolkit.family import MODES, mode_title
-from toolkit.files import ToolkitError, read_json
+from toolkit.files import ToolkitError, flat, read_json
 
+Key = tuple[str, str]
+"""(section, metric) of eval.json."""
 UNITS = ("examples", "tokens", "supervised_tokens")
-GOALS = (("thinking", "accuracy"), ("non_thinking", "accuracy"),
-         ("non_thinking", "accuracy/chat"), ("thinking", "accuracy/chat"))  # fmt: skip
-"""(section, metric) of eval.json by which runs are ranked: the first that all of them have. Reasoning questions rank
-before chat questions, which runs of the other kind of data are asked only."""
-CHAT = ("non_thinking", "accuracy/chat")
+CHAT, KL = ("non_thinking", "accuracy/chat"), ("forgetting", "kl")
+GOALS = (("thinking", "accuracy"), ("non_thinking", "accuracy"), CHAT, ("thinking", "accuracy/chat"))
+"""By what runs are ranked: the first that most of them have. Reasoning questions come before chat questions, which runs
+of the other kind of data are asked only."""
 GUARDS = (("thinking", "adherence"), ("non_thinking", "adherence"), CHAT)
-KL = ("forgetting", "kl")
-METRICS = (
-    *((mode, metric) for metric in ("accuracy", "accuracy/chat", "adherence", "reasoning_tokens", "answer_tokens", "cut")
-      for mode in MODES),
-    KL, ("forgetting", "nll"),
-)  # fmt: skip
 TITLES = {
     "accuracy": "accuracy", "accuracy/chat": "chat accuracy", "adherence": "adherence",
     "reasoning_tokens": "reasoning tokens", "answer_tokens": "answer tokens", "cut": "cut by the token limit",
-    "kl": "KL from the base, nats/token", "nll": "NLL, nats/token",
+    "kl": "KL from the base", "nll": "loss on the base's answers",
 }  # fmt: skip
+METRICS = tuple((section, metric) for metric in TITLES for section in (*MODES, "forgetting"))
 MARGIN = 0.05
 """Loss against the base, as a share of replies, beyond which a point breaks a guard or fell below the base."""
 NOT_TRAINING = ("name", "evaluate", "export", "train.report_to", "train.logging_steps")
@@ -64,32 +61,47 @@ class Run:
     eval: dict
     manifest: dict
 
-    def share(self, unit: str) -> float:
-        """Achieved share of thinking rows."""
-        return thinking_share(self.mix, self.mix["achieved"][unit], unit)
-
-    def modes(self) -> list[str]:
-        """The modes in which it was evaluated."""
-        return [mode for mode in MODES if mode in self.eval["tuned"]]
-
-    def found(self, model: str, section: str, metric: str) -> dict | None:
+    def found(self, model: str, key: Key) -> dict | None:
         """{"value", "low", "high", "n"} of base or tuned; None where it was not measured."""
-        found = self.eval[model].get(section, {}).get(metric)
+        found = self.eval[model].get(key[0], {}).get(key[1])
         return found if found and found["value"] is not None else None
+
+    def settings(self) -> dict:
+        """{dotted key: value} of what is trained."""
+        keys = flat(self.recipe).items()
+        return {key: value for key, value in keys if not f"{key}.".startswith(tuple(f"{s}." for s in NOT_TRAINING))}
+
+    def planned(self) -> dict[str, float]:
+        """Planned share of each source, and of all thinking rows as `reasoning`."""
+        shares = {name: round(share, 3) for name, share in self.mix["planned"].items()}
+        thinking = [share for name, share in shares.items() if self.mix["sources"][name]["mode"] == "thinking"]
+        return {**shares, "reasoning": round(math.fsum(thinking), 3)}
+
+    def achieved(self, name: str, unit: str) -> float:
+        """Achieved share of a source or of `reasoning`."""
+        shares = self.mix["achieved_modes" if name == "reasoning" else "achieved"][unit]
+        return shares.get("thinking" if name == "reasoning" else name, 0.0)
 
 
 @dataclass(frozen=True)
 class Point:
-    """Runs that differ only in their seed: one row of the table, one place in the picture."""
+    """The base, or runs that differ only in their seed: one row of the table, one place in the picture."""
 
     label: str
     runs: list[Run]
-    shares: dict[str, float]
-    """Achieved reasoning share by unit, mean over the runs."""
-    values: dict[tuple[str, str], dict]
-    """(section, metric) → {"value", "low", "high", "n", "each": one value per seed}."""
+    values: dict[Key, dict]
+    """{"value", "low", "high", "n", "each": one value per seed}."""
     place: float | None = None
     """Achieved share, in the mix's unit, of what differs between the points; None where more than a share differs."""
+
+    def row(self) -> dict:
+        """Its runs, achieved reasoning shares and every metric with its interval."""
+        shares = {u: float(np.mean([run.achieved("reasoning", u) for run in self.runs])) for u in UNITS if self.runs}
+        row = {"label": self.label, "runs": " ".join(run.name for run in self.runs)}
+        row |= {f"reasoning_share_{unit}": share for unit, share in shares.items()}
+        for key, found in self.values.items():
+            row |= {f"{'/'.join(key)}.{end}": found[end] for end in ("value", "low", "high", "n")}
+        return row
 
 
 @dataclass(frozen=True)
@@ -99,34 +111,39 @@ class Comparison:
     unit: str
     axis: str
     """What the points' `place` is a share of: `reasoning` or a source's name; empty where runs are compared by name."""
-    goal: tuple[str, str]
+    goal: Key
+    base: Point
     points: list[Point]
-    base: dict[tuple[str, str], dict]
+    recommended: Point | None
     verdict: list[str]
     """Two sentences and the next command."""
-    recommended: Point | None
-    frontier: list[str]
-    """Labels, `base` among them, that none beats in both the goal and what is kept of the base."""
     notes: list[str]
-    left_out: list[tuple[str, str]] = field(default_factory=list)
-    """(run, why)."""
+    left_out: dict[str, str]
+    """Run → why."""
+
+    def everyone(self) -> list[Point]:
+        return [self.base, *self.points]
 
     def table(self) -> pd.DataFrame:
-        """A row for the base and each point: its runs, achieved shares, and every metric with its interval."""
-        rows = []
-        for label, runs, shares, values in [
-            ("base", [], {}, self.base),
-            *((p.label, p.runs, p.shares, p.values) for p in self.points),
-        ]:
-            row = {"label": label, "runs": " ".join(run.name for run in runs)}
-            row |= {f"reasoning_share_{unit}": shares.get(unit) for unit in UNITS}
-            row["recommended"] = int(self.recommended is not None and label == self.recommended.label)
-            row["frontier"] = int(label in self.frontier)
-            for (section, metric), found in values.items():
-                row[f"{section}/{metric}"] = found["value"]
-                row |= {f"{section}/{metric}.{end}": found[end] for end in ("low", "high", "n")}
-            rows.append(row)
-        return pd.DataFrame(rows)
+        """A row for the base and each point, with every number."""
+        table = pd.DataFrame([point.row() for point in self.everyone()])
+        table.insert(2, "recommended", [int(point is self.recommended) for point in self.everyone()])
+        table.insert(3, "frontier", [int(point.label in self.frontier()) for point in self.everyone()])
+        return table.rename(columns=lambda name: name.removesuffix(".value"))
+
+    def place_of(self, point: Point) -> tuple[float, float]:
+        """(goal, what is left of the base): chat accuracy without thinking, or where that is the goal or was not asked
+        minus the KL, which is 0 for the base itself."""
+        kept = point.values[CHAT]["value"] if CHAT in point.values and self.goal != CHAT else None
+        return point.values[self.goal]["value"], -point.values[KL]["value"] if kept is None else kept
+
+    def frontier(self) -> list[str]:
+        """Labels, the base's among them, that no other beats in both (values; intervals overlap)."""
+        places = {point.label: self.place_of(point) for point in self.everyone() if self.goal in point.values}
+        return [
+            label for label, (a, b) in places.items()
+            if not any(x >= a and y >= b and (x, y) != (a, b) for x, y in places.values())
+        ]  # fmt: skip
 
 
 # --- reading and grouping runs ---------------------------------------------------------------------------------------
@@ -136,34 +153,31 @@ def compare(folders: Iterable[Path]) -> Comparison:
     """Compare evaluated runs. Those that are incomplete or were evaluated otherwise than most are left out and named.
 
     Raises ToolkitError when no run is left."""
-    runs, left_out = [], []
+    runs, left_out = [], {}
     for folder in dict.fromkeys(Path(f).resolve() for f in folders):
         try:
             runs.append(read_run(folder))
         except ToolkitError as error:
-            left_out.append((folder.name, str(error)))
-    runs, otherwise = alike(runs)
-    left_out += otherwise
+            left_out[folder.name] = str(error)
+    usual = json.loads(Counter(json.dumps(conditions(run)) for run in runs).most_common(1)[0][0]) if runs else {}
+    for run in runs:
+        if differs := [f"{n} {v} (the others: {usual[n]})" for n, v in conditions(run).items() if v != usual[n]]:
+            left_out[run.name] = f"evaluated differently: {'; '.join(differs)}"
+    runs = [run for run in runs if run.name not in left_out]
+    goal = max(GOALS, key=lambda goal: sum(run.found("tuned", goal) is not None for run in runs))
+    left_out |= {run.name: f"no {' '.join(goal)}: every reply was cut" for run in runs if not run.found("tuned", goal)}
+    runs = [run for run in runs if run.name not in left_out]
     if not runs:
-        reasons = "; ".join(f"{name}: {why}" for name, why in left_out) or "no folder was given"
+        reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items()) or "no folder was given"
         raise ToolkitError(f"no run to compare: {reasons}")
     unit = runs[0].mix["unit"]
-    goal = max(GOALS, key=lambda goal: sum(run.found("tuned", *goal) is not None for run in runs))
-    left_out += [
-        (run.name, f"no {goal[1]} in {goal[0]} mode (every reply was cut)")
-        for run in runs
-        if not run.found("tuned", *goal)
-    ]
-    runs = [run for run in runs if run.found("tuned", *goal)]
     axis, differing = what_differs(runs)
     points = group(runs, axis, differing, unit)
-    base = {key: found for key in METRICS if (found := runs[0].found("base", *key))}
+    base = Point("base", [], {key: found for key in METRICS if (found := runs[0].found("base", key))})
     recommended, verdict, notes = decide(points, goal, axis)
     if not axis and len(points) > 1:
         notes.insert(0, f"Compared by name, since the runs differ in more than a share: {', '.join(differing)}.")
-    return Comparison(
-        unit, axis, goal, points, base, verdict, recommended, frontier(points, base, goal), notes, left_out
-    )
+    return Comparison(unit, axis, goal, base, points, recommended, verdict, notes, left_out)
 
 
 def read_run(folder: Path) -> Run:
@@ -173,16 +187,19 @@ def read_run(folder: Path) -> Run:
         raise ToolkitError(f"not evaluated: run `python -m toolkit evaluate {folder.name}`")
     if missing:
         raise ToolkitError(f"incomplete: no {', '.join(missing)}")
-    mix, manifest, result = (read_json(folder / f"{name}.json") for name in ("mix", "manifest", "eval"))
+    mix, result, manifest = (read_json(folder / f"{name}.json") for name in ("mix", "eval", "manifest"))
     try:
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
         run = Run(folder.name, recipe, mix, result, manifest)
-        settings_of(run.recipe)
-        shares = [run.share(unit) for unit in UNITS]
-        asked = [run.found("tuned", *goal) for goal in GOALS if run.eval["per_question"]]
+        asked = [run.found("tuned", goal) for goal in GOALS if run.eval["per_question"]]
+        _ = (
+            run.planned(),
+            [run.achieved("reasoning", unit) for unit in UNITS],
+            conditions(run),
+        )  # whether they are there
     except (AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ToolkitError(f"unreadable: {type(error).__name__}: {error}") from error
-    if not any(asked) or not shares:
+    if not any(asked):
         raise ToolkitError(
             "eval.json has no accuracy: either no question has an expected answer (evaluate.questions), or every "
             "reply was cut by evaluate.max_new_tokens"
@@ -190,99 +207,50 @@ def read_run(folder: Path) -> Run:
     return run
 
 
-def thinking_share(mix: dict, shares: dict, unit: str) -> float:
-    """Share of thinking rows, from {source: share}."""
-    modes = {name: source["mode"] for name, source in mix["sources"].items()}
-    drawn = {name: share for name, share in shares.items() if share}  # a source at 0% is planned, but not drawn
-    if all(modes[name] in MODES for name in drawn):
-        return math.fsum(share for name, share in drawn.items() if modes[name] == "thinking")
-    return mix["achieved_modes"][unit].get("thinking", 0.0)  # `mode: auto`: rows of one source have different modes
-
-
-def alike(runs: list[Run]) -> tuple[list[Run], list[tuple[str, str]]]:
-    """The largest set of runs evaluated in the same way, and the others with what differs."""
-    found = [conditions(run) for run in runs]
-    keys = [json.dumps(condition, sort_keys=True) for condition in found]
-    if not keys:
-        return [], []
-    usual = found[keys.index(Counter(keys).most_common(1)[0][0])]
-    same, others = [], []
-    for run, condition in zip(runs, found, strict=True):
-        differs = [f"{n} {condition[n]} (the others: {usual[n]})" for n in usual if condition[n] != usual[n]]
-        if differs:
-            others.append((run.name, f"evaluated differently: {'; '.join(differs)}"))
-        else:
-            same.append(run)
-    return same, others
-
-
 def conditions(run: Run) -> dict:
     """What must be equal for two evaluations to be comparable; held-out rows may differ with the mix."""
-    prints, budget = run.eval.get("fingerprints", {}), run.eval.get("budget", {})
-    return {
-        "level": run.eval.get("level"), "seed": run.eval.get("seed"), "questions": prints.get("questions"),
-        "probes": prints.get("probes"), "max_new_tokens": budget.get("max_new_tokens"), "samples": budget.get("samples"),
-        "base model": {k: run.manifest.get("model", {}).get(k) for k in ("name", "revision", "load_in_4bit")},
-        "unit": run.mix["unit"],
-    }  # fmt: skip
-
-
-def settings_of(recipe: dict, skip: Sequence[str] = NOT_TRAINING) -> dict:
-    """{dotted key: value} of a recipe, without the keys in `skip` and what lies under them."""
-    flat: dict = {}
-
-    def walk(node, path: str) -> None:
-        children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-        for key, child in children:
-            walk(child, f"{path}.{key}" if path else str(key))
-        if not children and not any(path == s or path.startswith(f"{s}.") for s in skip):
-            flat[path] = node
-
-    walk(recipe, "")
-    return flat
-
-
-def changed_keys(settings: Sequence[dict]) -> list[str]:
-    """Keys whose values are not the same in all of several flat recipes."""
-    keys = sorted(set().union(*settings))
-    return [key for key in keys if len({json.dumps(s.get(key), default=str) for s in settings}) > 1]
+    prints, budget, model = (found.get(key, {}) for found, key in (
+        (run.eval, "fingerprints"), (run.eval, "budget"), (run.manifest, "model")))  # fmt: skip
+    found = {key: run.eval.get(key) for key in ("level", "seed")} | {"unit": run.mix["unit"]}
+    found |= {key: prints.get(key) for key in ("questions", "probes")}
+    found |= {key: budget.get(key) for key in ("max_new_tokens", "samples")}
+    return found | {"base model": {key: model.get(key) for key in ("name", "revision", "load_in_4bit")}}
 
 
 def what_differs(runs: list[Run]) -> tuple[str, list[str]]:
     """(axis, keys): the axis is `reasoning` or a source's name where runs differ in shares alone, else empty."""
-    keys = changed_keys([settings_of(run.recipe) for run in runs])
+    keys = changed([run.settings() for run in runs])
     differing = [key for key in keys if key not in PER_RATIO and not key.endswith(".fraction")]
-    planned = [run.mix["planned"] for run in runs]
-    varying = [name for name in planned[0] if len({round(shares.get(name, 0), 3) for shares in planned}) > 1]
+    varying = changed([run.planned() for run in runs])
     if differing or not varying:
-        return "", differing + [f"share of {name}" for name in varying]
-    thinking = {round(thinking_share(run.mix, run.mix["planned"], run.mix["unit"]), 3) for run in runs}
+        return "", differing + [f"share of {name}" for name in varying if name != "reasoning"]
     # where no thinking share varies, the source listed last: recipes name the rows to be learned first, general data last
-    return "reasoning" if len(thinking) > 1 else varying[-1], []
+    return varying[-1], []
+
+
+def changed(rows: Sequence[dict]) -> list[str]:
+    """Keys whose values are not the same in all of several dicts."""
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [key for key in keys if len({json.dumps(row.get(key), default=str) for row in rows}) > 1]
 
 
 def group(runs: list[Run], axis: str, differing: list[str], unit: str) -> list[Point]:
     """Points of runs that differ only in their seed: by share along the axis, or by name."""
-    groups = defaultdict(list)
-    for run in runs:
-        settings = settings_of(run.recipe)
-        planned = tuple(round(share, 3) for share in run.mix["planned"].values())
-        groups[json.dumps([settings.get(key) for key in differing], default=str), planned].append(run)
+
+    def kind(run: Run) -> str:
+        settings = run.settings()
+        return json.dumps([run.planned(), *(settings.get(key) for key in differing)], default=str)
+
     points = []
-    for members in groups.values():
-        members.sort(key=lambda run: run.name)
-        first, others = members[0], len(members) - 1
-        label = first.name + (f" (+{others} more seeds)" if others > 1 else " (+1 seed)" if others else "")
-        place = None
-        if axis == "reasoning":
-            label = f"{100 * round(thinking_share(first.mix, first.mix['planned'], unit), 3):g}% reasoning"
-            place = float(np.mean([run.share(unit) for run in members]))
-        elif axis:
-            label = f"{100 * round(first.mix['planned'][axis], 3):g}% {axis}"
-            place = float(np.mean([run.mix["achieved"][unit].get(axis, 0.0) for run in members]))
-        shares = {unit: float(np.mean([run.share(unit) for run in members])) for unit in UNITS}
-        values = {key: average(key[1], [run.found("tuned", *key) for run in members]) for key in METRICS}
-        points.append(Point(label, members, shares, {k: v for k, v in values.items() if v}, place))
+    for _, members in groupby(sorted(runs, key=lambda run: (kind(run), run.name)), kind):
+        members = list(members)
+        seeds = f" (+{len(members) - 1} more seeds)" if len(members) > 1 else ""
+        label, place = members[0].name + seeds, None
+        if axis:
+            label = f"{100 * members[0].planned()[axis]:g}% {axis}"
+            place = float(np.mean([run.achieved(axis, unit) for run in members]))
+        values = {key: average(key[1], [run.found("tuned", key) for run in members]) for key in METRICS}
+        points.append(Point(label, members, {k: v for k, v in values.items() if v}, place))
     return sorted(points, key=lambda point: (point.place or 0.0, point.label))
 
 
@@ -306,136 +274,130 @@ def seed_error(each: list[float]) -> float:
 # --- what is chance and what is not ----------------------------------------------------------------------------------
 
 
-def resampled(runs: list[Run], model: str, section: str, metric: str) -> np.ndarray:
+def resampled(runs: list[Run], model: str, key: Key) -> np.ndarray:
     """RESAMPLES values of a metric's mean over runs, each as if other questions had been drawn; the draws are the same
     for all runs, so differences are paired."""
-    seed, vectors = 3407, []
-    for run in runs:
-        sums, counts = np.array(run.eval["per_question"][section][model][metric], dtype=float)
+    seed, vectors, each = 3407, [], [run.found(model, key)["value"] for run in runs]
+    for run, value in zip(runs, each, strict=True):
+        sums, counts = np.array(run.eval["per_question"][key[0]][model][key[1]], dtype=float)
         drawn = ratios(sums, counts, draws(len(sums), seed))
-        vectors.append(np.where(np.isnan(drawn), run.found(model, section, metric)["value"], drawn))  # all replies cut
-    scatter = seed_error([run.found(model, section, metric)["value"] for run in runs])
+        vectors.append(np.where(np.isnan(drawn), value, drawn))  # NaN: every reply that was drawn is cut
     noise = np.random.default_rng([seed, *"".join(run.name for run in runs).encode()])
-    return np.mean(vectors, axis=0) + noise.normal(0, scatter, RESAMPLES)
+    return np.mean(vectors, axis=0) + noise.normal(0, seed_error(each), RESAMPLES)
 
 
-def change(point: Point, key: tuple[str, str]) -> dict | None:
-    """Tuned minus base as {"value", "low", "high"}, paired; None where either was not measured."""
-    base = [run.found("base", *key) for run in point.runs]
-    if key not in point.values or None in base:
+def difference(key: Key, before: tuple[list[Run], str], after: tuple[list[Run], str]) -> dict | None:
+    """The change of a metric's mean from one (runs, base or tuned) to another: {"before", "value", "low", "high"}, paired
+    over questions; None where it was not measured or not kept for every question."""
+    found = [[run.found(model, key) for run in runs] for runs, model in (before, after)]
+    kept = [run.eval["per_question"].get(key[0], {}).get(m, {}).get(key[1]) for rs, m in (before, after) for run in rs]
+    if None in [*found[0], *found[1], *kept]:
         return None
-    drawn = resampled(point.runs, "tuned", *key) - resampled(point.runs, "base", *key)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    value = point.values[key]["value"] - float(np.mean([found["value"] for found in base]))
-    if is_rate(key[1]) and value and math.isclose(low, high):  # all questions agree: no spread to resample, but a bound
-        bound = unanimous(point.values[key]["n"])
+    old, new = (float(np.mean([f["value"] for f in side])) for side in found)
+    low, high = np.quantile(resampled(*after, key) - resampled(*before, key), [0.025, 0.975])
+    if (
+        is_rate(key[1]) and new != old and math.isclose(low, high)
+    ):  # all questions agree: no spread to resample, a bound
+        bound = unanimous(min(f["n"] for f in found[1]))
         low, high = max(-1.0, low - bound), min(1.0, high + bound)
-    return {"value": value, "low": float(low), "high": float(high)}
+    return {"before": old, "value": new - old, "low": float(low), "high": float(high)}
 
 
-def simultaneous_margin(points: list[Point], goal: tuple[str, str]) -> float:
+def change(point: Point, key: Key) -> dict | None:
+    """Tuned against base."""
+    return difference(key, (point.runs, "base"), (point.runs, "tuned"))
+
+
+def simultaneous_margin(points: list[Point], goal: Key) -> float:
     """The range of the goal that equal points would show in 19 of 20 cases: the 95% quantile of the range of the centred
     resamples, which bounds all pairs at once (Tukey's range test, by bootstrap)."""
-    vectors = np.stack([resampled(point.runs, "tuned", *goal) for point in points])
-    centred = vectors - np.array([[point.values[goal]["value"]] for point in points])
-    agreed = [
-        p.values[goal] for p in points if p.values[goal]["value"] in (0.0, 1.0)
-    ]  # of which resamples show no spread
-    return max([float(np.quantile(np.ptp(centred, axis=0), 0.95)), *(found["high"] - found["low"] for found in agreed)])
-
-
-def kept_of_base(values: dict, goal: tuple[str, str]) -> float:
-    """How much of the base is left: chat accuracy without thinking, or where that is the goal or was not asked minus the
-    KL, which is 0 for the base itself."""
-    if CHAT in values and goal != CHAT:
-        return values[CHAT]["value"]
-    return -values[KL]["value"] if KL in values else 0.0
-
-
-def frontier(points: list[Point], base: dict, goal: tuple[str, str]) -> list[str]:
-    """Labels, the base's among them, that no other beats in both goal and what is kept (values; intervals overlap)."""
-    everyone = {"base": base} | {point.label: point.values for point in points}
-    places = {label: (values[goal]["value"], kept_of_base(values, goal)) for label, values in everyone.items()
-              if goal in values}  # fmt: skip
-    return [
-        label for label, (a, b) in places.items()
-        if not any(x >= a and y >= b and (x, y) != (a, b) for x, y in places.values())
-    ]  # fmt: skip
+    found = [point.values[goal] for point in points]
+    vectors = np.stack([resampled(point.runs, "tuned", goal) for point in points])
+    centred = vectors - np.array([[f["value"]] for f in found])
+    agreed = [f["high"] - f["low"] for f in found if f["value"] in (0.0, 1.0)]  # of which resamples show no spread
+    return max([float(np.quantile(np.ptp(centred, axis=0), 0.95)), *agreed])
 
 
 # --- the recommendation ----------------------------------------------------------------------------------------------
 
 
-def decide(points: list[Point], goal: tuple[str, str], axis: str) -> tuple[Point | None, list[str], list[str]]:
+def decide(points: list[Point], goal: Key, axis: str) -> tuple[Point | None, list[str], list[str]]:
     """(recommended, verdict, notes) by RULE."""
-    noun, notes = "ratio" if axis else "run", []
+    notes = []
     if all(len(point.runs) == 1 for point in points):
         notes.append("One seed each: how much two trainings with other seeds would differ is not in the intervals.")
-    guards = [guard for guard in GUARDS if guard != goal]
-    broken = {p.label: why for p in points if (why := [change_text(p, guard) for guard in guards if lost(p, guard)])}
-    notes += [f"{label} is left out of the choice: {'; '.join(why)}." for label, why in broken.items()]
-    fell = {point.label: point for point in points if lost(point, goal)}
-    notes += [f"{label} fell below the base: {change_text(point, goal)}." for label, point in fell.items()]
-    below = f"Below the base: {', '.join(f'{label} ({points_text(change(p, goal))})' for label, p in fell.items())}."
-    highest = max(points, key=lambda point: point.values[goal]["value"])
-    state, name = f"{highest.label}: {change_text(highest, goal)}", highest.runs[0].name
-    more = f"next: python -m toolkit evaluate {name} --level full   (each run; then compare again)"
+    whole = []
+    for point in points:
+        if broken := [change_text(point, guard) for guard in GUARDS if guard != goal and lost(point, guard)]:
+            notes.append(f"{point.label} is left out of the choice: {'; '.join(broken)}.")
+        else:
+            whole.append(point)
+    best, first, second = choose(points, whole, goal, axis)
+    if fell := [f"{p.label} ({amounts(goal, change(p, goal))})" for p in points if lost(p, goal)]:
+        notes.append(second)
+        second = f"Below the base: {', '.join(fell)}."
+    name = max(whole or points, key=lambda point: point.values[goal]["value"]).runs[0].name
+    command = (
+        f"export {best.runs[0].name}" if best else f"evaluate {name} --level full   (each run; then compare again)"
+    )
+    return best, [first, second, f"next: python -m toolkit {command}"], notes
+
+
+def choose(points: list[Point], whole: list[Point], goal: Key, axis: str) -> tuple[Point | None, str, str]:
+    """(recommended, two sentences); `whole` are those of `points` that break no guard."""
+    noun = "ratio" if axis else "run"
     if len(points) == 1:
-        return None, [f"Nothing to choose from: {state}.", "All runs differ in their seed alone.",
-                      "next: python -m toolkit sweep --help"], notes  # fmt: skip
-    whole = [point for point in points if point.label not in broken]
+        return None, f"Nothing to choose from: {points[0].label}: {change_text(points[0], goal)}.", "One setting only."
     if not whole:
         lead = f"No {noun} can be recommended: each breaks a mode or the chat."
-        return None, [lead, "Try a lower train.learning_rate.", f"next: python -m toolkit chat {name}"], notes
-    values = np.array([point.values[goal]["value"] for point in whole])
-    margin = simultaneous_margin(whole, goal)
-    tied = [point for point, value in zip(whole, values, strict=True) if values.max() - value <= margin]
+        return None, lead, "Try a lower train.learning_rate."
+    values = {point.label: point.values[goal]["value"] for point in whole}
+    margin, highest = simultaneous_margin(whole, goal), max(whole, key=lambda point: values[point.label])
+    tied = [point for point in whole if values[highest.label] - values[point.label] <= margin]
     chance = f"up to {100 * margin:.0f} points between {len(whole)} {noun}s are chance (95%)"
     if len(tied) == len(points):
-        lead = f"The differences are within noise: {100 * values.min():.0f}% to {100 * values.max():.0f}%; {chance}."
-        ask = "More questions or seeds (sweep --seeds 3) show smaller differences."
-        return None, [lead, below if fell else ask, more], notes
+        low, high = min(values.values()), max(values.values())
+        lead = f"The differences are within noise: {100 * low:.0f}% to {100 * high:.0f}%; {chance}."
+        return None, lead, "More questions or seeds (sweep --seeds 3) show smaller differences."
     better = [point for point in tied if (gain := change(point, goal)) and gain["low"] > 0]
     if not better:
-        lead = f"No {noun} is shown to beat the base. Highest is {state}."
-        return None, [lead, below if fell else f"Differences {chance}.", more], notes
-    best = min(better, key=lambda p: (p.place if axis == "reasoning" else p.values.get(KL, {"value": 0})["value"],
-                                      -p.values[goal]["value"]))  # fmt: skip
+        lead = f"No {noun} is shown to beat the base. Highest is {highest.label}: {change_text(highest, goal)}."
+        return None, lead, f"Differences {chance}."
+    best = min(better, key=lambda p: (p.place if axis == "reasoning" else p.values[KL]["value"], -values[p.label]))
     others = ", ".join(point.label for point in tied if point is not best)
     second = f"It ties with {others}: {chance}." if others else f"It leads by more than chance: {chance}."
-    if fell:
-        notes.append(second)
-    verdict = [f"Recommended: {best.label}: {change_text(best, goal)}.", below if fell else second]
-    return best, [*verdict, f"next: python -m toolkit export {best.runs[0].name}"], notes
+    return best, f"Recommended: {best.label}: {change_text(best, goal)}.", second
 
 
-def lost(point: Point, key: tuple[str, str]) -> bool:
+def lost(point: Point, key: Key) -> bool:
     """Whether a point is more than MARGIN below its base, beyond chance."""
     found = change(point, key)
     return bool(found and found["value"] < -MARGIN and found["high"] < 0)
 
 
-def change_text(point: Point, key: tuple[str, str]) -> str:
-    """`thinking accuracy 23% → 70% (+47 points [+33, +60])`, for a rate."""
-    found, tuned = change(point, key), point.values[key]["value"]
+def change_text(point: Point, key: Key) -> str:
+    """`thinking accuracy 23% → 70% (+47 points [+33, +60])`."""
+    found, tuned = change(point, key), amount(key, point.values[key]["value"])
     title = metric_title(key, point.runs[0])
-    if found is None:
-        return f"{title} {100 * tuned:.0f}% (base not measured)"
-    return f"{title} {100 * (tuned - found['value']):.0f}% → {100 * tuned:.0f}% ({points_text(found)})"
+    return f"{title} {amount(key, found['before'])} → {tuned} ({amounts(key, found)})" if found else f"{title} {tuned}"
 
 
-def points_text(found: dict) -> str:
-    """`+47 points [+33, +60]` for the change of a rate."""
-    value, low, high = (f"{100 * found[end]:+.0f}" for end in ("value", "low", "high"))
-    return f"{value} points [{low}, {high}]"
+def amount(key: Key, value: float) -> str:
+    """`70%` for a rate, `0.22` for others."""
+    return f"{100 * value:.0f}%" if is_rate(key[1]) else f"{value:.3g}"
 
 
-def metric_title(key: tuple[str, str], run: Run) -> str:
+def amounts(key: Key, found: dict) -> str:
+    """`+47 points [+33, +60]` for the change of a rate, `+0.22 [+0.1, +0.3]` for others."""
+    points, form = (100, "+.0f") if is_rate(key[1]) else (1, "+.3g")
+    value, low, high = (f"{points * found[end]:{form}}" for end in ("value", "low", "high"))
+    return f"{value}{' points' if is_rate(key[1]) else ''} [{low}, {high}]"
+
+
+def metric_title(key: Key, run: Run) -> str:
     """`thinking accuracy`; without the mode's name where the model has one mode, or the metric none."""
-    section, metric = key
-    return (
-        TITLES[metric] if len(run.modes()) == 1 or section not in MODES else f"{mode_title(section)} {TITLES[metric]}"
-    )
+    named = key[0] in MODES and all(mode in run.eval["tuned"] for mode in MODES)
+    return f"{mode_title(key[0])} {TITLES[key[1]]}" if named else TITLES[key[1]]
 
 
 # --- two runs --------------------------------------------------------------------------------------------------------
@@ -443,41 +405,24 @@ def metric_title(key: tuple[str, str], run: Run) -> str:
 
 def difference_report(first: Path, second: Path) -> list[str]:
     """What differed between two runs, and what it did to the scores, in words. Raises ToolkitError."""
-    a, b = read_run(Path(first)), read_run(Path(second))
-    lines = [f"{a.name} → {b.name}"]
-    facts = [settings_of(run.recipe, ("name",)) for run in (a, b)]
-    for keys in ("versions", "data", "gpu", "model", "commit"):
-        for fact, run in zip(facts, (a, b), strict=True):
-            fact |= settings_of({keys: run.manifest.get(keys)}, ())
-    lines += [f"{key}: {facts[0].get(key, 'unset')} → {facts[1].get(key, 'unset')}" for key in changed_keys(facts)]
-    unit = b.mix["unit"]
-    shares = [run.mix["achieved"][unit] for run in (a, b)]
-    for name in dict.fromkeys([*shares[0], *shares[1]]):
-        old, new = (100 * share.get(name, 0.0) for share in shares)
-        if abs(old - new) >= 0.05:
-            lines.append(f"share of {name} in {unit.replace('_', ' ')}: {old:.1f}% → {new:.1f}%")
-    if len(lines) == 1:
-        lines.append("no recipe key, version, data fingerprint or share differs")
-    lines.append("scores (difference with its 95% interval, paired over questions):")
-    uneven = [key for key, value in conditions(a).items() if value != conditions(b)[key]]
-    if uneven:
+    a, b = runs = [read_run(Path(folder)) for folder in (first, second)]
+    old, new = facts = [
+        {key: value for key, value in flat(run.recipe).items() if key != "name"}
+        | flat({key: run.manifest.get(key) for key in ("versions", "data", "gpu", "model", "commit")}, "manifest")
+        | {f"share of {name} in {unit.replace('_', ' ')}": f"{100 * share:.1f}%"
+           for unit, shares in run.mix["achieved"].items() for name, share in shares.items()}
+        for run in runs
+    ]  # fmt: skip
+    lines = [f"{key}: {old.get(key, '-')} → {new.get(key, '-')}" for key in changed(facts)]
+    lines = [f"{a.name} → {b.name}", *(lines or ["no recipe key, version, data fingerprint or share differs"])]
+    if uneven := changed([conditions(run) for run in runs]):
         return [*lines, f"not comparable: the evaluations differ in {', '.join(uneven)}"]
+    lines.append("scores (difference with its 95% interval, paired over questions):")
     for key in METRICS:
-        old, new = (run.found("tuned", *key) for run in (a, b))
-        if old and new:
-            lines.append(f"{metric_title(key, b)}: {_score_change(a, b, key, old, new)}")
+        if all(found := [run.found("tuned", key) for run in runs]):
+            text = f"{metric_title(key, b)}: {' → '.join(amount(key, f['value']) for f in found)}"
+            if measured := difference(key, ([a], "tuned"), ([b], "tuned")):
+                sure = measured["low"] > 0 or measured["high"] < 0
+                text += f" ({amounts(key, measured)}, {'certain' if sure else 'no difference shown'})"
+            lines.append(text)
     return lines
-
-
-def _score_change(a: Run, b: Run, key: tuple[str, str], old: dict, new: dict) -> str:
-    scale, mark = (100, "%") if is_rate(key[1]) else (1, "")
-    text = f"{scale * old['value']:.3g}{mark} → {scale * new['value']:.3g}{mark}"
-    kept = [run.eval.get("per_question", {}).get(key[0], {}).get("tuned", {}).get(key[1]) for run in (a, b)]
-    if not all(kept):
-        return text
-    found = difference(*kept, seed=3407, rate=is_rate(key[1]))
-    if found["value"] is None:
-        return f"{text} (no question that both finished)"
-    low, high = (f"{scale * found[end]:+.3g}" for end in ("low", "high"))
-    shown = "certain" if found["low"] > 0 or found["high"] < 0 else "no difference shown"
-    return f"{text} ({scale * found['value']:+.3g} [{low}, {high}], {shown})"

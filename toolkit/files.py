@@ -104,6 +104,14 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def flat(node, path: str = "") -> dict:
+    """{dotted key: value} of nested dicts and lists: {"train.max_steps": 8, "data.sources.0.path": "a.jsonl"}."""
+    inner = dict(enumerate(node)) if isinstance(node, list) else node
+    if not isinstance(inner, dict) or not inner:
+        return {path: node}
+    return {k: v for key, child in inner.items() for k, v in flat(child, f"{path}.{key}".lstrip(".")).items()}
+
+
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises ToolkitError naming the file when it is missing or damaged."""
     try:

@@ -5,28 +5,23 @@ from toolkit import compare, report; report.write(compare.compare(Path("outputs"
 
 import base64
 import html
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from toolkit import tracking
-from toolkit.compare import CHAT, KL, METRICS, RULE, Comparison, kept_of_base, metric_title
-from toolkit.evaluate import is_rate, show
+from toolkit.compare import CHAT, KL, METRICS, RULE, TITLES, Comparison, Key, amount, metric_title
 from toolkit.family import MODES, mode_title
 
 LOOKS = {
-    "thinking": {"color": "#12355b", "marker": "o", "linestyle": "-", "markerfacecolor": "#12355b"},
+    "thinking": {"color": "#12355b", "marker": "o", "linestyle": "-"},
     "non_thinking": {"color": "#d9822b", "marker": "s", "linestyle": "--", "markerfacecolor": "white"},
-    "forgetting": {"color": "#444444", "marker": "D", "linestyle": "-", "markerfacecolor": "#444444"},
 }
 """Dark, filled and solid against light, hollow and dashed: the two modes stay apart in greyscale."""
-PANELS = (
-    ("Accuracy, reasoning questions", "% right", [(mode, "accuracy") for mode in MODES]),
-    ("Accuracy, chat questions", "% right", [(mode, "accuracy/chat") for mode in MODES]),
-    ("Mode adherence", "% of replies", [(mode, "adherence") for mode in MODES]),
-    ("Forgetting: KL from the base", "nats per token", [KL]),
-    ("Length of a reply", "tokens", [("thinking", "reasoning_tokens"), ("non_thinking", "answer_tokens")]),
-)
+PANELS = ("accuracy", "accuracy/chat", "adherence")
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1120px;margin:2em auto;padding:0 1em}img{width:100%}
 table{border-collapse:collapse;font-size:.8em}th,td{padding:.3em .6em;border-bottom:1px solid #ddd;text-align:right}
 td:first-child{text-align:left}.wide{overflow-x:auto}"""
@@ -36,14 +31,16 @@ def conclude(comparison: Comparison, folder: Path, console) -> None:
     """Write the files, log to wandb what came from there, and print the table, the notes and the verdict."""
     paths = write(comparison, folder)
     console.print(terminal_table(comparison))
-    for name, why in comparison.left_out:
+    for point in comparison.points if comparison.axis else ():
+        console.print(f"{point.label}: {', '.join(run.name for run in point.runs)}")
+    for name, why in comparison.left_out.items():
         console.print(f"left out: {name}: {why}", style="yellow")
     for note in comparison.notes:
         console.print(f"· {note}")
-    runs = [run for point in comparison.points for run in point.runs]
-    if any(tracking.logs_to_wandb(run.recipe["train"]) for run in runs):
-        tracking.comparison(folder, *for_wandb(comparison), console)
-    console.print(f"table, picture and page: {paths['csv'].with_suffix('')}.csv, .png, .html")
+    if any(tracking.logs_to_wandb(run.recipe["train"]) for point in comparison.points for run in point.runs):
+        rows = comparison.table().astype(object).replace({np.nan: None}).to_dict("records")
+        tracking.comparison(folder, rows, " ".join(comparison.verdict[:2]), console)
+    console.print(f"table, picture and page: {', '.join(map(str, paths.values()))}")
     for line in comparison.verdict:
         console.print(line, style="bold", markup=False)
 
@@ -58,81 +55,52 @@ def write(comparison: Comparison, folder: Path) -> dict[str, Path]:
     return paths
 
 
-def for_wandb(comparison: Comparison) -> tuple[list[dict], tuple[str, list[dict]], dict]:
-    """(rows of the table, (share key, points of the curve over it), summary) under the names of toolkit.tracking."""
-    table = comparison.table().astype(object)
-    key = f"mix/reasoning_share_{comparison.unit}"
-    key = key if comparison.axis in ("reasoning", "") else f"mix/share_of_{comparison.axis}"
-    charted = [
-        (section, metric) for section, metric in METRICS if metric in ("accuracy", "accuracy/chat", "adherence", "kl")
-    ]
-    curve = [
-        {key: p.place} | {f"eval/tuned/{s}/{m}": p.values[s, m]["value"] for s, m in charted if (s, m) in p.values}
-        for p in comparison.points
-        if p.place is not None
-    ]
-    best = comparison.recommended
-    summary = {"recommendation": " ".join(comparison.verdict[:2])} | ({"recommended": best.label} if best else {})
-    return table.where(table.notna(), None).to_dict("records"), (key, curve), summary
+def cells(comparison: Comparison, keys: Sequence[Key], *, bounds: Sequence[Key]) -> pd.DataFrame:
+    """A row for the base and each point: `70% [59, 81]` for keys in `bounds`, `70%` for others, `-` where not measured."""
+
+    def cell(key: Key, found: dict | None) -> str:
+        if found is None:
+            return "-"
+        value, low, high = (amount(key, found[end]) for end in ("value", "low", "high"))
+        return f"{value} [{low.rstrip('%')}, {high.rstrip('%')}]" if key in bounds else value
+
+    run, everyone = comparison.points[0].runs[0], comparison.everyone()
+    return pd.DataFrame({metric_title(key, run): [cell(key, p.values.get(key)) for p in everyone] for key in keys})
 
 
 def terminal_table(comparison: Comparison):
-    """A rich table of what decides, one line for each point at 80 columns; everything else is in the CSV and the page."""
+    """A rich table of what decides, whole at 80 columns; everything else is in the CSV and the page."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    modes = [mode for mode in MODES if (mode, "adherence") in comparison.base]
-    chat = [CHAT] if comparison.goal != CHAT and CHAT in comparison.base else []
+    keys = [comparison.goal, CHAT, *((mode, "adherence") for mode in MODES), KL]
+    keys = [key for key in dict.fromkeys(keys) if key in comparison.base.values]
+    table = cells(comparison, keys, bounds=keys[:1])
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     grid.add_column("", overflow="fold")
-    for key in [comparison.goal, *chat]:
-        grid.add_column(metric_title(key, comparison.points[0].runs[0]), justify="right", width=14)
-    grid.add_column("keeps mode" + (",\non / off" if len(modes) > 1 else ""), justify="right", no_wrap=True)
-    grid.add_column("KL", justify="right", no_wrap=True)
-    for label, runs, values in everyone(comparison):
-        best = comparison.recommended is not None and label == comparison.recommended.label
-        name = Text(("★ " if best else "") + label)
-        if comparison.axis:
-            name.append("".join(f"\n{run.name}" for run in runs), "dim")
-        kept = " / ".join(cell("adherence", values.get((mode, "adherence"))).split(" ")[0] for mode in modes)
-        shown = [cell(key[1], values.get(key)) for key in [comparison.goal, *chat]]
-        kl = f"{values[KL]['value']:.2f}" if KL in values else "-"
-        grid.add_row(name, *shown, kept, kl, style="bold" if best else None)
+    for title in table:  # no word or number is cut
+        grid.add_column(title, justify="right", width=max(map(len, [*title.split(), *table[title]])))
+    for point, row in zip(comparison.everyone(), table.values, strict=True):
+        best = point is comparison.recommended
+        grid.add_row(Text(("★ " if best else "") + point.label), *row, style="bold" if best else None)
     return grid
-
-
-def everyone(comparison: Comparison) -> list[tuple[str, list, dict]]:
-    """(label, runs, values) of the base and of each point."""
-    return [("base", [], comparison.base), *((p.label, p.runs, p.values) for p in comparison.points)]
-
-
-def cell(metric: str, found: dict | None) -> str:
-    """`70% [59, 81]` for a rate, `0.22 [0.2, 0.24]` for others, `-` for what was not measured."""
-    if found is None:
-        return "-"
-    if not is_rate(metric):
-        return show(found)
-    value, low, high = (f"{100 * found[end]:.0f}" for end in ("value", "low", "high"))
-    return f"{value}% [{low}, {high}]"
 
 
 def page(comparison: Comparison, png: bytes) -> str:
     """The HTML report, one file: verdict, picture, table, rule, and every run that went in or was left out."""
-    text = html.escape
-    items = [*comparison.notes, *(f"Left out: {name}: {why}" for name, why in comparison.left_out)]
-    columns = {metric_title(key, comparison.points[0].runs[0]): [cell(key[1], v.get(key)) for _, _, v in everyone(comparison)]
-               for key in METRICS if key in comparison.base}  # fmt: skip
-    table = pd.DataFrame({"": [label for label, _, _ in everyone(comparison)], **columns}).to_html(
-        index=False, border=0
-    )
-    shares = comparison.table().filter(regex="^(label|runs|reasoning_share)").to_html(index=False, border=0, na_rep="")
+    first, second, command = map(html.escape, comparison.verdict)
+    left_out = [f"Left out: {name}: {why}" for name, why in comparison.left_out.items()]
+    items = "".join(f"<li>{html.escape(item)}</li>" for item in (*comparison.notes, *left_out))
+    measured = [key for key in METRICS if key in comparison.base.values]
+    runs = comparison.table().filter(regex="^(label|runs|reasoning_share)")
+    table = pd.concat([runs, cells(comparison, measured, bounds=measured)], axis=1)
     return f"""<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Comparison</title><style>{STYLE}</style></head>
-<body><h1>{text(comparison.verdict[0])}</h1><p>{text(comparison.verdict[1])}</p>
-<p><code>{text(comparison.verdict[2])}</code></p><ul>{"".join(f"<li>{text(item)}</li>" for item in items)}</ul>
+<body><h1>{first}</h1><p>{second}</p><p><code>{command}</code></p><ul>{items}</ul>
 <img alt="comparison" src="data:image/png;base64,{base64.b64encode(png).decode()}">
-<h2>Results</h2><p>Mean over seeds, with the 95% interval over questions (and seeds).</p><div class="wide">{table}</div>
-<h2>Runs and their achieved shares</h2><div class="wide">{shares}</div><h2>Rule</h2><p>{text(RULE)}</p></body></html>
+<h2>Results</h2><p>Mean over seeds, with the 95% interval over questions (and seeds); shares as achieved.</p>
+<div class="wide">{table.to_html(index=False, border=0, na_rep="", float_format="{:.1%}".format)}</div>
+<h2>Rule</h2><p>{RULE}</p></body></html>
 """
 
 
@@ -140,89 +108,70 @@ def page(comparison: Comparison, png: bytes) -> str:
 
 
 def figure(comparison: Comparison):
-    """Panels over the share, or with one line per run where they differ in more: what was measured, and the frontier."""
+    """Accuracy and adherence over the share, or by run where more than a share differs; and the frontier."""
     from matplotlib.figure import Figure
 
-    measured = {key for point in comparison.points for key in point.values}
-    panels = [(title, unit, kept) for title, unit, keys in PANELS if (kept := [key for key in keys if key in measured])]
-    rows, tall = -(-(len(panels) + 1) // 3), 0 if comparison.axis else 0.25 * len(comparison.points)
-    picture = Figure(figsize=(13, (3.6 + tall) * rows + 0.4), layout="constrained")
-    axes = list(picture.subplots(rows, 3, squeeze=False).flatten())
-    for number, (axis, (title, unit, keys)) in enumerate(zip(axes, panels, strict=False)):
-        _panel(axis, comparison, keys, unit, names=number % 3 == 0)
-        axis.set_title(title)
+    panels = [metric for metric in PANELS if any(metric == key[1] for p in comparison.points for key in p.values)]
+    rows = len(panels) // 2 + 1
+    picture = Figure(figsize=(11, 4.2 * rows), layout="constrained")
+    axes = list(picture.subplots(rows, 2, squeeze=False).flatten())
+    for axis, metric in zip(axes, panels, strict=False):
+        _panel(axis, comparison, metric)
     _frontier(axes[len(panels)], comparison)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(color="#e8e8e8")
-        axis.set_axisbelow(True)
     for axis in axes[len(panels) + 1 :]:
         axis.remove()
+    for axis in picture.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#e8e8e8")
+    if not comparison.axis:
+        names = [f"{i}  {point.label}" for i, point in enumerate(comparison.points, 1)]
+        picture.suptitle("\n".join(names), fontsize=9)
     shown = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    picture.legend(shown.values(), shown, loc="outside lower center", ncols=6, frameon=False)
+    picture.legend(shown.values(), shown, loc="outside lower center", ncols=5, frameon=False)
     return picture
 
 
-def _panel(axis, comparison: Comparison, keys: list[tuple[str, str]], unit: str, *, names: bool) -> None:
-    """One metric of each mode, with intervals, against the share (x) or against the runs' names (y)."""
-    upright, scale = bool(comparison.axis), 100 if "%" in unit else 1
-    for turn, (section, metric) in enumerate(keys):
-        look, title = dict(LOOKS[section]), mode_title(section) if section in MODES else "KL"
-        title = f", {title}" if len(comparison.points[0].runs[0].modes()) > 1 or section not in MODES else ""
-        points = [(i, point) for i, point in enumerate(comparison.points) if (section, metric) in point.values]
-        found = [point.values[section, metric] for _, point in points]
-        places = [100 * p.place + turn if upright else i + turn / 5 for i, p in points]  # apart, where modes are equal
-        values = [scale * f["value"] for f in found]
-        error = [[scale * abs(f["value"] - f[end]) for f in found] for end in ("low", "high")]
-        look["linestyle"] = look["linestyle"] if upright else "none"
-        xy, bars = ((places, values), {"yerr": error}) if upright else ((values, places), {"xerr": error})
-        axis.errorbar(*xy, **bars, **look, capsize=3, linewidth=1.8, elinewidth=1.2, label=f"tuned{title}")
-        base = comparison.base.get((section, metric))
-        if base and section in MODES:  # the base's distance from itself says nothing
-            line = axis.axhline if upright else axis.axvline
-            line(scale * base["value"], color=look["color"], linestyle=":", label=f"base{title}")
-    if best := comparison.recommended:
-        band = axis.axvspan if upright else axis.axhspan
-        place = 100 * best.place if upright else comparison.points.index(best)
-        width = 1.5 if upright else 0.35
-        band(place - width, place + width, color="#999999", alpha=0.25, zorder=0, label="recommended")
-    along, across = (axis.set_ylim, axis.set_ylabel) if upright else (axis.set_xlim, axis.set_xlabel)
-    along((-4, 104) if "%" in unit else (0, None))
-    across(unit)
-    if upright:
-        axis.set(xlabel=f"{comparison.axis} share, % of {comparison.unit.replace('_', ' ')} (achieved)", xlim=(-5, 106))
-    else:
-        labels = [f"{i}  {point.label}" if names else str(i) for i, point in enumerate(comparison.points, 1)]
-        axis.set_yticks(range(len(labels)), labels, fontsize=9)
-        axis.set_ylim(len(labels) - 0.4, -0.6)
+def _panel(axis, comparison: Comparison, metric: str) -> None:
+    """One metric of each mode, with intervals, over the share or the runs' numbers."""
+    places = [100 * p.place if comparison.axis else i for i, p in enumerate(comparison.points, 1)]
+    for mode, look in LOOKS.items():
+        look = look if comparison.axis else {**look, "linestyle": "none"}
+        shown = [(place, p.values[mode, metric]) for place, p in zip(places, comparison.points, strict=True)
+                 if (mode, metric) in p.values]  # fmt: skip
+        if shown:
+            value, low, high = (100 * np.array([found[end] for _, found in shown]) for end in ("value", "low", "high"))
+            error, label = np.abs([value - low, high - value]), mode_title(mode)
+            axis.errorbar([place for place, _ in shown], value, error, **look, capsize=3, label=f"tuned, {label}")
+            base = 100 * comparison.base.values[mode, metric]["value"]
+            axis.axhline(base, color=look["color"], linestyle=":", label=f"base, {label}")
+    if comparison.recommended:
+        place, wide = places[comparison.points.index(comparison.recommended)], 1.5 if comparison.axis else 0.2
+        axis.axvspan(place - wide, place + wide, color="#999999", alpha=0.25, zorder=0, label="recommended")
+    unit = comparison.unit.replace("_", " ")
+    share = f"{comparison.axis} share, % of {unit} (achieved)" if comparison.axis else "run"
+    axis.set(title=TITLES[metric], ylim=(-4, 104), ylabel="% of replies", xlabel=share)
+    if not comparison.axis:
+        axis.set_xticks(places)
 
 
 def _frontier(axis, comparison: Comparison) -> None:
-    """The goal against what is kept of the base; each label inside the axes, points at one place share theirs."""
-    chat = CHAT in comparison.points[0].values and comparison.goal != CHAT
-    short = {
-        p.label: f"{100 * p.place:.0f}%" if comparison.axis else str(i) for i, p in enumerate(comparison.points, 1)
-    }
-    places: dict[tuple[float, float], list[str]] = {}
-    for label, _, values in everyone(comparison):
-        if comparison.goal in values:
-            kept = (100 if chat else 1) * kept_of_base(values, comparison.goal)
-            places.setdefault((100 * values[comparison.goal]["value"], kept), []).append(label)
-    edge = sorted(place for place, labels in places.items() if set(labels) & set(comparison.frontier))
-    axis.plot(*zip(*edge, strict=True), color="#777777", linewidth=1.2, zorder=1)
-    middle = (min(x for x, _ in places) + max(x for x, _ in places)) / 2
-    for turn, ((x, y), labels) in enumerate(sorted(places.items())):
-        best = comparison.recommended is not None and comparison.recommended.label in labels
-        color = "#888888" if labels == ["base"] else "#12355b"
-        axis.plot(x, y, "*" if best else "o", markersize=17 if best else 8, color=color, zorder=3,
-                  markerfacecolor=color if (x, y) in edge else "white")  # fmt: skip
-        side, up = ("left", 9) if x <= middle else ("right", -9), 8 if turn % 2 else -14
-        axis.annotate(", ".join(short.get(label, label) for label in labels), (x, y), xytext=(side[1], up),
-                      textcoords="offset points", ha=side[0], fontsize=9)  # fmt: skip
-    kept = f"{metric_title(CHAT, comparison.points[0].runs[0])}, %" if chat else "minus KL from the base, nats/token"
-    axis.set(
-        title="Frontier (filled: beaten by none)",
-        xlabel=f"{metric_title(comparison.goal, comparison.points[0].runs[0])}, %",
-        ylabel=kept,
-    )
+    """The goal against what is left of the base; each label inside the axes, points at one place share theirs."""
+    places: dict[tuple[float, float], list[str]] = defaultdict(list)
+    for i, point in enumerate(comparison.everyone()):
+        short = "base" if not i else f"{100 * point.place:.0f}%" if comparison.axis else str(i)
+        if comparison.goal in point.values:
+            places[comparison.place_of(point)].append(short)
+            filled = point.label in comparison.frontier()
+            size, color = 14 if point is comparison.recommended else 8, LOOKS["thinking"]["color"] if i else "#888888"
+            face = color if filled else "white"
+            axis.plot(*comparison.place_of(point), "o", markersize=size, color=color, markerfacecolor=face, zorder=3)
+    middle = np.mean([min(places)[0], max(places)[0]])
+    for turn, (place, labels) in enumerate(sorted(places.items())):
+        left = place[0] <= middle
+        axis.annotate(", ".join(labels), place, (9 if left else -9, 9 if turn % 2 else -15), fontsize=9,
+                      textcoords="offset points", ha="left" if left else "right")  # fmt: skip
+    run, chat = comparison.points[0].runs[0], CHAT in comparison.base.values and comparison.goal != CHAT
+    kept = metric_title(CHAT, run) if chat else "minus KL from the base, nats/token"
+    title = "frontier (filled: beaten by none)"
+    axis.set(title=title, xlabel=metric_title(comparison.goal, run), ylabel=kept)
     axis.margins(x=0.12, y=0.18)

@@ -9,8 +9,8 @@ would add 400 keys and local paths; after eval.json is written, and again when a
 evaluation. Config holds the recipe and `mix/reasoning_share_{examples,tokens,supervised_tokens}`; the summary holds
 `evaluate.summary(result)`: `eval/{base,tuned,difference}/{thinking,non_thinking,forgetting}/METRIC`.
 
-Ratios side by side in wandb: the run `<sweep>-comparison` holds the table, the picture and the curve over the share. By hand,
-in a project filtered to the sweep's group: Add panel → Scatter plot, x = config `mix/reasoning_share_supervised_tokens`,
+Ratios side by side in wandb: the run `<sweep>-comparison` holds the table and the picture. A curve over the share, in a
+project filtered to the sweep's group: Add panel → Scatter plot, x = config `mix/reasoning_share_supervised_tokens`,
 y = summary `eval/tuned/thinking/accuracy`.
 """
 
@@ -21,10 +21,10 @@ import importlib.util
 import os
 import re
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import requests
 from packaging import version
 
 from toolkit import recipe as recipes
@@ -32,17 +32,13 @@ from toolkit.files import ToolkitError, read_json, sha256, write_text
 from toolkit.mix import Mix
 from toolkit.recipe import Recipe
 
-PACKAGES = {
-    "wandb": "wandb",
-    "tensorboard": "tensorboard",
-    "swanlab": "swanlab",
-    "trackio": "trackio",
-    "mlflow": "mlflow",
-}
-"""`report_to` name → the Python package it needs."""
+PACKAGES = ("wandb", "tensorboard", "swanlab", "trackio", "mlflow")
+"""Names for `report_to`, which are those of the Python packages they need."""
 BELOW = {"swanlab": "0.8"}
 """Versions from which a tracker fails in the pinned transformers: swanlab's get_run() raises where its callback expects
 None (tried: 0.7.20 works; 0.8.5, 0.9.8 and 0.10.3 raise)."""
+SWANLAB_FOLDER = os.environ.get("SWANLAB_LOG_DIR")
+"""Where a user wants swanlab's files; without it they go into the run folder."""
 KEYS = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
@@ -95,18 +91,15 @@ def check(train: dict, folder: Path, say: Callable[[str], None] = print) -> None
     for name in trackers(train):
         if name not in PACKAGES:
             raise ToolkitError(f"train.report_to: {name}: expected one of {', '.join(PACKAGES)} or none")
-        package = PACKAGES[name]
-        wanted = f"{package}<{BELOW[name]}" if name in BELOW else package
+        wanted = f"{name}<{BELOW[name]}" if name in BELOW else name
         advice = f"`pip install '{wanted}'`, or set train.report_to=none"
-        if importlib.util.find_spec(package) is None:
+        if importlib.util.find_spec(name) is None:
             raise ToolkitError(f"train.report_to: {name} needs a package that is not installed: {advice}")
-        if name in BELOW and version.parse(importlib.metadata.version(package)) >= version.parse(BELOW[name]):
-            raise ToolkitError(
-                f"train.report_to: {name} {importlib.metadata.version(package)} is too new here: {advice}"
-            )
-    if not logs_to_wandb(train):
-        return
-    if reason := _offline_reason():
+        found = importlib.metadata.version(name)
+        if name in BELOW and version.parse(found) >= version.parse(BELOW[name]):
+            raise ToolkitError(f"train.report_to: {name} {found} is too new here: {advice}")
+    os.environ["SWANLAB_LOG_DIR"] = SWANLAB_FOLDER or str(folder / "swanlog")
+    if reason := logs_to_wandb(train) and _offline_reason():
         os.environ["WANDB_MODE"] = "offline"
         say(f"wandb: {reason}; this run is kept offline in {folder / 'wandb'}, and training continues")
 
@@ -116,15 +109,12 @@ def has_account() -> bool:
     return bool(_api_key())
 
 
-def _api_key() -> str:
-    import netrc
+def _address() -> str:
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
 
-    if key := os.environ.get("WANDB_API_KEY"):
-        return key
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        hosts = netrc.netrc().hosts
-        return next((found[2] for host, found in hosts.items() if "wandb" in host), "")
-    return ""
+
+def _api_key() -> str:
+    return os.environ.get("WANDB_API_KEY") or (requests.utils.get_netrc_auth(_address()) or ("", ""))[1]
 
 
 def _offline_reason() -> str:
@@ -134,26 +124,10 @@ def _offline_reason() -> str:
         return ""
     if len(key.rpartition("-")[2]) < 40:  # wandb's own rule for keys, which it only checks after a prompt
         return "the API key is malformed (expected 40 characters or more; `wandb login` stores a new one)"
-    base = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    answered: list[str] = []
-    # a thread, because a name look-up has no timeout of its own
-    asking = threading.Thread(target=lambda: answered.append(_ask(base)), daemon=True)
-    asking.start()
-    asking.join(REACH_SECONDS)
-    return answered[0] if answered else f"{base} did not answer within {REACH_SECONDS} seconds"
-
-
-def _ask(base: str) -> str:
-    """Empty when the address answers in any way, else the reason why it cannot be reached."""
-    import urllib.error
-    import urllib.request
-
     try:
-        urllib.request.urlopen(base, timeout=REACH_SECONDS).close()
-    except urllib.error.HTTPError:  # it answers
-        return ""
-    except (OSError, ValueError) as error:
-        return f"{base} cannot be reached ({getattr(error, 'reason', error)})"
+        requests.head(_address(), timeout=REACH_SECONDS)
+    except requests.RequestException as error:
+        return f"{_address()} cannot be reached ({type(error).__name__})"
     return ""
 
 
@@ -179,6 +153,7 @@ def training(recipe: Recipe, mixed: Mix, folder: Path) -> Iterator[None]:
         _attempt("closing the run before", _run.finish)
     if logs_to_wandb(recipe.train):
         _attempt("starting a run", _start, recipe, mixed.report, folder)
+    if _run:
         _attempt("logging the mix", _log_mix, mixed, folder)
     try:
         yield
@@ -216,14 +191,16 @@ def _put_table(key: str, rows: Sequence[dict]) -> None:
     _run.log({key: table})
 
 
-def _log_mix(mixed: Mix, folder: Path) -> None:
-    """The mix as a table (one row per source) and as a picture."""
+def _put_picture(key: str, file: Path) -> None:
     import wandb
 
+    _run.log({key: wandb.Image(str(file))})
+
+
+def _log_mix(mixed: Mix, folder: Path) -> None:
+    """The mix as a table (one row per source) and as a picture."""
     from toolkit import show
 
-    if _run is None:
-        return
     report = mixed.report
     rows = [
         {"source": name, "planned": report["planned"][name], "rows": source["rows_kept"], "tokens": source["tokens"]}
@@ -232,7 +209,7 @@ def _log_mix(mixed: Mix, folder: Path) -> None:
     ]
     _put_table("mix/shares", rows)
     show.mix_figure(mixed).savefig(folder / "mix.png", dpi=120)
-    _run.log({"mix/picture": wandb.Image(str(folder / "mix.png"))})
+    _put_picture("mix/picture", folder / "mix.png")
 
 
 def finish(recipe: Recipe, folder: Path, summary: dict, replies: list[dict], console) -> None:
@@ -240,56 +217,40 @@ def finish(recipe: Recipe, folder: Path, summary: dict, replies: list[dict], con
 
     Does nothing when this eval.json has been logged already, so that it may be called whenever a run is opened.
     """
-    global _run, _say
+    global _say
     _say = console.print
     logged, digest = folder / "wandb" / "evaluation.sha256", sha256(folder / "eval.json")
     if not logs_to_wandb(recipe.train) or (logged.is_file() and logged.read_text() == digest and _run is None):
         return
     if _run is None:
         _attempt("starting a run", _start, recipe, read_json(folder / "mix.json"), folder)
-    if _run:
-        _attempt("logging the evaluation", _run.summary.update, scrub(summary))
-        log_table("eval/replies", replies)
-    if _run:
-        _attempt("closing the run", _close, folder, console)
+    if _conclude(folder, summary, "eval/replies", replies, console):
         _attempt("marking the evaluation as logged", write_text, logged, digest)
-    _run = None
 
 
-def comparison(folder: Path, rows: list[dict], curve: tuple[str, list[dict]], summary: dict, console) -> None:
-    """A wandb run that holds a comparison: its table, picture and summary, and a curve over a share.
+def comparison(folder: Path, rows: list[dict], sentences: str, console) -> None:
+    """A wandb run that holds a comparison: its table, its picture (`folder`/comparison.png) and what it recommends.
 
-    `curve` is (key of the x axis, one dict per point). The same runs compared again continue the same wandb run."""
-    global _run, _say
+    The same runs compared again continue the same wandb run."""
+    global _say
     _say = console.print
-    share, points = curve
-    key = hashlib.sha256(" ".join(sorted(str(row["runs"]) for row in rows)).encode()).hexdigest()[:8]
-    name = f"{folder.name}-comparison"
-    values = {
-        "name": name,
-        "id": f"{name}-{key}",
-        "group": folder.name,
-        "job_type": "comparison",
-        "tags": ["comparison"],
-    }
-    _attempt("starting a run", _open, folder, **values)
-    if _run is None:
-        return
+    name, runs = f"{folder.name}-comparison", " ".join(sorted(row["runs"] for row in rows))
+    key = f"{name}-{hashlib.sha256(runs.encode()).hexdigest()[:8]}"
+    _attempt("starting a run", _open, folder, name=name, id=key, group=folder.name, job_type="comparison")
+    if _run:
+        _attempt("logging the picture", _put_picture, "picture", folder / "comparison.png")
+    _conclude(folder, {"recommendation": sentences}, "comparison", rows, console)
 
-    def send() -> None:
-        import wandb
 
-        _run.define_metric(share)
-        _run.define_metric("eval/*", step_metric=share)
-        for point in points:
-            _run.log(point)
-        _put_table("comparison", rows)
-        _run.log({"picture": wandb.Image(str(folder / "comparison.png"))})
-        _run.summary.update(scrub(summary))
-        _close(folder, console)
-
-    _attempt("logging the comparison", send)
+def _conclude(folder: Path, summary: dict, key: str, rows: list[dict], console) -> bool:
+    """Add a summary and a table to the open run and close it; whether there was one."""
+    global _run
+    if opened := _run is not None:
+        _attempt("logging the summary", _run.summary.update, scrub(summary))
+        log_table(key, rows)
+        _attempt("closing the run", _close, folder, console)
     _run = None
+    return opened
 
 
 def _start(recipe: Recipe, report: dict, folder: Path) -> None:
