@@ -1,6 +1,7 @@
 """A run is never lost, never overwritten and says why it stopped: interrupted and resumed, it ends bit for bit (on a CPU)
 where an uninterrupted one does. Trainings run in this process and take a second or two; see tests/pocket_run.py."""
 
+import io
 import json
 import math
 import os
@@ -588,11 +589,22 @@ def test_the_folder_of_a_run_can_be_given_by_name_and_a_wrong_one_suggests_the_n
         run_folder("wohle")
 
 
-def test_a_model_that_cannot_become_a_gguf_is_refused_before_it_is_loaded(elsewhere):
+def test_a_gguf_that_a_recipe_asks_for_and_its_model_cannot_become_is_refused_before_it_is_loaded(elsewhere):
     (elsewhere / "rwkv").mkdir()
     (elsewhere / "rwkv" / "config.json").write_text('{"model_type": "rwkv"}')
-    with pytest.raises(ToolkitError, match=r"no GGUF conversion for model type 'rwkv'.*quantization_method=\[\]"):
-        trained("run", f"model.model_name={elsewhere / 'rwkv'}")
+    asks = "export.quantization_method=[q4_k_m]"
+    with pytest.raises(ToolkitError, match=r"no GGUF conversion: model type 'rwkv'.*quantization_method=\[\]"):
+        trained("run", f"model.model_name={elsewhere / 'rwkv'}", asks)
+
+
+def test_by_default_a_model_without_gguf_conversion_is_not_refused_and_the_run_says_so(elsewhere):
+    from toolkit.run import check_gguf
+
+    (elsewhere / "rwkv").mkdir()
+    (elsewhere / "rwkv" / "config.json").write_text('{"model_type": "rwkv"}')
+    console = Console(file=io.StringIO(), width=200)
+    check_gguf(recipe.load("data_recipes/pocket.yaml", [f"model.model_name={elsewhere / 'rwkv'}"]), console)
+    assert "exported as merged weights" in console.file.getvalue()
 
 
 @pytest.mark.usefixtures("elsewhere")

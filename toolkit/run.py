@@ -16,8 +16,8 @@ from pathlib import Path
 
 from toolkit import recipe as recipes
 from toolkit import tracking
-from toolkit.family import family_of, mode_title
-from toolkit.files import ToolkitError, lock, outputs, read_json, read_jsonl, write_json
+from toolkit.family import mode_title
+from toolkit.files import ToolkitError, lock, outputs, read_json, read_jsonl, write_json, write_text
 from toolkit.recipe import Recipe
 
 HUB = "https://huggingface.co"
@@ -46,16 +46,17 @@ def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = Tr
     folder = outputs() / recipe.name
     if training.is_main():
         tracking.check(recipe.train, folder, console.print)
-    check_gguf(recipe)
     recipe = resolve(recipe, console)
+    check_gguf(recipe, console)
     with lock(folder, "train") if training.is_main() else contextlib.nullcontext(), recorded(folder):
         with training.main_first():
             folder, state = training.claim(recipe, fresh=fresh and training.is_main())
             if state != "finished":
                 mixed = compile_mix(recipe, console)
         if state == "finished" and (not score or scored(folder)):
-            if score and training.is_main():
-                log_evaluation(recipe, folder, console)  # a kill may have come between eval.json and wandb
+            if score and training.is_main():  # a kill may have come right after eval.json was written
+                write_card(folder)
+                log_evaluation(recipe, folder, console)
             console.print(f"{folder} is finished already: `python -m toolkit evaluate {recipe.name}` scores it again")
             return folder
         loaded = _train(recipe, mixed, folder, console) if state != "finished" else None
@@ -64,6 +65,7 @@ def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = Tr
             if score:
                 evaluate(folder, console, loaded=loaded, details=details)
             else:
+                write_card(folder)
                 console.print(f"the run: {folder}\nnext:    python -m toolkit evaluate {folder.name}")
     return folder
 
@@ -114,6 +116,7 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
             console=console,
         )
         write_json(folder / "eval.json", result)
+        write_card(folder)
         log_evaluation(recipe, folder, console)
     if details:
         console.print(evaluation.table(result, console.width))
@@ -125,16 +128,30 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
     return result
 
 
-def check_gguf(recipe: Recipe) -> None:
-    """Raises ToolkitError when the recipe asks for a GGUF that its model's architecture cannot become: before training."""
+def check_gguf(recipe: Recipe, console) -> None:
+    """Say before training that the model cannot become a GGUF; refuse it when the recipe asks for one by itself."""
+    from toolkit.export.gguf_file import convertible
     from toolkit.model import checkpoint_file
 
-    kind = checkpoint_file(recipe.model, "config.json").get("model_type") if recipe.export.quantization_method else None
-    if kind and family_of(kind).gguf is None:
+    config = checkpoint_file(recipe.model, "config.json")
+    asked = recipe.export.quantization_method
+    if not config or not asked:
+        return
+    reason = convertible(config["model_type"], config, checkpoint_file(recipe.model, "tokenizer.json") or None)
+    if reason and asked != recipes.Export().quantization_method:
         raise ToolkitError(
-            f"{recipe.model.model_name}: no GGUF conversion for model type {kind!r}: set "
-            "export.quantization_method=[] (the run can still be exported as merged weights)"
+            f"{recipe.model.model_name}: no GGUF conversion: {reason} Set export.quantization_method=[] "
+            "(the run can still be exported as merged weights: --to merged)"
         )
+    if reason:
+        console.print(f"· this run can be exported as merged weights (--to merged), not as GGUF: {reason}")
+
+
+def write_card(folder: Path) -> None:
+    """adapter/README.md: the filled model card, with scores once there are some."""
+    from toolkit.export.model_card import adapter_card
+
+    write_text(folder / "adapter" / "README.md", adapter_card(folder))
 
 
 def default_recipe() -> tuple[str, str]:
