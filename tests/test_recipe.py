@@ -53,6 +53,19 @@ def test_every_recipe_that_ships_loads_and_says_how_to_run_it(path):
     assert any(path.name in line and "make" in line for line in header)
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.name)
+def test_every_recipe_that_ships_saves_where_it_evaluates(path):
+    """Otherwise transformers refuses load_best_model_at_end, with the model loaded by then."""
+    train = load(path).train
+    assert (train["save_steps"] / train["eval_steps"]).is_integer()
+
+
+def test_evaluating_more_or_less_often_saves_as_often_unless_told_otherwise():
+    assert load("hybrid", ["train.eval_steps=7"]).train["save_steps"] == 7
+    assert load("hybrid", ["train.eval_steps=7", "train.save_steps=14"]).train["save_steps"] == 14
+    assert load("hybrid").train["save_steps"] == 0.25
+
+
 def test_the_resolved_recipe_alone_gives_the_same_recipe_back():
     built = from_dict(GOOD, overrides=["train.learning_rate=1e-3", "model.offload_embedding=true"])
     assert from_dict(yaml.safe_load(to_yaml(built))) == built

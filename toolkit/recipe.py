@@ -235,10 +235,13 @@ def from_dict(values: dict, where: str = "recipe", overrides: Sequence[str] = ()
     # AUTHOER is how some self-cognition sets spell AUTHOR
     fill = {"AUTHOR" if name == "AUTHOER" else name: value for name, value in built.data.placeholders.items()}
     sources = _with_fractions(built.data, where)
+    # The best checkpoint is known by its evaluation: every evaluation saves one
+    train = values.get("train", {})
+    saves = {"save_steps": train["eval_steps"]} if "eval_steps" in train else {}
     return dataclasses.replace(
         built,
         data=dataclasses.replace(built.data, sources=sources, reasoning=None, placeholders=fill),
-        train=_flat(msgspec.to_builtins(Train()) | values.get("train", {})),  # as written: 1 stays 1, not 1.0
+        train=_flat(msgspec.to_builtins(Train()) | saves | train),  # as written: 1 stays 1, not 1.0
         evaluate=dataclasses.replace(built.evaluate, questions=_named(built.evaluate.questions)),
     )
 
