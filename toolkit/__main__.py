@@ -4,6 +4,7 @@ python -m toolkit --help     (then `python -m toolkit train hybrid train.max_ste
 """
 
 import argparse
+import functools
 import os
 import re
 import signal
@@ -118,11 +119,14 @@ def _unexpected(error: Exception, args: argparse.Namespace) -> str:
     """Append the traceback to the run's log and return what to tell the reader."""
     run = outputs() / str(getattr(args, "name", None) or getattr(args, "run", ""))
     log = run / "run.log" if (run / "recipe.yaml").is_file() else outputs() / "toolkit.log"
+    written = [Path(note[5:]) for note in vars(error).get("__notes__", []) if note.startswith("log: ")]
     try:
+        log = written[0] if written else log  # `run.train` writes its run's log itself
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "a", encoding="utf-8") as file:
             print(time.strftime("%Y-%m-%d %H:%M:%S"), *sys.argv, file=file)
-            traceback.print_exception(error, file=file)
+            if not written:
+                traceback.print_exception(error, file=file)
         where = f"the traceback is in {log}"
     except OSError:  # the disk may be what failed
         where = "set TOOLKIT_DEBUG=1 to see the traceback"
@@ -329,8 +333,9 @@ def export(args):
 
     folder = model.run_folder(args.run)
     quants = args.quant or recipe.load(folder / "recipe.yaml").export.quantization_method
-    gguf, say = "gguf" in args.to, console().print
-    export.export(folder, args.to, quants if gguf else (), ollama=args.ollama and gguf, onto=args.onto, say=say)
+    gguf, say = "gguf" in args.to, functools.partial(console().print, markup=False)
+    ollama = args.ollama and gguf
+    export.export(folder, args.to, quants if gguf else (), ollama=ollama, onto=args.onto, say=say, details=args.details)
     if args.push:
         export.push(folder, args.push, dry_run=not args.really_push, say=say)
 
