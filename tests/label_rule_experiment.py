@@ -23,11 +23,10 @@ from toolkit.render import load_chat
 EMPTY = "<think>\n\n</think>\n\n"
 OUT = recipe.ROOT / "data_recipes" / "measured" / "label_rule.json"
 METRICS = {
-    "thinking": ("adherence", "accuracy", "accuracy/chat", "think_probability", "switch/think", "switch/no_think",
-                 "switch/mid_conversation"),
-    "non_thinking": ("adherence", "accuracy", "accuracy/chat", "think_probability", "switch/hard"),
+    "thinking": ("adherence", "accuracy", "accuracy/chat", "switch/think", "switch/no_think"),
+    "non_thinking": ("adherence", "accuracy", "accuracy/chat"),
     "forgetting": ("kl",),
-}  # fmt: skip
+}
 
 
 def supervised(rows: list[mix.Row], block: list[int]) -> list[mix.Row]:
@@ -108,7 +107,7 @@ def main(words: list[str]) -> None:
         for section, metric in (
             ("thinking", "adherence"),
             ("non_thinking", "adherence"),
-            ("thinking", "think_probability"),
+            ("thinking", "accuracy"),
         ):
             value = result["tuned"][section][metric]
             console.print(

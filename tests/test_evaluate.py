@@ -425,19 +425,19 @@ def without_answers(_conversation, _mode):
 
 
 @pytest.mark.parametrize(("base", "tuned", "last"), [
-    (without_answers, perfect, "result: better than the base in sums with thinking (+100 points), say with thinking (+100 points)"),
-    (perfect, without_answers, "result: WORSE than the base in sums with thinking (-100 points), say with thinking (-100 points)"),
+    (without_answers, perfect, "result: better than the base in say with thinking, sums with thinking"),
+    (perfect, without_answers, "result: WORSE than the base in say with thinking, sums with thinking"),
     (perfect, perfect, "result: no change shown"),
-    (perfect, endless, "result: WORSE than the base in keeps to its mode with thinking (-100 points)"),
+    (perfect, endless, "result: WORSE than the base in keeps to its mode with thinking"),
 ])  # fmt: skip
 def test_the_verdict_says_in_a_few_lines_what_changed_and_ends_with_better_or_worse(base, tuned, last):
     lines = run(tuned, base=base)["verdict"]
     assert 4 <= len(lines) <= 8
     assert lines[-1].startswith(last), lines
     if base is without_answers:
-        assert lines[0] == "sums with thinking: 0% → 100% (+100 points, certain)"
+        assert lines[1] == "sums with thinking: 0% → 100% (+100 points, certain)"
     if tuned is endless:
-        assert lines[0] == "sums with thinking: not measured (100% of replies cut by the token limit)"
+        assert lines[1] == "sums with thinking: not measured (100% of replies cut by the token limit)"
 
 
 def rendered(result, width) -> str:

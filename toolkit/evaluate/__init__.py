@@ -14,19 +14,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import mean, median
 
 import numpy as np
 import pandas as pd
 
 from toolkit.evaluate.questions import LEVELS, Ask, Asked, fingerprint, from_mix, plan, select, spread
-from toolkit.evaluate.score import Judge, marks
+from toolkit.evaluate.score import Judge, longest_answers, marks
 from toolkit.evaluate.stats import difference, interval, is_rate
 from toolkit.evaluate.subject import LoadedRun
 from toolkit.evaluate.text import show, summary, table, verdict
 from toolkit.family import mode_title
 from toolkit.files import finite, outputs
-from toolkit.generate import Reply
 from toolkit.progress import Progress
 
 __all__ = ["evaluate", "from_mix", "is_rate", "score", "show", "summarize", "summary", "table", "verdict"]
@@ -103,25 +101,12 @@ def answer_rows(plans: dict[str, list[Ask]], replies: dict, questions: list[dict
     """Rows of the long table for what each reply of base and tuned scores."""
     with Judge() as judge:
         for mode, asks in plans.items():
-            usual = usual_tokens(asks, replies[mode]["base"])
+            longest = longest_answers(asks, replies[mode]["base"]) if len(plans) > 1 else {}
             for model in MODELS:
                 for ask, reply in zip(asks, replies[mode][model], strict=True):
-                    found = marks(
-                        ask, mode, reply, questions[ask.question], usual[ask.question], judge, hybrid=len(plans) > 1
-                    )
-                    yield from (
-                        (mode, model, metric, ask.question, float(value), weight) for metric, value, weight in found
-                    )
-
-
-def usual_tokens(asks: list[Ask], base: list[Reply]) -> dict[int, float]:
-    """Answer tokens that the base takes for each question, and no fewer than it takes for most."""
-    lengths = defaultdict(list)
-    for ask, reply in zip(asks, base, strict=True):
-        if ask.purpose == "answer":
-            lengths[ask.question].append(reply.answer_tokens)
-    typical = median(map(mean, lengths.values()))
-    return {question: max(mean(tokens), typical, 1) for question, tokens in lengths.items()}
+                    i = ask.question
+                    for metric, value, weight in marks(ask, mode, reply, questions[i], longest.get(i), judge):
+                        yield mode, model, metric, i, float(value), weight
 
 
 def forgetting_rows(subject, asked: Asked, progress) -> Iterator[tuple]:
@@ -144,18 +129,20 @@ def summarize(long: pd.DataFrame, seed: int) -> dict:
     long table. A value that is not a number counts as not measured."""
     measured = np.isfinite(long.value)
     long = long.assign(weight=long.weight.where(measured, 0), value=long.value.where(measured, 0))
-    # One entry for each question asked, so that every metric of `per_question` pairs with every other
-    asked = long[long.metric.isin(KEPT)].groupby("section").question.max()
     result = {name: defaultdict(dict) for name in (*MODELS, "difference", "per_question")}
-    for (section, metric), rows in long.groupby(["section", "metric"], sort=False):
-        length, rate, sums = max(asked.get(section, 0), rows.question.max()) + 1, is_rate(metric), {}
-        for model, own in rows.groupby("model"):
-            sums[model] = [np.bincount(own.question, own[x], minlength=length) for x in ("value", "weight")]
-            result[model][section][metric] = interval(*sums[model], seed=seed, rate=rate)
-        result["difference"][section][metric] = difference(sums["base"], sums["tuned"], seed=seed, rate=rate)
-        for model in MODELS if metric in KEPT else ():
-            kept = result["per_question"][section].setdefault(model, {})
-            kept[metric] = [np.round(x, 6).tolist() for x in sums[model]]
+    for section, rows in long.groupby("section", sort=False):
+        # One entry for each question asked, so that every metric of `per_question` pairs with every other
+        asked = rows.question[rows.metric.isin(KEPT)].max()
+        for metric, part in rows.groupby("metric"):
+            length, settings = int(np.nanmax([asked, part.question.max()])) + 1, {"seed": seed, "rate": is_rate(metric)}
+            sums = {}
+            for model, own in part.groupby("model"):
+                sums[model] = [np.bincount(own.question, own[x], minlength=length) for x in ("value", "weight")]
+                result[model][section][metric] = interval(*sums[model], **settings)
+                if metric in KEPT:
+                    kept = result["per_question"][section].setdefault(model, {})
+                    kept[metric] = [np.round(x, 6).tolist() for x in sums[model]]
+            result["difference"][section][metric] = difference(sums["base"], sums["tuned"], **settings)
     return result
 
 

@@ -9,7 +9,9 @@ import re
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from statistics import mean, median
 
 from toolkit.evaluate.questions import Ask
 from toolkit.family import THINK_CLOSE, THINK_TAG
@@ -30,9 +32,10 @@ LENGTH_FACTOR = 3.0
 
 
 def marks(
-    ask: Ask, mode: str, reply: Reply, question: dict, base_tokens: float, judge: "Judge", *, hybrid: bool
+    ask: Ask, mode: str, reply: Reply, question: dict, longest: float | None, judge: "Judge"
 ) -> Iterable[tuple[str, float, int]]:
-    """(metric, value, weight) of one reply; `base_tokens` is the usual length of the base's answer to the question.
+    """(metric, value, weight) of one reply; `longest` is the number of tokens that a direct answer to the question may
+    have, None for a model with one mode.
 
     A reply that the limit cut counts nothing for accuracy (weight 0), so that its share stands in `cut` alone."""
     if ask.purpose == "switch/think":
@@ -43,17 +46,27 @@ def marks(
         right = reply.finished and judge.right(reply.answer, question["expected_answer"])
         yield f"accuracy/set/{question['set']}", right, int(reply.finished)
         yield "accuracy/chat" if question["chat"] else "accuracy", right, int(reply.finished)
-        yield "adherence", thinks(reply) if mode == "thinking" else is_direct(reply, base_tokens, hybrid), 1
+        yield "adherence", thinks(reply) if mode == "thinking" else is_direct(reply, longest), 1
         yield "reasoning_tokens", reply.reasoning_tokens, 1
         yield "answer_tokens", reply.answer_tokens, 1
         yield "cut", not reply.finished, 1
 
 
-def is_direct(reply: Reply, base_tokens: float, hybrid: bool) -> bool:
+def is_direct(reply: Reply, longest: float | None) -> bool:
     """What non-thinking mode promises: an answer without tags. A hybrid model must not let its reasoning leak into it
     either, neither in words nor in length; a model without a thinking mode has none to leak from."""
     plain = bool(reply.answer) and not has_tags(reply.text)
-    return plain and not (hybrid and (leaks(reply) or reply.answer_tokens > LENGTH_FACTOR * base_tokens))
+    return plain and (longest is None or (not leaks(reply) and reply.answer_tokens <= longest))
+
+
+def longest_answers(asks: Sequence[Ask], base: Sequence[Reply]) -> dict[int, float]:
+    """Tokens that a direct answer to each question may have, by what the base takes for it, or for most questions."""
+    lengths = defaultdict(list)
+    for ask, reply in zip(asks, base, strict=True):
+        if ask.purpose == "answer":
+            lengths[ask.question].append(reply.answer_tokens)
+    typical = median(map(mean, lengths.values()))
+    return {question: LENGTH_FACTOR * max(mean(tokens), typical, 1) for question, tokens in lengths.items()}
 
 
 def thinks(reply: Reply) -> bool:

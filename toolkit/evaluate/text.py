@@ -32,22 +32,30 @@ ADVICE = "Try a lower train.learning_rate, fewer steps, or more general data."
 def verdict(result: dict) -> list[str]:
     """What a training did, in four to eight lines: what it learned and kept, modes, forgetting; the last line says
     whether the run is better or worse than its base. "certain": the 95% interval of the difference excludes zero."""
-    changes = result["difference"]
-    forgetting = changes.get("forgetting", {})
-    modes = [section for section in changes if section != "forgetting"]
-    by_set = [(mode, metric) for mode in modes for metric in changes[mode] if metric.startswith(SET)]
-    pooled = [(mode, metric) for mode in modes for metric in changes[mode] if metric in POOLED]
-    names = {}
-    for mode, metric in (by_set if len(by_set) <= 4 else pooled) + [(mode, "adherence") for mode in modes]:
-        how = {"thinking": " with thinking", "non_thinking": " without thinking"}[mode] if len(modes) > 1 else ""
-        names[mode, metric] = _title(metric) + how
-    lines = [f"{name}: {_change(result, *key)}" for key, name in names.items()]
-    names |= {("forgetting", m): f"held-out {_title(m)}" for m in forgetting if m.startswith("loss/")}
-    if forgetting.get("nll", {}).get("value") is not None:
-        base, tuned = (result[model]["forgetting"] for model in ("base", "tuned"))
-        loss = f"{base['nll']['value']:.3f} → {tuned['nll']['value']:.3f}"
-        lines.append(f"forgetting: loss on the base's own answers {loss}, KL {tuned['kl']['value']:.3f} nats a token")
-    return [*lines, _conclusion(result, names)]
+    lines, better, worse = [], [], []
+    for name, section, metric in _judged(result):
+        rises = _direction(result["difference"][section][metric])
+        if is_rate(metric):
+            lines.append(f"{name}: {_change(result, section, metric)}")
+        if rises:  # a loss is better when it falls
+            (better if (rises > 0) == is_rate(metric) else worse).append(name)
+    kl = result["tuned"].get("forgetting", {}).get("kl")
+    if kl and not kl["n"]:
+        return [*lines, f"result: BROKEN: the tuned model computes no numbers (NaN), the training diverged. {ADVICE}"]
+    if kl:
+        lines.append(f"forgetting: {kl['value']:.3f} nats per token from the base (KL on the base's own answers)")
+    return [*lines, _conclusion(better, worse)]
+
+
+def _judged(result: dict) -> list[tuple[str, str, str]]:
+    """(name, section, metric) of what decides the verdict: accuracy by question set, or pooled where that would take more
+    than four lines, adherence and held-out loss."""
+    measured = [(section, metric) for section, metrics in result["difference"].items() for metric in metrics]
+    by_set = [key for key in measured if key[1].startswith(SET)]
+    keys = by_set if len(by_set) <= 4 else [key for key in measured if key[1] in POOLED]
+    keys += [key for key in measured if key[1] == "adherence" or key[1].startswith("loss/")]
+    how = {"thinking": " with thinking", "non_thinking": " without thinking"} if len(result["modes"]) > 1 else {}
+    return [(_title(metric) + how.get(section, ""), section, metric) for section, metric in keys]
 
 
 def _change(result: dict, mode: str, metric: str) -> str:
@@ -66,16 +74,7 @@ def _direction(change: dict) -> int:
     return 0 if change["value"] is None else int(change["low"] > 0) - int(change["high"] < 0)
 
 
-def _conclusion(result: dict, names: dict[tuple[str, str], str]) -> str:
-    if result["tuned"].get("forgetting", {}).get("kl", {}).get("n", 1) == 0:
-        return f"result: BROKEN: the tuned model computes no numbers (NaN), the training diverged. {ADVICE}"
-    better, worse = [], []
-    for (section, metric), name in names.items():
-        change = result["difference"][section][metric]
-        direction = _direction(change) if is_rate(metric) else -_direction(change)  # a loss is better when it falls
-        points = f" ({100 * change['value']:+.0f} points)" if is_rate(metric) and direction else ""
-        if direction:
-            (better if direction > 0 else worse).append(name + points)
+def _conclusion(better: list[str], worse: list[str]) -> str:
     gains, losses = (", ".join(few[:3]) + f" and {len(few) - 3} more" * (len(few) > 3) for few in (better, worse))
     if losses:
         return f"result: WORSE than the base in {losses}{gains and '; better in ' + gains}. {ADVICE}"
