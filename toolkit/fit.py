@@ -6,12 +6,11 @@ Sizes are bytes on the GPU. Each formula's source is in the comment beside it. R
 """
 
 import dataclasses
-import itertools
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -371,7 +370,7 @@ def forecast(run: Recipe | Settings, model=None, *, longest: int | None = None, 
         name = choose_model(vram, plan)
     found = name if isinstance(name, Shape) else shape(name) if isinstance(name, str) else shape_of(name)
     made = Forecast(found, plan, phases(plan, found))
-    return made.changed(generation_batch=generation_batch(made, vram)) if vram else made
+    return _generating(made, vram) if vram else made
 
 
 def forecast_or_none(
@@ -407,12 +406,11 @@ def usable_vram(gigabytes: float = 0) -> int:
     return min(total, free + torch.cuda.memory_reserved())
 
 
-def generation_batch(planned: Forecast, vram: int) -> int:
-    """The planned generation batch, halved until generation fits; at least 1."""
-    batch = planned.settings.generation_batch
-    while batch > 1 and planned.changed(generation_batch=batch).total("generation") > vram:
-        batch //= 2
-    return batch
+def _generating(planned: Forecast, vram: int) -> Forecast:
+    """The forecast with its generation batch halved until generation fits; at least 1."""
+    while planned.total("generation") > vram and planned.settings.generation_batch > 1:
+        planned = planned.changed(generation_batch=planned.settings.generation_batch // 2)
+    return planned
 
 
 def as_trained(planned: Forecast, vram: int) -> Forecast:
@@ -423,7 +421,7 @@ def as_trained(planned: Forecast, vram: int) -> Forecast:
         found = planned.changed(per_device_train_batch_size=batch, gradient_accumulation_steps=effective // batch)
         if found.total("training") <= vram:
             break
-    return found.changed(generation_batch=generation_batch(found, vram))
+    return _generating(found, vram)
 
 
 def choose_model(vram: int, run: Recipe | Settings | None = None) -> str:
@@ -432,7 +430,8 @@ def choose_model(vram: int, run: Recipe | Settings | None = None) -> str:
     Raises ToolkitError when none does, with the changes that would help.
     """
     plan = settings(run) if isinstance(run, Recipe) else run or Settings()
-    for name in reversed(_names(plan)):
+    names = [name if plan.load_in_4bit else name.removesuffix("-unsloth-bnb-4bit") for name in QWEN3]
+    for name in reversed(names):
         found = forecast(plan, shipped(name), vram=vram)
         if found.fits(vram):
             return name
@@ -441,44 +440,29 @@ def choose_model(vram: int, run: Recipe | Settings | None = None) -> str:
     raise ToolkitError(f"model.model_name: auto: no Qwen3 fits {vram / GIB:.1f} GiB with these settings; {advice}")
 
 
-def _names(s: Settings) -> list[str]:
-    return [name if s.load_in_4bit else name.removesuffix("-unsloth-bnb-4bit") for name in QWEN3]
-
-
 def suggestions(planned: Forecast, vram: int) -> list[tuple[list[str], Forecast]]:
-    """(overrides, forecast) of the changes that make a run fit: those that hardly cost anything, else with them shorter
-    rows and a smaller Qwen3. Empty where `train` makes it fit by itself, and where nothing would."""
-    s = planned.settings
-    frugal = {
-        "train.per_device_eval_batch_size=1": {"per_device_eval_batch_size": 1},
-        "lora.use_gradient_checkpointing=unsloth": {"use_gradient_checkpointing": "unsloth"},
-        "model.load_in_4bit=true": {"load_in_4bit": True},
-        "train.optim=adamw_8bit": {"optim": s.optim if s.optim in EIGHT_BIT else "adamw_8bit"},
-    }
-    words = [word for word, change in frugal.items() if dataclasses.replace(s, **change) != s]
-    plan = planned.changed(**{key: value for change in frugal.values() for key, value in change.items()})
-
-    def first(changes: Iterable[tuple[str, Forecast]]) -> list[tuple[list[str], Forecast]]:
-        fitting = (
-            ([*words, *word.split()], made)
-            for word, changed in changes
-            if (made := as_trained(changed, vram)).fits(vram)
-        )
-        return list(itertools.islice(fitting, 1))
-
-    shorter = (
-        (f"model.max_seq_length={row}", plan.changed(longest=row, longest_validation=min(row, s.longest_validation)))
-        for row in ROWS
-        if row < s.longest
-    )
-    smaller = (
-        (f"model.model_name={name}", forecast(plan.settings, name))
-        for name in reversed(_names(plan.settings))
-        if shipped(name).parameters < plan.shape.parameters
-    )
+    """(overrides, forecast) of the changes that make a run fit, cheapest first: none where `train` does it by itself,
+    those that leave the result nearly as it is, and with them the longest rows and the largest Qwen3 that fit."""
     if as_trained(planned, vram).fits(vram):
         return []
-    return first([("", plan)]) or first(shorter) + first(smaller)
+    s, eight_bit = planned.settings, planned.settings.optim in EIGHT_BIT
+    words = ["train.per_device_eval_batch_size=1"] if s.per_device_eval_batch_size > 1 else []
+    words += [] if s.load_in_4bit else ["model.load_in_4bit=true"]
+    words += [] if eight_bit else ["train.optim=adamw_8bit"]
+    optim = s.optim if eight_bit else "adamw_8bit"
+    plan = planned.changed(per_device_eval_batch_size=1, load_in_4bit=True, optim=optim)
+    offers = [(words, plan)] if words else []
+    for row in (row for row in ROWS if row < s.longest):  # max_seq_length bounds validation rows too
+        shorter = plan.changed(longest=row, longest_validation=min(row, s.longest_validation))
+        offers.append(([*words, f"model.max_seq_length={row}"], shorter))
+    for name in reversed(QWEN3):
+        if shipped(name).parameters < planned.shape.parameters:
+            offers.append(([*words, f"model.model_name={name}"], forecast(plan.settings, name)))
+    best: dict[str, tuple] = {}
+    for overrides, changed in offers:
+        if (made := as_trained(changed, vram)).fits(vram):
+            best.setdefault(overrides[-1].partition("=")[0], (overrides, made))
+    return list(best.values())
 
 
 def longest_row(size: str, vram: int) -> int:
