@@ -5,7 +5,7 @@ RECIPE ?=
 RUN ?= pocket
 ARGS ?=
 
-.PHONY: help setup train test test-slow mix fit evaluate sweep compare replay export chat serve bench bench-mix notebooks lab doctor
+.PHONY: help setup train test test-slow mix fit evaluate sweep compare replay export chat serve bench bench-mix faults notebooks lab doctor
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -57,6 +57,9 @@ serve: setup  ## API and chat page on 127.0.0.1:8000; RUN=name
 
 bench: setup  ## how long a start takes; on a GPU, speed and memory beside other ways
 	@$(PY) -m tests.bench $(ARGS)
+
+faults: setup  ## kills, full disks, damage, two at once: what is lost (an hour); ARGS="--quick"
+	@$(PY) -m tests.faults --record $(ARGS)
 
 bench-mix: setup  ## time and audit the data stage beside the usual ways (a quarter of an hour)
 	@$(PY) -m tests.bench.mix $(ARGS)

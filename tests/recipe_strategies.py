@@ -4,7 +4,12 @@ A valid recipe with some keys replaced by values of another kind, out of range, 
 
 import json
 
+import yaml
 from hypothesis import strategies as st
+
+from toolkit import recipe
+from toolkit.files import ToolkitError
+from toolkit.recipe import from_dict, to_dict, to_yaml
 
 SCALARS = (
     st.none()
@@ -72,3 +77,22 @@ def overrides():
     known = st.builds("{}={}".format, st.sampled_from(KEYS), texts | st.text(max_size=6))
     sensible = st.sampled_from(sorted(SENSIBLE)).map(lambda key: f"{key}={json.dumps(SENSIBLE[key])}")
     return st.lists(sensible, max_size=2) | st.lists(known | st.text(max_size=12), max_size=3)
+
+
+def cases():
+    """(plain values, overrides) of a recipe."""
+    return st.tuples(recipe_values(), overrides())
+
+
+def check_recipe(case: tuple[dict, list[str]]) -> None:
+    """It is refused in words that name the file or the override, or is read and written back equal."""
+    values, words = case
+    try:
+        built = from_dict(values, "fuzz.yaml", words)
+    except ToolkitError as error:
+        if not str(error).startswith(("fuzz.yaml: ", "override ")):
+            raise
+        return
+    assert from_dict(yaml.safe_load(to_yaml(built))) == built
+    assert recipe.sha256(from_dict(to_dict(built))) == recipe.sha256(built)
+    assert len({s.name for s in built.data.sources}) == len(built.data.sources)

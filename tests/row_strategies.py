@@ -1,4 +1,4 @@
-"""Generated rows and files, sound and broken, with the checks they must pass: `check_all(n=20_000)` is a campaign.
+"""Generated rows and files, sound and broken, with the checks they must pass (`python -m tests.faults.fuzz`).
 
 A sound row in any convention must compile to exactly the conversation it was made from. Anything else must be Rejected, a
 ToolkitError, or a well-formed conversation that holds no text the row does not hold.
@@ -8,10 +8,8 @@ import csv
 import gzip
 import io
 import json
-import tempfile
 from pathlib import Path
 
-from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from toolkit.files import ToolkitError
@@ -253,12 +251,3 @@ def check_file(case: tuple, folder: Path) -> None:
     except ToolkitError as error:
         message = str(error)
     assert str(path) in message
-
-
-def check_all(n: int) -> None:
-    """n generated cases of each of the three kinds: a campaign. Raises AssertionError with the smallest failing case."""
-    options = settings(max_examples=n, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-    options(given(sound_rows())(check_sound))()
-    options(given(broken_rows())(check_broken))()
-    with tempfile.TemporaryDirectory() as folder:
-        options(given(files())(lambda case: check_file(case, Path(folder))))()

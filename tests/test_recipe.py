@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.recipe_strategies import overrides, recipe_values
+from tests import recipe_strategies
 from toolkit import recipe
 from toolkit.files import ROOT, ToolkitError
 from toolkit.recipe import from_dict, load, to_dict, to_yaml
@@ -216,17 +216,9 @@ def test_a_path_of_4000_characters_is_no_such_recipe():
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(recipe_values(), overrides())
-def test_any_recipe_is_read_and_written_back_equal_or_refused_in_words(values, words):
-    try:
-        built = from_dict(values, "fuzz.yaml", words)
-    except ToolkitError as error:
-        if not str(error).startswith(("fuzz.yaml: ", "override ")):
-            raise
-        return
-    assert from_dict(yaml.safe_load(to_yaml(built))) == built
-    assert recipe.sha256(from_dict(to_dict(built))) == recipe.sha256(built)
-    assert len({s.name for s in built.data.sources}) == len(built.data.sources)
+@given(recipe_strategies.cases())
+def test_any_recipe_is_read_and_written_back_equal_or_refused_in_words(case):
+    recipe_strategies.check_recipe(case)
 
 
 @settings(max_examples=100, deadline=None)

@@ -204,7 +204,7 @@ def doctor(args):  # noqa: ARG001 - every verb takes its arguments
 )
 def mix(args):
     """Compile a recipe's mix and show it: plan, achieved shares, drops, lengths."""
-    from toolkit import mix, render, run, show
+    from toolkit import files, mix, render, run, show
 
     out = console()
     recipe = run.resolve(_recipe(args), out)
@@ -216,7 +216,8 @@ def mix(args):
     if args.show:
         chat = render.load_chat(recipe.model.model_name, recipe.model.revision)
         out.print(*show.terminal(mixed, chat, args.show), sep="\n")
-    show.mix_figure(mixed).savefig(mixed.folder / "mix.png", dpi=120)
+    with files.lock(mixed.folder, "mix", wait=True), files.complete(mixed.folder / "mix.png") as partial:
+        show.mix_figure(mixed).savefig(partial, dpi=120, format="png")
     out.print(f"mix.json, mix.png and quarantine.jsonl: {mixed.folder}")
 
 

@@ -158,9 +158,9 @@ def describe(path: Path) -> dict:
 def lock(folder: Path, verb: str, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder while `verb` writes to it; re-entrant within a process.
 
-    The lock file lies beside the folder (`.locks/`), so that the folder itself can be renamed meanwhile. The operating
-    system releases it when the process dies. Another process gets a ToolkitError that says who holds it and since
-    when; with `wait` it waits instead.
+    What a killed process left half-written in the folder is removed. The lock file lies beside the folder (`.locks/`),
+    so that the folder itself can be renamed meanwhile. The operating system releases it when the process dies. Another
+    process gets a ToolkitError that says who holds it and since when; with `wait` it waits instead.
     """
     import filelock
 
@@ -178,7 +178,10 @@ def lock(folder: Path, verb: str, *, wait: bool = False) -> Iterator[None]:
     try:
         if held.lock_counter == 1:
             note = {"verb": verb, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-            file.with_suffix(".json").write_text(json.dumps(note), encoding="utf-8")
+            with contextlib.suppress(OSError):  # a full disk; the lock holds without its note
+                file.with_suffix(".json").write_text(json.dumps(note), encoding="utf-8")
+            for partial in folder.rglob("*.partial"):  # whoever wrote it held this lock, and was killed
+                partial.unlink()
         yield
     finally:
         held.release()

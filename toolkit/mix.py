@@ -577,6 +577,8 @@ def _write(folder: Path, train: list[Row], validation: list[Row], report: dict, 
         new.rename(folder)
     except OSError as error:
         raise write_error(folder, error) from error
+    finally:
+        shutil.rmtree(new, ignore_errors=True)  # gone, unless the disk is full
 
 
 def _write_rows(file: Path, rows: list[Row]) -> None:

@@ -106,7 +106,7 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console, c
     A checkpoint of the last step leaves nothing to train: then only what follows training is done. `clock` holds when
     earlier phases ended (time.time()). Returns the manifest.
     """
-    with main_first():
+    with main_first(), writing(folder):
         if is_main():
             begin(recipe, mixed, model, folder)
         checkpoint = last_checkpoint(folder, console)

@@ -4,6 +4,7 @@ python -m tests.faults            (all; half an hour on two cores)    python -m 
 """
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -18,22 +19,9 @@ os.environ.update(OMP_WAIT_POLICY="passive", GOMP_SPINCOUNT="0", OMP_NUM_THREADS
 RECORD = Path(__file__).resolve().parents[2] / "data_recipes" / "measured" / "faults.json"
 
 
-def worker(todo, done, scratch: Path) -> None:
-    """Take (fault index, try) from a queue until it is empty; a process of its own, since forks of it are killed."""
-    from tests.faults.campaign import FAULTS, die_with_parent, try_fault
-    from tests.faults.workplace import preload
-
-    die_with_parent()
-    preload()
-    while (item := todo.get()) is not None:
-        started = time.monotonic()
-        lost = try_fault(FAULTS[item[0]], item[1], scratch)
-        done.put((*item, lost, time.monotonic() - started))
-
-
-def campaign(tries: list[tuple[int, int]], workers: int, scratch: Path, say=print) -> dict:
-    """{fault index: [None (survived) or what was lost, …]}."""
-    from tests.faults.campaign import FAULTS
+def campaign(tries: list[tuple[int, int]], workers: int, scratch: Path, outcomes: dict) -> None:
+    """Try everything; `outcomes` gets {fault index: [None (survived) or what was lost, …]} as it comes."""
+    from tests.faults.campaign import FAULTS, worker
 
     context = multiprocessing.get_context("spawn")
     todo, done = context.Queue(), context.Queue()
@@ -42,16 +30,15 @@ def campaign(tries: list[tuple[int, int]], workers: int, scratch: Path, say=prin
         todo.put(item)
     for process in processes:
         process.start()
-    outcomes: dict[int, list] = {}
     for number in range(1, len(tries) + 1):
         index, turn, lost, seconds = done.get()
         outcomes.setdefault(index, []).append(lost)
-        say(
-            f"{number}/{len(tries)}  {FAULTS[index].name}, {FAULTS[index].phase} #{turn}: {lost or 'survived'}  {seconds:.0f} s"
+        print(
+            f"{time.strftime('%H:%M:%S')} {number}/{len(tries)}  {FAULTS[index].name}, {FAULTS[index].phase} #{turn}: {lost or 'survived'}  {seconds:.0f} s",
+            flush=True,
         )
     for process in processes:
         process.join()
-    return outcomes
 
 
 def rows_of(outcomes: dict) -> list[dict]:
@@ -73,6 +60,7 @@ def main() -> int:
     options = argparse.ArgumentParser(prog="python -m tests.faults")
     options.add_argument("--quick", action="store_true", help="the subset that `make test` runs")
     options.add_argument("--only", help="faults whose name or phase holds this text")
+    options.add_argument("--tries", type=int, default=100, metavar="N", help="at most N of each fault")
     options.add_argument("--record", action="store_true", help=f"write {RECORD.name}")
     options.add_argument("--workers", type=int, default=2)
     args = options.parse_args()
@@ -85,13 +73,17 @@ def main() -> int:
         (i, turn)
         for i, one in enumerate(FAULTS)
         if not args.only or args.only in f"{one.name} {one.phase}"
-        for turn in range(int(one.quick) if args.quick else one.tries)
+        for turn in range(min(args.tries, int(one.quick) if args.quick else one.tries))
     ]
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
-        outcomes = campaign(chosen, args.workers, Path(scratch))
+    # every fault once before any twice, the quick ones first: what is interrupted has then seen the most
+    chosen.sort(
+        key=lambda item: (item[1], ("trained", "mixed", "", "exported", "swept").index(FAULTS[item[0]].ends_in))
+    )
+    started, outcomes = time.monotonic(), {}
+    with contextlib.suppress(KeyboardInterrupt), tempfile.TemporaryDirectory(prefix="faults-") as scratch:
+        campaign(chosen, args.workers, Path(scratch), outcomes)
     rows, minutes = rows_of(outcomes), (time.monotonic() - started) / 60
-    table = Table(title=f"{len(chosen)} faults in {minutes:.1f} minutes")
+    table = Table(title=f"{sum(map(len, outcomes.values()))} of {len(chosen)} faults in {minutes:.1f} minutes")
     for heading in ("fault", "phase", "tries", "survived"):
         table.add_column(heading)
     for row in rows:
@@ -104,9 +96,10 @@ def main() -> int:
         from tests.bench.start import processor
         from toolkit.train import commit
 
-        RECORD.write_text(json.dumps({"machine": f"{processor()}, {os.cpu_count()} cores", "date": time.strftime("%Y-%m-%d"), "commit": commit(),
+        kept = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
+        RECORD.write_text(json.dumps(kept | {"machine": f"{processor()}, {os.cpu_count()} cores", "date": time.strftime("%Y-%m-%d"), "commit": commit(),
                                       "minutes": round(minutes, 1), "rows": rows}, indent=1) + "\n")  # fmt: skip
-    return bool(lost)
+    return 1 if lost or not outcomes else 0
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ for fault in FAULTS: outcome = try_fault(fault, number, scratch, references)
 """
 
 import contextlib
-import ctypes
 import functools
 import os
 import random
@@ -19,7 +18,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.faults.workplace import EXPORT, TRAIN, Workplace, differences, files, jitter, lines, partials
+from tests.faults.workplace import (
+    EXPORT,
+    TRAIN,
+    Workplace,
+    die_with_parent,
+    differences,
+    files,
+    jitter,
+    lines,
+    partials,
+    preload,
+)
 
 SWEEP = ["sweep", "data_recipes/pocket.yaml", "--reasoning", "0.5", "1", *TRAIN[2:]]
 MIX = ["mix", *TRAIN[1:]]
@@ -28,6 +38,10 @@ MIXES = ".mixes"
 
 class Lost(AssertionError):
     """The run did not survive: what differs, or which message was missing."""
+
+
+class Skipped(Exception):
+    """This machine cannot make the fault, and why."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +54,7 @@ class Fault:
     """`act(place, try)` does it and brings the run to its end again; it raises Lost."""
     tries: int = 1
     ends_in: str = "trained"
-    """Which undisturbed run the files must equal: trained, exported, mixed, swept; or nothing."""
+    """Which undisturbed run the files must equal: trained, exported, swept, mixed (trained on the mix); or nothing."""
     quick: int = 0
     """How many of the tries belong to the subset of `make test`."""
 
@@ -75,7 +89,7 @@ def killed(argv: list[str], moment: Callable, most: float) -> Callable[[Workplac
 
     def act(place: Workplace, turn: int) -> None:
         if argv[0] == "export":
-            must(place, TRAIN)
+            place.adopt(trained(place), "r")
         if not place.kill(argv, moment, jitter(turn, most)):
             raise Lost("the command ended before the kill")
         must(place, argv)
@@ -84,15 +98,37 @@ def killed(argv: list[str], moment: Callable, most: float) -> Callable[[Workplac
 
 
 def anywhere(*patterns: str) -> Callable[[Path], bool]:
-    """A moment: a pattern below the outputs folder matches."""
-    return lambda outputs: any(any(outputs.glob(pattern)) for pattern in patterns)
+    """A moment: a pattern below the outputs folder matches; without one, at once."""
+    return lambda outputs: not patterns or any(any(outputs.glob(pattern)) for pattern in patterns)
+
+
+@fault("control: damage left in a run", "comparison", quick=1)
+def control(place: Workplace, turn: int) -> None:
+    """The comparison itself: every file of a run that is changed or removed is noticed."""
+    place.adopt(trained(place), "r")
+    expected = place.result()
+    for name in expected:
+        path = place.outputs / "r" / name
+        kept = path.read_bytes()
+        path.unlink()
+        if differences(expected, place.result()) != [name]:
+            raise Lost(f"nobody notices that {name} is missing")
+        path.write_bytes(kept)
+    changes = {"metrics.jsonl": (b'"loss": 0.', b'"loss": 1.'), "manifest.json": (b'"steps": 8', b'"steps": 9')}
+    for name in (*changes, ADAPTER):
+        path = place.outputs / "r" / name
+        kept = path.read_bytes()
+        path.write_bytes(kept.replace(*changes[name], 1)) if name in changes else flip(path)
+        if differences(expected, place.result()) != [name]:
+            raise Lost(f"nobody notices that {name} has changed")
+        path.write_bytes(kept)
 
 
 # --- kills -----------------------------------------------------------------------------------------------------------
 
 AFTER_LAST = files("checkpoints/checkpoint-8/trainer_state.json")
 KILLS = [
-    ("mix", MIX, anywhere(".log-1"), 1.2, 6, "mixed", 0),
+    ("mix", MIX, anywhere(), 3.0, 6, "mixed", 0),
     ("mix, writing", MIX, anywhere(f"{MIXES}/*/*", f"{MIXES}/.locks/*"), 0.05, 6, "mixed", 1),
     ("loading", TRAIN, files("recipe.yaml"), 1.0, 4, "trained", 0),
     ("early training", TRAIN, lines("metrics.jsonl", 1), 0.3, 6, "trained", 1),
@@ -115,7 +151,7 @@ def signalled(number: int, argv: list[str], moment: Callable) -> Callable[[Workp
 
     def act(place: Workplace, turn: int) -> None:
         if argv[0] == "export":
-            must(place, TRAIN)
+            place.adopt(trained(place), "r")
         if not place.kill(argv, moment, jitter(turn, 0.3), number):
             raise Lost("the command ended before the signal")
         if "Traceback (most recent call last)" in place.log():
@@ -136,46 +172,56 @@ for _name in ("SIGINT", "SIGTERM", "SIGHUP"):
 
 
 @contextlib.contextmanager
-def small_disk(place: Workplace, megabytes: float) -> Iterator[Callable[[], None]]:
-    """The outputs folder on a small tmpfs; yields what makes it large. Raises OSError where mounting is not allowed."""
-    size = int(megabytes * 2**20)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place.outputs)]
-    kept = {p: p.read_bytes() for p in place.outputs.rglob("*") if p.is_file()}
+def small_disk(place: Workplace) -> Iterator[None]:
+    """The outputs folder on a disk of its own, of 80 MB. Raises Skipped where mounting is not allowed."""
+    inside = place.outputs / "disk"
+    inside.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(inside)]
     if subprocess.run(command, capture_output=True).returncode:
-        raise OSError("no tmpfs can be mounted here")
+        raise Skipped("no tmpfs can be mounted here")
+    outside = place.outputs
     try:
-        for path, content in kept.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-        yield lambda: subprocess.run(["mount", "-o", "remount,size=2g", str(place.outputs)], check=True)
+        shutil.copytree(outside, inside, ignore=lambda *_: ["disk"], dirs_exist_ok=True)
+        place.outputs = inside
+        yield
+        shutil.copytree(inside, outside, dirs_exist_ok=True)
     finally:
-        grown = Path(f"{place.outputs}.kept")
-        shutil.copytree(place.outputs, grown, dirs_exist_ok=True)
-        subprocess.run(["umount", "-l", str(place.outputs)], check=True)
-        shutil.rmtree(place.outputs)
-        grown.rename(place.outputs)
+        place.outputs = outside
+        subprocess.run(["umount", "-l", str(inside)], check=True)
+        inside.rmdir()
 
 
-def full_disk(argv: list[str], megabytes: float, first: list[list[str]]) -> Callable[[Workplace, int], None]:
-    """The disk fills while a command writes: a clear message, then, with more room, the same command ends the work."""
+def full_disk(argv: list[str], moment: Callable, room: int) -> Callable[[Workplace, int], None]:
+    """At a moment all but `room` bytes of the disk are taken: a clear message, then, with space, the same command ends
+    the work."""
 
     def act(place: Workplace, turn: int) -> None:
-        for command in first:
-            must(place, command)
-        with small_disk(place, megabytes + turn * 0.4) as enlarge:
-            code = place.run(argv)
-            text = place.log()
-            if code not in (1, 2) or "Traceback (most recent call last)" in text or "free" not in text:
+        if argv[0] == "export":
+            place.adopt(trained(place), "r")
+        with small_disk(place):
+            ballast = place.outputs / "ballast"
+            pid = place.start(argv)
+            place.await_moment(pid, moment)
+            fill(ballast, room + turn * 100_000)
+            code, text = place.wait(pid), place.log()
+            if code != 2 or "Traceback (most recent call last)" in text or "free some space" not in text:
                 raise Lost(f"a full disk ended with {code}: {text[-300:]}")
-            enlarge()
+            ballast.unlink()
             must(place, argv)
 
     return act
 
 
-fault("disk full", "mix", ends_in="mixed")(full_disk(MIX, 0.05, []))
-fault("disk full", "training", tries=3, quick=1)(full_disk(TRAIN, 1.2, []))
-fault("disk full", "export", tries=2, ends_in="exported")(full_disk(EXPORT, 12.0, [TRAIN]))
+def fill(ballast: Path, room: int) -> None:
+    """Take all of a disk but `room` bytes."""
+    free = os.statvfs(ballast.parent).f_bavail * os.statvfs(ballast.parent).f_frsize
+    ballast.write_bytes(bytes(max(0, free - room)))
+
+
+fault("disk full", "mix", ends_in="mixed")(full_disk(MIX, anywhere(), 20_000))
+fault("disk full", "training", tries=3)(full_disk(TRAIN, lines("metrics.jsonl", 3), 100_000))
+fault("disk full", "end of training")(full_disk(TRAIN, AFTER_LAST, 0))
+fault("disk full", "export", tries=2, ends_in="exported")(full_disk(EXPORT, files("merged/*"), 200_000))
 
 
 @fault("file size limit", "checkpoint", quick=0)
@@ -254,8 +300,8 @@ def damaged_after(name: str, how: Callable, argv: list[str], says: str = "") -> 
     """Damage a file of a finished run; the command must recover (says empty) or name the file."""
 
     def act(place: Workplace, turn: int) -> None:
-        must(place, TRAIN)
-        how(place.outputs / name if name.startswith(".") else place.outputs / "r" / name)
+        place.adopt(trained(place), "r")
+        how(place.outputs / "r" / name)
         must(place, argv, code=2 if says else 0, says=says)
 
     return act
@@ -289,12 +335,12 @@ for _how in (cut, flip, empty, Path.unlink):
 # --- two of everything ----------------------------------------------------------------------------------------------------
 
 
-def together(commands: list[list[str]], expected: list[set[int]], after: list[str] | None, first=()) -> Callable:
+def together(commands: list[list[str]], expected: list[set[int]], after: list[str] | None) -> Callable:
     """Start commands at once; each exit code must be among the expected ones, and then `after` ends the work."""
 
     def act(place: Workplace, turn: int) -> None:
-        for command in first:
-            must(place, command)
+        if commands[0] == EXPORT:
+            place.adopt(trained(place), "r")
         pids = []
         for command in commands:
             pids.append(place.start(command))
@@ -312,9 +358,7 @@ def together(commands: list[list[str]], expected: list[set[int]], after: list[st
 
 
 fault("two at once", "train", tries=2, quick=1)(together([TRAIN, TRAIN], [[0, 2], [0, 0]], TRAIN))
-fault("two at once", "export", tries=2, ends_in="exported")(
-    together([EXPORT, EXPORT], [[0, 2], [0, 0]], EXPORT, first=[TRAIN])
-)
+fault("two at once", "export", tries=2, ends_in="exported")(together([EXPORT, EXPORT], [[0, 2], [0, 0]], EXPORT))
 fault("three at once", "mix", tries=2, ends_in="mixed", quick=1)(together([MIX, MIX, MIX], [[0, 0, 0]], None))
 fault("two at once", "sweep", ends_in="swept")(together([SWEEP, SWEEP], [[0, 0], [0, 2]], SWEEP))
 
@@ -410,14 +454,18 @@ def wandb_stalls(place: Workplace, turn: int) -> None:
 # --- running them -------------------------------------------------------------------------------------------------------------
 
 
+def trained(place: Workplace) -> Path:
+    """The outputs of the undisturbed training run, made before any try."""
+    return place.outputs.parent / "reference-trained"
+
+
 @functools.cache  # an undisturbed run that fails is not remembered, and fails every fault that needs it
 def reference(kind: str, scratch: Path) -> dict:
     """The files of an undisturbed run of a kind."""
-    folder = scratch / f"reference-{kind}"
-    shutil.rmtree(folder, ignore_errors=True)
-    place = Workplace(folder)
-    for command in {"trained": [TRAIN], "exported": [TRAIN, EXPORT], "mixed": [MIX, TRAIN], "swept": [SWEEP]}[kind]:
-        must(place, command)
+    place = Workplace(scratch / f"reference-{kind}")
+    if kind == "exported":
+        place.adopt(trained(place), "r")
+    must(place, {"trained": TRAIN, "exported": EXPORT, "swept": SWEEP}[kind])
     return swept(place) if kind == "swept" else place.result()
 
 
@@ -435,11 +483,15 @@ def try_fault(one: Fault, turn: int, scratch: Path) -> str | None:
     """None when the run survived, otherwise what was lost; "skipped: …" where this machine cannot make the fault."""
     place = Workplace(scratch / f"{random.getrandbits(64):016x}")
     try:
-        expected = reference(one.ends_in, scratch) if one.ends_in else None
+        expected = reference("trained", scratch)
+        if one.ends_in in ("exported", "swept"):
+            expected = reference(one.ends_in, scratch)
+        # what is not disturbed need not be computed again
+        place.adopt(trained(place), ".base_replies", *([] if one.ends_in == "mixed" else [MIXES]))
         one.act(place, turn)
         if one.ends_in == "mixed":
             must(place, TRAIN)  # the mix is right if what is trained on it is
-        if expected is not None:
+        if one.ends_in:
             found = swept(place) if one.ends_in == "swept" else place.result()
             if wrong := differences(expected, found):
                 raise Lost(f"differ: {', '.join(wrong[:5])}")
@@ -447,15 +499,19 @@ def try_fault(one: Fault, turn: int, scratch: Path) -> str | None:
             raise Lost(f"half-written files left: {left[:3]}")
     except Lost as lost:
         return str(lost)
-    except OSError as error:
-        return f"skipped: {error}"
+    except Skipped as reason:
+        return f"skipped: {reason}"
     else:
         return None
     finally:
-        shutil.rmtree(place.outputs, ignore_errors=True)
+        place.remove()
 
 
-def die_with_parent() -> None:
-    """Ask Linux to end this process when its parent ends, so that nothing outlives a campaign that is interrupted."""
-    with contextlib.suppress(OSError):
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+def worker(todo, done, scratch: Path) -> None:
+    """Take (fault index, try) from a queue until it is empty; a process of its own, since forks of it are killed."""
+    die_with_parent()
+    preload()
+    while (item := todo.get()) is not None:
+        started = time.monotonic()
+        lost = try_fault(FAULTS[item[0]], item[1], scratch)
+        done.put((*item, lost, time.monotonic() - started))

@@ -7,27 +7,30 @@ seconds and not the quarter of a minute that the import takes. The fork is made 
 """
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from toolkit.files import read_jsonl
+
 SETTINGS = [
     "name=r", "data.budget=2500", "data.validation_size=6", "train.max_steps=8", "train.per_device_train_batch_size=4",
-    "train.eval_steps=2", "train.save_steps=2", "train.report_to=none", "evaluate.max_new_tokens=16",
-    "evaluate.questions.0.max_rows=6", "evaluate.questions.1.max_rows=6", 'evaluate.prompts=["Hi"]',
+    "train.eval_steps=2", "train.save_steps=2", "train.report_to=none", "evaluate.max_new_tokens=8",
+    "evaluate.questions.0.max_rows=2", "evaluate.questions.1.max_rows=2", 'evaluate.prompts=["Hi"]',
 ]  # fmt: skip
 TRAIN = ["train", "data_recipes/pocket.yaml", *SETTINGS]
-EXPORT = ["export", "r", "--quant", "q8_0", "f16"]
+EXPORT = ["export", "r", "--quant", "q8_0"]
 TIMES = {"seconds", "started", "finished", "reached_after", "train_seconds", "tokens_per_second", "runtime",
-         "supervised_tokens_per_second", "peak_memory_bytes", "evaluation_seconds", "train_runtime", "resumed", "commit",
-         "train_samples_per_second", "train_steps_per_second", "eval_seconds", "peak_memory", "stopped", "gpu"}  # fmt: skip
-"""Keys that tell when and how fast, which no two runs share."""
+         "supervised_tokens_per_second", "peak_memory_bytes", "evaluation_seconds", "commit", "peak_memory_gib"}  # fmt: skip
+"""Keys that tell when, how fast and with how much memory, which no two runs share."""
 
 
 def preload() -> None:
@@ -40,24 +43,36 @@ def preload() -> None:
     model.unsloth()
 
 
+def die_with_parent() -> None:
+    """Ask Linux to end this process when its parent ends, so that nothing outlives a campaign that is interrupted."""
+    with contextlib.suppress(OSError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 class Workplace:
     """One outputs folder, with commands run in it one after the other or side by side."""
 
     def __init__(self, folder: Path):
         self.outputs, self.count = folder.resolve(), 0
-        folder.mkdir(parents=True, exist_ok=True)
+        self.logs = Path(f"{self.outputs}.logs")
+        """Beside the outputs, as a disk that is full must not take the screen away."""
+        for made in (self.outputs, self.logs):
+            made.mkdir(parents=True, exist_ok=True)
+        self.codes: dict[int, int] = {}
+        """Exit codes of commands that have ended, by process number."""
         self.limit = 300.0
         """Seconds after which a command is taken to hang."""
 
     def start(self, argv: list[str], before: Callable[[], None] | None = None) -> int:
         """Start a command; returns its process number. `before` runs in the child (limits, environment)."""
         self.count += 1
-        log = self.outputs / f".log-{self.count}"
+        log = self.logs / str(self.count)
         pid = os.fork()
         if pid:
             return pid
         code = 99
         try:
+            die_with_parent()
             os.setsid()
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -79,19 +94,26 @@ class Workplace:
         """The exit code of a command; 124 when it had to be stopped for taking too long, minus a signal's number."""
         until = time.monotonic() + self.limit
         while time.monotonic() < until:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                return os.waitstatus_to_exitcode(status)
+            if self._ended(pid):
+                return self.codes[pid]
             time.sleep(0.02)
         self.stop(pid, signal.SIGKILL)
         return 124
+
+    def _ended(self, pid: int) -> bool:
+        """Whether a command has ended; its exit code is then in `codes`."""
+        if pid not in self.codes:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                self.codes[pid] = os.waitstatus_to_exitcode(status)
+        return pid in self.codes
 
     def stop(self, pid: int, number: int) -> None:
         """Send a signal to a command and to whatever it started, and reap it."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(pid, number)
-        if number == signal.SIGKILL:
-            os.waitpid(pid, 0)
+        if number == signal.SIGKILL and pid not in self.codes:
+            self.codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
     def run(self, argv: list[str], before: Callable[[], None] | None = None) -> int:
         """Run a command to its end; returns its exit code."""
@@ -99,26 +121,38 @@ class Workplace:
 
     def log(self, back: int = 0) -> str:
         """What a command printed: the last one, or the one `back` before it."""
-        return (self.outputs / f".log-{self.count - back}").read_text(errors="replace")
+        return (self.logs / str(self.count - back)).read_text(errors="replace")
 
     def kill(
         self, argv: list[str], when: Callable[[Path], bool], delay: float = 0.0, number: int = signal.SIGKILL
     ) -> bool:
-        """Start a command and signal it `delay` seconds after `when(outputs)` is true; False if it ended before."""
+        """Start a command and signal it `delay` seconds after `when(outputs)` is true; False if it came to its end."""
         pid = self.start(argv)
-        until = time.monotonic() + self.limit
-        while time.monotonic() < until:
-            done, _ = os.waitpid(pid, os.WNOHANG)
-            if done:
-                return False
-            if when(self.outputs):
-                break
-            time.sleep(0.005)
+        if not self.await_moment(pid, when):
+            return False
         time.sleep(delay)
         self.stop(pid, number)
         if number != signal.SIGKILL:
             self.wait(pid)
+        return self.codes[pid] != 0
+
+    def await_moment(self, pid: int, when: Callable[[Path], bool]) -> bool:
+        """Wait until `when(outputs)` is true; False if the command ended before."""
+        until = time.monotonic() + self.limit
+        while time.monotonic() < until and not when(self.outputs):
+            if self._ended(pid):
+                return False
+            time.sleep(0.005)
         return True
+
+    def adopt(self, other: Path, *names: str) -> None:
+        """Begin with files of an undisturbed run: its caches, or the run itself."""
+        for name in names:
+            shutil.copytree(other / name, self.outputs / name, dirs_exist_ok=True)
+
+    def remove(self) -> None:
+        for made in (self.outputs, self.logs):
+            shutil.rmtree(made, ignore_errors=True)
 
     def result(self) -> dict:
         """What must be equal after a fault and without one: every file of the run, times and speeds aside."""
@@ -133,6 +167,8 @@ class Workplace:
 
 
 def _content(path: Path):
+    if path.name == "samples.jsonl":  # replies during training are made as time allows
+        return [row for row in read_jsonl(path) if row["when"] != "during"]
     if path.suffix == ".jsonl":
         return [_timeless(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     if path.suffix == ".json":

@@ -56,8 +56,6 @@ def export(
             check_supported(merged)
         record = Record(run, _inputs(run, onto, merged))
         _plan(run, merged, quants, record, say)
-        for partial in run.rglob("*.partial"):  # left by an export that was killed
-            partial.unlink()
         merge(merged, run, record, say)
         for quant in quants:
             _write_quant(run, quant, record, say)
