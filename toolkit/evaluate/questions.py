@@ -5,7 +5,7 @@ asked = select("quick", steps=200); asks = plan(asked, "thinking", switches=True
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -130,24 +130,23 @@ def from_mix(mixed) -> dict:
     without any).
 
     evaluate(model, tokenizer, **from_mix(mixed)) scores a model in anybody's own notebook."""
-    held_out = mixed.validation
-    return {
-        "questions": [as_question(r.conversation, r.source) for r in held_out if r.conversation.get("expected_answer")]
-        or None,
-        "validation": [
-            {"input_ids": r.ids.tolist(), "prompt_length": r.prompt_length, "source": r.source, "mode": r.mode}
-            for r in held_out
-        ],
-    }
+    rows = mixed.validation
+    questions = [as_question(row.conversation, row.source) for row in rows if row.conversation.get("expected_answer")]
+    validation = [
+        {"input_ids": row.ids.tolist(), "prompt_length": row.prompt_length, "source": row.source, "mode": row.mode}
+        for row in rows
+    ]
+    return {"questions": questions or None, "validation": validation}
 
 
 def choose(rows: Sequence[dict], limit: int, *keys: str) -> list[dict]:
     """At most `limit` rows, in turn from each group that shares `keys`. Which ones is decided by their content alone: every
     run of a sweep asks the same, whatever order its seed read them in."""
-    groups: dict[tuple, list[dict]] = defaultdict(list)
+    ranked, seen = [], Counter()
     for row in sorted(rows, key=lambda row: fingerprint([row])):
-        groups[tuple(row[key] for key in keys)].append(row)
-    ranked = [(turn, name, row) for name, members in sorted(groups.items()) for turn, row in enumerate(members)]
+        group = tuple(row[key] for key in keys)
+        ranked.append((seen[group], group, row))
+        seen[group] += 1
     return [row for _, _, row in sorted(ranked, key=lambda item: item[:2])[:limit]]
 
 
@@ -177,6 +176,6 @@ def spread(length: int, count: int) -> list[int]:
     return np.linspace(0, length - 1, min(count, length)).astype(int).tolist()
 
 
-def fingerprint(rows: Sequence) -> str:
-    """Identity of what was asked, in order."""
-    return hashlib.sha256(json.dumps(list(rows), sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+def fingerprint(asked) -> str:
+    """Identity of what was asked, order included: 16 hex digits for plain values."""
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]

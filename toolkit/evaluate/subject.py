@@ -5,13 +5,12 @@ subject.divergence([{"input_ids": [1, 2, 3, 4], "prompt_length": 2}])
 """
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from toolkit.evaluate.questions import fingerprint
 from toolkit.family import family_of
 from toolkit.files import ToolkitError, read_json, write_json
 from toolkit.generate import (
@@ -65,7 +64,7 @@ class LoadedRun:
             replies = generate(self.model, self.tokenizer, conversations, mode, **settings)
         if file:
             rows = [asdict(reply) for reply in replies]
-            write_json(file, {"sha256": digest(rows), "replies": rows})
+            write_json(file, {"fingerprint": fingerprint(rows), "replies": rows})
         return replies
 
     def key(self, conversations: list[list[dict]], mode: str, settings: dict) -> str:
@@ -82,7 +81,7 @@ class LoadedRun:
             "device": torch.cuda.get_device_name(self.model.device) if cuda else "cpu",
             "versions": [version("torch"), version("transformers")],
         }
-        return digest(decides)[:32]
+        return fingerprint(decides)
 
     def own(self, conversations: list[list[dict]], mode: str, tokens: int, progress) -> list[dict]:
         """The base's greedy answers as rows {"input_ids", "prompt_length"}, the end-of-turn token included."""
@@ -105,14 +104,9 @@ def stored(file: Path) -> list[Reply] | None:
     """The replies in a file of the cache; None where it is missing, damaged or not what its own checksum says."""
     with contextlib.suppress(ToolkitError, KeyError):
         content = read_json(file)
-        if content["sha256"] == digest(content["replies"]):
+        if content["fingerprint"] == fingerprint(content["replies"]):
             return [Reply(**row) for row in content["replies"]]
     return None
-
-
-def digest(value) -> str:
-    """SHA-256 of plain values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def checksum(model) -> str:
@@ -127,7 +121,7 @@ def checksum(model) -> str:
         plain = name.replace(".base_layer", "").replace(".original_module", "")
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         found.append([plain, str(tensor.dtype), list(tensor.shape), int(raw.sum(dtype=torch.int64))])
-    return digest(found)
+    return fingerprint(found)
 
 
 @contextlib.contextmanager
