@@ -45,7 +45,7 @@ def start(body: str, outputs) -> subprocess.Popen:
         ("train --fresh train.max_steps=2", {"recipe": None, "fresh": True}, ["train.max_steps=2"]),
         ("train train.max_steps=2 pocket", {"recipe": "pocket"}, ["train.max_steps=2"]),
         ("mix pocket --show 2 data.budget=8", {"recipe": "pocket", "show": 2}, ["data.budget=8"]),
-        ("replay pocket --out a=b.jsonl data.seed=1", {"out": "a=b.jsonl"}, ["data.seed=1"]),
+        ("replay pocket --prompts a=b.jsonl data.seed=1", {"prompts": "a=b.jsonl"}, ["data.seed=1"]),
         ("fit --vram 8 lora.r=8", {"recipe": "hybrid", "vram": 8}, ["lora.r=8"]),
     ],
 )

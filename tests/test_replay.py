@@ -119,9 +119,9 @@ def test_prompts_come_from_rows_that_neither_train_nor_are_held_out(recipe):
     assert not taken & {prompt_key(row) for row in rows}
 
 
-def test_the_written_file_is_a_source_and_the_printed_line_mixes_it_in(recipe, tmp_path):
+def test_the_written_file_is_a_source_and_the_printed_line_mixes_it_in(recipe):
     console = quiet()
-    path = replay(recipe, count=20, out=tmp_path / "kept.jsonl", answer=well, console=console)
+    path = replay(recipe, count=20, answer=well, console=console)
     line = next(text.strip() for text in console.export_text().splitlines() if text.strip().startswith("- {path"))
     added = yaml.safe_load(line)[0]
     assert added["path"] == str(path)
@@ -131,7 +131,7 @@ def test_the_written_file_is_a_source_and_the_printed_line_mixes_it_in(recipe, t
     values["data"]["sources"].append(added)
     values["data"]["validation_size"] = 0
     mixed = compile_mix(recipes.from_dict(values))
-    kept = [row for row in mixed.train if row.source == "kept"]
+    kept = [row for row in mixed.train if row.source == "tiny-replay"]
     assert {row.mode for row in kept} == {"thinking", "non_thinking"}
     assert len(kept) >= 18  # the fraction is rounded to a hundredth
 
@@ -167,10 +167,10 @@ def test_two_replays_do_not_write_one_file_at_the_same_time(recipe, tmp_path):
             "try: lock(pathlib.Path(sys.argv[1]), 'replay').__enter__()\n"
             "except ToolkitError as error: print(error)"
         )
-        words = [sys.executable, "-c", code, str(tmp_path / "kept.jsonl")]
+        words = [sys.executable, "-c", code, str(tmp_path / "out/tiny-replay.jsonl")]
         other.append(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
         return well(prompts, mode, seed)
 
     other = []
-    replay(recipe, count=2, out=tmp_path / "kept.jsonl", answer=answer, console=quiet())
+    replay(recipe, count=2, answer=answer, console=quiet())
     assert "is in use by `replay`" in other[0]

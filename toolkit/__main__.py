@@ -88,7 +88,7 @@ def take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     """(other words, overrides): takes `key=value` words out, so that no option with several values swallows them.
 
     Only `--set` is followed by such words itself: its first, and those with a comma. A word after an option with exactly
-    one value is that value (`--out a=b.jsonl`).
+    one value is that value (`--prompts a=b.jsonl`).
     """
     known = {flags[0]: options for flags, options in VERBS[words[0]][1]} if words[0] in VERBS else {}
     if "overrides" not in known:
@@ -309,13 +309,12 @@ def reproduce(args):
     *RECIPE,
     arg("--prompts", metavar="FILE", help="rows to answer; default: the recipe's own that it does not train on"),
     arg("--count", type=int, default=100, help="rows to keep, half of them in each mode"),
-    arg("--out", metavar="FILE", help="default: outputs/<name>-replay.jsonl"),
 )
 def replay(args):
     """Write the base model's own verified answers as a source that keeps what training would make it forget."""
     from toolkit import replay
 
-    replay.replay(_recipe(args), prompts=args.prompts, count=args.count, out=args.out, console=console())
+    replay.replay(_recipe(args), prompts=args.prompts, count=args.count, console=console())
 
 
 @verb(

@@ -10,7 +10,7 @@ these rows anyway, so training on them costs little and keeps what other rows ma
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 
 from toolkit.evaluate.score import Judge, has_tags, leaks, thinks
@@ -21,54 +21,45 @@ from toolkit.mix import Mix, prompt_key
 from toolkit.progress import Progress
 from toolkit.recipe import Recipe, Source
 from toolkit.render import Chat, examples, load_chat
+from toolkit.run import compile_mix, default_console, resolve
 from toolkit.sources import Rejected, conversations
 
 BATCH = 32
-"""Prompts asked at a time, in each mode."""
-MAX_REPLIES_PER_ROW = 20
-"""Replies per wanted row after which a mode is given up: a base that is right less often has little to rehearse there."""
+"""Prompts asked at a time."""
+MAX_PROMPTS_PER_ROW = 20
+"""Prompts per wanted row after which a mode is given up: a base that is right less often has little to rehearse there."""
 
 Answer = Callable[[Sequence[list[dict]], str, int], list[Reply]]
 """(prompts, mode, seed) → one reply each."""
 
 
 def replay(
-    recipe: Recipe,
-    *,
-    prompts: str | Path | None = None,
-    count: int = 100,
-    out: str | Path | None = None,
-    answer: Answer | None = None,
-    console=None,
+    recipe: Recipe, *, prompts: str | Path | None = None, count: int = 100, answer: Answer | None = None, console=None
 ) -> Path:
-    """Write `count` verified rows, as many in each mode, as messages JSONL; returns the file.
+    """Write `count` verified rows, as many in each mode, to outputs/<name>-replay.jsonl; returns the file.
 
     `prompts` is any file that a source can be; by default rows of the recipe's own sources that it does not train on,
     those with fraction 0 included. `answer` stands in for the base model in tests. Raises ToolkitError when no reply was
     kept.
     """
-    from toolkit.run import compile_mix, default_console, resolve
-
     console = console or default_console()
     recipe = resolve(recipe, console)
-    path = Path(out) if out else outputs() / f"{recipe.name}-replay.jsonl"
-    with lock(path, "replay"):
-        mixed = compile_mix(recipe, console)
-        chat = load_chat(recipe.model.model_name, recipe.model.revision)
-        source = [_rows(Source(str(prompts)), recipe, set())] if prompts else unused(recipe, mixed)
-        asked = _prompts(_in_turn(source), mixed)
-        with Progress(console, "verified rows", total=count) as progress:
-            rows, dropped = collect(
-                asked, answer or base_answers(recipe), KINDS[chat.kind], count, recipe.data.seed, progress
-            )
+    path = outputs() / f"{recipe.name}-replay.jsonl"
+    with lock(path, "replay"), Progress(console, "verified rows", total=count) as progress:
+        mixed, chat = compile_mix(recipe, console), load_chat(recipe.model.model_name, recipe.model.revision)
+        sources = [_rows(Source(str(prompts)), recipe, set())] if prompts else unused(recipe, mixed)
+        asked = list(islice(_prompts(sources, mixed), MAX_PROMPTS_PER_ROW * count))
+        answer, modes, rows, dropped = answer or base_answers(recipe), KINDS[chat.kind], [], Counter()
+        for i, mode in enumerate(modes):
+            wanted = (count + len(modes) - 1 - i) // len(modes)
+            kept, why = collect(asked, answer, mode, wanted, recipe.data.seed, progress, hybrid=len(modes) > 1)
+            console.print(f"{mode_title(mode)}: kept {len(kept)} of {wanted} wanted")
+            rows, dropped = rows + kept, dropped + why
         reasons = ", ".join(f"{why} {n}" for why, n in dropped.most_common()) or "none"
         if not rows:
             raise ToolkitError(f"no reply was kept; dropped: {reasons}. Give other --prompts, or another base model")
         write_jsonl(path, rows)
-    kept = Counter("thinking" if "reasoning_content" in row["messages"][-1] else "non_thinking" for row in rows)
-    by_mode = ", ".join(f"{kept[mode]} {mode_title(mode)}" for mode in KINDS[chat.kind])
-    console.print(f"kept {len(rows)} replies ({count} wanted): {by_mode}; dropped: {reasons}")
-    console.print(source_line(path, rows, recipe, mixed, chat))
+    console.print(f"dropped: {reasons}\n{source_line(path, rows, recipe, mixed, chat)}")
     return path
 
 
@@ -84,21 +75,11 @@ def _rows(source: Source, recipe: Recipe, used: set[int]) -> Iterator[dict]:
             yield row
 
 
-def _in_turn(streams: list[Iterator[dict]]) -> Iterator[dict]:
-    """One row of each stream after another, until all are exhausted."""
-    while streams:
-        for stream in list(streams):
-            row = next(stream, None)
-            if row is None:
-                streams.remove(stream)
-            else:
-                yield row
-
-
-def _prompts(rows: Iterator[dict], mixed: Mix) -> Iterator[dict]:
-    """{"messages" up to the last user turn, "expected_answer" if known}, each prompt once; none that is held out."""
+def _prompts(sources: list[Iterator[dict]], mixed: Mix) -> Iterator[dict]:
+    """{"messages" up to the last user turn, "expected_answer" if known}, one row of each source after another, each
+    prompt once; none that is held out."""
     seen = {prompt_key(row.conversation) for row in mixed.validation}
-    for row in rows:
+    for row in (row for turn in zip_longest(*sources) for row in turn if row):
         last = max((i for i, m in enumerate(row["messages"]) if m["role"] == "user"), default=None)
         if last is None or row.get("tools"):  # only its tool could verify a call
             continue
@@ -110,28 +91,22 @@ def _prompts(rows: Iterator[dict], mixed: Mix) -> Iterator[dict]:
 
 
 def collect(
-    prompts: Iterator[dict], answer: Answer, modes: Sequence[str], count: int, seed: int, progress: Progress
+    prompts: list[dict], answer: Answer, mode: str, wanted: int, seed: int, progress: Progress, *, hybrid: bool
 ) -> tuple[list[dict], Counter]:
-    """(rows, dropped by reason): ask batch by batch, in every mode, until each mode has its part of `count`, gives too
-    little, or the prompts are exhausted."""
-    rows, dropped, have, asked = [], Counter(), Counter(), Counter()
-    wanted = {mode: (count + len(modes) - 1 - i) // len(modes) for i, mode in enumerate(modes)}
+    """(rows, dropped by reason): ask batch by batch until there are as many rows as wanted, or no more prompts."""
+    rows, dropped = [], Counter()
     with Judge() as judge:
-        while batch := list(islice(prompts, BATCH)):
-            limit = {mode: MAX_REPLIES_PER_ROW * max(wanted[mode], BATCH) for mode in modes}
-            missing = [mode for mode in modes if have[mode] < wanted[mode] and asked[mode] < limit[mode]]
-            if not missing:
+        for start in range(0, len(prompts), BATCH):
+            if len(rows) == wanted:
                 break
-            for mode in missing:
-                replies = answer([p["messages"] for p in batch], mode, seed + asked[mode])
-                asked[mode] += len(replies)
-                for prompt, reply in zip(batch, replies, strict=True):
-                    if why := rejection(reply, mode, prompt.get("expected_answer"), judge, hybrid=len(modes) > 1):
-                        dropped[why] += 1
-                    elif have[mode] < wanted[mode]:
-                        have[mode] += 1
-                        rows.append(row_of(prompt, reply))
-                        progress.advance(1)
+            batch = prompts[start : start + BATCH]
+            replies = answer([prompt["messages"] for prompt in batch], mode, seed + start)
+            for prompt, reply in zip(batch, replies, strict=True):
+                if why := rejection(reply, mode, prompt.get("expected_answer"), judge, hybrid=hybrid):
+                    dropped[why] += 1
+                elif len(rows) < wanted:
+                    rows.append(row_of(prompt, reply))
+                    progress.advance(1)
     return rows, dropped
 
 
@@ -168,15 +143,15 @@ def base_answers(recipe: Recipe) -> Answer:
 def source_line(path: Path, rows: list[dict], recipe: Recipe, mixed: Mix, chat: Chat) -> str:
     """The line for a recipe's data.sources, with the fraction at which every row is used once; `max_repeats: 2` replaces
     the rows that are held out, without which the whole mix would be reduced."""
-    texts = [example for row in rows for example in examples(row, "auto", chat)]
-    ids = chat.encode([part for e in texts for part in (e.prompt, e.completion)])
-    supervised, tokens = sum(map(len, ids[1::2])), sum(map(len, ids))
-    size = {"examples": len(texts), "supervised_tokens": supervised, "tokens": tokens}[recipe.data.unit]
-    share = size / (recipe.data.budget or mixed.report["total"][recipe.data.unit])
+    unit, texts = recipe.data.unit, [example for row in rows for example in examples(row, "auto", chat)]
+    counted = [[e.completion] if unit == "supervised_tokens" else [e.prompt, e.completion] for e in texts]
+    size = (
+        len(texts) if unit == "examples" else sum(map(len, chat.encode([part for parts in counted for part in parts])))
+    )
+    share = size / (recipe.data.budget or mixed.report["total"][unit])
     fraction = math.floor(1000 * min(1.0, max(share, 0.001))) / 1000
-    shown = path.relative_to(ROOT) if path.is_absolute() and path.is_relative_to(ROOT) else path
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     return (
-        f"{path}: {size:,} {recipe.data.unit.replace('_', ' ')}. To mix it in, add to data.sources, and lower the other "
-        f"fractions so that the sum is 1:\n    - {{path: {shown}, format: messages, mode: auto, fraction: {fraction:g}, "
-        "max_repeats: 2}"
+        f"{path}: {size:,} {unit.replace('_', ' ')}. To mix it in, add to data.sources, and lower the other fractions so "
+        f"that the sum is 1:\n    - {{path: {shown}, format: messages, mode: auto, fraction: {fraction:g}, max_repeats: 2}}"
     )

@@ -6,7 +6,7 @@ from toolkit.reproduce import reproduce; print(*reproduce("pocket"), sep="\\n")
 from pathlib import Path
 
 from toolkit import recipe as recipes
-from toolkit.files import read_json, read_jsonl, sha256
+from toolkit.files import flat, read_json, read_jsonl, sha256
 from toolkit.model import run_folder
 
 CLOCK = ("seconds", "started", "finished", "peak_memory_gib", "runtime", "per_second")
@@ -37,12 +37,10 @@ def differences(old: Path, new: Path) -> list[str]:
     return found
 
 
-def first_difference(old, new, path: str = "") -> str:
+def first_difference(old, new) -> str:
     """`tuned.thinking.accuracy.value: 0.5 there, 0.6 now`; empty where values are equal but for times."""
-    if isinstance(old, list) and isinstance(new, list):
-        old, new = dict(enumerate(old)), dict(enumerate(new))
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = [key for key in {**old, **new} if not str(key).endswith(CLOCK)]
-        places = (first_difference(old.get(key), new.get(key), f"{path}.{key}") for key in keys)
-        return next(filter(None, places), "")
-    return "" if old == new else f"{path.lstrip('.')}: {old!r:.80} there, {new!r:.80} now"
+    old, new = flat(old), flat(new)
+    for key in {**old, **new}:
+        if old.get(key) != new.get(key) and not key.endswith(CLOCK):
+            return f"{key}: {old.get(key)!r:.80} there, {new.get(key)!r:.80} now"
+    return ""
