@@ -26,6 +26,7 @@ from toolkit.evaluate.questions import (
 from toolkit.evaluate.score import Judge, leaks, same_words
 from toolkit.evaluate.stats import difference, interval
 from toolkit.evaluate.subject import LOGITS, LoadedRun, checksum, logits_at_once
+from toolkit.evaluate.text import verdict
 from toolkit.family import MODES
 from toolkit.files import ROOT, ToolkitError, read_jsonl
 from toolkit.generate import Reply, inference, split_reply
@@ -425,8 +426,8 @@ def without_answers(_conversation, _mode):
 
 
 @pytest.mark.parametrize(("base", "tuned", "last"), [
-    (without_answers, perfect, "result: better than the base in say with thinking, sums with thinking"),
-    (perfect, without_answers, "result: WORSE than the base in say with thinking, sums with thinking"),
+    (without_answers, perfect, "result: better than the base in sums with thinking"),
+    (perfect, without_answers, "result: WORSE than the base in sums with thinking"),
     (perfect, perfect, "result: no change shown"),
     (perfect, endless, "result: WORSE than the base in keeps to its mode with thinking"),
 ])  # fmt: skip
@@ -438,6 +439,21 @@ def test_the_verdict_says_in_a_few_lines_what_changed_and_ends_with_better_or_wo
         assert lines[1] == "sums with thinking: 0% → 100% (+100 points, certain)"
     if tuned is endless:
         assert lines[1] == "sums with thinking: not measured (100% of replies cut by the token limit)"
+
+
+@pytest.mark.parametrize(("n", "said"), [
+    (5, "12% → 0% (no change shown; 44% of replies cut by the token limit)"),  # five pairs prove nothing
+    (9, "12% → 0% (-12 points, certain; 44% of replies cut by the token limit)"),
+])  # fmt: skip
+def test_the_points_of_a_change_are_the_difference_of_the_shares_beside_them(n, said):
+    """The shares are over all questions that a model finished, the interval over those that both did."""
+    found = [{"value": v, "low": v, "high": v, "n": n} for v in (0.12, 0.0)]
+    base, tuned = ({"thinking": {"accuracy/set/sums": f, "cut": {"value": 0.44}}} for f in found)
+    paired = difference(([1] * n, [1] * n), ([0] * n, [1] * n), seed=1, rate=True)
+    assert paired["value"] == -1
+    changes = {"thinking": {"accuracy/set/sums": paired}}
+    result = {"modes": ["thinking"], "base": base, "tuned": tuned, "difference": changes}
+    assert verdict(result)[0] == f"sums: {said}"
 
 
 def rendered(result, width) -> str:

@@ -65,13 +65,17 @@ def _change(result: dict, mode: str, metric: str) -> str:
     note = f"{cut:.0%} of replies cut by the token limit" if cut > CUT else ""
     if change["value"] is None:
         return f"not measured ({note or 'no question'})"
-    sure = f"{100 * change['value']:+.0f} points, certain" if _direction(change) else "no change shown"
-    return f"{base['value']:.0%} → {tuned['value']:.0%} ({sure}{note and '; ' + note})"
+    # the change is paired over questions that both answered, the shares are over all that each answered: where many are
+    # cut, only its direction can be said of them
+    before, after = round(100 * base["value"]), round(100 * tuned["value"])
+    sure = f"{after - before:+d} points, certain" if _direction(change) * (after - before) > 0 else "no change shown"
+    return f"{before}% → {after}% ({sure}{note and '; ' + note})"
 
 
 def _direction(change: dict) -> int:
-    """1 where the whole interval lies above zero, -1 where it lies below, else 0."""
-    return 0 if change["value"] is None else int(change["low"] > 0) - int(change["high"] < 0)
+    """1 where the whole interval lies above zero, -1 where it lies below, else 0. Fewer than six pairs show nothing at
+    95%, even where all agree: a sign test's least p is 2 * 0.5 ** n."""
+    return 0 if change["value"] is None or change["n"] < 6 else int(change["low"] > 0) - int(change["high"] < 0)
 
 
 def _conclusion(better: list[str], worse: list[str]) -> str:
