@@ -242,19 +242,17 @@ def evaluate(args):
     RECIPE[1],
     arg("--model", help="instead of the recipe's, e.g. unsloth/Qwen3-8B-unsloth-bnb-4bit"),
     arg("--vram", type=float, default=0, metavar="GB", help="a card's size; default: the one here, else 8"),
-    arg("--measure", action="store_true", help="compile the mix and take its longest row"),
     arg("--table", action="store_true", help="every Qwen3 on cards of 6 to 24 GB"),
 )
 def fit(args):
     """Say what a run will need in memory, before it is run, and what would make it fit."""
-    from toolkit import fit, mix, notebook
+    from toolkit import fit, notebook
 
     if args.table:
         fit.show_table(console())
         return
-    recipe, vram = _recipe(args), notebook.vram(args.vram)
-    longest = max(len(row.ids) for row in mix.compile_mix(recipe).train) if args.measure else None
-    fit.show(fit.forecast(recipe, args.model, longest=longest, vram=vram), vram, console())
+    vram = notebook.vram(args.vram)
+    fit.show(fit.forecast(_recipe(args), args.model, vram=vram), vram, console())
 
 
 @verb(
