@@ -299,7 +299,10 @@ CLOSED = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}END\n{
 
 @pytest.mark.parametrize(
     ("end", "said"),
-    [("", "writes nothing after a reply"), ("<|eot_id|>", "ends a reply with '<|eot_id|>', which is no token of its")],
+    [
+        ("", "ends a reply with '', which is no token of its"),
+        ("<|eot_id|>", "ends a reply with '<|eot_id|>', which is no token of its"),
+    ],
 )
 def test_a_turn_that_ends_in_no_token_is_an_error_before_any_row_is_read(end, said, tmp_path):
     chat = folder_with(CLOSED.replace("END\n", end), tmp_path)

@@ -1,6 +1,8 @@
 """Rows that repeat each other or an evaluation prompt: exact duplicates, near duplicates, 13-gram overlap.
 
-from toolkit.dedup import NearDuplicates, signatures; near = NearDuplicates(decode); near.find(row, asked, signature)
+from toolkit.dedup import NearDuplicates, signatures; row.signature, = signatures([ids]); NearDuplicates(decode).find(row)
+
+Rows are mix.Row: `ids`, of which `prompt_length` are the prompt, `conversation`, `signature`.
 """
 
 import hashlib
@@ -27,8 +29,11 @@ CANDIDATES = 32
 
 def prompt_key(conversation: dict) -> bytes:
     """16 bytes that are equal for rows that ask the same: all user turns, case, spacing and typed mode switches aside."""
-    asked = "\0".join(SWITCH.sub("", m["content"]) for m in conversation["messages"] if m["role"] == "user")
-    return _digest(asked)
+    return _digest(SWITCH.sub("", _asked(conversation)))
+
+
+def _asked(conversation: dict) -> str:
+    return "\0".join(m["content"] for m in conversation["messages"] if m["role"] == "user")
 
 
 def _digest(text: str) -> bytes:
@@ -36,24 +41,20 @@ def _digest(text: str) -> bytes:
 
 
 class Duplicates:
-    """Rows whose prompt and completion both repeat an earlier row's, case and spacing aside.
-
-    `decode(ids)` gives a row's text back; it is needed only for rows that ask the same.
-    """
+    """Rows whose prompt and completion both repeat an earlier row's, case and spacing aside."""
 
     def __init__(self, decode: Callable[[np.ndarray], str]):
         self._decode = decode
-        self._by_prompt: dict[bytes, object] = {}
-        """Prompt key → its only row, or {digest of the whole text: row} from the second on."""
+        self._asked: dict[bytes, object] = {}
+        self._told: dict[bytes, object] = {}
 
-    def find(self, key: bytes, row):
+    def find(self, row):
         """The earlier row that this one repeats; None where there is none, and then it is remembered."""
-        before = self._by_prompt.setdefault(key, row)
-        if before is row:
+        first = self._asked.setdefault(prompt_key(row.conversation), row)
+        if first is row:  # whole texts are compared only where rows ask the same
             return None
-        if not isinstance(before, dict):
-            before = self._by_prompt[key] = {_digest(self._decode(before.ids)): before}
-        found = before.setdefault(_digest(self._decode(row.ids)), row)
+        self._told.setdefault(_digest(self._decode(first.ids)), first)
+        found = self._told.setdefault(_digest(self._decode(row.ids)), row)
         return None if found is row else found
 
 
@@ -67,30 +68,25 @@ class NearDuplicates:
 
     def __init__(self, decode: Callable[[np.ndarray], str]):
         self._decode = decode
-        self._buckets: dict[bytes, list[int]] = {}
-        self._signed: list[tuple] = []
+        self._buckets: dict[bytes, list] = {}
 
-    def find(self, row, asked: str, signature: np.ndarray | None):
-        """The earlier row that this one nearly repeats, or None; `asked` is its user turns' text."""
-        if signature is None:
-            return None
-        candidates = {i for band in _bands(signature) for i in self._buckets.get(band, ())[-CANDIDATES:]}
-        for i in sorted(candidates):
-            earlier, other = self._signed[i]
-            if (other == signature).mean() >= SIMILAR and self._asks_the_same(row, earlier, asked):
+    def find(self, row):
+        """The earlier row that this one nearly repeats, or None."""
+        near = [earlier for band in _bands(row.signature) for earlier in self._buckets.get(band, ())[-CANDIDATES:]]
+        for earlier in dict.fromkeys(near):
+            if (earlier.signature == row.signature).mean() >= SIMILAR and self._asks_the_same(row, earlier):
                 return earlier
         return None
 
-    def add(self, row, signature: np.ndarray | None) -> None:
+    def add(self, row) -> None:
         """Remember a row for later calls of `find`."""
-        if signature is not None:
-            for band in _bands(signature):
-                self._buckets.setdefault(band, []).append(len(self._signed))
-            self._signed.append((row, signature))
+        for band in _bands(row.signature):
+            self._buckets.setdefault(band, []).append(row)
 
-    def _asks_the_same(self, row, earlier, asked: str) -> bool:
+    def _asks_the_same(self, row, earlier) -> bool:
         changed = self._changed(row.ids[: row.prompt_length], earlier.ids[: earlier.prompt_length])
-        if changed.total() > REWORDED * len(_words(asked)) or any(c.isdigit() for word in changed for c in word):
+        asked = _words(_asked(row.conversation))
+        if changed.total() > REWORDED * len(asked) or any(c.isdigit() for word in changed for c in word):
             return False
         return not changed & self._changed(row.ids[row.prompt_length :], earlier.ids[earlier.prompt_length :])
 
@@ -121,9 +117,9 @@ def _shingles(ids: np.ndarray) -> np.ndarray:
     return hashes
 
 
-def _bands(signature: np.ndarray) -> list[bytes]:
-    raw, width = signature.tobytes(), signature.nbytes // BANDS
-    return [bytes([i]) + raw[i * width : (i + 1) * width] for i in range(BANDS)]
+def _bands(signature: np.ndarray | None) -> list[bytes]:
+    parts = () if signature is None else signature.reshape(BANDS, -1)
+    return [bytes([i]) + part.tobytes() for i, part in enumerate(parts)]
 
 
 class Grams:
@@ -141,7 +137,7 @@ class Grams:
             words = _words(message["content"] + " " + message.get("reasoning_content", ""))
             if message["role"] == "user" and " ".join(words) in self.whole:
                 return " ".join(words)
-            if self.grams and (hit := next((gram for gram in _grams(words) if gram in self.grams), None)):
+            if hit := next((gram for gram in _grams(words) if gram in self.grams), None):
                 return hit
         return None
 

@@ -25,7 +25,7 @@ from toolkit.sources.readers import (
     without_nulls,
 )
 
-__all__ = ["Rejected", "Rows", "canonical", "conversations", "detect", "fingerprint", "open_rows"]
+__all__ = ["Rejected", "Rows", "canonical", "conversations", "detect", "fingerprint", "open_rows", "split_count"]
 
 HUB_BUFFER = 2_000
 """Rows of a stream that are shuffled together, after its files are: so many come down before the first is drawn."""
@@ -81,24 +81,29 @@ def open_rows(source: Source) -> Rows:
 
     `#500` and `max_rows` keep that many rows of the seed's order. Raises ToolkitError.
     """
+    source, limit = split_count(source)
     source, found = _located(source)
     rows = open_files(*found) if found else stream_rows(source, *_hub_stream(source))
-    limit = source.max_rows
     return rows if limit is None else replace(rows, draw=lambda seed: islice(rows.draw(seed), limit))
+
+
+def split_count(source: Source) -> tuple[Source, int | None]:
+    """A source without its limit, and the limit: N of `path#N` or `max_rows`."""
+    limit = source.max_rows
+    if not find(source.path) and (match := re.fullmatch(r"(.+)#([1-9]\d*)", source.path)):
+        source, limit = replace(source, path=match[1]), min(int(match[2]), limit or int(match[2]))
+    return replace(source, max_rows=None), limit
 
 
 def fingerprint(source: Source) -> str:
     """SHA-256 of a local source's files, or the commit of one on the Hub; no rows are read."""
-    source, found = _located(source)
+    source, found = _located(split_count(source)[0])
     return fingerprint_of(*found) if found else _hub_stream(source)[1]
 
 
 def _located(source: Source) -> tuple[Source, tuple[Path, list[Path]] | None]:
-    """The source with `#N` and `:subset` taken off its path, and, unless it is on the Hub, (path, its data files)."""
+    """The source with `:subset` taken off its path, and, unless it is on the Hub, (path, its data files)."""
     path = source.path
-    if not find(path) and (match := re.fullmatch(r"(.+)#([1-9]\d*)", path)):
-        path, limit = match[1], int(match[2])
-        source = replace(source, path=path, max_rows=min(limit, source.max_rows or limit))
     if not find(path) and (match := re.fullmatch(r"(.+[^:/]):([\w.\-]+)", path)):
         path = match[1]
         source = replace(source, path=path, subset=match[2])
