@@ -29,6 +29,7 @@ from toolkit.export.merge import (
 from toolkit.export.model_card import adapter_card
 from toolkit.export.parity import log_probs
 from toolkit.files import ROOT, ToolkitError, read_json, sha256
+from toolkit.serve.engine import start
 
 SILENT = {"say": lambda _: None}
 QUANTS = ("f16", "q4_k_m")
@@ -354,6 +355,20 @@ def test_a_wrong_argument_is_told_before_anything_is_written(arguments, message,
 def test_a_folder_that_is_no_run_is_told_what_it_lacks(tmp_path):
     with pytest.raises(ToolkitError, match=r"manifest\.json, adapter/adapter_config\.json.*not found"):
         export(tmp_path, **SILENT)
+
+
+def test_an_adapter_that_is_not_as_it_was_trained_is_neither_exported_nor_served(run):
+    weights = run / "adapter" / "adapter_model.safetensors"
+    manifest = json.loads((run / "manifest.json").read_text())
+    (run / "manifest.json").write_text(json.dumps(manifest | {"adapter": {weights.name: sha256(weights)}}))
+    (run / "recipe.yaml").write_text("name: run\n")
+    damaged = bytearray(weights.read_bytes())
+    damaged[len(damaged) * 3 // 4] ^= 1
+    weights.write_bytes(damaged)
+    for use in (lambda: export(run, quants=()), lambda: start([run])):
+        with pytest.raises(ToolkitError, match=r"adapter_model\.safetensors: missing or damaged.*Run the `train`"):
+            use()
+    assert not (run / "merged").exists()
 
 
 def test_16bit_training_has_no_4bit_base_to_merge_onto(run):

@@ -210,5 +210,16 @@ def jitter(seed: int, most: float) -> float:
 
 
 def differences(expected: dict, found: dict) -> list[str]:
-    """Names of files that differ, are missing or are there in addition."""
-    return sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    """Files that differ, are missing or are there in addition; of a JSON file what differs first in it."""
+    names = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    return [f"{name}{_first(expected.get(name), found.get(name))}" for name in names]
+
+
+def _first(old, new) -> str:
+    """Where two JSON values differ first, and both values there."""
+    if type(old) is not type(new) or not isinstance(old, dict | list):
+        return f": {str(old)[:60]} → {str(new)[:60]}"
+    if isinstance(old, list):
+        old, new = dict(enumerate(old)), dict(enumerate(new))
+    key = next(k for k in [*old, *new] if k not in old or k not in new or old[k] != new[k])
+    return f".{key}{_first(old.get(key), new.get(key))}"

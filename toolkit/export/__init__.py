@@ -26,6 +26,7 @@ from toolkit.export.merge import (
 from toolkit.export.model_card import model_card
 from toolkit.export.parity import POSITIONS
 from toolkit.files import ToolkitError, lock, read_json, sha256
+from toolkit.model import check_adapter
 
 LIBRARIES = 1.0e9
 """Memory of Python with torch, transformers and llama.cpp loaded, before any weight (measured: 0.8 GB)."""
@@ -83,6 +84,7 @@ def _checked(run: Path) -> Path:
     missing = [n for n in ("manifest.json", *(f"adapter/{name}" for name in adapter)) if not (run / n).is_file()]
     if missing:
         raise ToolkitError(f"{run}: {', '.join(missing)} not found: expected the folder of a finished run")
+    check_adapter(run)
     return run
 
 

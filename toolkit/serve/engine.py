@@ -17,7 +17,7 @@ from toolkit.export.merge import Merged, open_merged
 from toolkit.export.parity import Tokens, file_divergence, log_probs, probe_sequences
 from toolkit.family import KINDS, MODES, family_of, sampling_of
 from toolkit.files import ToolkitError, complete, lock, outputs, read_json, sha256
-from toolkit.model import run_folder
+from toolkit.model import check_adapter, run_folder
 from toolkit.render import load_chat
 
 BASE = "base"
@@ -115,6 +115,8 @@ def start(
         raise ToolkitError("several runs are served as adapters beside their base: leave out --from and --base")
     _check_port(host, port)
     if source == "adapter":
+        for folder in folders:
+            check_adapter(folder)
         weights, loras, facts = _converted(folders, quant or QUANT, say)
     else:
         weights, loras = exported_gguf(folders[0], quant), []
