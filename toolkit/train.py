@@ -194,7 +194,6 @@ def writing(path: Path) -> Iterator[None]:
 
 def build_trainer(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console):
     """(SFTTrainer on the mix, its callbacks by name)."""
-    import transformers
     import trl
 
     validation = mixed.validation_by_source
@@ -213,8 +212,6 @@ def build_trainer(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, co
             callbacks=list(hooks.values()),
         )
     prepare(trainer, hooks)
-    trainer.remove_callback(transformers.ProgressCallback)
-    trainer.remove_callback(transformers.PrinterCallback)
     if trainer.args.packing or trainer.args.padding_free:
         console.print(f"packing {trainer.args.packing}, padding-free {trainer.args.padding_free}")
     return trainer, hooks
@@ -222,6 +219,10 @@ def build_trainer(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, co
 
 def prepare(trainer, hooks: dict) -> None:
     """Make a plain SFTTrainer keep the run's record: what `finish` expects, whoever built the trainer."""
+    import transformers
+
+    for printer in (transformers.ProgressCallback, transformers.PrinterCallback):
+        trainer.remove_callback(printer)
     trainer.args.load_best_model_at_end = False  # `finish` loads it, after a resume with nothing left to train too
     trainer.args.save_total_limit = None  # `Checkpoints` deletes old ones, once the new one is whole
     for weight in trainer.model.parameters():
