@@ -25,22 +25,20 @@ def printed(thing, width):
 def test_the_table_of_a_mix_is_whole_and_names_every_source(width):
     sources = [s | {"name": ALIKE + end} for s, end in ((THINKING, "one"), (CHAT, "two"))]
     report = compiled(*sources, budget=3000).report
-    text = printed(show.mix_table(report, width), width)
+    text = printed(show.mix_table(report), width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
     squeezed = re.sub(r"\s", "", text)
     for end, name in (("one", ALIKE + "one"), ("two", ALIKE + "two")):
         assert end in text
         row = report["sources"][name]
-        numbers = [row["rows_kept"], row["tokens"], row["supervised_tokens"]] + (
-            [row["rows_seen"]] if width == 120 else []
-        )
+        numbers = [row["rows_kept"], row["tokens"], row["supervised_tokens"]]
         shares = [f"{report['achieved'][unit][name]:.1%}" for unit in mix.UNITS]
         for cell in [*(f"{n:,}" for n in numbers), *shares, f"{report['planned'][name]:.1%}"]:
             assert cell in text, cell
     head = text.split("─")[0].split()
     assert head.count("supervised") == 1
-    assert head.count("tokens") == (2 if width == 80 else 3)
+    assert head.count("tokens") == 2
     assert "thinking" in squeezed
     assert "non-thinking" in squeezed
 
@@ -58,7 +56,7 @@ def test_tables_print_on_terminals_that_know_no_unicode():
     report = compiled(budget=2000).report
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="replace")
     console = Console(file=out, width=80)
-    console.print(show.verdict(report), show.mix_table(report, 80), *show.notes(report))
+    console.print(show.verdict(report), show.mix_table(report), *show.notes(report))
     out.flush()
     text = out.buffer.getvalue().decode("ascii")
     assert "math" in text

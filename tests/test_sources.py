@@ -1,7 +1,6 @@
 """Rows come from any file, folder, hub or cache: each once, in the seed's order, only when they are drawn."""
 
 import csv
-import gzip
 import json
 import os
 import re
@@ -30,12 +29,11 @@ JOBS = ROOT / "data_recipes" / "samples" / "jobs"
 
 def write(path, rows=ROWS):
     """A file of rows in the convention its name asks for."""
-    kind = path.name.removesuffix(".gz").rsplit(".", 1)[1]
+    kind = path.suffix.removeprefix(".")
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=7)
         return path
-    opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "wt", encoding="utf-8", newline="") as file:
+    with open(path, "w", encoding="utf-8", newline="") as file:
         if kind == "csv":
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
@@ -51,7 +49,7 @@ def drawn(path, seed=1, **source):
     return list(open_rows(Source(str(path), **source)).draw(seed))
 
 
-KINDS = ["jsonl", "json", "csv", "parquet", "jsonl.gz", "json.gz", "csv.gz"]
+KINDS = ["jsonl", "json", "csv", "parquet"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -151,10 +149,14 @@ GOOD = b'{"query": "a", "response": "b"}\n'
         ("a.json", b'{"rows": [1]}', "expected a list of rows"),
         ("a.json", b'[{"a": 1},', "broken JSON"),
         ("a.json", b"[" * 100_000, "broken JSON"),
-        ("a.json", '[{"query": "Brötchen"}]'.encode("latin1"), "line 1: not UTF-8. It reads as cp1252 '.*Brötchen"),
-        ("a.jsonl", GOOD + '{"query": "麦"}'.encode() + b'\n{"query": "\xff\x81"}', "line 3: not UTF-8, and no common"),
+        (
+            "a.json",
+            '[{"query": "Brötchen"}]'.encode("latin1"),
+            "line 1: not UTF-8. Its line reads .*as cp1252 '.*Brötchen",
+        ),
+        ("a.jsonl", GOOD + '{"query": "麦"}'.encode() + b'\n{"query": "\xff\x81"}', "line 3: not UTF-8.*in no common"),
         ("a.jsonl", GOOD + GOOD + b'{"query": "Br\xf6"}', "line 3: not UTF-8"),
-        ("a.jsonl", GOOD.decode().encode("utf-16"), "line 1: not UTF-8. It reads as utf-16 "),
+        ("a.jsonl", GOOD.decode().encode("utf-16"), "line 1: not UTF-8. Its line reads as utf-16 "),
         (
             "a.jsonl",
             b'{\n  "query": "a",\n  "response": "b"\n}\n' * 2,
@@ -167,12 +169,9 @@ GOOD = b'{"query": "a", "response": "b"}\n'
         ("a.csv", b"query,query\na,b\n", "stands twice in the header: query, query"),
         ("a.csv", b'query,response\na,"open\nb,c\n', "is a quote left open"),
         ("a.parquet", b"PAR1 but cut", "not readable as parquet"),
-        ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-9], "not a whole gzip file"),
-        ("a.jsonl.gz", GOOD, "not a whole gzip file"),
         ("a.txt", b"x", "expected .jsonl"),
         ("a.xlsx", b"PK", "save a spreadsheet as CSV"),
         ("a.zip", b"PK", "unpack an archive"),
-        ("a.parquet.gz", b"x", "not readable as parquet"),
     ],
 )
 def test_broken_files_are_refused_with_their_reason(tmp_path, name, content, message):
@@ -208,25 +207,13 @@ CHINESE = '{"query": "面包为什么会发起来?", "response": "因为酵母�
 GERMAN = '{"query": "Was ist ein Brötchen?", "response": "Ein süßes Stück Brot."}\n'
 
 
-@pytest.mark.parametrize(
-    ("text", "encoding"),
-    [(CHINESE, "gb18030"), (CHINESE, "gbk"), (GERMAN, "cp1252"), (CHINESE, "utf-16"), (GERMAN, "utf-16")],
-)
+@pytest.mark.parametrize(("text", "encoding"), [(CHINESE, "gb18030"), (CHINESE, "gbk"), (GERMAN, "cp1252")])
 @pytest.mark.parametrize("name", ["a b.jsonl", "a.json"])
-def test_the_command_in_the_error_turns_a_file_of_another_encoding_into_the_same_text(tmp_path, text, encoding, name):
+def test_a_file_of_another_encoding_is_shown_as_it_reads_in_the_one_to_convert_from(tmp_path, text, encoding, name):
     path = tmp_path / name
     path.write_bytes((f"[{text}]" if name == "a.json" else text).encode(encoding))
-    found = re.search("python -c .*", refused(path))[0].replace("python", sys.executable, 1)
-    subprocess.run(found, shell=True, check=True)
-    (_, row), *_ = drawn(path.with_name(f"utf8-{name}"))
-    assert row == json.loads(text)
-
-
-def test_all_encodings_that_decode_a_file_are_shown_with_what_they_read(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes('{"query": "你好,世界"}'.encode("big5"))
-    message = refused(tmp_path / "a.jsonl")
-    assert re.search("as big5 '[^']*你好,世界.*as cp1252 '[^']*§A", message)
-    assert "gb18030" not in message  # would read characters of private use
+    read = encoding.replace("gbk", "gb18030")
+    assert re.search(f"as {read} '[^']*{text[11:20]}.*iconv -f ENCODING -t utf-8", refused(path))
 
 
 @pytest.mark.parametrize(

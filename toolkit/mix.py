@@ -87,7 +87,10 @@ class Mix:
     @property
     def validation_by_source(self) -> dict | None:
         """{"source/mode": data set} of the held-out rows: SFTTrainer then logs a loss for each. None without any."""
-        return datasets_by_source(self.validation) or None
+        groups: dict[str, list[Row]] = {}
+        for row in self.validation:
+            groups.setdefault(f"{row.source}/{row.mode}", []).append(row)
+        return {name: dataset(group) for name, group in sorted(groups.items())} or None
 
 
 # --- the steps -------------------------------------------------------------------------------------------------------
@@ -503,11 +506,3 @@ def dataset(rows: list[Row]):
     # Unsloth's sign that no row needs cutting: without it, rows that hold ids are padded on a GPU
     made._unsloth_truncated_to = max(len(r.ids) for r in rows)
     return made
-
-
-def datasets_by_source(rows: list[Row]) -> dict:
-    """One dataset per source/mode among held-out rows."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        groups.setdefault(f"{row.source}/{row.mode}", []).append(row)
-    return {name: dataset(group) for name, group in sorted(groups.items())}

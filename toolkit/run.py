@@ -262,7 +262,7 @@ def compile_mix(recipe: Recipe, console=None, *, fresh: bool = False, next_comma
     console.print(show.verdict(mixed.report), style="bold")
     if next_command:
         console.print(f"next: {next_command}", markup=False)
-    console.print(show.mix_table(mixed.report, console.width))
+    console.print(show.mix_table(mixed.report))
     for note in show.notes(mixed.report):
         console.print(f"· {note}", style="yellow" if note.startswith("warning") else None)
     return mixed

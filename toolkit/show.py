@@ -20,8 +20,6 @@ PALETTE = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3")
 BASE, TUNED = "#9aa5b1", "#12355b"
 SHOWN, TAUGHT = "color:#777777", "background:#c8e6c9;color:#111"
 BINS = 40
-WIDE = 110
-"""Columns of a console from which the table of a mix also has the rows seen and their lengths."""
 SMOOTH = 0.8
 """Weight of the past in the smoothed training loss; the raw values stay visible behind it."""
 SCORES = {
@@ -62,16 +60,14 @@ def verdict(report: dict) -> str:
     )
 
 
-def mix_table(report: dict, width: int = 80):
-    """What a mix achieved: each source's amount and share in all three units; from 110 columns also rows and lengths."""
-    wide = width >= WIDE
-    table = _table("source", *UNITS, "planned", *(("rows seen", "tokens a row\np50 / p90 / max") if wide else ()))
+def mix_table(report: dict):
+    """What a mix achieved: each source's amount and share in all three units."""
+    table = _table("source", *UNITS, "planned")
     for name, row in report["sources"].items():
         modes = [f"{n:,} {mode_title(m)}" if len(row["modes"]) > 1 else mode_title(m) for m, n in row["modes"].items()]
         amounts = row["rows_kept"], row["tokens"], row["supervised_tokens"]
         cells = [f"{n:,}\n{report['achieved'][u].get(name, 0):.1%}" for u, n in zip(UNITS, amounts, strict=True)]
-        more = (f"{row['rows_seen']:,}", " / ".join(f"{n:,}" for n in row["length"].values())) if wide else ()
-        table.add_row("\n".join([name, *modes]), *cells, f"\n{report['planned'][name]:.1%}", *more)
+        table.add_row("\n".join([name, *modes]), *cells, f"\n{report['planned'][name]:.1%}")
     return table
 
 
@@ -103,34 +99,31 @@ def notes(report: dict) -> list[str]:
 # --- rows with their supervised tokens coloured ----------------------------------------------------------------------
 
 
-def _chosen(mixed: Mix, count: int) -> Iterator[tuple[str, list]]:
-    """(title, row) of the first `count` training rows of each source and mode."""
+def _chosen(mixed: Mix, chat: Chat, count: int) -> Iterator[tuple[str, str, str]]:
+    """(title, text shown, text taught) of the first `count` training rows of each source and mode."""
     taken: Counter = Counter()
     for row in mixed.train:
         taken[row.source, row.mode] += 1
         if taken[row.source, row.mode] <= count:
             size = f"{len(row.ids)} tokens, {row.size('supervised_tokens')} supervised"
-            yield f"{row.source} · row {row.number} · {mode_title(row.mode)} · {size}", row
+            title = f"{row.source} · row {row.number} · {mode_title(row.mode)} · {size}"
+            yield title, chat.decode(row.ids[: row.prompt_length]), chat.decode(row.ids[row.prompt_length :])
 
 
 def terminal(mixed: Mix, chat: Chat, count: int):
     """Rows as the model sees them, for a rich console: what it is taught is green, what it is only shown is grey."""
     from rich.text import Text
 
-    for title, row in _chosen(mixed, count):
-        prompt, completion = chat.decode(row.ids[: row.prompt_length]), chat.decode(row.ids[row.prompt_length :])
+    for title, shown, taught in _chosen(mixed, chat, count):
         yield Text(title, "bold")
-        yield Text.assemble((prompt, "bright_black"), (completion, "bold green"), "\n")
+        yield Text.assemble((shown, "bright_black"), (taught, "bold green"), "\n")
 
 
 def html(mixed: Mix, chat: Chat, count: int) -> str:
     """The same as HTML, for a notebook: supervised tokens on green."""
-    legend = f"<span style='{SHOWN}'>what the model sees</span>, <span style='{TAUGHT}'>what it is taught</span>"
-    parts = [f"<p>{legend}</p>"]
-    for title, row in _chosen(mixed, count):
-        shown, taught = chat.decode(row.ids[: row.prompt_length]), chat.decode(row.ids[row.prompt_length :])
-        parts.append(f"<p><b>{escape(title)}</b></p>{_coloured(shown, taught)}")
-    return "\n".join(parts)
+    legend = f"<p><span style='{SHOWN}'>what the model sees</span>, <span style='{TAUGHT}'>what it is taught</span></p>"
+    rows = _chosen(mixed, chat, count)
+    return legend + "\n".join(f"<p><b>{escape(title)}</b></p>{_coloured(*texts)}" for title, *texts in rows)
 
 
 def _coloured(shown: str, taught: str) -> str:

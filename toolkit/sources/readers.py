@@ -1,19 +1,15 @@
-"""Rows of local files, read when they are drawn: jsonl, json, csv and parquet, the text kinds also gzipped.
+"""Rows of local files, read when they are drawn: jsonl, json, csv and parquet.
 
 path = Path("data_recipes/samples/jobs/general.csv"); number, row = next(open_files(path, data_files(path, "train")).draw(seed=1))
 """
 
 import bisect
+import contextlib
 import csv
-import gzip
 import hashlib
 import io
 import json
 import re
-import shutil
-import string
-import tempfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -31,6 +27,7 @@ BLOCK = 1 << 22
 PEEK = 50
 """Rows looked at to learn a source's fields."""
 ENCODINGS = ("gb18030", "big5", "shift_jis", "cp1252")
+"""What files that are not UTF-8 are tried in."""
 JSON_TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
 
 
@@ -72,9 +69,8 @@ def json_type(value) -> str:
 
 
 def ending(path: Path) -> str:
-    """The ending that says how a file is read (.jsonl, .csv, …), .gz taken off; "" for other files."""
-    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
-    return suffix if suffix in READERS else ""
+    """The ending that says how a file is read (.jsonl, .csv, …); "" for other files."""
+    return path.suffix.lower() if path.suffix.lower() in READERS else ""
 
 
 def data_files(path: Path, split: str) -> list[Path]:
@@ -140,26 +136,12 @@ def open_files(path: Path, files: list[Path]) -> Rows:
     return Rows(str(path), fields, draw, where)
 
 
-def unpacked(path: Path):
-    """A file to read bytes from; a gzipped one is unpacked first, since rows are fetched by their offsets."""
-    if path.suffix.lower() != ".gz":
-        return open(path, "rb", buffering=0)
-    plain = tempfile.TemporaryFile()  # noqa: SIM115 (the caller reads it; it vanishes when closed)
-    try:
-        with gzip.open(path) as packed:
-            shutil.copyfileobj(packed, plain, BLOCK)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ToolkitError(f"{path}: not a whole gzip file: {error}") from error
-    plain.seek(0)
-    return plain
-
-
 def json_table(path: Path) -> Table:
     """An array of objects, {"data": [objects]}, or one object a line: the content decides, as people name them all."""
-    file = unpacked(path)
+    file = open(path, "rb", buffering=0)  # noqa: SIM115 - rows are read from it as long as they are drawn
     if ending(path) != ".json" and not file.read(BLOCK).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         return line_table(path, file)
-    text = whole_text(path)
+    text = decode(path.read_bytes(), path, 1)
     try:
         data = json.loads(text.strip() or "[]")
     except (ValueError, RecursionError) as error:
@@ -208,7 +190,7 @@ def csv_table(path: Path) -> Table:
     """Cells under a header, separated by what the header has most of: commas, semicolons (Excel in Europe), tabs.
 
     Quoted cells may hold separators and line breaks (CRLF becomes LF)."""
-    text = whole_text(path).replace("\r\n", "\n")
+    text = decode(path.read_bytes(), path, 1).replace("\r\n", "\n")
     csv.field_size_limit(1 << 30)  # the reader's own limit of 128 KiB is below a long reasoning trace
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -270,12 +252,6 @@ READERS = {
 """Ending → how such a file is read."""
 
 
-def whole_text(path: Path) -> str:
-    """The text of a file."""
-    with unpacked(path) as file:
-        return decode(file.read(), path, 1)
-
-
 def decode(raw: bytes, path: Path, line: int) -> str:
     """UTF-8 bytes as text; `line` is the number of their first line. Raises ToolkitError that says how to convert."""
     try:
@@ -283,29 +259,11 @@ def decode(raw: bytes, path: Path, line: int) -> str:
     except UnicodeDecodeError as error:
         bad = raw[raw.rfind(b"\n", 0, error.start) + 1 :].partition(b"\n")[0]
         where = f"{path} line {line + raw[: error.start].count(10)}: not UTF-8"
-    with unpacked(path) as file:
-        found = readings(file.read(), bad)
-    if not found:
-        raise ToolkitError(f"{where}, and no common encoding reads the whole file: fix or delete that line")
-    shown, copy = ", ".join(f"as {name} {text!r}" for name, text in found.items()), path.with_name(f"utf8-{path.name}")
+    readings = []
+    for name in ("utf-16",) if bad.startswith((b"\xff\xfe", b"\xfe\xff")) else ENCODINGS:
+        with contextlib.suppress(UnicodeDecodeError):
+            readings.append(f"as {name} {bad.decode(name)[:60]!r}")
     raise ToolkitError(
-        f'{where}. It reads {shown}. Convert the (unpacked) file with the encoding that reads right: python -c "from '
-        f"pathlib import Path; Path(r'{copy}').write_text(Path(r'{path}').read_text('{next(iter(found))}'), 'utf-8')\""
+        f"{where}. Its line reads {', '.join(readings) or 'in no common encoding: fix or delete it'}. Convert with the "
+        f"encoding that reads right: iconv -f ENCODING -t utf-8 {path.name} > utf8-{path.name}"
     )
-
-
-def readings(raw: bytes, line: bytes) -> dict[str, str]:
-    """Encoding → how it reads one line of a file, for those that decode the whole file, the likeliest first."""
-    found = {}
-    for name in ("utf-16",) if raw.startswith((b"\xff\xfe", b"\xfe\xff")) else ENCODINGS:
-        try:
-            raw.decode(name)
-        except UnicodeDecodeError:
-            continue
-        text = line.decode(name, errors="ignore")
-        if not re.search("[\ue000-\uf8ff]", text):  # private use: only a wrong reading has it
-            begin = max(0, len(text) - len(text.lstrip(string.printable)) - 10)  # shortly before what is not ASCII
-            found[name] = text[begin:].strip()[:24] or text[:24]
-    # Western text read as double bytes has single Chinese characters among letters, a Chinese text has words of them.
-    words = re.compile("[\u3040-\u30ff\u4e00-\u9fff]{2}")
-    return dict(sorted(found.items(), key=lambda item: (not words.search(item[1]), item[0] != "cp1252")))
