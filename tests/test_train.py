@@ -183,6 +183,15 @@ def flip(path: Path) -> None:
     path.write_bytes(whole)
 
 
+def test_the_card_that_is_written_again_with_the_scores_is_no_damage(copy):
+    card = copy / "run" / "adapter" / "README.md"
+    assert card.is_file()
+    check_adapter(copy / "run")
+    card.write_text("another")
+    check_adapter(copy / "run")
+    assert "finished already" in trained("run")[1]
+
+
 @pytest.mark.parametrize("damage", [cut, Path.unlink])
 @pytest.mark.parametrize("file", ["metrics.jsonl", "samples.jsonl", "manifest.json"])
 def test_a_small_file_that_was_cut_or_lost_is_computed_again(copy, root, file, damage):

@@ -391,7 +391,7 @@ def finish(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console, 
 
 
 def write_adapter(checkpoint: Path, model, tokenizer, folder: Path) -> dict[str, str]:
-    """Load a checkpoint's weights into `model` and write them as the run's adapter. Returns {file: SHA-256}."""
+    """Load a checkpoint's weights into `model` and write them as the run's adapter. Returns {file: SHA-256}, but for the card."""
     import peft
     from safetensors.torch import load_file
 
@@ -399,7 +399,7 @@ def write_adapter(checkpoint: Path, model, tokenizer, folder: Path) -> dict[str,
         peft.set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
-    return {p.name: sha256(p) for p in sorted(folder.iterdir())}
+    return {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name != "README.md"}  # rewritten with the scores
 
 
 def need_space(folder: Path, model) -> None:
