@@ -129,7 +129,7 @@ def control(place: Workplace, turn: int) -> None:
 AFTER_LAST = files("checkpoints/checkpoint-8/trainer_state.json")
 KILLS = [
     ("mix", MIX, anywhere(), 3.0, 6, "mixed", 0),
-    ("mix, writing", MIX, anywhere(f"{MIXES}/*/*", f"{MIXES}/.locks/*"), 0.05, 6, "mixed", 1),
+    ("mix, writing", MIX, anywhere(f"{MIXES}/*.partial/*"), 0.01, 6, "mixed", 1),
     ("loading", TRAIN, files("recipe.yaml"), 1.0, 4, "trained", 0),
     ("early training", TRAIN, lines("metrics.jsonl", 1), 0.3, 6, "trained", 0),
     ("writing a checkpoint", TRAIN, files("checkpoints/checkpoint-2*"), 0.03, 6, "trained", 1),
@@ -163,7 +163,7 @@ def signalled(number: int, argv: list[str], moment: Callable) -> Callable[[Workp
 
 for _name in ("SIGINT", "SIGTERM", "SIGHUP"):
     _number = getattr(signal, _name)
-    fault(_name, "training", tries=2, quick=_name == "SIGTERM")(signalled(_number, TRAIN, lines("metrics.jsonl", 3)))
+    fault(_name, "training", tries=2)(signalled(_number, TRAIN, lines("metrics.jsonl", 3)))
     fault(_name, "end of training", tries=2)(signalled(_number, TRAIN, AFTER_LAST))
     fault(_name, "export", ends_in="exported")(signalled(_number, EXPORT, files("merged/*")))
 
@@ -359,7 +359,7 @@ def together(commands: list[list[str]], expected: list[set[int]], after: list[st
 
 fault("two at once", "train", tries=2, quick=1)(together([TRAIN, TRAIN], [[0, 2], [0, 0]], TRAIN))
 fault("two at once", "export", tries=2, ends_in="exported")(together([EXPORT, EXPORT], [[0, 2], [0, 0]], EXPORT))
-fault("three at once", "mix", tries=2, ends_in="mixed", quick=1)(together([MIX, MIX, MIX], [[0, 0, 0]], None))
+fault("three at once", "mix", tries=2, ends_in="mixed")(together([MIX, MIX, MIX], [[0, 0, 0]], None))
 fault("two at once", "sweep", ends_in="swept")(together([SWEEP, SWEEP], [[0, 0], [0, 2]], SWEEP))
 
 
