@@ -25,7 +25,7 @@ fit model generate tracking callbacks train
 evaluate.stats evaluate.questions evaluate.score evaluate.subject evaluate.text evaluate compare report
 export.merge export.gguf_file export.parity export.certificate export.model_card export
 serve.engine serve serve.chat serve.batch
-run library doctor sweep replay reproduce notebook __main__""".split()
+run library doctor gpu_check sweep replay reproduce notebook __main__""".split()
 PACKAGE = ROOT / "toolkit"
 MODULES = [p for p in sorted(PACKAGE.rglob("*.py")) if "pocket" not in p.parts and p != PACKAGE / "__init__.py"]
 

@@ -188,12 +188,21 @@ def setup(args):  # noqa: ARG001 - every verb takes its arguments
     doctor.show(doctor.gpu(doctor.look()), console())
 
 
-@verb()
-def doctor(args):  # noqa: ARG001 - every verb takes its arguments
+@verb(
+    arg("--gpu", action="store_true", help="try the CUDA path on random weights (three minutes, 4 GB); writes doctor.json"),
+    arg("--cpu-rehearsal", action="store_true", help="the same steps on the CPU, where there is no card"),
+)  # fmt: skip
+def doctor(args):
     """Say what is installed, what will run, and the fix for what will not."""
     from toolkit import doctor
 
+    if args.gpu or args.cpu_rehearsal:
+        from toolkit import gpu_check
+
+        doctor.use_largest_card(print)
+        return gpu_check.check(console(), rehearsal=args.cpu_rehearsal)
     doctor.show(doctor.examine(), console())
+    return 0
 
 
 @verb(

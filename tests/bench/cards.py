@@ -17,7 +17,7 @@ from toolkit.files import ROOT
 from toolkit.recipe import load
 
 RECORD = ROOT / "data_recipes" / "measured" / "cards_gpu.json"
-CARDS = (8, 12, 16, 24)
+CARDS = (6, 8, 12, 16, 24)
 PHASES = ("load", "training", "validation")
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of GPU memory")
 

@@ -1,0 +1,1 @@
+"""What is run once a card is at hand: `bash tests/gpu/run.sh`."""

@@ -1,0 +1,71 @@
+"""`doctor --gpu`: every step is tried whatever fails, and the file for a bug report says what happened and not who it was."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from toolkit import gpu_check
+from toolkit.files import POCKET, ROOT
+
+
+@pytest.fixture
+def checked(tmp_path, monkeypatch):
+    """checked(**options) → (exit code, what was printed, doctor.json)."""
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
+
+    def run(**options):
+        screen = io.StringIO()
+        code = gpu_check.check(Console(file=screen, width=160), **options)
+        return code, screen.getvalue(), json.loads((tmp_path / "doctor.json").read_text(encoding="utf-8"))
+
+    return run
+
+
+def test_without_a_card_it_says_so_and_tries_nothing(checked):
+    code, said, record = checked()
+    assert code == 1
+    assert "nothing tried" in said
+    assert record["steps"] == []
+    assert record["versions"]["torch"]
+
+
+def test_a_step_that_fails_stands_on_its_line_and_the_next_is_tried(checked, monkeypatch):
+    def fails():
+        raise RuntimeError(f"[red] {Path.home()}/secret")
+
+    monkeypatch.setattr(gpu_check, "STEPS", {"one": fails, "two": lambda: ("all well", {})})
+    code, said, record = checked(rehearsal=True)
+    assert code == 1
+    assert [step["passed"] for step in record["steps"]] == [False, True]
+    assert "FAILED" in said
+    assert "RuntimeError: [red]" in said
+    assert "in fails" in record["steps"][0]["traceback"]
+    assert f"{Path.home()}/secret" not in json.dumps(record)
+
+
+def test_random_weights_on_a_card_take_less_than_four_gigabytes():
+    from transformers import Qwen3Config
+
+    from toolkit import fit
+
+    config = json.loads((POCKET / "config.json").read_text(encoding="utf-8")) | gpu_check.SHAPE
+    shape = fit.shape_of(Qwen3Config(**config), "random")
+    planned = fit.forecast(fit.settings(gpu_check.plan(gpu_check.PACKED)), shape)
+    assert planned.changed(generation_batch=1).peak < 4 * 10**9  # it asks one question at a time
+
+
+@pytest.mark.slow
+def test_every_step_passes_on_a_cpu_with_the_pocket_models_shape(tmp_path):
+    command = [sys.executable, "-m", "toolkit", "doctor", "--gpu", "--cpu-rehearsal"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path)}, capture_output=True, text=True)  # fmt: skip
+    steps = json.loads((tmp_path / "doctor.json").read_text(encoding="utf-8"))["steps"]
+    assert [s["step"] for s in steps if not s["passed"]] == []
+    assert [s["step"] for s in steps] == list(gpu_check.STEPS)
+    assert next(s for s in steps if s["step"] == "resume")["facts"]["bit_for_bit"]
+    assert done.returncode == 0
