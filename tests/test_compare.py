@@ -304,6 +304,18 @@ def test_runs_of_an_instruct_model_have_one_mode_everywhere_and_their_axis_is_a_
     assert "thinking" not in " ".join(table for table in found.table().columns if not table.startswith("non_thinking"))
 
 
+def test_what_the_base_never_finished_and_a_forgetting_that_is_no_number_are_left_out_of_table_and_picture(tmp_path):
+    runs = [make_run(tmp_path, s, thinking=a, asked=("accuracy",)) for s, a in ((0.0, 0.5), (1.0, 0.9))]
+    for run in runs:
+        content = json.loads((run / "eval.json").read_text())
+        content["base"]["thinking"]["accuracy"] = content["tuned"]["forgetting"]["kl"] = dict.fromkeys(("value", "n"))
+        write_json(run / "eval.json", content)
+    found = compare(runs)
+    assert found.recommended is None
+    assert found.verdict[0] == "No ratio is shown to beat the base. Highest is 100% reasoning: thinking accuracy 90%."
+    assert write(found, tmp_path / "report")["png"].is_file()
+
+
 def test_runs_that_differ_in_more_than_the_share_are_compared_by_name_and_the_keys_are_said(tmp_path):
     runs = [
         make_run(tmp_path, s, thinking=a, settings={"learning_rate": r}, name=f"sweep_pocket-r{s}-learning_rate{r}")
@@ -434,4 +446,4 @@ def test_the_difference_of_two_runs_is_said_in_words_with_paired_intervals(tmp_p
 
 def test_runs_that_were_asked_differently_are_not_called_different_in_score(tmp_path):
     lines = difference_report(make_run(tmp_path, 0.25), make_run(tmp_path, 0.75, level="full", questions="q2"))
-    assert lines[-1] == "not comparable: the evaluations differ in level, questions"
+    assert lines[-1] == "not comparable: the evaluations differ in level, fingerprints.questions"

@@ -36,6 +36,10 @@ TITLES = {
     "kl": "KL from the base", "nll": "loss on the base's answers",
 }  # fmt: skip
 METRICS = tuple((section, metric) for metric in TITLES for section in (*MODES, "forgetting"))
+CONDITIONS = (
+    "level", "seed", "unit", "fingerprints.questions", "fingerprints.probes", "budget.max_new_tokens", "budget.samples",
+    "model.name", "model.revision", "model.load_in_4bit",
+)  # fmt: skip
 MARGIN = 0.05
 """Loss against the base, as a share of replies, beyond which a point breaks a guard or fell below the base."""
 NOT_TRAINING = ("name", "evaluate", "export", "train.report_to", "train.logging_steps")
@@ -47,7 +51,8 @@ RULE = (
     "chat accuracy without thinking are left out of the choice. Of the rest, the highest accuracy leads; those closer to it "
     "than the range that chance alone gives this many runs (95%, bootstrap over questions, all pairs at once) tie with it. Of "
     "the tied ones that are shown to beat the base, the lowest reasoning share is recommended, since direct rows are shorter "
-    "and keep more of the base; where the reasoning share is not what differs, the one with the lowest KL from the base."
+    "and keep more of the base; where the reasoning share is not what differs, the one with the lowest KL from the base. "
+    "With one seed each, how much two trainings with other seeds would differ is not in the intervals."
 )
 
 
@@ -94,6 +99,10 @@ class Point:
     place: float | None = None
     """Achieved share, in the mix's unit, of what differs between the points; None where more than a share differs."""
 
+    def kl(self) -> float:
+        """KL from the base: 0 for the base, and where it was not measured."""
+        return self.values.get(KL, {"value": 0.0})["value"]
+
     def row(self) -> dict:
         """Its runs, achieved reasoning shares and every metric with its interval."""
         shares = {u: float(np.mean([run.achieved("reasoning", u) for run in self.runs])) for u in UNITS if self.runs}
@@ -134,8 +143,8 @@ class Comparison:
     def place_of(self, point: Point) -> tuple[float, float]:
         """(goal, what is left of the base): chat accuracy without thinking, or where that is the goal or was not asked
         minus the KL, which is 0 for the base itself."""
-        kept = point.values[CHAT]["value"] if CHAT in point.values and self.goal != CHAT else None
-        return point.values[self.goal]["value"], -point.values[KL]["value"] if kept is None else kept
+        kept = point.values[CHAT]["value"] if CHAT in point.values and self.goal != CHAT else -point.kl()
+        return point.values[self.goal]["value"], kept
 
     def frontier(self) -> list[str]:
         """Labels, the base's among them, that no other beats in both (values; intervals overlap)."""
@@ -160,12 +169,15 @@ def compare(folders: Iterable[Path]) -> Comparison:
         except ToolkitError as error:
             left_out[folder.name] = str(error)
     usual = json.loads(Counter(json.dumps(conditions(run)) for run in runs).most_common(1)[0][0]) if runs else {}
-    for run in runs:
-        if differs := [f"{n} {v} (the others: {usual[n]})" for n, v in conditions(run).items() if v != usual[n]]:
-            left_out[run.name] = f"evaluated differently: {'; '.join(differs)}"
-    runs = [run for run in runs if run.name not in left_out]
     goal = max(GOALS, key=lambda goal: sum(run.found("tuned", goal) is not None for run in runs))
-    left_out |= {run.name: f"no {' '.join(goal)}: every reply was cut" for run in runs if not run.found("tuned", goal)}
+    for run in runs:
+        why = [
+            f"{key} {value} (the others: {usual[key]})" for key, value in conditions(run).items() if value != usual[key]
+        ]
+        if why:
+            left_out[run.name] = f"evaluated differently: {'; '.join(why)}"
+        elif not run.found("tuned", goal):
+            left_out[run.name] = f"no {' '.join(goal)}: no question has an expected answer, or every reply was cut"
     runs = [run for run in runs if run.name not in left_out]
     if not runs:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items()) or "no folder was given"
@@ -209,12 +221,8 @@ def read_run(folder: Path) -> Run:
 
 def conditions(run: Run) -> dict:
     """What must be equal for two evaluations to be comparable; held-out rows may differ with the mix."""
-    prints, budget, model = (found.get(key, {}) for found, key in (
-        (run.eval, "fingerprints"), (run.eval, "budget"), (run.manifest, "model")))  # fmt: skip
-    found = {key: run.eval.get(key) for key in ("level", "seed")} | {"unit": run.mix["unit"]}
-    found |= {key: prints.get(key) for key in ("questions", "probes")}
-    found |= {key: budget.get(key) for key in ("max_new_tokens", "samples")}
-    return found | {"base model": {key: model.get(key) for key in ("name", "revision", "load_in_4bit")}}
+    found = flat({**run.eval, "per_question": None, "unit": run.mix["unit"], "model": run.manifest["model"]})
+    return {key: found.get(key) for key in CONDITIONS}
 
 
 def what_differs(runs: list[Run]) -> tuple[str, list[str]]:
@@ -323,10 +331,7 @@ def simultaneous_margin(points: list[Point], goal: Key) -> float:
 
 def decide(points: list[Point], goal: Key, axis: str) -> tuple[Point | None, list[str], list[str]]:
     """(recommended, verdict, notes) by RULE."""
-    notes = []
-    if all(len(point.runs) == 1 for point in points):
-        notes.append("One seed each: how much two trainings with other seeds would differ is not in the intervals.")
-    whole = []
+    notes, whole = [], []
     for point in points:
         if broken := [change_text(point, guard) for guard in GUARDS if guard != goal and lost(point, guard)]:
             notes.append(f"{point.label} is left out of the choice: {'; '.join(broken)}.")
@@ -363,7 +368,7 @@ def choose(points: list[Point], whole: list[Point], goal: Key, axis: str) -> tup
     if not better:
         lead = f"No {noun} is shown to beat the base. Highest is {highest.label}: {change_text(highest, goal)}."
         return None, lead, f"Differences {chance}."
-    best = min(better, key=lambda p: (p.place if axis == "reasoning" else p.values[KL]["value"], -values[p.label]))
+    best = min(better, key=lambda p: (p.place if axis == "reasoning" else p.kl(), -values[p.label]))
     others = ", ".join(point.label for point in tied if point is not best)
     second = f"It ties with {others}: {chance}." if others else f"It leads by more than chance: {chance}."
     return best, f"Recommended: {best.label}: {change_text(best, goal)}.", second

@@ -142,8 +142,8 @@ def _panel(axis, comparison: Comparison, metric: str) -> None:
             value, low, high = (100 * np.array([found[end] for _, found in shown]) for end in ("value", "low", "high"))
             error, label = np.abs([value - low, high - value]), mode_title(mode)
             axis.errorbar([place for place, _ in shown], value, error, **look, capsize=3, label=f"tuned, {label}")
-            base = 100 * comparison.base.values[mode, metric]["value"]
-            axis.axhline(base, color=look["color"], linestyle=":", label=f"base, {label}")
+            if base := comparison.base.values.get((mode, metric)):
+                axis.axhline(100 * base["value"], color=look["color"], linestyle=":", label=f"base, {label}")
     if comparison.recommended:
         place, wide = places[comparison.points.index(comparison.recommended)], 1.5 if comparison.axis else 0.2
         axis.axvspan(place - wide, place + wide, color="#999999", alpha=0.25, zorder=0, label="recommended")

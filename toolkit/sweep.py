@@ -68,6 +68,12 @@ class Planned:
         """Supervised tokens it sees: all of its mix, but for the rounding of rows per step."""
         return round(self.tokens * self.steps * self.batch / self.rows)
 
+    def row(self) -> dict:
+        """Its line of the plan."""
+        row = {"name": self.name, "reasoning_share": self.share, "supervised_tokens": self.tokens}
+        row |= {"steps": self.steps, "rows": self.rows, "rows_per_step": self.batch}
+        return row | {"tokens_trained_on": self.trained}
+
     def finished(self) -> bool:
         """Trained and evaluated."""
         folder = outputs() / self.name
@@ -261,12 +267,13 @@ def plan_table(runs: list[Planned]):
     from rich.table import Table
 
     title = f"{len(runs)} runs: the same supervised tokens, the same optimizer steps"
-    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in ("run", "reasoning", "supervised", "steps", "rows", "per step", "trained on"):
-        grid.add_column(heading, justify="left" if heading == "run" else "right", overflow="fold")
+    grid = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), show_edge=False)
+    for heading in runs[0].row():
+        justify = "left" if heading == "name" else "right"
+        grid.add_column(heading.replace("_", "\n"), justify=justify, overflow="fold")
     for run in runs:
-        cells = f"{run.tokens:,}", str(run.steps), f"{run.rows:,}", str(run.batch), f"{run.trained:,}"
-        grid.add_row(run.name, f"{100 * run.share:.1f}%", *cells)
+        name, *numbers = run.row().values()
+        grid.add_row(name, *(f"{n:.1%}" if isinstance(n, float) else f"{n:,}" for n in numbers))
     return grid
 
 
@@ -274,10 +281,7 @@ def write_plan(folder: Path, runs: list[Planned]) -> None:
     """The plan (sweep.json) and a recipe for each run."""
     for run in runs:
         write_text(folder / "recipes" / f"{run.name}.yaml", recipes.to_yaml(run.recipe))
-    rows = [{"name": run.name, "budget": run.recipe.data.budget, "supervised_tokens": run.tokens, "steps": run.steps,
-             "reasoning_share": run.share, "rows": run.rows, "rows_per_step": run.batch,
-             "trained_supervised_tokens": run.trained} for run in runs]  # fmt: skip
-    write_json(folder / "sweep.json", {"runs": rows})
+    write_json(folder / "sweep.json", {"runs": [run.row() for run in runs]})
 
 
 def _refuse_other_recipes(runs: list[Planned]) -> None:

@@ -95,8 +95,7 @@ def check(train: dict, folder: Path, say: Callable[[str], None] = print) -> None
         advice = f"`pip install '{wanted}'`, or set train.report_to=none"
         if importlib.util.find_spec(name) is None:
             raise ToolkitError(f"train.report_to: {name} needs a package that is not installed: {advice}")
-        found = importlib.metadata.version(name)
-        if name in BELOW and version.parse(found) >= version.parse(BELOW[name]):
+        if name in BELOW and (found := version.parse(importlib.metadata.version(name))) >= version.parse(BELOW[name]):
             raise ToolkitError(f"train.report_to: {name} {found} is too new here: {advice}")
     os.environ["SWANLAB_LOG_DIR"] = SWANLAB_FOLDER or str(folder / "swanlog")
     if reason := logs_to_wandb(train) and _offline_reason():
