@@ -86,7 +86,7 @@ BAD = {
 REFUSED = {
     "empty.jsonl": "is empty",
     "header_only.csv": "no rows",
-    "latin1.jsonl": "line 1: not UTF-8.*Brötchen.*python -c",
+    "latin1.jsonl": "line 1: not UTF-8.*Brötchen.*iconv -f",
 }
 
 

@@ -211,9 +211,9 @@ GERMAN = '{"query": "Was ist ein Brötchen?", "response": "Ein süßes Stück Br
 @pytest.mark.parametrize("name", ["a b.jsonl", "a.json"])
 def test_a_file_of_another_encoding_is_shown_as_it_reads_in_the_one_to_convert_from(tmp_path, text, encoding, name):
     path = tmp_path / name
-    path.write_bytes((f"[{text}]" if name == "a.json" else text).encode(encoding))
-    read = encoding.replace("gbk", "gb18030")
-    assert re.search(f"as {read} '[^']*{text[11:20]}.*iconv -f ENCODING -t utf-8", refused(path))
+    path.write_bytes((f"[{' ' * 500}{text}]" if name == "a.json" else text).encode(encoding))
+    read, word = encoding.replace("gbk", "gb18030"), re.search(r"\w*[^\x00-\x7f]\w*", text)[0][:6]
+    assert re.search(f"as {read} '[^']*{word}.*iconv -f ENCODING -t utf-8", refused(path))
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import re
+import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -262,8 +263,10 @@ def decode(raw: bytes, path: Path, line: int) -> str:
     readings = []
     for name in ("utf-16",) if bad.startswith((b"\xff\xfe", b"\xfe\xff")) else ENCODINGS:
         with contextlib.suppress(UnicodeDecodeError):
-            readings.append(f"as {name} {bad.decode(name)[:60]!r}")
+            text = bad.decode(name)
+            begin = max(0, len(text) - len(text.lstrip(string.printable)) - 10)  # shortly before what is not ASCII
+            readings.append(f"as {name} {text[begin : begin + 40]!r}")
     raise ToolkitError(
-        f"{where}. Its line reads {', '.join(readings) or 'in no common encoding: fix or delete it'}. Convert with the "
-        f"encoding that reads right: iconv -f ENCODING -t utf-8 {path.name} > utf8-{path.name}"
+        f"{where}. Its line reads {', '.join(readings) or 'in no common encoding: fix or delete it'}. Save the file as UTF-8 "
+        f"from the encoding that reads right, in an editor or by iconv -f ENCODING -t utf-8 {path.name} > utf8-{path.name}"
     )
