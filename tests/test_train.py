@@ -18,12 +18,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from rich.console import Console
+from tokenizers import Tokenizer, models
 
 from tests.pocket_run import Screen, make_run, trained
 from toolkit import recipe, train
 from toolkit.files import POCKET, ROOT, ToolkitError, outputs, read_json, read_jsonl
 from toolkit.mix import Row, dataset
 from toolkit.model import check_adapter, load_run, run_folder
+from toolkit.train import writing
 
 RISING = ["train.learning_rate=0.03", "train.lr_scheduler_type=constant", "train.warmup_steps=0", "train.max_steps=9"]
 """A validation loss that falls, then rises."""
@@ -266,6 +268,17 @@ def test_outputs_below_a_file_are_refused_with_the_way_out(tmp_path, monkeypatch
     monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path / "file" / "outputs"))
     with pytest.raises(ToolkitError, match="file is a file, not a folder: choose another output folder"):
         trained("run")
+
+
+def test_a_full_disk_while_the_tokenizer_is_saved_is_named_too(tmp_path):
+    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+    with (
+        pytest.raises(ToolkitError, match="adapter: could not be written.*free some space"),
+        writing(tmp_path / "adapter"),
+    ):
+        tokenizer.save("/dev/full")
+    with pytest.raises(KeyError), writing(tmp_path / "adapter"):  # nothing else is taken for a failed write
+        raise KeyError("No such key")
 
 
 def test_too_little_disk_space_is_named_before_training(elsewhere, monkeypatch):

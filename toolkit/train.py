@@ -180,11 +180,11 @@ def smaller_batch(settings: dict, steps_done: int, console) -> dict:
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn a write that failed below `path`, whoever reports it, into the error that says what to do."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except ToolkitError:
+        raise
+    except Exception as error:  # safetensors raises its own kind, tokenizers a plain Exception
         known = error.errno in WRITE_ERRORS if isinstance(error, OSError) else re.search(NO_SPACE, str(error))
         if not known:
             raise
