@@ -70,5 +70,5 @@ notebooks: setup  ## execute every notebook and write its outputs
 lab: setup  ## JupyterLab on the notebooks
 	@$(PY) -m jupyterlab notebooks $(ARGS)
 
-doctor: setup  ## what is installed, what will run, and the fix for what will not
-	@$(PY) -m toolkit doctor
+doctor: setup  ## what is installed, what will run, and the fix for what will not; ARGS=--gpu tries the card
+	@$(PY) -m toolkit doctor $(ARGS)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.export_fixtures import base_model, run_folder, tokenizer
+from toolkit import recipe
 from toolkit.export import export, gguf_path, push
 from toolkit.export.certificate import FAILED, verify
 from toolkit.export.gguf_file import GgufFile, write_gguf
@@ -65,6 +66,12 @@ def test_a_sound_export_passes_and_says_so_in_the_agreed_keys(sound):
     assert all(f.keys() == {"sha256", "bytes"} for f in stored["files"].values())
     assert not (run / FAILED).exists()
     assert "passed" in (run / "certificate.md").read_text().splitlines()[0]
+
+
+def test_a_run_that_has_no_prompts_is_asked_the_default_ones(copy):
+    (copy / "recipe.yaml").write_text(recipe.to_yaml(recipe.load("pocket", ["evaluate.prompts=[]"])), encoding="utf-8")
+    certificate = verify(copy, **SILENT)
+    assert any("replies that keep to the mode" in note["name"] for note in certificate["reports"])
 
 
 def test_the_control_the_quantized_file_and_qloras_gap_have_lines_of_their_own(sound):

@@ -65,6 +65,23 @@ def test_a_missing_compiler_or_header_is_found_before_the_first_step(tmp_path, m
     assert not list(doctor.compiler(lambda _: None, tmp_path, is_gpu=False))
 
 
+@pytest.mark.slow
+def test_a_card_that_torch_cannot_use_is_an_error_with_its_fix_and_not_a_traceback():
+    import os
+    import subprocess
+
+    code = (
+        "import os; there = os.path.exists; os.path.exists = lambda p: 'nvidia' in str(p) and 'driver' in str(p) or there(p)\n"
+        "from toolkit import model; from toolkit.files import ToolkitError\n"
+        "try: model.unsloth()\n"
+        "except ToolkitError as error: print(error)"
+    )
+    env = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "UNSLOTH_FORCE_CPU")}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "python -m toolkit doctor" in done.stdout, done.stderr
+    assert "UNSLOTH_FORCE_CPU=1" in done.stdout
+
+
 @pytest.mark.parametrize(("version", "fits"), [("2.4.0", True), ("2.14.1+cu130", True), ("2.15.0", False), ("2.3.1", False),
                                                ("3.0", False), (None, False), ("unknown", False)])  # fmt: skip
 def test_any_torch_in_unsloths_range_is_kept(version, fits):

@@ -69,3 +69,14 @@ def test_every_step_passes_on_a_cpu_with_the_pocket_models_shape(tmp_path):
     assert [s["step"] for s in steps] == list(gpu_check.STEPS)
     assert next(s for s in steps if s["step"] == "resume")["facts"]["bit_for_bit"]
     assert done.returncode == 0
+
+
+def test_the_script_for_a_card_can_be_read_by_bash_and_starts_only_what_is_there():
+    import importlib.util
+    import re
+
+    script = ROOT / "tests" / "gpu" / "run.sh"
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+    text = script.read_text(encoding="utf-8")
+    assert all(importlib.util.find_spec(name) for name in re.findall(r"-m ([\w.]+)", text))
+    assert all((ROOT / file).is_file() for file in re.findall(r" (tests/\S+\.(?:py|sh))", text))

@@ -185,7 +185,7 @@ def setup(args):  # noqa: ARG001 - every verb takes its arguments
     install.setup()
     from toolkit import doctor
 
-    doctor.show(doctor.gpu(doctor.look()), console())
+    doctor.show([*doctor.compiler(), *doctor.gpu(doctor.look())], console())
 
 
 @verb(
@@ -233,8 +233,9 @@ def mix(args):
 @verb(*RECIPE, FRESH, DETAILS)
 def train(args):
     """Fine-tune by a recipe; an unfinished run resumes, a finished one is left alone."""
-    from toolkit import run
+    from toolkit import doctor, run
 
+    doctor.show([*doctor.compiler()], console())  # what would fail at the first step on a GPU
     run.train(_recipe(args), console(), fresh=args.fresh, details=args.details)
 
 

@@ -61,13 +61,21 @@ def unsloth():
     """Unsloth's FastLanguageModel; importing it takes about ten seconds, so only here and only when needed.
 
     Its generated sources go under outputs/, it never installs or downloads on its own, and without a network its calls
-    to the Hub are switched off, as they would each wait for a timeout.
+    to the Hub are switched off, as they would each wait for a timeout. Raises ToolkitError where a card cannot be used.
     """
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(outputs() / ".unsloth"))
     os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    with quiet():
-        from unsloth import FastLanguageModel
+    try:
+        with quiet():
+            from unsloth import FastLanguageModel
+    except (
+        NotImplementedError
+    ) as error:  # unsloth_zoo/device_type.py: there is a driver, and no card that torch can use
+        raise ToolkitError(
+            "an NVIDIA driver is here, but torch cannot use a card: `python -m toolkit doctor` says why and what to do; "
+            "UNSLOTH_FORCE_CPU=1 before the command runs it on the CPU"
+        ) from error
     return FastLanguageModel
 
 

@@ -304,7 +304,7 @@ def _divergence_checks(name: str, measured: dict, report: Report) -> None:
 def _generation(path: Path, run: Path, merged: Merged, own: Tokens, report: Report) -> None:
     """Replies from the file itself in every mode: how many keep to the mode, how many end by the end-of-turn token."""
     recipe = run / "recipe.yaml"
-    prompts = load(recipe).evaluate.prompts if recipe.is_file() else Evaluate().prompts
+    prompts = (load(recipe).evaluate.prompts if recipe.is_file() else ()) or Evaluate().prompts
     family, generation = family_of(merged.config["model_type"]), generation_config(merged, own.tokenizer)
     try:
         with llama_server(path) as post:
