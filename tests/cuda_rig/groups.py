@@ -224,9 +224,8 @@ def memory(folder: Path) -> dict:
     forward = inner.forward
 
     def full(hidden, *args, **kwargs):  # noqa: ARG001 - a layer's signature
-        # the first layer has run: its graph hangs on `hidden`
-        attempts[-1] |= {"graph": hidden.grad_fn is not None, "left": [n for n, r in refs.items() if r() is not None]}
-        refs.update(graph=weakref.ref(hidden), optimizer=weakref.ref(attempts.trainer().optimizer))
+        attempts[-1]["left"] = [name for name, ref in refs.items() if ref() is not None]
+        refs.update(activations=weakref.ref(hidden), optimizer=weakref.ref(attempts.trainer().optimizer))
         raise errors.pop(0)
 
     def built(*args):
