@@ -134,8 +134,9 @@ def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> No
 def _draw(draws: list["Draw"], recipe: Recipe, chat: Chat) -> None:
     """Hold out and draw every source's rows. All hold out first, so that none trains on another's validation prompt."""
     judge = Judge(recipe.data, recipe.model.max_seq_length, chat, _question_prompts(recipe))
-    with ThreadPoolExecutor(1) as encoder:
-        encoder.submit(getattr, chat, "fast")  # loads while the first rows are rendered
+    with ThreadPoolExecutor(1) as encoder, ThreadPoolExecutor(1) as loader:
+        encoder.submit(getattr, chat, "fast")  # both tokenizers load while the first rows are rendered
+        loader.submit(getattr, chat.tokenizers, "reference")
         streams = [_stream(draw, recipe.data, chat, encoder) for draw in draws]
         for hold_out in (True, False):
             for draw, stream in zip(draws, streams, strict=True):
