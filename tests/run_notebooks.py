@@ -47,7 +47,10 @@ root = found[0].resolve()
 if importlib.util.find_spec("unsloth") is None:
     subprocess.run([sys.executable, "-m", "toolkit", "setup"], cwd=root, check=True)
 sys.path.insert(0, str(root))
-os.chdir(root)"""
+os.chdir(root)
+from toolkit import install
+
+install.restart_if_replaced()  # only where set-up replaced what this kernel has imported"""
 """The first code cell of every notebook, byte for byte; `{address}` is the repository's, empty while it has none."""
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
