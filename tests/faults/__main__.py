@@ -98,7 +98,8 @@ def main() -> int:
 
         kept = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
         RECORD.write_text(json.dumps(kept | {"machine": f"{processor()}, {os.cpu_count()} cores", "date": time.strftime("%Y-%m-%d"), "commit": commit(),
-                                      "minutes": round(minutes, 1), "rows": rows}, indent=1) + "\n")  # fmt: skip
+                                      "minutes": round(minutes, 1), "planned": len(chosen),
+                                      "tried": sum(row["tries"] for row in rows), "rows": rows}, indent=1) + "\n")  # fmt: skip
     return 1 if lost or not outcomes else 0
 
 
