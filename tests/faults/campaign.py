@@ -221,7 +221,8 @@ def full_disk(argv: list[str], moment: Callable, room: int) -> Callable[[Workpla
 def fill(ballast: Path, room: int) -> None:
     """Take all of a disk but `room` bytes."""
     free = os.statvfs(ballast.parent).f_bavail * os.statvfs(ballast.parent).f_frsize
-    ballast.write_bytes(bytes(max(0, free - room)))
+    with contextlib.suppress(OSError):  # the run wrote meanwhile: the disk is full before the ballast is
+        ballast.write_bytes(bytes(max(0, free - room)))
 
 
 fault("disk full", "mix", ends_in="mixed")(full_disk(MIX, anywhere(), 20_000))
@@ -519,6 +520,9 @@ def worker(todo, done, scratch: Path) -> None:
     preload()
     while (item := todo.get()) is not None:
         started, used = time.monotonic(), os.times()
-        lost = try_fault(FAULTS[item[0]], item[1], scratch)
+        try:
+            lost = try_fault(FAULTS[item[0]], item[1], scratch)
+        except Exception as error:  # a fault of the campaign counts as a loss, and must not end the worker
+            lost = f"the campaign itself failed: {error!r}"
         cpu = sum(os.times()[:4]) - sum(used[:4])
         done.put((*item, lost, f"{time.monotonic() - started:.0f} s, {cpu:.0f} s of CPU"))
