@@ -14,7 +14,7 @@ from toolkit import fit, recipe, report, run
 from toolkit.compare import compare
 from toolkit.export import export
 from toolkit.family import KINDS, MODES, mode_title
-from toolkit.files import read_json, read_jsonl
+from toolkit.files import ToolkitError, read_json, read_jsonl
 from toolkit.mix import compile_mix, split_count
 from toolkit.model import unsloth
 from toolkit.render import load_chat
@@ -116,7 +116,15 @@ def wrong_labels(mixed, loaded: recipe.Recipe, chat) -> list[str]:
     return [f for f in found if chat.kind != "thinking_only" or "empty think" not in f]
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in families.NAMES if name != "qwen2.5"]
+DIGITS = pytest.mark.xfail(
+    raises=ToolkitError,
+    reason="transformers 5 saves a GPT2Tokenizer without its split into digits; the export refuses it",
+)
+SLOW = [
+    pytest.param(name, marks=[pytest.mark.slow, *([DIGITS] if name == "smollm2" else [])])
+    for name in families.NAMES
+    if name != "qwen2.5"
+]
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", *SLOW])
