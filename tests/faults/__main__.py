@@ -1,6 +1,6 @@
 """The fault campaign as one command: a table (fault, phase, tries, survived), recorded in data_recipes/measured/faults.json.
 
-python -m tests.faults            (all; half an hour on two cores)    python -m tests.faults --quick --only "kill -9"
+python -m tests.faults            (all; about an hour on two cores)    python -m tests.faults --quick --only "kill -9"
 """
 
 import argparse
