@@ -11,7 +11,7 @@ import pytest
 from tests.export_fixtures import base_model, run_folder, tokenizer
 from toolkit import recipe
 from toolkit.export import export, gguf_path, push
-from toolkit.export.certificate import FAILED, verify
+from toolkit.export.certificate import FAILED, merge_limit, verify
 from toolkit.export.gguf_file import GgufFile, write_gguf
 from toolkit.export.merge import Adapter, Checkpoint, Merged, find_base
 from toolkit.export.parity import divergence, log_probs
@@ -187,3 +187,11 @@ def test_the_page_for_people_lists_every_check_and_every_file(sound):
     page = (sound[0] / "certificate.md").read_text()
     assert all(c["name"] in page for c in sound[1]["checks"])
     assert all(re.search(rf"{re.escape(n)} .*{f['sha256']}", page) for n, f in sound[1]["files"].items())
+
+
+def test_the_limit_of_a_merge_grows_with_what_the_adapter_does_and_stays_below_it():
+    assert merge_limit(0.0888) > 1.27e-4  # SmolLM2 with every tensor merged exactly: bf16 rounding alone
+    assert merge_limit(1e-6) == 5e-7  # an adapter that does little: the bare base must still fail
+    assert merge_limit(0.005) == 1e-4
+    assert merge_limit(50.0) == 1e-3
+    assert all(merge_limit(effect) < effect for effect in (1e-6, 1e-4, 1e-2, 1.0))

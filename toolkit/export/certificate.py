@@ -158,13 +158,23 @@ def _merge_checks(run: Path, onto: str, merged: Merged, own: Tokens, sequences: 
     report.check("merged: worst tensor (relative error)", _merged_error(stored, merged), MERGED_ERROR)
     tuned, base = log_probs(merged, "adapter", sequences), log_probs(merged, "base", sequences)
     effect = float(divergence(tuned, base).mean())
-    gate = min(KL_MEAN, effect / 2)  # an adapter that changes little must survive rounding to bf16 all the same
+    gate = merge_limit(effect)
     report.check("adapter changes the base (mean KL)", effect, NO_OP, "at least")
     reference = log_probs(stored, "merged", sequences)
     report.check("merged against base + adapter (mean KL)", divergence(tuned, reference).mean(), gate)
     report.check("control: the unmerged base fails that gate (mean KL)", effect, math.nextafter(gate, 1), "at least")
     _qlora_gap(run, onto, merged, tuned, sequences, report)
     return reference
+
+
+def merge_limit(effect: float) -> float:
+    """Mean KL allowed between merged weights and base + adapter, when the adapter moves the base by a mean KL of `effect`.
+
+    A larger adapter is rounded more when its sum with the base is stored in bf16: SmolLM2-135M, all tensors merged exactly,
+    gave 1.3e-4 at an effect of 0.089 (data_recipes/measured/smollm2.json). So a hundredth of the effect is allowed, never
+    more than KL_MAX; and an adapter that changes little must survive the rounding all the same.
+    """
+    return min(max(KL_MEAN, effect / 100), KL_MAX, effect / 2)
 
 
 def _equal(file: Path, text: str) -> bool:
@@ -346,7 +356,7 @@ def _write(run: Path, certificate: dict) -> None:
     write_text(run / "certificate.md", _page(certificate))
     write_json(run / "certificate.json", certificate)
     if not failed:
-        (run / FAILED).unlink()
+        (run / FAILED).unlink(missing_ok=True)
 
 
 def _page(certificate: dict) -> str:
