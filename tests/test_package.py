@@ -91,21 +91,13 @@ def bind(function, call: ast.Call) -> None:
 
 
 # Cheap enough to run; elsewhere names are resolved and calls bound to their signatures.
-EXECUTED = (
-    "recipe sources sources.readers sources.conversation sources.formats evaluate.score fit serve.splitter".split()
-)
-
-
-UNDER_WAY = "serve.engine".split()
-"""Usage lines that do not run yet: their modules are being rewritten. The last step empties this."""
+EXECUTED = "recipe sources sources.readers sources.conversation sources.formats evaluate.score fit".split()
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_the_usage_line_of_every_module_runs(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     text, name = usage(path), name_of(path)
-    if name in UNDER_WAY:
-        pytest.xfail("being rewritten")
     assert text, "the docstring's second paragraph is one line of use"
     for words in commands(text):
         try:
@@ -127,15 +119,28 @@ def test_the_usage_line_of_every_module_runs(path, monkeypatch):
         bind(function, call)
 
 
-@pytest.mark.xfail(strict=False, reason="the rebuild is under way: the last step removes this mark")
-def test_the_package_stays_small(capsys):
+GOAL, TODAY = (7_000, 36_000), (11_450, 58_000)
+"""Lines, and expressions and statements: what a small package has, and what this one has on 2026-11-25. TODAY only falls."""
+
+
+def size() -> tuple[int, int]:
+    """(lines, expressions and statements) of the package."""
     files = [p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py")]
-    lines = sum(len(text.splitlines()) for text in files)
     nodes = sum(isinstance(n, ast.expr | ast.stmt) for text in files for n in ast.walk(ast.parse(text)))
+    return sum(len(text.splitlines()) for text in files), nodes
+
+
+def test_the_package_does_not_grow(capsys):
     with capsys.disabled():
-        print(f"\ntoolkit: {lines:,} lines (at most 7,000), {nodes:,} expressions and statements (at most 36,000)")
-    assert lines <= 7_000
-    assert nodes <= 36_000
+        print(
+            "\ntoolkit: {:,} lines, {:,} expressions and statements; the goal is {:,} and {:,}".format(*size(), *GOAL)
+        )
+    assert all(have <= most for have, most in zip(size(), TODAY, strict=True))
+
+
+@pytest.mark.xfail(strict=True, reason="not met yet: by how much, the test above prints")
+def test_the_package_is_small():
+    assert all(have <= most for have, most in zip(size(), GOAL, strict=True))
 
 
 def test_importing_the_package_loads_neither_torch_nor_unsloth():
