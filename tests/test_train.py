@@ -631,7 +631,7 @@ def test_by_default_a_model_without_gguf_conversion_is_not_refused_and_the_run_s
 
 @pytest.mark.usefixtures("elsewhere")
 def test_a_tracker_that_is_not_installed_is_named_before_the_model_is_loaded():
-    with pytest.raises(ToolkitError, match="pip install swanlab"):
+    with pytest.raises(ToolkitError, match="pip install 'swanlab"):
         trained("run", "train.report_to=swanlab", "model.model_name=/nowhere")
 
 
