@@ -356,7 +356,7 @@ def _write(run: Path, certificate: dict) -> None:
     write_text(run / "certificate.md", _page(certificate))
     write_json(run / "certificate.json", certificate)
     if not failed:
-        (run / FAILED).unlink(missing_ok=True)
+        (run / FAILED).unlink()
 
 
 def _page(certificate: dict) -> str:
