@@ -210,11 +210,6 @@ def run_folder(folder: str | Path) -> Path:
     return found
 
 
-def manifest(folder: Path) -> dict:
-    """A run's manifest.json."""
-    return read_json(folder / "manifest.json")
-
-
 def damaged(folder: Path, checksums: dict[str, str]) -> str | None:
     """The first file of a folder that is missing or differs from its SHA-256; None when all are as written."""
     return next((n for n, s in checksums.items() if not (folder / n).is_file() or sha256(folder / n) != s), None)
@@ -222,7 +217,7 @@ def damaged(folder: Path, checksums: dict[str, str]) -> str | None:
 
 def check_adapter(folder: Path) -> None:
     """Compare a run's adapter with the checksums in its manifest. Raises ToolkitError naming a damaged file."""
-    name = damaged(folder / "adapter", manifest(folder).get("adapter", {}))
+    name = damaged(folder / "adapter", read_json(folder / "manifest.json").get("adapter", {}))
     if name:
         raise ToolkitError(
             f"{folder / 'adapter' / name}: missing or damaged: its SHA-256 differs from manifest.json. Run the `train` "

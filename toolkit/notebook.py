@@ -88,9 +88,9 @@ def forecast(recipe: Recipe, vram: int):
 def memory(folder: Path) -> str:
     """What a run took, beside its forecast where it ran on a card."""
     from toolkit import fit
-    from toolkit.model import manifest
+    from toolkit.files import read_json
 
-    made = manifest(folder)
+    made = read_json(folder / "manifest.json")
     if "fit" not in made:
         return f"peak: {made['peak_memory_bytes'] / fit.GIB:.2f} GiB of main memory; a forecast is made for cards, and none is here"
     held = made["fit"]
