@@ -41,6 +41,8 @@ def supervised(labels: list[list[int]]) -> list[int]:
         ("unsloth/models/rl.py", ["_unsloth_truncated_to"]),
         ("unsloth/utils/packing.py", ["def mark_allow_overlength", "_unsloth_allow_packed_overlength"]),
         ("unsloth/models/_decode_graphs.py", ["def release_for_training"]),
+        ("unsloth/models/loader_utils.py", ["def get_model_name"]),
+        ("unsloth/models/loader.py", ["use_exact_model_name"]),
         ("unsloth/models/_utils.py", ["UNSLOTH_DISABLE_STATISTICS"]),
         ("unsloth_zoo/device_type.py", ["UNSLOTH_FORCE_CPU", "/proc/driver/nvidia/version", "/usr/lib/wsl/lib/nvidia-smi"]),
         ("unsloth_zoo/llama_cpp.py", ["UNSLOTH_AUTO_INSTALL"]),
@@ -91,6 +93,15 @@ def test_a_prompt_longer_than_max_seq_length_is_read_whole():
     found = facts("probe")
     assert found["seen_by_itself"] < found["prompt"]  # what Unsloth does without a word
     assert found["seen_in_inference"] == found["prompt"]
+
+
+def test_a_hub_name_is_resolved_to_what_unsloth_loads_before_the_mix_is_rendered():
+    found = facts("probe")
+    assert found["resolved"] == found["again"] == "unsloth/Qwen3-4B-unsloth-bnb-4bit"
+    assert found["exact"] == "Qwen/Qwen3-4B"
+    assert found["refused"].startswith(
+        "model.revision: Unsloth loads unsloth/Qwen3-4B-unsloth-bnb-4bit for Qwen/Qwen3-4B"
+    )
 
 
 # --- packed and padded -----------------------------------------------------------------------------------------------

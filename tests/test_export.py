@@ -430,19 +430,18 @@ def test_leftovers_of_a_killed_export_are_removed_and_the_bases_length_limit_is_
     assert read_json(run / "merged" / "tokenizer_config.json")["model_max_length"] == limit
 
 
-def test_the_base_is_the_repository_that_was_really_loaded(tmp_path, base, monkeypatch):
-    """On CUDA Unsloth loads unsloth/Qwen3-toy-unsloth-bnb-4bit for Qwen/Qwen3-toy, and the commit is that one's."""
+def test_a_revision_counts_for_the_4bit_repository_it_was_recorded_with_only(tmp_path, base, monkeypatch):
+    """A run names what Unsloth loaded, unsloth/Qwen3-toy-unsloth-bnb-4bit, and the commit is that one's."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for name, commit in (("Qwen--Qwen3-toy", "a" * 40), ("unsloth--Qwen3-toy-unsloth-bnb-4bit", "b" * 40)):
-        folder = tmp_path / f"models--{name}"
+    for name, commit in (("Qwen3-toy", "a" * 40), ("Qwen3-toy-unsloth-bnb-4bit", "b" * 40)):
+        folder = tmp_path / f"models--unsloth--{name}"
         shutil.copytree(base, folder / "snapshots" / commit)
         (folder / "refs").mkdir()
         (folder / "refs" / "main").write_text(commit)
-    loaded = {"name": "unsloth/Qwen3-toy-unsloth-bnb-4bit", "revision": "b" * 40}
-    model = {"name": "Qwen/Qwen3-toy", "revision": "b" * 40, "loaded": loaded}
+    model = {"name": "unsloth/Qwen3-toy-unsloth-bnb-4bit", "revision": "b" * 40}
     found = {onto: find_base(model, onto, local_only=True) for onto in ("16bit", "4bit")}
-    assert (found["16bit"].name, found["16bit"].revision) == ("Qwen/Qwen3-toy", "a" * 40)
-    assert (found["4bit"].name, found["4bit"].revision) == ("unsloth/Qwen3-toy-unsloth-bnb-4bit", "b" * 40)
+    assert (found["16bit"].name, found["16bit"].revision) == ("unsloth/Qwen3-toy", "a" * 40)
+    assert (found["4bit"].name, found["4bit"].revision) == (model["name"], "b" * 40)
 
 
 def test_an_adapters_card_is_filled_and_names_no_path_of_this_machine(run):

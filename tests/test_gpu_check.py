@@ -37,7 +37,7 @@ def test_without_a_card_it_says_so_and_tries_nothing(checked):
 
 def test_a_step_that_fails_stands_on_its_line_and_the_next_is_tried(checked, monkeypatch):
     def fails():
-        raise RuntimeError(f"[red] {Path.home()}/secret")
+        raise RuntimeError(f"[red] {Path.home()}/secret {gpu_check.outputs()}/run")
 
     monkeypatch.setattr(gpu_check, "STEPS", {"one": fails, "two": lambda: ("all well", {})})
     code, said, record = checked(rehearsal=True)
@@ -46,7 +46,29 @@ def test_a_step_that_fails_stands_on_its_line_and_the_next_is_tried(checked, mon
     assert "FAILED" in said
     assert "RuntimeError: [red]" in said
     assert "in fails" in record["steps"][0]["traceback"]
-    assert f"{Path.home()}/secret" not in json.dumps(record)
+    said = json.dumps(record)
+    assert [str(folder) for folder in (Path.home(), ROOT, gpu_check.outputs()) if f"{folder}/" in said] == []
+
+
+def test_what_kills_the_process_leaves_the_steps_before_it(checked, tmp_path, monkeypatch):
+    def killed():
+        raise KeyboardInterrupt  # like a signal: `attempt` does not hold it
+
+    monkeypatch.setattr(gpu_check, "STEPS", {"one": lambda: ("all well", {}), "two": killed})
+    with pytest.raises(KeyboardInterrupt):
+        checked(rehearsal=True)
+    [step] = json.loads((tmp_path / "doctor.json").read_text(encoding="utf-8"))["steps"]
+    assert step["passed"]
+
+
+def test_the_table_reads_at_80_columns(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
+    steps = {name: lambda: ("a sentence that is longer than its column " * 3, {}) for name in gpu_check.STEPS}
+    monkeypatch.setattr(gpu_check, "STEPS", steps)
+    screen = io.StringIO()
+    gpu_check.check(Console(file=screen, width=80), rehearsal=True)
+    assert max(len(line) for line in screen.getvalue().splitlines() if "doctor.json" not in line) <= 80
+    assert "…" not in screen.getvalue().partition("┏")[2]  # nothing is cut
 
 
 def test_random_weights_on_a_card_take_less_than_four_gigabytes():

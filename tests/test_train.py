@@ -493,7 +493,7 @@ def test_the_run_folder_explains_itself(root):
     assert {"recipe.yaml", "manifest.json", "mix.json", "metrics.jsonl", "samples.jsonl", "run.log", "adapter"} <= files
     manifest = read_json(run / "manifest.json")
     assert {"recipe_sha256", "versions", "gpu", "model", "data", "seeds", "commit"} <= set(manifest)
-    assert manifest["model"]["loaded"] == {"name": "pocket", "revision": None}
+    assert manifest["model"] == {"name": "pocket", "revision": None, "load_in_4bit": True}
     assert manifest["recipe_sha256"] == recipe.sha256(recipe.load(run / "recipe.yaml"))
     assert manifest["state"] == "finished"
     mix = read_json(run / "mix.json")

@@ -5,7 +5,6 @@ python -m toolkit doctor --gpu
 
 import dataclasses
 import gc
-import io
 import json
 import platform
 import shutil
@@ -15,7 +14,7 @@ from pathlib import Path
 
 from toolkit import doctor, install, recipe, run
 from toolkit import model as models
-from toolkit.files import POCKET, ToolkitError, outputs, read_json, write_text
+from toolkit.files import POCKET, ROOT, ToolkitError, outputs, read_json, write_text
 from toolkit.generate import generate, modes_of
 from toolkit.train import PACKAGES, all_checkpoints, commit
 
@@ -45,10 +44,9 @@ def weights() -> tuple[str, dict]:
     models.unsloth()  # before transformers, which it patches
     import torch
 
-    if torch.cuda.is_available():
+    if has_card := torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / torch.cuda.get_device_properties(0).total_memory))
-    count = random_model(outputs() / WEIGHTS, SHAPE if torch.cuda.is_available() else {})
-    return f"{count / 1e6:.0f}M parameters", {}
+    return f"{random_model(outputs() / WEIGHTS, SHAPE if has_card else {}) / 1e6:.0f}M parameters", {}
 
 
 def random_model(folder: Path, shape: dict) -> int:
@@ -75,9 +73,11 @@ def load() -> tuple[str, dict]:
 def train(name: str = PLAIN) -> tuple[str, dict]:
     from rich.console import Console
 
-    run.train(plan(name), Console(file=io.StringIO()), score=False)
+    run.train(plan(name), Console(quiet=True), score=False)
     made = read_json(outputs() / name / "manifest.json")
     way = "packed" if made["packing"] else "padding-free" if made["padding_free"] else "padded"
+    if made["gpu"] and name == PACKED and way != "packed":
+        raise ToolkitError(f"train.packing=true trained {way}")
     return f"{made['steps']} steps, {way}, loss {made['train_loss']:.3f} in {made['train_seconds']:.0f} s", made
 
 
@@ -134,23 +134,32 @@ def check(console, *, rehearsal: bool = False) -> int:
     from rich.markup import escape
     from rich.table import Table
 
-    machine, steps = doctor.look(), []
+    machine, done = doctor.look(), []
     doctor.show(doctor.gpu(machine), console)
     table = Table("step", "", "seconds", "what", title="the CUDA path on random weights", title_justify="left")
     for name in (WEIGHTS, PLAIN, PACKED):
         shutil.rmtree(outputs() / name, ignore_errors=True)
+    write(machine, done)
     for name, step in STEPS.items() if machine.seen or rehearsal else ():
-        console.print(f"trying: {name} …")
-        done = attempt(step)
-        steps.append({"step": name} | done)
-        table.add_row(name, "passed" if done["passed"] else "FAILED", f"{done['seconds']:.0f}", escape(done["said"]))
-    console.print(table if steps else "nothing tried, as there is no card to use (--cpu-rehearsal: on the CPU)")
-    versions = {"python": platform.python_version()} | {p: install.installed(p) for p in (*PACKAGES, "triton")}
-    record = {"commit": commit(), "system": platform.platform(), "versions": versions, "on_cpu": not machine.seen}
-    text = json.dumps(record | {"machine": dataclasses.asdict(machine), "steps": steps}, indent=1, default=str)
-    write_text(outputs() / "doctor.json", text.replace(f"{Path.home()}/", "~/"))  # it will be read by strangers
+        console.print(f"step {len(done) + 1} of {len(STEPS)}: {name} …")
+        found = attempt(step)
+        done.append({"step": name} | found)
+        write(machine, done)  # after every step: what kills this process leaves those before it
+        table.add_row(name, "passed" if found["passed"] else "FAILED", f"{found['seconds']:.0f}", escape(found["said"]))
+    console.print(table if done else "nothing tried, as there is no card to use (--cpu-rehearsal: on the CPU)")
     console.print(f"for a bug report: {outputs() / 'doctor.json'}")
-    return 0 if steps and all(step["passed"] for step in steps) else 1
+    return 0 if done and all(step["passed"] for step in done) else 1
+
+
+def write(machine: doctor.Machine, steps: list[dict]) -> None:
+    """outputs/doctor.json, which strangers will read: without the paths of this machine."""
+    versions = {"python": platform.python_version()} | {p: install.installed(p) for p in (*PACKAGES, "triton")}
+    record = {"commit": commit(), "system": platform.platform(), "versions": versions, "on_cpu": not machine.seen,
+              "machine": dataclasses.asdict(machine), "steps": steps}  # fmt: skip
+    text = json.dumps(record, indent=1, default=str)
+    for folder, short in ((outputs(), "outputs"), (ROOT, "."), (Path.home(), "~")):
+        text = text.replace(f"{folder}/", f"{short}/")
+    write_text(outputs() / "doctor.json", text)
 
 
 def attempt(step) -> dict:

@@ -69,9 +69,7 @@ def unsloth():
     try:
         with quiet():
             from unsloth import FastLanguageModel
-    except (
-        NotImplementedError
-    ) as error:  # unsloth_zoo/device_type.py: there is a driver, and no card that torch can use
+    except NotImplementedError as error:  # unsloth_zoo/device_type.py: a driver, and no card that torch can use
         raise ToolkitError(
             "an NVIDIA driver is here, but torch cannot use a card: `python -m toolkit doctor` says why and what to do; "
             "UNSLOTH_FORCE_CPU=1 before the command runs it on the CPU"
@@ -90,16 +88,14 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the GPU has no memory left; CUDA and cuBLAS report it as a plain RuntimeError too."""
     import torch
 
-    if isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        m in str(error) for m in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )
+    words = "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
+    plain = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return plain or isinstance(error, torch.OutOfMemoryError)
 
 
 def checkpoint_file(section: Model, name: str) -> dict:
     """A JSON file of a recipe's model, from its folder or the Hub, without loading anything; {} where it has none."""
-    where = POCKET if section.model_name == "pocket" else find(section.model_name)
+    where = find(checkpoint_path(section))
     if where is None:
         import huggingface_hub
 
@@ -118,11 +114,39 @@ def checkpoint_path(section: Model) -> str:
     return str(where or section.model_name)
 
 
+def really_loaded(section: Model) -> str:
+    """The repository that Unsloth loads for a recipe's model: on CUDA it replaces many Hub names by those of its own
+    4-bit checkpoints, which have a tokenizer and a chat template of their own.
+
+    Raises ToolkitError where a revision is asked for: it is another repository's, and Unsloth would ignore it.
+    """
+    name = section.model_name
+    if checkpoint_path(section) != name or section.extra.get("use_exact_model_name"):
+        return name
+    import torch
+
+    if not torch.cuda.is_available():
+        return name
+    unsloth()
+    from unsloth.models.loader_utils import get_model_name
+
+    loaded = name
+    with quiet(), contextlib.suppress(NotImplementedError):  # a name for a newer Unsloth: loading it says so
+        loaded = get_model_name(name, load_in_4bit=section.load_in_4bit, revision=section.revision)
+    if section.revision and loaded.lower() != name.lower():
+        raise ToolkitError(
+            f"model.revision: Unsloth loads {loaded} for {name} and ignores the revision: "
+            f"set model.model_name to {loaded} with a revision of its own, or remove model.revision"
+        )
+    return loaded
+
+
 def load_base(section: Model):
     """(model, tokenizer) of a recipe's `model:` section: a dynamic-quant checkpoint, or 16-bit weights quantized on load.
 
     Raises ToolkitError when the name is neither a folder nor on the Hub, or when the weights do not fit on the card.
     """
+    really_loaded(section)  # refuses a revision that Unsloth would ignore
     fast, where = unsloth(), checkpoint_path(section)
     try:
         with quiet():
@@ -138,12 +162,6 @@ def load_base(section: Model):
         if out_of_memory(error):
             reason = "it does not fit into GPU memory: `python -m toolkit fit` shows what does"
         raise ToolkitError(f"{section.model_name}: cannot be loaded: {reason} (details: {LOG.path})") from error
-    loaded = model.config._name_or_path
-    if section.revision and where == section.model_name != loaded:
-        raise ToolkitError(
-            f"model.revision: Unsloth loads {loaded} for {section.model_name} and ignores the revision: "
-            f"set model.model_name to {loaded} with a revision of its own, or remove model.revision"
-        )
     if model.device.type == "cuda":
         from unsloth.utils.packing import mark_allow_overlength
 
@@ -155,14 +173,9 @@ def load_base(section: Model):
     return model, tokenizer
 
 
-def notices(section: Model, model) -> list[str]:
-    """What Unsloth decided by itself while it loaded, and only says in the log."""
-    loaded, found = model.config._name_or_path, []
-    if find(loaded) is None and loaded != section.model_name:
-        found.append(f"Unsloth loaded {loaded} for {section.model_name}")
-    if model.device.type == "cuda" and model.get_input_embeddings().weight.device.type == "cpu":
-        found.append("Unsloth keeps the input embedding in main memory, as GPU memory is tight")
-    return found
+def offloads_embedding(model) -> bool:
+    """Whether Unsloth keeps the input embedding in main memory, as it decides by itself where GPU memory is tight."""
+    return model.device.type == "cuda" and model.get_input_embeddings().weight.device.type == "cpu"
 
 
 def attach(model, lora: Lora, *, seed: int, use_gradient_checkpointing="unsloth"):

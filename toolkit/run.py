@@ -79,8 +79,8 @@ def _train(recipe: Recipe, mixed, folder: Path, console):
     with loading(recipe.model.model_name, console):
         model, tokenizer = models.load_base(recipe.model)
         model = models.attach(model, recipe.lora, seed=recipe.data.seed)
-    for notice in models.notices(recipe.model, model):
-        console.print(f"· {notice}")
+    if models.offloads_embedding(model):
+        console.print("· GPU memory is tight: Unsloth keeps the input embedding in main memory")
     clock["model"] = time.time()
     training.train(recipe, mixed, model, tokenizer, folder, console, clock)
     return model, tokenizer
@@ -180,9 +180,16 @@ def hub_answers(seconds: float = 3.0) -> bool:
 
 
 def resolve(recipe: Recipe, console) -> Recipe:
-    """`model_name: auto` becomes the largest Qwen3 that fits the card with this recipe, and says so."""
-    if recipe.model.model_name != "auto":
-        return recipe
+    """The recipe with the model that is really loaded, which is said where it differs: `auto` becomes the largest Qwen3
+    that fits the card, a Hub name what Unsloth loads for it. The mix, the run and its export then agree on one name."""
+    asked = recipe.model.model_name
+    if asked != "auto":
+        from toolkit.model import really_loaded
+
+        name = really_loaded(recipe.model)
+        if name != asked:
+            console.print(f"model: {name} (what Unsloth loads for {asked})")
+        return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, model_name=name))
     import torch
 
     from toolkit import fit

@@ -212,7 +212,7 @@ def build_trainer(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, co
             callbacks=list(hooks.values()),
         )
     prepare(trainer, hooks)
-    if trainer.args.packing or trainer.args.padding_free:
+    if trainer.args.packing or trainer.args.padding_free or recipe.train.get("packing"):
         console.print(f"packing {trainer.args.packing}, padding-free {trainer.args.padding_free}")
     return trainer, hooks
 
@@ -426,7 +426,6 @@ def describe(recipe: Recipe, mixed: Mix, model, folder: Path) -> dict:
             "name": recipe.model.model_name,
             "revision": recipe.model.revision or vars(model.config).get("_commit_hash"),
             "load_in_4bit": recipe.model.load_in_4bit,
-            "loaded": loaded_from(recipe.model.model_name, model.config),
         },
         "data": mixed.report["fingerprints"],
         "seeds": {"data": recipe.data.seed, "train": recipe.data.seed},
@@ -434,14 +433,6 @@ def describe(recipe: Recipe, mixed: Mix, model, folder: Path) -> dict:
         "started": read_manifest(folder).get("started") or _now(),
         "state": "running",
     }
-
-
-def loaded_from(name: str, config) -> dict:
-    """{"name", "revision"} of the repository whose weights were loaded: on CUDA Unsloth replaces some names by those of
-    its own 4-bit checkpoints. A folder keeps the recipe's name, which holds no one's home."""
-    loaded = config._name_or_path
-    revision = vars(config).get("_commit_hash")
-    return {"name": name if Path(loaded).exists() else loaded, "revision": revision}
 
 
 def read_manifest(folder: Path) -> dict:

@@ -3,6 +3,7 @@
 facts = groups.probe(Path("/tmp/rig"))     # in the process that `python -m tests.cuda_rig` started, nowhere else
 """
 
+import dataclasses
 import os
 import weakref
 from pathlib import Path
@@ -14,8 +15,9 @@ from rich.console import Console
 
 from tests.cuda_rig import LAYERS, PROMPT
 from tests.cuda_rig.shim import CALLS, with_card
-from toolkit import mix, recipe, train
+from toolkit import mix, recipe, run, train
 from toolkit import model as models
+from toolkit.files import ToolkitError
 from toolkit.generate import LONG_PROMPTS, inference
 
 QUICK = ["name=rig", "train.report_to=none", "train.optim=adamw_torch", "evaluate.max_new_tokens=2",
@@ -169,7 +171,25 @@ def probe(folder: Path) -> dict:
         cut = model(input_ids=ids).logits.shape[1]
     with inference(model, SimpleNamespace(padding_side="left")):
         whole = model(input_ids=ids).logits.shape[1]
-    return facts | {"prompt": ids.shape[1], "seen_by_itself": cut, "seen_in_inference": whole}
+    return facts | names() | {"prompt": ids.shape[1], "seen_by_itself": cut, "seen_in_inference": whole}
+
+
+def names() -> dict:
+    """What a recipe's Hub name becomes on a card, and what is said about a revision of the other repository."""
+    asked = recipe.load("pocket", ["model.model_name=Qwen/Qwen3-4B"])
+    with with_card():
+        resolved = run.resolve(asked, Console(quiet=True)).model
+        exact = models.really_loaded(dataclasses.replace(asked.model, extra={"use_exact_model_name": True}))
+        try:
+            refused = models.load_base(dataclasses.replace(asked.model, revision="abc"))
+        except ToolkitError as error:
+            refused = str(error)
+    return {
+        "resolved": resolved.model_name,
+        "again": models.really_loaded(resolved),
+        "exact": exact,
+        "refused": refused,
+    }
 
 
 def ways(folder: Path) -> dict:

@@ -51,17 +51,14 @@ class Base:
 def find_base(model: dict, onto: str, *, local_only: bool = False) -> Base:
     """The base of `manifest.json["model"]`: `onto` "4bit" is what was loaded, "16bit" its 16-bit counterpart.
 
-    Unsloth replaces some names when it loads (Qwen/Qwen3-4B → unsloth/Qwen3-4B-unsloth-bnb-4bit), so a revision counts
-    only for the name it was recorded with. Raises ToolkitError when the base cannot be had."""
+    Raises ToolkitError when the base cannot be had."""
     if onto not in ("16bit", "4bit"):
         raise ToolkitError(f"onto: expected 16bit or 4bit, got {onto!r}")
-    loaded = model.get("loaded") or model
-    name, revision = loaded["name"], loaded.get("revision")
+    name, revision = model["name"], model.get("revision")
     folder = POCKET if name == "pocket" else find(name)
     suffix = next((s for s in FOUR_BIT_NAMES if name.rstrip("/").endswith(s)), "")
     if onto == "16bit" and suffix and (folder is None or Checkpoint(folder).is_four_bit):
-        # The recipe may have named the 16-bit repository; otherwise it is the name without its ending.
-        name, revision = model["name"].rstrip("/").removesuffix(suffix), None
+        name, revision = name.rstrip("/").removesuffix(suffix), None  # a revision of the 4-bit repository
         folder = find(name)
     folder = folder or _download(name, revision, local_only)
     if onto == "16bit" and Checkpoint(folder).is_four_bit:
