@@ -39,9 +39,8 @@ def start(body: str, outputs) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("line", "options", "overrides"),
     [
-        ("sweep R --reasoning 0 1 data.budget=8000", {"recipe": "R", "reasoning": [0, 1]}, ["data.budget=8000"]),
-        ("sweep R --set a.b=1,2 data.budget=8000 --seeds 2", {"set": ["a.b=1,2"], "seeds": 2}, ["data.budget=8000"]),
-        ("sweep R --set a=1,2 b=3,4", {"set": ["a=1,2", "b=3,4"]}, []),
+        ("sweep R --reasoning 0 1 data.budget=8000", {"recipe": "R", "shares": [0, 1]}, ["data.budget=8000"]),
+        ("sweep R --of chat --shares 0.5 data.budget=8 --seeds 2", {"of": "chat", "seeds": 2}, ["data.budget=8"]),
         ("train --fresh train.max_steps=2", {"recipe": None, "fresh": True}, ["train.max_steps=2"]),
         ("train train.max_steps=2 pocket", {"recipe": "pocket"}, ["train.max_steps=2"]),
         ("mix pocket --show 2 data.budget=8", {"recipe": "pocket", "show": 2}, ["data.budget=8"]),

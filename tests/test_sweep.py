@@ -9,9 +9,9 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 
+import pandas as pd
 import pytest
 import yaml
 from rich.console import Console
@@ -119,15 +119,14 @@ def scripted(project):
 
 def do(project, ratios, console=None):
     """Plan and work, without the picture at the end; returns the runs that failed."""
-    runs = plan(recipes.load(project / "tiny.yaml"), ratios, 1, [], silent())
+    runs = plan(recipes.load(project / "tiny.yaml"), ratios, 1, silent())
     folder = project / "out/tiny-sweep"
     sweeps.write_plan(folder, runs)
     return work(runs, folder, scripted(project), console or silent())
 
 
-def run_sweep(project, *, reasoning=(0, 1), console=None, **more):
-    return sweep(project / "tiny.yaml", reasoning=list(reasoning), console=console or silent(),
-                 command=scripted(project), **more)  # fmt: skip
+def run_sweep(project, *, shares=(0, 1), console=None):
+    return sweep(project / "tiny.yaml", shares=shares, console=console or silent(), command=scripted(project))
 
 
 def ran(project):
@@ -138,34 +137,36 @@ def ran(project):
 
 
 def test_every_ratio_gets_the_same_supervised_tokens_in_the_same_steps(project):
-    runs = plan(recipes.load(project / "tiny.yaml"), RATIOS, 1, [], silent())
-    assert [run.share for run in runs] == pytest.approx(RATIOS, abs=0.01)
-    assert len({run.steps for run in runs}) == 1
+    runs = plan(recipes.load(project / "tiny.yaml"), RATIOS, 1, silent())
+    plans = pd.DataFrame([run.row for run in runs])
+    assert plans.reasoning_share.tolist() == pytest.approx(RATIOS, abs=0.01)
+    assert plans.steps.nunique() == 1
     assert len({run.recipe.data.budget for run in runs}) == 1
-    for run in runs:
-        assert run.tokens == pytest.approx(4000, rel=0.02)
-        assert run.trained == pytest.approx(run.tokens, rel=0.06)  # 20 steps of few rows: half a row a step is 6%
-    assert runs[0].batch > 2 * runs[-1].batch  # chat rows are short: more of them make a step
+    assert plans.supervised_tokens.tolist() == pytest.approx([4000] * 5, rel=0.02)
+    # 20 steps of few rows: half a row a step is 6%
+    assert plans.tokens_trained_on.tolist() == pytest.approx(plans.supervised_tokens.tolist(), rel=0.06)
+    assert (
+        plans.rows_per_step.iloc[0] > 2 * plans.rows_per_step.iloc[-1]
+    )  # chat rows are short: more of them make a step
 
 
 def test_a_source_that_limits_one_ratio_limits_all_of_them_and_is_named(project):
     with loud() as console:
-        runs = plan(recipes.load(project / "tiny.yaml", ["data.budget=8000"]), RATIOS, 1, [], console)
+        runs = plan(recipes.load(project / "tiny.yaml", ["data.budget=8000"]), RATIOS, 1, console)
     budgets = {run.recipe.data.budget for run in runs}
     assert len(budgets) == 1
     assert 2000 < min(budgets) < 8000
     assert "talk cannot fill 8,000 at every ratio" in console.export_text()
-    assert [run.tokens for run in runs] == pytest.approx([min(budgets)] * 5, rel=0.02)
+    assert [run.row["supervised_tokens"] for run in runs] == pytest.approx([min(budgets)] * 5, rel=0.02)
 
 
 def test_the_mean_row_count_decides_the_steps_when_the_recipe_counts_epochs(project):
     overrides = ["train.max_steps=-1", "train.num_train_epochs=2", "train.per_device_train_batch_size=4"]
-    runs = plan(recipes.load(project / "tiny.yaml", overrides), RATIOS, 1, [], silent())
-    usual = 2 * sum(run.rows for run in runs) / len(runs) / 4
-    assert runs[0].steps == pytest.approx(usual, rel=0.2)
-    assert [run.trained for run in runs] == pytest.approx(
-        [2 * run.tokens for run in runs], rel=0.2
-    )  # whole rows: 3 or 4 a step
+    runs = plan(recipes.load(project / "tiny.yaml", overrides), RATIOS, 1, silent())
+    plans = pd.DataFrame([run.row for run in runs])
+    assert plans.steps[0] == pytest.approx(2 * plans.rows.mean() / 4, rel=0.2)
+    # whole rows: 3 or 4 a step
+    assert plans.tokens_trained_on.tolist() == pytest.approx((2 * plans.supervised_tokens).tolist(), rel=0.2)
 
 
 def test_common_steps_fit_whole_rows_and_never_exceed_the_memory_of_the_recipes_batch():
@@ -180,28 +181,26 @@ def test_common_steps_fit_whole_rows_and_never_exceed_the_memory_of_the_recipes_
 
 def test_more_steps_than_rows_are_refused_with_the_number_that_fits(project):
     with pytest.raises(ToolkitError, match=r"set train.max_steps to at most \d+"):
-        plan(recipes.load(project / "tiny.yaml", ["train.max_steps=2000"]), RATIOS, 1, [], silent())
+        plan(recipes.load(project / "tiny.yaml", ["train.max_steps=2000"]), RATIOS, 1, silent())
 
 
-def test_any_key_can_be_swept_and_names_say_what(project):
-    base = recipes.load(project / "tiny.yaml")
-    runs = plan(base, [0.5], 2, ["train.learning_rate=1e-4,2e-4"], silent())
-    assert [run.name for run in runs] == [
-        f"tiny-r0.5-s{seed}-learning_rate{rate}" for rate in ("1e-4", "2e-4") for seed in (3407, 3408)
-    ]
-    assert [run.recipe.train["learning_rate"] for run in runs] == [1e-4, 1e-4, 2e-4, 2e-4]
-    assert [run.recipe.data.seed for run in runs] == [3407, 3408] * 2
+def test_runs_are_named_after_share_and_seed(project):
+    runs = plan(recipes.load(project / "tiny.yaml"), [0.5], 2, silent())
+    assert [run.recipe.name for run in runs] == ["tiny-r0.5-s3407", "tiny-r0.5-s3408"]
+    assert [run.recipe.data.seed for run in runs] == [3407, 3408]
 
 
 def test_the_share_of_one_source_can_be_swept_where_no_source_thinks(project):
     plain = ["data.sources.0.mode=non_thinking", "data.duplicates=exact"]
     write_rows(project / "maths.jsonl", 200, "")
     base = recipes.load(project / "tiny.yaml", ["data.budget=1500", *plain])
-    runs = plan(base, [], 1, ["data.sources.1.fraction=0,0.25,0.5"], silent())
-    assert [run.name for run in runs] == ["tiny-talk0-s3407", "tiny-talk0.25-s3407", "tiny-talk0.5-s3407"]
+    runs = plan(base, [0, 0.25, 0.5], 1, silent(), of="talk")
+    assert [run.recipe.name for run in runs] == ["tiny-talk0-s3407", "tiny-talk0.25-s3407", "tiny-talk0.5-s3407"]
     shares = [[source.fraction for source in run.recipe.data.sources] for run in runs]
     assert shares == [[1, 0], [0.75, 0.25], [0.5, 0.5]]
-    assert len({run.steps for run in runs}) == 1
+    assert len({run.row["steps"] for run in runs}) == 1
+    with pytest.raises(ToolkitError, match=r"tlak: no such source. Did you mean 'talk'\?"):
+        plan(base, [0, 0.5], 1, silent(), of="tlak")
 
 
 def test_a_mix_given_in_counts_has_no_share_to_sweep(project):
@@ -212,14 +211,14 @@ def test_a_mix_given_in_counts_has_no_share_to_sweep(project):
     del values["data"]["budget"]
     (project / "tiny.yaml").write_text(yaml.safe_dump(values))
     base = recipes.load(project / "tiny.yaml")
-    with pytest.raises(ToolkitError, match=r"counts \(path#500\), so it has no share to sweep.*--set"):
-        plan(base, [0, 1], 1, [], silent())
+    with pytest.raises(ToolkitError, match=r"counts \(path#500\), so it has no share to sweep"):
+        plan(base, [0, 1], 1, silent())
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_plan_shows_every_name_and_number_whole(project, width):
     console = Console(file=io.StringIO(), width=width)
-    console.print(sweeps.plan_table(plan(recipes.load(project / "tiny.yaml"), RATIOS, 1, [], silent())))
+    console.print(sweeps.plan_table(plan(recipes.load(project / "tiny.yaml"), RATIOS, 1, silent())))
     shown = console.file.getvalue()
     assert max(map(len, shown.splitlines())) <= width
     assert "…" not in shown
@@ -227,18 +226,12 @@ def test_the_plan_shows_every_name_and_number_whole(project, width):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "settings", "message"),
-    [
-        (["data.unit=examples"], [], "add data.unit=supervised_tokens"),
-        (["train.packing=true"], [], "add train.packing=false"),
-        ([], ["train.gradient_accumulation_steps=1,2"], "follow from budget and steps"),
-        ([], ["train.learning_rat=1,2"], "Did you mean 'learning_rate'"),
-        ([], ["learning_rate"], "expected key=value,value"),
-    ],
+    ("override", "fix"),
+    [("data.unit=examples", "data.unit=supervised_tokens"), ("train.packing=true", "train.packing=false")],
 )
-def test_what_cannot_be_compared_fairly_is_refused(project, overrides, settings, message):
-    with pytest.raises(ToolkitError, match=message):
-        plan(recipes.load(project / "tiny.yaml", overrides), [0, 1], 1, settings, silent())
+def test_what_cannot_be_compared_fairly_is_refused(project, override, fix):
+    with pytest.raises(ToolkitError, match=f"add {fix}"):
+        plan(recipes.load(project / "tiny.yaml", [override]), [0, 1], 1, silent())
 
 
 # --- doing it
@@ -246,7 +239,7 @@ def test_what_cannot_be_compared_fairly_is_refused(project, overrides, settings,
 
 def test_a_sweep_ends_with_table_picture_and_sentence(project):
     console = loud()
-    folder = run_sweep(project, reasoning=RATIOS, console=console)
+    folder = run_sweep(project, shares=RATIOS, console=console)
     assert set(ran(project).values()) == {1}
     assert len(ran(project)) == 5
     assert (folder / "comparison.png").stat().st_size > 10_000
@@ -283,47 +276,25 @@ def test_a_run_that_crashes_shows_the_end_of_its_log_stops_no_other_and_is_done_
 def test_a_folder_of_another_recipe_is_refused_before_anything_trains(project):
     do(project, [0, 1])
     with pytest.raises(ToolkitError, match="holds a run of another recipe"):
-        sweep(
-            project / "tiny.yaml", ["train.max_steps=10"], reasoning=[0, 1], console=silent(), command=scripted(project)
-        )
+        sweep(project / "tiny.yaml", ["train.max_steps=10"], shares=[0, 1], console=silent(), command=scripted(project))
     assert sum(ran(project).values()) == 2
 
 
-# --- sharing the work
+# --- stopped, or twice at once
 
 
-def test_two_workers_never_do_the_same_run(project, monkeypatch):
-    monkeypatch.setenv("TEST_SECONDS", "0.3")
-    code = (
-        "import sys; from toolkit import sweep; from rich.console import Console\n"
-        "sweep.sweep(sys.argv[1], reasoning=[0, 0.25, 0.5, 0.75, 1], console=Console(quiet=True),\n"
-        "            command=lambda file: [sys.executable, sys.argv[2], str(file)])"
-    )
-    plan(recipes.load(project / "tiny.yaml"), RATIOS, 1, [], silent())  # the mixes are compiled: both start at once
-    words = [sys.executable, "-c", code, str(project / "tiny.yaml"), str(project / "runner.py")]
-    started = [subprocess.Popen(words, cwd=ROOT) for _ in range(2)]
-    assert [worker.wait(timeout=300) for worker in started] == [0, 0]
-    assert ran(project) == dict.fromkeys([f"tiny-r{r:g}-s3407" for r in RATIOS], 1)
-
-
-def test_what_another_worker_holds_is_said_once_with_who_holds_it(project):
-    runs = plan(recipes.load(project / "tiny.yaml"), [0], 1, [], silent())
-    folder = project / "out/tiny-sweep"
+def test_a_second_sweep_is_told_who_does_it_and_does_nothing(project):
     code = (
         "import sys, pathlib; from toolkit.files import lock\n"
         "with lock(pathlib.Path(sys.argv[1]), 'sweep'): print('held', flush=True); sys.stdin.readline()"
     )
-    words = [sys.executable, "-c", code, str(folder / runs[0].name)]
+    words = [sys.executable, "-c", code, str(project / "out/tiny-sweep")]
     holder = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    threading.Timer(0.6, lambda: holder.communicate("\n")).start()
-    console = loud()
-    sweeps.write_plan(folder, runs)
-    assert work(runs, folder, scripted(project), console) == []
-    shown = console.export_text()
-    assert shown.count("waiting: ") == 1
-    assert f"process {holder.pid}" in shown
-    assert ran(project) == {"tiny-r0-s3407": 1}
+    with pytest.raises(ToolkitError, match=rf"in use by `sweep` \(process {holder.pid}, "):
+        run_sweep(project)
+    holder.communicate("\n")
+    assert not (project / "out/ran.txt").exists()
 
 
 def test_progress_shows_the_time_left_for_the_whole_sweep(project, monkeypatch):
@@ -344,10 +315,10 @@ def test_a_killed_sweep_resumes_and_waits_for_the_run_that_still_trains(project,
     monkeypatch.setenv("TEST_SECONDS", "1.5")
     code = (
         "import sys; from toolkit import sweep; from rich.console import Console\n"
-        "sweep.sweep(sys.argv[1], reasoning=[0, 1], console=Console(quiet=True),\n"
+        "sweep.sweep(sys.argv[1], shares=[0, 1], console=Console(quiet=True),\n"
         "            command=lambda file: [sys.executable, sys.argv[2], str(file)])"
     )
-    plan(recipes.load(project / "tiny.yaml"), [0, 1], 1, [], silent())
+    plan(recipes.load(project / "tiny.yaml"), [0, 1], 1, silent())
     first = subprocess.Popen(
         [sys.executable, "-c", code, str(project / "tiny.yaml"), str(project / "runner.py")], cwd=ROOT
     )

@@ -5,6 +5,7 @@ python -m toolkit --help     (then `python -m toolkit train hybrid train.max_ste
 
 import argparse
 import functools
+import itertools
 import os
 import re
 import signal
@@ -87,20 +88,16 @@ def parser() -> argparse.ArgumentParser:
 def take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     """(other words, overrides): takes `key=value` words out, so that no option with several values swallows them.
 
-    Only `--set` is followed by such words itself: its first, and those with a comma. A word after an option with exactly
-    one value is that value (`--prompts a=b.jsonl`).
+    A word after an option with exactly one value is that value (`--prompts a=b.jsonl`).
     """
     known = {flags[0]: options for flags, options in VERBS[words[0]][1]} if words[0] in VERBS else {}
     if "overrides" not in known:
         return words, []
-    kept, overrides, option = [], [], ""
-    for previous, word in zip(["", *words], words, strict=False):
-        option = word if word.startswith("-") else option
-        has_one_value = previous in known and not {"nargs", "action"} & known[previous].keys()
-        is_setting = option == "--set" and (previous == "--set" or "," in word)
-        is_value = has_one_value or is_setting
-        (overrides if OVERRIDE.match(word) and not is_value else kept).append(word)
-    return kept, overrides
+    takes_one = {
+        flag for flag, options in known.items() if flag.startswith("-") and not {"nargs", "action"} & options.keys()
+    }
+    overrides = [word for before, word in itertools.pairwise(words) if OVERRIDE.match(word) and before not in takes_one]
+    return [word for word in words if word not in overrides], overrides
 
 
 def _catch_signals() -> None:
@@ -268,19 +265,16 @@ def fit(args):
 @verb(
     arg("recipe", nargs="?", default="data_recipes/sweep_pocket.yaml", help="default: sweep_pocket"),
     RECIPE[1],
-    arg("--reasoning", nargs="*", type=float, metavar="SHARE",
-        help="default: 0 0.25 0.5 0.75 1; with --set alone, the recipe's own"),
-    arg("--seeds", type=int, default=1, help="runs per setting, seeds counted up from data.seed"),
-    arg("--set", nargs="+", default=[], metavar="key=a,b", help="any other key, e.g. train.learning_rate=1e-4,2e-4"),
+    arg("--reasoning", "--shares", dest="shares", nargs="+", type=float, metavar="SHARE", help="default: 0 0.25 0.5 0.75 1"),
+    arg("--of", default="reasoning", metavar="SOURCE", help="whose share; default: all thinking sources together"),
+    arg("--seeds", type=int, default=1, help="runs per share, seeds counted up from data.seed"),
 )  # fmt: skip
 def sweep(args):
     """Train every reasoning share at one budget, compare, recommend; the same command resumes it."""
     from toolkit import sweep
 
-    reasoning = args.reasoning if args.reasoning is not None else [] if args.set else sweep.RATIOS
-    sweep.sweep(
-        args.recipe, args.overrides, reasoning=reasoning, seeds=args.seeds, settings=args.set, console=console()
-    )
+    shares = args.shares or sweep.RATIOS
+    sweep.sweep(args.recipe, args.overrides, shares=shares, of=args.of, seeds=args.seeds, console=console())
 
 
 @verb(

@@ -21,7 +21,7 @@ from toolkit import recipe as recipes
 from toolkit.family import mode_title
 from toolkit.files import outputs, read_json
 from toolkit.recipe import Recipe
-from toolkit.show import SHOWN, cell
+from toolkit.show import SHOWN, html_table
 
 Said = namedtuple("Said", "reasoning answer")
 """What a model said: the two fields of generate.py's `Reply` that are shown."""
@@ -148,15 +148,13 @@ def live(recipe: Recipe):
 
 def side_by_side(rows: Sequence[dict]):
     """Replies as a table: rows {"prompt", "mode", column: reply, …}; reasoning grey above the answer."""
-    from IPython.display import HTML
-
-    columns = [key for key in rows[0] if key not in {"prompt", "mode"}]
-    heads = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in ("asked", *columns))
-    lines = [f"<tr>{heads}</tr>"]
-    for row in rows:
-        asked = f"<b>{escape(row['prompt'])}</b><br>{mode_title(row['mode'])}"
-        lines.append(f"<tr>{cell(asked)}{''.join(cell(_reply(row[column])) for column in columns)}</tr>")
-    return HTML(f"<table style='width:100%;table-layout:fixed'>{''.join(lines)}</table>")
+    return html_table(
+        [
+            {"asked": f"<b>{escape(row['prompt'])}</b><br>{mode_title(row['mode'])}"}
+            | {name: _reply(value) for name, value in row.items() if name not in {"prompt", "mode"}}
+            for row in rows
+        ]
+    )
 
 
 def _reply(reply) -> str:

@@ -5,7 +5,7 @@ from rich import print; from toolkit import mix, recipe, show; print(show.plan_t
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -19,15 +19,16 @@ from toolkit.sources import Rejected, conversations, detect, open_rows
 PALETTE = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3")
 BASE, TUNED = "#9aa5b1", "#12355b"
 SHOWN, TAUGHT = "color:#777777", "background:#c8e6c9;color:#111"
+WRAPPED = "text-align:left;white-space:pre-wrap;overflow-wrap:anywhere"
 BINS = 40
 SMOOTH = 0.8
 """Weight of the past in the smoothed training loss; the raw values stay visible behind it."""
 SCORES = {
-    ("thinking", "accuracy"): "thinking:\nreasoning questions",
-    ("thinking", "adherence"): "thinking:\nthinks when asked to",
-    ("non_thinking", "accuracy"): "non-thinking:\nreasoning questions",
-    ("non_thinking", "accuracy/chat"): "non-thinking:\nchat questions",
-    ("non_thinking", "adherence"): "non-thinking:\nanswers at once",
+    ("thinking", "accuracy"): "thinking:\nreasoning questions, %",
+    ("thinking", "adherence"): "thinking:\nthinks when asked to, %",
+    ("non_thinking", "accuracy"): "non-thinking:\nreasoning questions, %",
+    ("non_thinking", "accuracy/chat"): "non-thinking:\nchat questions, %",
+    ("non_thinking", "adherence"): "non-thinking:\nanswers at once, %",
     ("forgetting", "kl"): "forgetting: KL from the base,\nnats per token",
 }
 """(section, metric) of eval.json → title of its panel; KL is in nats, all others are shares of replies."""
@@ -40,14 +41,51 @@ LOST = {
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
+def rich_table(rows: Sequence[dict], *, title: str | None = None, bold: int | None = None):
+    """Rows with equal keys as a table for a rich console, `bold` one of them: integers as 1,234, floats as 12.3%.
+
+    No name, word or number is cut, since two may differ in their last letters only."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    cells = [[_cell(value) for value in row.values()] for row in rows]
+    for i, heading in enumerate(rows[0]):
+        heading = heading.replace("_", "\n")
+        width = max(len(word) for text in (heading, *(row[i] for row in cells)) for word in text.split() or [""])
+        table.add_column(heading, justify="right" if i else "left", overflow="fold", min_width=width if i else None)
+    for i, row in enumerate(cells):
+        table.add_row(*row, style="bold" if i == bold else None)
+    return table
+
+
+def _cell(value) -> str:
+    return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.1%}"
+
+
+def html_table(rows: Sequence[dict]):
+    """Rows with equal keys, whose values are HTML, as a table for a notebook in which text wraps."""
+    import pandas
+    from IPython.display import HTML
+
+    cells = pandas.DataFrame(rows).map(lambda cell: f"<div style='{WRAPPED}'>{cell}</div>")
+    with pandas.option_context("display.max_colwidth", None):
+        return HTML(cells.to_html(index=False, escape=False, border=0, justify="left"))
+
+
 def plan_table(planned: dict[str, dict]):
     """What a recipe asks for (`mix.plan`), before anything is read."""
-    table = _table("source", "share", "to train", "held out")
-    for name, row in planned.items():
-        share = "as it comes" if row["share"] is None else f"{row['share']:.1%}"
-        quota = "all there is" if row["quota"] is None else f"{row['quota']:,}"
-        table.add_row(name, share, quota, str(row["validation"]))
-    return table
+    return rich_table(
+        [
+            {
+                "source": name,
+                "share": "as it comes" if row["share"] is None else row["share"],
+                "to train": "all there is" if row["quota"] is None else row["quota"],
+                "held out": row["validation"],
+            }
+            for name, row in planned.items()
+        ]
+    )
 
 
 def verdict(report: dict) -> str:
@@ -62,24 +100,13 @@ def verdict(report: dict) -> str:
 
 def mix_table(report: dict):
     """What a mix achieved: each source's amount and share in all three units."""
-    table = _table("source", *UNITS, "planned")
+    rows = []
     for name, row in report["sources"].items():
         modes = [f"{n:,} {mode_title(m)}" if len(row["modes"]) > 1 else mode_title(m) for m, n in row["modes"].items()]
         amounts = row["rows_kept"], row["tokens"], row["supervised_tokens"]
-        cells = [f"{n:,}\n{report['achieved'][u].get(name, 0):.1%}" for u, n in zip(UNITS, amounts, strict=True)]
-        table.add_row("\n".join([name, *modes]), *cells, f"\n{report['planned'][name]:.1%}")
-    return table
-
-
-def _table(*columns: str):
-    """Names wrap and are never cut: two sources may differ in their last letters."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(columns):
-        table.add_column(column.replace("_", "\n", 1), justify="right" if i else "left", overflow="fold")
-    return table
+        shares = {u: f"{n:,}\n{report['achieved'][u].get(name, 0):.1%}" for u, n in zip(UNITS, amounts, strict=True)}
+        rows.append({"source": "\n".join([name, *modes]), **shares, "planned": f"\n{report['planned'][name]:.1%}"})
+    return rich_table(rows)
 
 
 def notes(report: dict) -> list[str]:
@@ -127,9 +154,8 @@ def html(mixed: Mix, chat: Chat, count: int) -> str:
 
 
 def _coloured(shown: str, taught: str) -> str:
-    style = "white-space:pre-wrap;overflow-wrap:anywhere"
     shown, taught = escape(shown), escape(taught)
-    return f"<pre style='{style}'><span style='{SHOWN}'>{shown}</span><span style='{TAUGHT}'>{taught}</span></pre>"
+    return f"<pre style='{WRAPPED}'><span style='{SHOWN}'>{shown}</span><span style='{TAUGHT}'>{taught}</span></pre>"
 
 
 def label_rule(conversation: dict, chat: Chat) -> tuple[str, str]:
@@ -149,16 +175,17 @@ def trl_masking(conversation: dict, chat: Chat) -> tuple[str, str]:
 
 def compared(mixed: Mix, chat: Chat):
     """One held-out row of each source and mode: what is taught here, and what TRL / Unsloth masking would teach."""
-    from IPython.display import HTML
-
     rows = {(row.source, row.mode): row.conversation for row in reversed(mixed.validation)}
-    heads = "".join(f"<th style='text-align:left'>{name}</th>" for name in ("here", "TRL / Unsloth masking"))
-    body = "".join(
-        f"<tr><td colspan='2' style='text-align:left'><b>{escape(source)} · {mode_title(mode)}</b></td></tr>"
-        f"<tr>{cell(_coloured(*label_rule(row, chat)))}{cell(_coloured(*trl_masking(row, chat)))}</tr>"
-        for (source, mode), row in sorted(rows.items())
+    return html_table(
+        [
+            {
+                "row": escape(f"{source}, {mode_title(mode)}"),
+                "here": _coloured(*label_rule(row, chat)),
+                "TRL / Unsloth masking": _coloured(*trl_masking(row, chat)),
+            }
+            for (source, mode), row in sorted(rows.items())
+        ]
     )
-    return HTML(f"<table style='width:100%;table-layout:fixed'><tr>{heads}</tr>{body}</table>")
 
 
 def first_row(source: Source, chat: Chat, placeholders: dict):
@@ -173,19 +200,15 @@ def first_row(source: Source, chat: Chat, placeholders: dict):
     return HTML(f"<b>{escape(title)}</b>" + "".join(turns))
 
 
-def cell(content: str) -> str:
-    """One cell of an HTML table whose text wraps."""
-    return f"<td style='text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere'>{content}</td>"
-
-
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def _panels(width: float, height: float, count: int, **options):
+def panels(width: float, height: float, columns: int, rows: int = 1, **options):
+    """(figure, axes in one list) in the style of every picture here."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, count, squeeze=False, **options)[0]
+    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flatten())
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(axis="y", color="#eeeeee")
@@ -198,15 +221,14 @@ def mix_figure(mixed: Mix):
     import pandas
 
     report, limit = mixed.report, mixed.report["max_seq_length"]
-    figure, (shares, lengths) = _panels(10, 3.6, 2, width_ratios=(2, 3))
-    names, titles = list(report["sources"]), [u.replace("_", "\n") for u in UNITS]
-    achieved = pandas.DataFrame(report["achieved"]).reindex(names).T.set_axis(titles)
+    figure, (shares, lengths) = panels(10, 3.6, 2, width_ratios=(2, 3))
+    achieved = pandas.DataFrame(report["achieved"]).reindex(list(report["sources"])).T
+    achieved.index = [unit.replace("_", "\n") for unit in UNITS]
     achieved.plot.bar(stacked=True, ax=shares, color=PALETTE, rot=0, legend=False, width=0.8)
     for bars in shares.containers:
-        texts = [f"{v:.0%}" if v > 0.04 else "" for v in bars.datavalues]
-        shares.bar_label(bars, texts, label_type="center", color="white")
+        shares.bar_label(bars, fmt=lambda v: f"{v:.0%}" if v > 0.04 else "", label_type="center", color="white")
     shares.set(ylabel="share of the mix", ylim=(0, 1), title=f"one mix, three answers (recipe: {report['unit']})")
-    for name, colour in zip(names, itertools.cycle(PALETTE), strict=False):
+    for name, colour in zip(achieved, itertools.cycle(PALETTE), strict=False):
         sizes = [len(r.ids) for r in mixed.train if r.source == name]
         label = f"{name} ({len(sizes):,} rows)"
         lengths.hist(sizes, bins=BINS, range=(0, limit), color=colour, alpha=0.65, label=label)
@@ -227,53 +249,45 @@ def curves(folder: Path):
     import pandas
 
     lines = pandas.DataFrame(logged(folder)).groupby("step").last()
-    figure, (left, right) = _panels(10, 3.4, 2)
+    figure, (left, right) = panels(10, 3.4, 2)
     loss = lines["loss"].dropna()
     left.plot(loss, color=BASE, linewidth=1, label="each step")
     left.plot(loss.ewm(alpha=1 - SMOOTH).mean(), color=TUNED, linewidth=2, label="smoothed")
     left.set(title="training loss", xlabel="optimizer step", ylabel="nats per supervised token", ylim=(0, None))
-    sources = [k for k in lines if k.startswith("eval_") and k.endswith("_loss") and "/" in k]
-    for colour, key in zip(itertools.cycle(PALETTE), sources, strict=False):
+    for colour, key in zip(itertools.cycle(PALETTE), lines.filter(regex="^eval_.*loss$"), strict=False):
         source, _, mode = key.removeprefix("eval_").removesuffix("_loss").rpartition("/")
-        label = f"{source}, {mode_title(mode)}"
+        label = f"{source}, {mode_title(mode)}" if source else "all, as mixed"
         right.plot(lines[key].dropna(), color=colour, marker="o", markersize=4, label=label)
-    mixed = lines.get("eval_loss", pandas.Series(dtype=float)).dropna()
-    right.plot(mixed, color="black", linestyle=":", marker=".", label="all, as mixed")
     right.set(title="validation loss, by source and mode", xlabel="optimizer step", ylim=(0, None))
-    for axes in (left, right):
+    for axes in (left, right) if right.lines else (left,):  # no validation yet: nothing to name
         axes.legend(frameon=False, fontsize=9)
     return figure
 
 
-def scores(results: Mapping[str, dict], panels: Mapping[tuple[str, str], str] = SCORES):
+def scores(results: Mapping[str, dict], titles: Mapping[tuple[str, str], str] = SCORES):
     """Runs beside their common base, with 95% intervals: {name: content of an eval.json}, one panel for each metric
     that was measured, so that a model with one mode has that mode's only."""
-    base = next(iter(results.values()))["base"]
-    sides = {"base": base} | {name: result["tuned"] for name, result in results.items()}
-    shown = [key for key in panels if all(_measured(side, key) or key[1] == "kl" for side in sides.values())]
-    figure, axes = _panels(max(5, 2.6 * len(shown)), 3.4, len(shown))
+    import pandas
+
+    sides = {"base": next(iter(results.values()))["base"]} | {name: result["tuned"] for name, result in results.items()}
+    colours = dict(zip(sides, (BASE, *PALETTE), strict=False))
+    found = {key: {name: _measured(side, key) for name, side in sides.items()} for key in titles}
+    shown = [key for key, values in found.items() if all(values.values()) or key[1] == "kl"]
+    figure, axes = panels(max(5, 2.6 * len(shown)), 3.4, len(shown))
     for one, key in zip(axes, shown, strict=True):
         scale = 1 if key[1] == "kl" else 100
-        found = {name: _measured(side, key) for name, side in sides.items()}
-        for i, (name, colour) in enumerate(zip(found, (BASE, *PALETTE), strict=False)):
-            if value := found[name]:  # the base has no distance from itself
-                _bar(one, i, {end: scale * value[end] for end in ("value", "low", "high")}, colour)
-        one.set_xticks(range(len(found)), [name.replace(" + ", " +\n") for name in found], fontsize=8)
-        one.set(ylim=(0, None if key[1] == "kl" else 112), xlim=(-0.6, len(found) - 0.4))
-        one.set_title(panels[key] + ("" if key[1] == "kl" else ", %"), fontsize=10)
+        bars = pandas.DataFrame({name: value for name, value in found[key].items() if value}).T.astype(float) * scale
+        error = [(bars["value"] - bars[end]).abs() for end in ("low", "high")]
+        names = [name.replace(" + ", " +\n") for name in bars.index]
+        drawn = one.bar(names, bars["value"], 0.6, yerr=error, capsize=4, color=[colours[name] for name in bars.index])
+        one.bar_label(
+            drawn, fmt="%.3g", label_type="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}
+        )
+        one.set(ylim=(0, None if scale == 1 else 112))
+        one.set_title(titles[key], fontsize=10)
     return figure
 
 
 def _measured(side: dict, key: tuple[str, str]) -> dict | None:
     value = side.get(key[0], {}).get(key[1])
     return value if value and value["value"] is not None else None
-
-
-def _bar(axes, place: int, found: dict, colour: str) -> None:
-    """A bar with its interval, the value at its foot."""
-    interval = [[abs(found["value"] - found[end])] for end in ("low", "high")]
-    error = {"ecolor": "#555555", "elinewidth": 1.2, "capsize": 4}
-    axes.bar([place], [found["value"]], 0.6, yerr=interval, color=colour, error_kw=error)
-    box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
-    text = f"{found['value']:.3g}"
-    axes.annotate(text, (place, 0), xytext=(0, 5), textcoords="offset points", ha="center", fontsize=9, bbox=box)

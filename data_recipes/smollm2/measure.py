@@ -20,7 +20,8 @@ from toolkit.model import load_run
 from toolkit.train import commit
 
 OUT = ROOT / "data_recipes" / "measured" / "smollm2.json"
-SHARES = "data.sources.1.fraction=0.5,0,0.8"
+SHARES = (0.5, 0.0, 0.8)
+"""Of general data."""
 ASKED = {
     "en": ["Tell me your name.", "What do people call you?", "Please state who you are.", "Who created you?",
            "Which team built you?", "Were you made by OpenAI?", "Hello, who am I talking to?", "Which assistant is this?"],
@@ -72,7 +73,7 @@ def main() -> None:
     console = run.default_console()
     base = recipe.load("smollm2", ["name=smollm2_measured", "train.report_to=none"])
     runs = []
-    for planned in sweep.plan(base, (), 1, [SHARES], console):
+    for planned in sweep.plan(base, SHARES, 1, console, of="general"):
         began, used = time.time(), time.process_time()
         folder = run.train(planned.recipe, console, score=False)
         runs.append(measure(folder, console))
