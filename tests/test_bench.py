@@ -6,13 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.bench import cards, speed, start, ways
+from tests.bench import BRIEFLY, TOY, cards, speed, start, ways
 from toolkit import fit
 from toolkit.files import POCKET, ROOT, ToolkitError
 
-SHAPE = "tests/data/bench_shape.json"
 HYBRID = "data_recipes/hybrid.yaml"
-TINY = {"max_length": 64, "steps": 3, "warm_up": 1}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +24,7 @@ def tokenizer():
 def work(tmp_path_factory):
     """A folder with the random model of the tiny shape."""
     folder = tmp_path_factory.mktemp("work")
-    assert ways.run(ways.Job("weights", str(folder), SHAPE)) == {}
+    assert ways.run(ways.Job("weights", str(folder), TOY)) == {}
     return folder
 
 
@@ -46,7 +44,7 @@ def test_text_rows_are_the_same_tokens(tokenizer):
 
 
 def test_flops_equal_a_count_by_hand():
-    shape = fit.shape(SHAPE)
+    shape = fit.shape(TOY)
     layer = 128 * 128 + 2 * 128 * 64 + 128 * 128 + 3 * 128 * 256  # q, k and v, o, MLP
     head = 2048 * 128
     forward = 2 * (2 * layer + head) * 10  # a multiplication and an addition a weight and token, 10 tokens
@@ -65,7 +63,7 @@ def test_random_weights_load_whole_and_weigh_what_fit_says(tmp_path, tied):
 
     from tests.bench import weights
 
-    config = json.loads((ROOT / SHAPE).read_text()) | {"tie_word_embeddings": tied}
+    config = json.loads((ROOT / TOY).read_text()) | {"tie_word_embeddings": tied}
     (tmp_path / "config.json").write_text(json.dumps(config))
     folder = weights.write(tmp_path / "model", config)
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
@@ -79,7 +77,7 @@ def test_random_weights_load_whole_and_weigh_what_fit_says(tmp_path, tied):
 
 
 def test_ours_trains_and_counts_the_tokens_that_the_trainer_saw(work):
-    result = ways.run(ways.Job("ours", str(work), SHAPE, **(TINY | {"warm_up": 0, "max_length": 256})))
+    result = ways.run(ways.Job("ours", str(work), TOY, **(BRIEFLY | {"warm_up": 0, "max_length": 256})))
     (manifest,) = work.glob("*/run/manifest.json")
     seen = json.loads(manifest.read_text())
     assert len(result["step_seconds"]) == 3
@@ -92,7 +90,7 @@ def test_every_way_runs_on_the_same_rows(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # TRL's loss is a Triton kernel: without a GPU, interpreted
     monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
     file = tmp_path / "record.json"
-    record = speed.measure(HYBRID, [SHAPE], 1, file, print, **TINY)
+    record = speed.measure(HYBRID, [TOY], 1, file, print, **BRIEFLY)
     assert json.loads(file.read_text()) == record
     assert [run["way"] for run in record["runs"]] == list(ways.WAYS)
     assert not [run for run in record["runs"] if "failed" in run]
@@ -101,14 +99,14 @@ def test_every_way_runs_on_the_same_rows(tmp_path, monkeypatch):
 
 
 def test_a_way_that_fails_is_kept_with_its_reason(tmp_path):
-    result = ways.run(ways.Job("trl", str(tmp_path), SHAPE, **TINY))
+    result = ways.run(ways.Job("trl", str(tmp_path), TOY, **BRIEFLY))
     assert "config.json" in result["failed"] or "model" in result["failed"]
     assert list(result) == ["failed"]
 
 
 def test_a_failure_that_is_not_of_memory_says_nothing_about_a_forecast(work, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # without CUDA the cap itself fails
-    run = cards.tried(ways.Job("ours", str(work), SHAPE, cap=2**30, **TINY), fit.usable_vram(8))
+    run = cards.tried(ways.Job("ours", str(work), TOY, cap=2**30, **BRIEFLY), fit.usable_vram(8))
     assert run["says"] is True
     assert run["fits"] is None
     assert run["failed"]
@@ -121,7 +119,7 @@ def test_the_table_holds_medians_of_the_raw_runs():
     line = next(line for line in speed.markdown(record).splitlines() if "| ours |" in line)
     cells = [cell.strip() for cell in line.split("|")][1:-1]
     rate = np.mean([run["tokens"] / run["seconds"] for run in runs])
-    share = np.mean([run["flops"] / run["seconds"] for run in runs]) / record["rates"][SHAPE]["flops_per_second"]
+    share = np.mean([run["flops"] / run["seconds"] for run in runs]) / record["rates"][TOY]["flops_per_second"]
     assert cells[2] == f"{rate:,.0f}"
     assert cells[-1] == f"{share:.1%}"
     assert cells[5] == ""  # a forecast is of GPU memory, this run had none
@@ -163,4 +161,4 @@ def test_a_recipe_that_packs_is_refused_as_its_steps_would_be_counted_wrong(tmp_
     packs = tmp_path / "packs.yaml"
     packs.write_text((ROOT / HYBRID).read_text() + "  packing: true\n")
     with pytest.raises(ToolkitError, match="packing"):
-        speed.measure(str(packs), [SHAPE], 1, Path("never.json"))
+        speed.measure(str(packs), [TOY], 1, Path("never.json"))

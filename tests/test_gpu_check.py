@@ -1,5 +1,6 @@
 """`doctor --gpu`: every step is tried whatever fails, and the file for a bug report says what happened and not who it was."""
 
+import importlib.util
 import io
 import json
 import os
@@ -82,23 +83,71 @@ def test_random_weights_on_a_card_take_less_than_four_gigabytes():
     assert planned.changed(generation_batch=1).peak < 4 * 10**9  # it asks one question at a time
 
 
+# --- tests/gpu/run.sh ------------------------------------------------------------------------------------------------
+
+STEPS = ["doctor", "tests", "whole_run", "speed", "cards"]
+
+
+def script(tmp_path, *arguments, python=sys.executable):
+    """tests/gpu/run.sh with its outputs in tmp_path."""
+    env = os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path), "PYTHON": str(python)}
+    command = ["bash", str(ROOT / "tests" / "gpu" / "run.sh"), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def stand_in(tmp_path, commands: str) -> Path:
+    """Takes the interpreter's place: notes how it was called, then runs these shell commands."""
+    file = tmp_path / "python"
+    file.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n{commands}\n')
+    file.chmod(0o755)
+    return file
+
+
+def measured() -> dict:
+    return {p.name: p.read_bytes() for p in (ROOT / "data_recipes" / "measured").glob("*_gpu.json")}
+
+
+def test_the_script_for_a_card_stops_for_nothing_and_says_what_failed(tmp_path):
+    before, done = measured(), script(tmp_path, "--cpu-rehearsal", python=stand_in(tmp_path, "exit 3"))
+    assert done.returncode == 1
+    assert done.stderr == ""
+    summary = (tmp_path / "summary.txt").read_text().splitlines()
+    assert [line.partition(" after")[0] for line in summary] == [f"{name}: FAILED (3)" for name in STEPS]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert all(importlib.util.find_spec(call.split()[1]) for call in calls)
+    assert measured() == before
+
+
+def test_without_a_card_the_script_measures_nothing_and_says_how_to_rehearse(tmp_path):
+    no_card = stand_in(tmp_path, f"""echo '"on_cpu": true' > {tmp_path}/doctor.json; echo 'gpu: none'; exit 1""")
+    before, done = measured(), script(tmp_path, python=no_card)
+    assert done.returncode == 1
+    assert "gpu: none" in done.stdout
+    assert "--cpu-rehearsal" in done.stdout
+    assert (tmp_path / "calls").read_text().splitlines() == ["-m toolkit doctor --gpu"]
+    assert measured() == before
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """The outputs of the whole script on a CPU, with a toy model: about four minutes of one core."""
+    folder = tmp_path_factory.mktemp("rehearsed")
+    script(folder, "--cpu-rehearsal")
+    return folder
+
+
 @pytest.mark.slow
-def test_every_step_passes_on_a_cpu_with_the_pocket_models_shape(tmp_path):
-    command = [sys.executable, "-m", "toolkit", "doctor", "--gpu", "--cpu-rehearsal"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path)}, capture_output=True, text=True)  # fmt: skip
-    steps = json.loads((tmp_path / "doctor.json").read_text(encoding="utf-8"))["steps"]
-    assert [s["step"] for s in steps if not s["passed"]] == []
-    assert [s["step"] for s in steps] == list(gpu_check.STEPS)
-    assert next(s for s in steps if s["step"] == "resume")["facts"]["bit_for_bit"]
-    assert done.returncode == 0
+def test_every_step_of_the_script_passes_on_a_cpu(rehearsed):
+    summary = (rehearsed / "summary.txt").read_text().splitlines()
+    assert [line.partition(" after")[0] for line in summary] == [f"{name}: passed" for name in STEPS]
+    assert all((rehearsed / f"{name}_gpu.json").is_file() for name in ("doctor", "whole_run", "speed", "cards"))
 
 
-def test_the_script_for_a_card_can_be_read_by_bash_and_starts_only_what_is_there():
-    import importlib.util
-    import re
-
-    script = ROOT / "tests" / "gpu" / "run.sh"
-    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-    text = script.read_text(encoding="utf-8")
-    assert all(importlib.util.find_spec(name) for name in re.findall(r"-m ([\w.]+)", text))
-    assert all((ROOT / file).is_file() for file in re.findall(r" (tests/\S+\.(?:py|sh))", text))
+@pytest.mark.slow
+def test_every_step_of_the_doctor_passes_on_a_cpu_with_the_pocket_models_shape(rehearsed):
+    record = json.loads((rehearsed / "doctor.json").read_text(encoding="utf-8"))
+    assert [s["step"] for s in record["steps"] if not s["passed"]] == []
+    assert [s["step"] for s in record["steps"]] == list(gpu_check.STEPS)
+    assert next(s for s in record["steps"] if s["step"] == "resume")["facts"]["bit_for_bit"]
+    assert record["on_cpu"]
+    assert str(rehearsed) not in json.dumps(record)

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from tests.bench import cards, speed, start
+from tests.bench import BRIEFLY, TOY, cards, speed, start
 from toolkit.files import ToolkitError, outputs
 from toolkit.run import default_console
 
@@ -18,6 +18,7 @@ def main() -> None:
     sizes = ["0.6B", "1.7B", "4B", "8B", "14B", "32B"]
     parser.add_argument("--sizes", nargs="+", choices=sizes, default=sizes[:-1], help="of Qwen3; random weights")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--toy", action="store_true", help="a toy model for three steps: the path, on a CPU too")
     parser.add_argument("--record", action="store_true", help="keep it in data_recipes/measured/")
     args, out = parser.parse_args(), default_console()
     what = args.measure or ("speed" if torch.cuda.is_available() else "start")
@@ -27,11 +28,12 @@ def main() -> None:
         if args.record:
             start.keep(measured)
         return
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not args.toy:
         raise ToolkitError(f"--measure {what} needs a CUDA card; without one: python -m tests.bench")
-    module, count = (speed, args.repeats) if what == "speed" else (cards, cards.CARDS)
-    file = module.RECORD if args.record else outputs() / module.RECORD.name
-    record = module.measure(args.recipe or "data_recipes/hybrid.yaml", args.sizes, count, file, out.print)
+    module, count = (speed, args.repeats) if what == "speed" else (cards, cards.CARDS[:1] if args.toy else cards.CARDS)
+    sizes, plan = ([TOY], BRIEFLY) if args.toy else (args.sizes, {})
+    file = module.RECORD if args.record and not args.toy else outputs() / module.RECORD.name
+    record = module.measure(args.recipe or "data_recipes/hybrid.yaml", sizes, count, file, out.print, **plan)
     out.print(module.markdown(record) + f"\n\nraw results: {file}", markup=False)
 
 
