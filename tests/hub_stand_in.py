@@ -1,6 +1,6 @@
-"""The few routes of the Hub that an upload or the stream of a dataset needs, on a local port.
+"""The few routes of the Hub that an upload, a download or the stream of a dataset needs, on a local port.
 
-with stand_in() as (address, received): …   or   with dataset({"train.jsonl": b"…"}) as address: …
+with stand_in() as (address, received): …   or   with repository({"train.jsonl": b"…"}) as address: …
 """
 
 import base64
@@ -89,8 +89,8 @@ REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
 @contextlib.contextmanager
-def dataset(files: dict[str, bytes]) -> Iterator[str]:
-    """A Hub whose one dataset, owner/bakery, has these files at REVISION; yields its address for HF_ENDPOINT."""
+def repository(files: dict[str, bytes]) -> Iterator[str]:
+    """A Hub whose owner/bakery, dataset and model, has these files at REVISION; yields its address for HF_ENDPOINT."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def log_message(self, *_):
@@ -107,7 +107,7 @@ def dataset(files: dict[str, bytes]) -> Iterator[str]:
         def do_GET(self):
             path = self.path.split("?")[0]
             name = path.split("/")[-1]
-            if not path.startswith(("/api/datasets/owner/bakery", "/datasets/owner/bakery/")):
+            if "/owner/bakery" not in path:
                 self.answer(code=404, X_Error_Code="RepoNotFound")
             elif "/tree/" in path:
                 listed = [{"type": "file", "path": f, "size": len(data), "oid": "0" * 40} for f, data in files.items()]

@@ -43,6 +43,22 @@ def find(path: str | Path) -> Path | None:
         return None
 
 
+def download(name: str, revision: str | None, files=("*.json", "*.safetensors", "*.jinja"), local_only=False) -> Path:
+    """The folder of a Hub model's files; what its cache lacks is fetched, in a terminal with the Hub's own progress.
+
+    Raises ToolkitError when they cannot be had.
+    """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*files], local_files_only=local_only))
+    except Exception as error:  # the Hub library raises many kinds; to the reader they are one
+        raise ToolkitError(
+            f"{name}: no such folder here, and the Hub did not give it ({type(error).__name__}). Check the name or the "
+            "network, or set model.model_name to a local folder or to pocket"
+        ) from error
+
+
 @contextlib.contextmanager
 def complete(path: Path) -> Iterator[Path]:
     """Yields a temporary path; what is written there gets the name `path` only when it is whole and on the disk.

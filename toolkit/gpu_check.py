@@ -12,6 +12,10 @@ import time
 import traceback
 from pathlib import Path
 
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
 from toolkit import doctor, install, recipe, run
 from toolkit import model as models
 from toolkit.files import POCKET, ROOT, ToolkitError, outputs, read_json, write_text
@@ -71,8 +75,6 @@ def load() -> tuple[str, dict]:
 
 
 def train(name: str = PLAIN) -> tuple[str, dict]:
-    from rich.console import Console
-
     run.train(plan(name), Console(quiet=True), score=False)
     made = read_json(outputs() / name / "manifest.json")
     way = "packed" if made["packing"] else "padding-free" if made["padding_free"] else "padded"
@@ -126,14 +128,11 @@ STEPS = {"random weights": weights, "load in 4-bit": load, "train": train, "trai
          "sample": sample, "resume": resume, "export a GGUF": export, "memory forecast": forecast}  # fmt: skip
 
 
-def check(console, *, rehearsal: bool = False) -> int:
+def check(console: Console, *, rehearsal: bool = False) -> int:
     """Try every step, whatever fails; print a table, write outputs/doctor.json. 0 when all passed, else 1.
 
     `rehearsal`: on the CPU, where there is no card; otherwise the reason why none can be used is all there is to say.
     """
-    from rich.markup import escape
-    from rich.table import Table
-
     machine, done = doctor.look(), []
     doctor.show(doctor.gpu(machine), console)
     table = Table("step", "", "seconds", "what", title="the CUDA path on random weights", title_justify="left")

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from toolkit.files import POCKET, ToolkitError, did_you_mean, find, outputs, read_json, sha256
+from toolkit.files import POCKET, ToolkitError, did_you_mean, download, find, outputs, read_json, sha256
 from toolkit.recipe import Lora, Model
 
 
@@ -141,22 +141,28 @@ def really_loaded(section: Model) -> str:
     return loaded
 
 
+def fetch(section: Model) -> None:
+    """Download a Hub model's weights unless they are here. Loading would do it too, but `quiet` would hide size and speed."""
+    if find(checkpoint_path(section)) is None:
+        try:
+            download(section.model_name, section.revision, local_only=True)
+        except ToolkitError:
+            download(section.model_name, section.revision)
+
+
 def load_base(section: Model):
     """(model, tokenizer) of a recipe's `model:` section: a dynamic-quant checkpoint, or 16-bit weights quantized on load.
 
     Raises ToolkitError when the name is neither a folder nor on the Hub, or when the weights do not fit on the card.
     """
     really_loaded(section)  # refuses a revision that Unsloth would ignore
-    fast, where = unsloth(), checkpoint_path(section)
+    fast = unsloth()
     try:
         with quiet():
             model, tokenizer = fast.from_pretrained(
-                where,
-                max_seq_length=section.max_seq_length,
-                load_in_4bit=section.load_in_4bit,
-                revision=section.revision,
-                **section.extra,
-            )
+                checkpoint_path(section), max_seq_length=section.max_seq_length, load_in_4bit=section.load_in_4bit,
+                revision=section.revision, **section.extra,
+            )  # fmt: skip
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         if out_of_memory(error):
@@ -173,11 +179,6 @@ def load_base(section: Model):
     return model, tokenizer
 
 
-def offloads_embedding(model) -> bool:
-    """Whether Unsloth keeps the input embedding in main memory, as it decides by itself where GPU memory is tight."""
-    return model.device.type == "cuda" and model.get_input_embeddings().weight.device.type == "cpu"
-
-
 def attach(model, lora: Lora, *, seed: int, use_gradient_checkpointing="unsloth"):
     """The model with a fresh LoRA adapter; on a GPU with Unsloth's offloaded checkpointing unless told otherwise."""
     import torch
@@ -186,14 +187,9 @@ def attach(model, lora: Lora, *, seed: int, use_gradient_checkpointing="unsloth"
     options = {"use_gradient_checkpointing": checkpointing, "random_state": seed, "bias": "none", **lora.extra}
     with quiet():
         return unsloth().get_peft_model(
-            model,
-            r=lora.r,
-            lora_alpha=lora.lora_alpha,
-            lora_dropout=lora.lora_dropout,
-            target_modules=list(lora.target_modules),
-            use_rslora=lora.use_rslora,
-            **options,
-        )
+            model, r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, use_rslora=lora.use_rslora,
+            target_modules=list(lora.target_modules), **options,
+        )  # fmt: skip
 
 
 def load_run(folder: str | Path):

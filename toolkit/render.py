@@ -10,7 +10,6 @@ import os
 import re
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import jinja2
 import jinja2.ext
@@ -19,7 +18,7 @@ import jinja2.sandbox
 import numpy as np
 
 from toolkit.family import SWITCH, family_of, kind_of
-from toolkit.files import POCKET, ToolkitError, find, read_json
+from toolkit.files import POCKET, ToolkitError, download, find, read_json
 from toolkit.sources import Rejected
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
@@ -188,7 +187,7 @@ class Chat:
 
 def load_chat(model_name: str, revision: str | None = None) -> Chat:
     """Template and tokenizer of a local folder or a Hub model. Raises ToolkitError when neither can be reached."""
-    folder = POCKET if model_name == "pocket" else find(model_name) or _download(model_name, revision)
+    folder = POCKET if model_name == "pocket" else find(model_name) or download(model_name, revision, FILES)
     missing = [name for name in FILES[:2] if not (folder / name).is_file()]
     if missing:
         raise ToolkitError(f"{model_name}: {' and '.join(missing)} not found: expected a model folder or a Hub name")
@@ -207,19 +206,6 @@ def chat_of(tokenizer) -> Chat:
     """The same from a loaded transformers tokenizer, so that a mix is rendered by the very template a model trains with."""
     tokens = {name: getattr(tokenizer, name) for name in TOKENS}
     return Chat(tokenizer.name_or_path, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokens)
-
-
-def _download(model_name: str, revision: str | None) -> Path:
-    """The tokenizer's few files from the Hub or its local cache."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model_name, revision=revision, allow_patterns=list(FILES)))
-    except Exception as error:  # the Hub library raises many kinds; to the reader they are one
-        raise ToolkitError(
-            f"{model_name}: no such folder here, and the Hub did not give it ({type(error).__name__}). "
-            "Check the name or the network, or set model.model_name to a local folder or to pocket"
-        ) from error
 
 
 # --- the label rule --------------------------------------------------------------------------------------------------

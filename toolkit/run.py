@@ -76,10 +76,10 @@ def _train(recipe: Recipe, mixed, folder: Path, console):
     from toolkit import train as training
 
     clock = {"mix": time.time()}
-    with loading(recipe.model.model_name, console):
+    with loading(recipe.model, console):
         model, tokenizer = models.load_base(recipe.model)
         model = models.attach(model, recipe.lora, seed=recipe.data.seed)
-    if models.offloads_embedding(model):
+    if model.device.type != model.get_input_embeddings().weight.device.type:
         console.print("· GPU memory is tight: Unsloth keeps the input embedding in main memory")
     clock["model"] = time.time()
     training.train(recipe, mixed, model, tokenizer, folder, console, clock)
@@ -101,7 +101,7 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
     with lock(folder, "evaluate"):
         recipe = recipes.load(folder / "recipe.yaml")
         if loaded is None:
-            with loading(recipe.model.model_name, console):
+            with loading(recipe.model, console):
                 loaded = models.load_run(folder)
         mixed = mix.compile_mix(recipe)
         level = level or recipe.evaluate.level
@@ -213,11 +213,14 @@ def scored(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def loading(name: str, console) -> Iterator[None]:
-    """Say what is loaded, with the time while it lasts (on a terminal) and after."""
+def loading(section: recipes.Model, console) -> Iterator[None]:
+    """Download what is missing, then say what is loaded, with the time while it lasts (on a terminal) and after."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    began = time.monotonic()
+    from toolkit.model import fetch
+
+    fetch(section)
+    name, began = section.model_name, time.monotonic()
     live = console.is_terminal or console.is_jupyter
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit.files import POCKET, ToolkitError, complete, describe, find, read_json, write_json, write_text
+from toolkit.files import POCKET, ToolkitError, complete, describe, download, find, read_json, write_json, write_text
 
 FAILED = "EXPORT_FAILED.txt"
 SHARD_BYTES = 2 * 10**9
@@ -60,7 +60,7 @@ def find_base(model: dict, onto: str, *, local_only: bool = False) -> Base:
     if onto == "16bit" and suffix and (folder is None or Checkpoint(folder).is_four_bit):
         name, revision = name.rstrip("/").removesuffix(suffix), None  # a revision of the 4-bit repository
         folder = find(name)
-    folder = folder or _download(name, revision, local_only)
+    folder = folder or download(name, revision, local_only=local_only)
     if onto == "16bit" and Checkpoint(folder).is_four_bit:
         raise ToolkitError(
             f"{folder}: holds 4-bit weights. Put the 16-bit model beside it (the name without its "
@@ -68,19 +68,6 @@ def find_base(model: dict, onto: str, *, local_only: bool = False) -> Base:
         )
     commit = folder.name if folder.parent.name == "snapshots" else revision
     return Base(name, commit, folder, onto == "4bit")
-
-
-def _download(name: str, revision: str | None, local_only: bool) -> Path:
-    from huggingface_hub import snapshot_download
-
-    files = ["*.json", "*.safetensors", "*.jinja"]
-    try:
-        return Path(snapshot_download(name, revision=revision, local_files_only=local_only, allow_patterns=files))
-    except Exception as error:  # the Hub library raises many kinds; to the user they are one: it cannot be had
-        raise ToolkitError(
-            f"{name}: no such folder here, and the Hub did not give it ({type(error).__name__}). Check "
-            "the name and the network, or download the model and name its folder"
-        ) from error
 
 
 class Checkpoint:

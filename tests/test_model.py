@@ -1,0 +1,45 @@
+"""Loading a model: what a Hub download shows."""
+
+import os
+import pty
+import select
+import subprocess
+import sys
+import termios
+
+from tests import hub_stand_in
+from toolkit.files import ROOT
+
+LOAD = """
+from rich.console import Console
+from toolkit.recipe import Model
+from toolkit.run import loading
+with loading(Model("owner/bakery"), Console()):
+    pass
+"""
+
+
+def on_a_terminal(env: dict) -> str:
+    """What a person sees of LOAD."""
+    outside, inside = pty.openpty()
+    termios.tcsetwinsize(inside, (24, 100))
+    subprocess.run(
+        [sys.executable, "-c", LOAD], env=os.environ | env, cwd=ROOT, stdout=inside, stderr=inside, check=True
+    )
+    seen = b""
+    while select.select([outside], [], [], 0)[0]:
+        seen += os.read(outside, 4096)
+    os.close(inside), os.close(outside)
+    return seen.decode()
+
+
+def test_a_download_shows_its_size_and_nothing_is_said_of_it_once_the_model_is_here(tmp_path):
+    files = {"config.json": b"{}", "model.safetensors": bytes(3_000_000), "pytorch_model.bin": b"not wanted"}
+    with hub_stand_in.repository(files) as address:
+        hub = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        first, second = on_a_terminal(hub), on_a_terminal(hub)
+    assert "/ 3.00MB" in first  # of a real Hub, by Xet, the speed stands behind it
+    assert first.index("3.00MB") < first.index("loading owner/bakery")
+    assert "3.00MB" not in second
+    assert "loaded owner/bakery" in second
+    assert {p.name for p in tmp_path.glob("hub/*/snapshots/*/*")} == {"config.json", "model.safetensors"}
