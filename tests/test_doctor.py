@@ -1,6 +1,7 @@
 """Doctor and set-up: every machine that cannot train says why and how to change it; the two never contradict."""
 
 import importlib.metadata
+import os
 import sys
 import types
 
@@ -37,11 +38,16 @@ def test_every_gpu_is_used_or_the_reason_and_the_fix_are_said(machine, state, fi
 
 
 def test_memory_held_by_another_process_is_named_by_its_pid():
-    processes = doctor.read_processes("1234, /usr/bin/python3, 3072\n77, python, [N/A]\n")
+    own = f"{os.getpid()}, python, 300\n"
+    processes = doctor.read_processes(f"1234, /usr/bin/python3, 3072\n{own}77, python, [N/A]\n")
     assert processes == ("pid 1234 (python3, 3.0 GiB)", "pid 77 (python)")
     _, found = doctor.gpu(Machine(seen=(Card("RTX 3060", 12 * GIB, 8 * GIB),), processes=processes))
-    assert found.state == "4.0 of 12.0 GiB are in use by pid 1234 (python3, 3.0 GiB), pid 77 (python)"
+    assert found.state == "3.6 of 12.0 GiB are in use by pid 1234 (python3, 3.0 GiB), pid 77 (python)"
     assert "kill PID" in found.fix
+
+
+def test_the_context_that_asking_a_small_card_makes_counts_as_nobodys():
+    [_small] = doctor.gpu(Machine(seen=(Card("GTX 1650", 4 * GIB, int(3.4 * GIB)),)))
 
 
 def test_the_larger_of_two_cards_is_chosen_unless_somebody_chose():
@@ -67,7 +73,6 @@ def test_a_missing_compiler_or_header_is_found_before_the_first_step(tmp_path, m
 
 @pytest.mark.slow
 def test_a_card_that_torch_cannot_use_is_an_error_with_its_fix_and_not_a_traceback():
-    import os
     import subprocess
 
     code = (

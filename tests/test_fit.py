@@ -418,3 +418,11 @@ def test_a_forecast_takes_milliseconds_and_imports_nothing_heavy():
     for _ in range(100):
         fit.forecast(Settings(), "14B")
     assert (time.perf_counter() - started) / 100 < 0.005
+
+
+@pytest.mark.parametrize(
+    ("limit", "asked", "planned"), [(512, "unsloth", "unsloth"), (511, "unsloth", True), (511, "false", False)]
+)
+def test_rows_too_short_for_offloading_are_planned_as_unsloth_checkpoints_them(limit, asked, planned):
+    changes = [f"model.max_seq_length={limit}", f"lora.use_gradient_checkpointing={asked}"]
+    assert fit.settings(recipe.load("pocket", changes)).use_gradient_checkpointing == planned

@@ -17,10 +17,11 @@ from typing import NamedTuple
 
 from toolkit import install
 from toolkit.files import ROOT
+from toolkit.fit import CONTEXT
 
 DRIVER_FILES = ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/nvidia-smi")  # what unsloth_zoo/device_type.py asks
 CARD_QUERY = "--query-gpu=name,memory.total,memory.free,uuid", "--format=csv,noheader,nounits"
-SMALL, GIB = 5 * 2**30, 2**30
+GIB = 2**30
 ON_CPU = "to train on the CPU instead: UNSLOTH_FORCE_CPU=1"
 
 
@@ -127,8 +128,8 @@ def read_cards(text: str) -> tuple[Card, ...]:
 
 
 def read_processes(text: str) -> tuple[str, ...]:
-    """nvidia-smi's lines `pid, name, MiB`."""
-    rows = re.findall(r"(?m)^(\d+), (.*), (.+)$", text)
+    """nvidia-smi's lines `pid, name, MiB`, without this process."""
+    rows = [row for row in re.findall(r"(?m)^(\d+), (.*), (.+)$", text) if row[0] != str(os.getpid())]
     sizes = [f", {int(used) / 1024:.1f} GiB" if used.isdigit() else "" for _, _, used in rows]
     return tuple(f"pid {pid} ({Path(name).name}{size})" for (pid, name, _), size in zip(rows, sizes, strict=True))
 
@@ -141,11 +142,11 @@ def gpu(m: Machine) -> Iterator[Finding]:
     first, total = m.seen[0], f"{m.seen[0].total / GIB:.1f}"
     count = f"; the first of {len(m.seen)} cards is used" if len(m.seen) > 1 else ""
     part = ", a MIG slice: the rest of the card is not yours" if " MIG " in first.name else ""
-    small = "only Qwen3-0.6B and 1.7B fit: see `python -m toolkit fit --table`" if first.total < SMALL else ""
+    small = "only Qwen3-0.6B and 1.7B fit: see `python -m toolkit fit --table`" if first.total < 5 * GIB else ""
     yield Finding("gpu", f"{first.name}{part}, {total} GiB, {m.half}; CUDA {m.torch_cuda}{count}", small)
     if max(card.total for card in m.seen) > first.total:
         yield Finding("cards", "a larger card is there", "unset CUDA_VISIBLE_DEVICES: the largest is then chosen")
-    if (held := first.total - first.free) > first.total / 8:
+    if (held := first.total - first.free - CONTEXT) > first.total / 8:  # CUDA's own, for this process, is no one else's
         state = f"{held / GIB:.1f} of {total} GiB are in use by {', '.join(m.processes) or 'others'}"
         yield Finding("gpu memory", state, "end those processes (kill PID), or plan with less: fit --vram")
 

@@ -343,6 +343,8 @@ def settings(recipe: Recipe, longest: int | None = None) -> Settings:
     row = longest or recipe.model.max_seq_length
     own = {field.name for field in dataclasses.fields(Settings)}
     given = {key: value for key, value in (recipe.train | recipe.lora.extra).items() if key in own}
+    if recipe.model.max_seq_length < 512:  # Unsloth then checkpoints without offloading (models/_utils.py)
+        given["use_gradient_checkpointing"] = bool(given.get("use_gradient_checkpointing", True))
     return Settings(
         **given,
         longest=row,

@@ -155,7 +155,7 @@ def write(machine: doctor.Machine, steps: list[dict]) -> None:
     versions = {"python": platform.python_version()} | {p: install.installed(p) for p in (*PACKAGES, "triton")}
     record = {"commit": commit(), "system": platform.platform(), "versions": versions, "on_cpu": not machine.seen,
               "machine": dataclasses.asdict(machine), "steps": steps}  # fmt: skip
-    text = json.dumps(record, indent=1, default=str)
+    text = json.dumps(record, indent=1)
     for folder, short in ((outputs(), "outputs"), (ROOT, "."), (Path.home(), "~")):
         text = text.replace(f"{folder}/", f"{short}/")
     write_text(outputs() / "doctor.json", text)

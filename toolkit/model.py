@@ -152,10 +152,10 @@ def fetch(section: Model) -> None:
 
 def load_base(section: Model):
     """(model, tokenizer) of a recipe's `model:` section: a dynamic-quant checkpoint, or 16-bit weights quantized on load.
+    A name is taken as `really_loaded` gives it.
 
     Raises ToolkitError when the name is neither a folder nor on the Hub, or when the weights do not fit on the card.
     """
-    really_loaded(section)  # refuses a revision that Unsloth would ignore
     fast = unsloth()
     try:
         with quiet():
@@ -166,7 +166,7 @@ def load_base(section: Model):
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         if out_of_memory(error):
-            reason = "it does not fit into GPU memory: `python -m toolkit fit` shows what does"
+            reason = "no room in GPU memory: `python -m toolkit fit` shows what fits, `doctor` who holds the rest"
         raise ToolkitError(f"{section.model_name}: cannot be loaded: {reason} (details: {LOG.path})") from error
     if model.device.type == "cuda":
         from unsloth.utils.packing import mark_allow_overlength

@@ -181,7 +181,7 @@ def names() -> dict:
         resolved = run.resolve(asked, Console(quiet=True)).model
         exact = models.really_loaded(dataclasses.replace(asked.model, extra={"use_exact_model_name": True}))
         try:
-            refused = models.load_base(dataclasses.replace(asked.model, revision="abc"))
+            refused = models.really_loaded(dataclasses.replace(asked.model, revision="abc"))
         except ToolkitError as error:
             refused = str(error)
     return {
