@@ -5,7 +5,7 @@ RECIPE ?=
 RUN ?= pocket
 ARGS ?=
 
-.PHONY: help setup train test test-slow mix fit evaluate sweep compare replay export chat serve bench bench-mix faults notebooks lab doctor
+.PHONY: help setup lock train test test-slow mix fit evaluate sweep compare replay export chat serve bench bench-mix faults notebooks lab doctor
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -13,10 +13,16 @@ help:  ## this list
 
 setup: .venv/.toolkit-requirements  ## make .venv and install requirements.txt (only when it changed)
 
-.venv/.toolkit-requirements: requirements.txt
+.venv/.toolkit-requirements: requirements.txt requirements.lock
 	@test -x $(PY) || $(PYTHON) -m venv .venv
 	@$(PY) -m toolkit setup
 	@touch $@
+
+# torch and NVIDIA's libraries are left out: which build of them is right depends on the machine
+lock:  ## write requirements.lock again after a change of requirements.txt; needs uv
+	@torch=$$(echo "torch$$(sed -n 's/^torch\(==[^ ]*\).*/\1/p' requirements.txt)" | uv pip compile -q --universal --python-version 3.11 - | grep -oE '^(torch|nvidia-|cuda-)[^=]*'); \
+	uv pip compile -q --universal --python-version 3.11 --generate-hashes --no-annotate --no-header requirements.txt $$(printf -- '--no-emit-package %s ' $$torch) > requirements.lock
+	@sed -n 's/^# --no-deps //p' requirements.txt | tr ' ' '\n' | uv pip compile -q --no-deps --universal --python-version 3.11 --generate-hashes --no-annotate --no-header - >> requirements.lock
 
 train: setup  ## fine-tune; RECIPE=data_recipes/….yaml ARGS="train.max_steps=10 …"
 	@$(PY) -m toolkit train $(RECIPE) $(ARGS)

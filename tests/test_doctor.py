@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import sys
 import types
 
@@ -113,6 +114,30 @@ def test_doctor_asks_for_nothing_that_setup_would_not_do(monkeypatch):
 def test_every_pin_is_read_the_no_deps_line_included():
     names = install.pins()
     assert {"torch", "pexpect", "unsloth", "unsloth_zoo"} <= set(names)
+
+
+def test_the_lock_holds_every_pin_with_its_hashes_but_for_torch_whose_build_depends_on_the_machine():
+    text = install.LOCK.read_text(encoding="utf-8")
+    locked = {name.replace("-", "_"): version for name, version in re.findall(r"(?m)^([\w-]+)==([^\s;]+)", text)}
+    pinned = {name.replace("-", "_"): version for name, version in install.pins().items() if name != "torch"}
+    assert pinned.items() <= locked.items(), "run `make lock`"
+    assert "torch" not in locked
+    assert all("--hash=sha256:" in entry for entry in re.split(r"(?m)^(?=[\w-]+==)", text) if entry)
+
+
+def test_a_new_environment_is_installed_from_the_lock_and_one_with_a_torch_keeps_its_own(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        install.subprocess, "run", lambda command: asked.append(command[6:]) or types.SimpleNamespace(returncode=0)
+    )
+    monkeypatch.setattr(install, "installed", {}.get)
+    install.setup()
+    assert asked == [[f"torch=={install.pins()['torch']}"], ["--no-deps", "--require-hashes", "-r", str(install.LOCK)]]
+    asked.clear()
+    monkeypatch.setattr(install, "installed", {"torch": "2.11.0+cu128"}.get)
+    install.setup()
+    assert [len(command) > 10 for command in asked] == [True, False]
+    assert not any(argument.startswith("torch==") for command in asked for argument in command)
 
 
 def test_a_module_that_setup_replaced_under_a_running_kernel_is_noticed():

@@ -12,24 +12,32 @@ import sys
 from pathlib import Path
 
 REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements.txt"
+LOCK = REQUIREMENTS.with_suffix(".lock")
+NO_DEPS = ("unsloth", "unsloth_zoo")
+"""They ask for torchvision, xformers and diffusers, which text fine-tuning does not use."""
 TORCH = (2, 4), (2, 15)
 """Unsloth's range, the end excluded. A torch inside it stays, whatever requirements.txt pins: it may be the only build for
 the driver here, and torchvision fits it (unsloth/import_fixes.py refuses a torchvision of another torch)."""
 
 
 def setup() -> None:
-    """Install what is pinned, then the `--no-deps` line; nothing where all of it is installed. Raises SystemExit."""
+    """Install what is pinned; nothing where all of it is installed. Raises SystemExit.
+
+    A new environment gets torch and then every package of requirements.lock, each checked against its SHA-256. Where a torch
+    works already (Colab), only what requirements.txt pins is installed, so that nothing else there is replaced."""
     if not differing():
         return
-    text, torch = REQUIREMENTS.read_text(encoding="utf-8"), installed("torch")
-    wanted = [line.split(" #")[0].strip() for line in text.splitlines() if line.strip() and not line.startswith("#")]
+    torch = installed("torch")
     if torch_fits(torch):
         print(f"keeping torch {torch}")
-        wanted = [line for line in wanted if not line.startswith("torch==")]
-    elif torch:  # companions built for the old one would stop `import unsloth`
-        subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"])
-    for packages in (wanted, ["--no-deps", *re.search(r"^# --no-deps (.*)$", text, re.MULTILINE)[1].split()]):
-        print(f"installing {len(packages)} packages (a few minutes the first time)", flush=True)
+        steps = [[f"{name}=={version}" for name, version in pins().items() if name not in {"torch", *NO_DEPS}]]
+        steps += [["--no-deps", *(f"{name}=={pins()[name]}" for name in NO_DEPS)]]
+    else:
+        if torch:  # companions built for the old one would stop `import unsloth`
+            subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"])
+        steps = [[f"torch=={pins()['torch']}"], ["--no-deps", "--require-hashes", "-r", str(LOCK)]]
+    print("installing packages (a few minutes the first time)", flush=True)
+    for packages in steps:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         if subprocess.run([*pip, *packages]).returncode:
             raise SystemExit("pip could not install the packages above: check the network, then run the same again")
