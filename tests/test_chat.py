@@ -160,12 +160,11 @@ def test_a_saved_conversation_can_be_trained_on(talk, tmp_path):
     assert canonical(clean, "messages", {}, {})["messages"][1]["reasoning_content"]
 
 
-def test_a_markdown_file_that_is_there_is_not_overwritten(talk, tmp_path):
+def test_a_file_that_is_no_jsonl_is_not_touched(talk, tmp_path):
     file = tmp_path / "talk.md"
-    said, _ = talk("one", f"/save {file}", f"/save {file}", "/save", f"/save {tmp_path}/no/where.md")
-    assert file.read_text().startswith("**one**\n\n> let me")
+    said, _ = talk("/save talk.jsonl", "one", f"/save {file}", "/save")
     assert said.count("error: ") == 3
-    assert "File exists" in said
+    assert not file.exists()
 
 
 def test_a_real_run_is_talked_to_through_a_pipe(monkeypatch, tmp_path, capsys):

@@ -211,7 +211,7 @@ def test_an_adapter_of_another_kind_or_model_is_refused_by_name(run):
         open_merged(run, "16bit")
     config.write_text(plain)
     adapter = Adapter(run / "adapter")
-    adapter.tensors["model.layers.9.mlp.up_proj.lora_A.weight"] = None
+    adapter.factors["model.layers.9.mlp.up_proj.weight"] = None, None
     with pytest.raises(ToolkitError, match=r"layers\.9.*another model"):
         Merged(find_base(read_json(run / "manifest.json")["model"], "16bit"), adapter)
 
@@ -291,7 +291,7 @@ def test_a_second_export_writes_nothing_and_a_damaged_file_is_made_again(exporte
 def test_another_adapter_makes_every_old_file_stale(exported, base, tmp_path):
     run = Path(shutil.copytree(exported, tmp_path / "toy"))
     run_folder(run, base, r=4)
-    export(run, to=("merged",), **SILENT)
+    export(run, quants=(), **SILENT)
     assert sha256(run / "merged" / "model.safetensors") != digests(exported)["merged/model.safetensors"]
     assert not gguf_path(run, "f16").exists()
 
@@ -306,7 +306,7 @@ def test_disk_and_memory_are_told_in_numbers_before_anything_is_written(run):
         lines.append(line)
         assert len(lines) > 3 or not (run / "merged").exists()
 
-    export(run, to=("merged",), say=say)
+    export(run, quants=(), say=say)
     assert lines[0].startswith("base: ")
     assert "disk: " in lines[1]
     assert "GB needed" in lines[1]
@@ -341,7 +341,6 @@ def test_a_14b_is_planned_within_the_memory_of_a_colab(trained, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"to": ("gguff",)}, "to: expected merged and gguf, got gguff"),
         ({"onto": "8bit"}, "onto: expected 16bit or 4bit"),
         ({"quants": ("q9",)}, "quantization 'q9'"),
     ],
@@ -380,10 +379,10 @@ def test_16bit_training_has_no_4bit_base_to_merge_onto(run):
 
 
 def test_onto_4bit_is_certified_against_the_4bit_model_and_recorded(run):
-    certificate = export(run, to=("merged",), onto="4bit", **SILENT)
+    certificate = export(run, quants=(), onto="4bit", **SILENT)
     assert certificate["passed"]
     assert certificate["inputs"]["onto"] == "4bit"
-    assert {r["name"] for r in certificate["reports"]} == {"QLoRA gap, onto 16bit", "QLoRA gap, onto 4bit"}
+    assert certificate["reports"] == []  # no gap: the 4-bit base is what the adapter was trained on
 
 
 def test_the_modelfile_names_the_smallest_file_its_stops_and_both_modes(exported):
@@ -425,7 +424,7 @@ def test_leftovers_of_a_killed_export_are_removed_and_the_bases_length_limit_is_
         read_json(base / "tokenizer_config.json")["model_max_length"],
     )
     adapter.write_text(json.dumps(read_json(adapter) | {"model_max_length": 512}))  # as a recipe's max_seq_length does
-    export(run, to=("merged",), **SILENT)
+    export(run, quants=(), **SILENT)
     assert list(run.rglob("*.partial")) == []
     assert read_json(run / "merged" / "tokenizer_config.json")["model_max_length"] == limit
 

@@ -22,8 +22,9 @@ from toolkit.export.gguf_file import (
     write_gguf,
     write_lora_gguf,
 )
+from toolkit.export.llama import launch
 from toolkit.export.merge import Checkpoint
-from toolkit.export.parity import file_divergence, llama_server
+from toolkit.export.parity import file_divergence
 from toolkit.files import ROOT, ToolkitError
 
 MEASURED = json.loads((ROOT / "data_recipes" / "measured" / "gguf_parity.json").read_text())
@@ -106,7 +107,7 @@ def llama_model_quantize(source: Path, target: Path, quant: str) -> None:
     llama.llama_model_quantize_default_params.restype = Parameters
     llama.llama_model_quantize.argtypes = [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(Parameters)]
     parameters = llama.llama_model_quantize_default_params()
-    parameters.ftype = int(gguf.LlamaFileType[QUANTS[quant].file_type])
+    parameters.ftype = int(gguf.LlamaFileType[f"MOSTLY_{quant.upper()}"])
     assert llama.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(parameters)) == 0
 
 
@@ -182,14 +183,14 @@ def test_llama_cpp_computes_the_base_and_with_the_lora_the_tuned_model_of_every_
     write_gguf(Checkpoint(folder), tmp_path / "base.gguf", "f16", "base")
     config = json.loads((folder / "config.json").read_text())
     write_lora_gguf(tmp_path / "adapter", config, tmp_path / "lora.gguf")
-    with llama_server(tmp_path / "base.gguf", lora=tmp_path / "lora.gguf") as post:
+    engine = launch(tmp_path / "base.gguf", [tmp_path / "lora.gguf"])
 
-        def kl(reference, scale: int) -> float:
-            return file_divergence(post, reference, [ids], 70, lora=[{"id": 0, "scale": scale}])["mean"]
+    def kl(reference, scale: int) -> float:
+        return file_divergence(engine, reference, [ids], 70, lora=[{"id": 0, "scale": scale}])["mean"]
 
-        assert kl(tuned, 1) < 1e-5
-        assert kl(base, 0) < 1e-5
-        assert kl(base, 1) > 1e-2  # the two can be told apart
+    assert kl(tuned, 1) < 1e-5
+    assert kl(base, 0) < 1e-5
+    assert kl(base, 1) > 1e-2  # the two can be told apart
 
 
 LLAMA3_1 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -218,9 +219,9 @@ def test_llama_cpp_computes_the_positions_of_the_config(name, changes, tmp_path)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     write_gguf(Checkpoint(folder), tmp_path / "base.gguf", "f16", "base")
-    with llama_server(tmp_path / "base.gguf") as post:
-        assert file_divergence(post, logits(), [ids], 70)["mean"] < 1e-5
-        assert file_divergence(post, plain, [ids], 70)["mean"] > 1e-5  # the change is one that can be seen
+    engine = launch(tmp_path / "base.gguf")
+    assert file_divergence(engine, logits(), [ids], 70)["mean"] < 1e-5
+    assert file_divergence(engine, plain, [ids], 70)["mean"] > 1e-5  # the change is one that can be seen
 
 
 @pytest.mark.parametrize("trained", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "lm_head"]}])
@@ -234,12 +235,10 @@ def test_a_gguf_lora_refuses_what_it_cannot_hold(trained, tmp_path):
 
 def test_another_architecture_is_refused_with_the_way_out(checkpoint, monkeypatch):
     model = checkpoint(4, True, 96)
-    assert convertible("qwen3", model.config) is None
-    assert "'mistral' is not among those converted here. Merged weights" in convertible("mistral", {})
-    assert "attention_bias" in convertible("qwen3", model.config | {"attention_bias": True})
-    assert "rope type 'dynamic'" in convertible(
-        "qwen3", model.config | {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
-    )
+    assert convertible(model.config) is None
+    assert "'mistral' is not among those converted here. Merged weights" in convertible({"model_type": "mistral"})
+    assert "attention_bias" in convertible(model.config | {"attention_bias": True})
+    assert "rope type 'dynamic'" in convertible(model.config | {"rope_scaling": {"type": "dynamic", "factor": 2.0}})
     monkeypatch.setitem(model.config, "model_type", "qwen3_moe")
     with pytest.raises(ToolkitError, match=r"'qwen3_moe'.*--to merged.*convert_hf_to_gguf\.py"):
         check_supported(model)
@@ -248,6 +247,8 @@ def test_another_architecture_is_refused_with_the_way_out(checkpoint, monkeypatc
 def test_an_unknown_quantization_is_refused_with_the_way_out():
     with pytest.raises(ToolkitError, match=r"q3_k_l.*q4_k_m.*llama-quantize"):
         check_quant("q3_k_l")
+    with pytest.raises(ToolkitError, match=r"train\.max_steps=3: a finished run takes no overrides"):
+        check_quant("train.max_steps=3")  # `export RUN --quant q8_0 train.max_steps=3`
 
 
 def test_a_training_template_is_never_exported(tmp_path):

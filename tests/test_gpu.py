@@ -45,7 +45,7 @@ def test_a_random_qwen3_trains_and_its_export_is_the_run(tmp_path, monkeypatch):
     base = base_model(tmp_path / "base")
     changes = [f"model.model_name={base}", "train.max_steps=4", "train.report_to=none", "evaluate.max_new_tokens=16"]
     folder = run.train(recipe.load("data_recipes/pocket.yaml", changes), score=False)
-    assert export(folder, quants=("f16",), ollama=False)["passed"]
+    assert export(folder, quants=("f16",))["passed"]
 
 
 def test_doctor_passes_every_step_within_four_gigabytes(tmp_path, monkeypatch):

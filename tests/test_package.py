@@ -23,7 +23,7 @@ ORDER = """files family progress install recipe
 sources.readers sources.conversation sources.formats sources render dedup lint mix show
 fit model generate tracking callbacks train
 evaluate.stats evaluate.questions evaluate.score evaluate.subject evaluate.text evaluate compare report
-export.merge export.gguf_file export.parity export.certificate export.model_card export
+export.merge export.gguf_file export.llama export.parity export.certificate export.model_card export
 serve.engine serve serve.chat serve.batch
 run library doctor gpu_check sweep replay reproduce notebook __main__""".split()
 PACKAGE = ROOT / "toolkit"

@@ -9,7 +9,7 @@ import pytest
 
 from tests import families
 from tests.export_fixtures import run_folder
-from toolkit.export import certificate, export, gguf_path, verify
+from toolkit.export import export, gguf_path, verify
 from toolkit.export.gguf_file import modelfile, write_gguf
 from toolkit.export.merge import Checkpoint, load_tokenizer, open_merged
 from toolkit.files import ToolkitError, describe, read_json
@@ -78,7 +78,7 @@ def edit(file: str, change: Callable) -> Callable:
         only(run)
         value = read_json(run / file)
         change(value)
-        (run / file).write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+        (run / file).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
     return sabotage
 
@@ -261,8 +261,7 @@ def damaged(sound: Path, name: str, folder: Path) -> dict:
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SABOTAGES])
-def test_every_sabotage_is_noticed_by_its_checksum_and_by_what_it_does(name, sound, tmp_path, monkeypatch):
-    monkeypatch.setattr(certificate, "REPLY_TOKENS", 4)
+def test_every_sabotage_is_noticed_by_its_checksum_and_by_what_it_does(name, sound, tmp_path):
     checks = damaged(sound, name, tmp_path)["checks"]
     failed = {c["name"] for c in checks if not c["passed"]}
     if name.startswith("alpha of") or "the adapter scaled" in name:
@@ -273,16 +272,14 @@ def test_every_sabotage_is_noticed_by_its_checksum_and_by_what_it_does(name, sou
 
 
 @pytest.mark.parametrize("nothing", [gguf("q8_0"), edit("merged/config.json", lambda _: None), weights(lambda _: None)])
-def test_the_same_ways_of_writing_without_a_fault_raise_no_alarm(nothing, sound, tmp_path, monkeypatch):
-    monkeypatch.setattr(certificate, "REPLY_TOKENS", 4)
+def test_the_same_ways_of_writing_without_a_fault_raise_no_alarm(nothing, sound, tmp_path):
     run = Path(shutil.copytree(sound, tmp_path / "toy"))
     nothing(run)
     assert {c["name"] for c in verify(run, say=lambda _: None)["checks"] if not c["passed"]} <= {SIGNED}
 
 
 @pytest.mark.parametrize("file", ["gguf/toy.q8_0.gguf", "gguf/Modelfile", "merged/generation_config.json"])
-def test_a_missing_file_is_noticed(file, sound, tmp_path, monkeypatch):
-    monkeypatch.setattr(certificate, "REPLY_TOKENS", 4)
+def test_a_missing_file_is_noticed(file, sound, tmp_path):
     run = Path(shutil.copytree(sound, tmp_path / "toy"))
     (run / file).unlink()
     assert SIGNED in {c["name"] for c in verify(run, say=lambda _: None)["checks"] if not c["passed"]}

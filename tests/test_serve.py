@@ -294,14 +294,14 @@ def test_two_processes_that_need_the_same_base_convert_it_once(tmp_path):
 
 def test_the_quantization_is_the_one_asked_for_or_the_smallest_that_is_exact(tmp_path):
     run = make_run(tmp_path / "tuned")
-    with pytest.raises(ToolkitError, match="there is none: python -m toolkit export tuned"):
+    with pytest.raises(ToolkitError, match="there is nothing: python -m toolkit export tuned"):
         exported_gguf(run)
     (run / "gguf").mkdir()
     for quant in ("f16", "q8_0", "q2_k"):
         (run / "gguf" / f"tuned.{quant}.gguf").touch()
     assert exported_gguf(run).name == "tuned.q8_0.gguf"
     assert exported_gguf(run, "Q2_K").name == "tuned.q2_k.gguf"
-    with pytest.raises(ToolkitError, match="no q4_0, there are f16, q2_k, q8_0"):
+    with pytest.raises(ToolkitError, match="no q4_0, there is tuned.f16.gguf, tuned.q2_k.gguf, tuned.q8_0.gguf"):
         exported_gguf(run, "q4_0")
 
 

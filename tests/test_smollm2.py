@@ -66,20 +66,20 @@ def test_llama_cpp_reads_the_same_tokens_and_expects_the_same_next_one(wheel, sm
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from toolkit.export.parity import llama_server
+    from toolkit.export.llama import launch
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    with llama_server(wheel) as post:
-        for question, begun in TEXTS:
-            asked = [{"role": "user", "content": question}]
-            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) + begun
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            assert post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"] == ids
-            reply = post("/completion", {"prompt": ids, "n_predict": 1, "n_probs": 200, "temperature": 0})
-            listed = reply["completion_probabilities"][0]["top_logprobs"]
-            with torch.no_grad():
-                own = model(torch.tensor([ids])).logits[0, -1].softmax(-1)[[entry["id"] for entry in listed]]
-            other = torch.tensor([entry["logprob"] for entry in listed]).exp()
-            own, other = (torch.cat([p, 1 - p.sum(keepdim=True, dim=0)]) for p in (own, other))  # the rest as one token
-            assert float((own * (own / other).log()).sum()) < 0.02
+    post = launch(wheel).call
+    for question, begun in TEXTS:
+        asked = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True) + begun
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert post("/tokenize", {"content": text, "add_special": False, "parse_special": True})["tokens"] == ids
+        reply = post("/completion", {"prompt": ids, "n_predict": 1, "n_probs": 200, "temperature": 0})
+        listed = reply["completion_probabilities"][0]["top_logprobs"]
+        with torch.no_grad():
+            own = model(torch.tensor([ids])).logits[0, -1].softmax(-1)[[entry["id"] for entry in listed]]
+        other = torch.tensor([entry["logprob"] for entry in listed]).exp()
+        own, other = (torch.cat([p, 1 - p.sum(keepdim=True, dim=0)]) for p in (own, other))  # the rest as one token
+        assert float((own * (own / other).log()).sum()) < 0.02

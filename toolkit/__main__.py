@@ -324,7 +324,6 @@ def replay(args):
     arg("--to", nargs="+", choices=("merged", "gguf"), default=["merged", "gguf"]),
     arg("--quant", nargs="+", metavar="Q", help="f16 bf16 q8_0 q4_k_m …; default: the recipe's"),
     arg("--onto", choices=("16bit", "4bit"), default="16bit", help="the base that is merged into"),
-    arg("--no-ollama", dest="ollama", action="store_false", help="write no Modelfile"),
     arg("--push", metavar="REPO", help="list what would go to the Hub, with the model card"),
     arg("--really-push", action="store_true", help="with --push: upload it"),
     arg("--details", action="store_true", help="every check of the certificate"),
@@ -335,9 +334,8 @@ def export(args):
 
     folder = model.run_folder(args.run)
     quants = args.quant or recipe.load(folder / "recipe.yaml").export.quantization_method
-    gguf, say = "gguf" in args.to, functools.partial(console().print, markup=False)
-    ollama = args.ollama and gguf
-    export.export(folder, args.to, quants if gguf else (), ollama=ollama, onto=args.onto, say=say, details=args.details)
+    say = functools.partial(console().print, markup=False)
+    export.export(folder, quants if "gguf" in args.to else (), args.onto, say=say, details=args.details)
     if args.push:
         export.push(folder, args.push, dry_run=not args.really_push, say=say)
 

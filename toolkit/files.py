@@ -111,6 +111,19 @@ def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
     write_text(path, "".join(lines))
 
 
+def append_rows(path: Path, rows: Iterable[dict]) -> None:
+    """Add JSON objects to a JSONL file, one per line, flushed to the disk. Raises ToolkitError."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "ab") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise write_error(path, error) from error
+
+
 def finite(value):
     """A copy of plain values in which NaN and infinity are None."""
     if isinstance(value, dict):

@@ -108,7 +108,7 @@ def resume() -> tuple[str, dict]:
 def export() -> tuple[str, dict]:
     from toolkit.export import export
 
-    certificate = export(outputs() / PLAIN, quants=("q8_0",), ollama=False, say=lambda _: None)
+    certificate = export(outputs() / PLAIN, quants=("q8_0",), say=lambda _: None)
     if not certificate["passed"]:
         raise ToolkitError("the certificate did not pass")
     return "merged and q8_0, certificate passed", {}

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from toolkit import recipe as recipes
-from toolkit.files import sha256, write_json
+from toolkit.files import write_json
 
 
 def compile_mix(recipe: str | Path | dict | recipes.Recipe, tokenizer=None, overrides: Sequence[str] = ()):
@@ -48,6 +48,7 @@ def export_model(model, tokenizer, folder: str | Path, gguf: Sequence[str] = ("q
     Further `options` are those of `toolkit.export.export`. Raises ToolkitError when a check fails.
     """
     from toolkit import export as exporting
+    from toolkit.model import adapter_checksums
 
     folder, adapter = Path(folder), Path(folder) / "adapter"
     model.save_pretrained(str(adapter))
@@ -61,8 +62,7 @@ def export_model(model, tokenizer, folder: str | Path, gguf: Sequence[str] = ("q
         folder / "manifest.json",
         {
             "model": {"name": name, "revision": revision, "load_in_4bit": four_bit},
-            "adapter": {file.name: sha256(file) for file in sorted(adapter.glob("adapter_*"))},
+            "adapter": adapter_checksums(adapter),
         },
     )
-    to = ("merged", "gguf") if gguf else ("merged",)
-    return exporting.export(folder, to, tuple(gguf), **options)
+    return exporting.export(folder, tuple(gguf), **options)

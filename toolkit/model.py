@@ -219,6 +219,11 @@ def run_folder(folder: str | Path) -> Path:
     return found
 
 
+def adapter_checksums(adapter: Path) -> dict[str, str]:
+    """{file: SHA-256} of an adapter's folder, but for the card, which is rewritten with the scores."""
+    return {file.name: sha256(file) for file in sorted(adapter.iterdir()) if file.suffix != ".md"}
+
+
 def damaged(folder: Path, checksums: dict[str, str]) -> str | None:
     """The first file of a folder that is missing or differs from its SHA-256; None when all are as written."""
     return next((n for n, s in checksums.items() if not (folder / n).is_file() or sha256(folder / n) != s), None)

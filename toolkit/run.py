@@ -137,7 +137,7 @@ def check_gguf(recipe: Recipe, console) -> None:
     asked = recipe.export.quantization_method
     if not config or not asked:
         return
-    reason = convertible(config["model_type"], config, checkpoint_file(recipe.model, "tokenizer.json") or None)
+    reason = convertible(config, checkpoint_file(recipe.model, "tokenizer.json") or None)
     if reason and asked != recipes.Export().quantization_method:
         raise ToolkitError(
             f"{recipe.model.model_name}: no GGUF conversion: {reason} Set export.quantization_method=[] "

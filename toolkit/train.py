@@ -22,9 +22,9 @@ import numpy as np
 
 from toolkit import fit, tracking
 from toolkit import recipe as recipes
-from toolkit.files import ROOT, ToolkitError, outputs, read_json, sha256, write_error, write_json, write_text
+from toolkit.files import ROOT, ToolkitError, outputs, read_json, write_error, write_json, write_text
 from toolkit.mix import Mix
-from toolkit.model import damaged, has_bf16, out_of_memory, quiet, unsloth
+from toolkit.model import adapter_checksums, damaged, has_bf16, out_of_memory, quiet, unsloth
 from toolkit.recipe import Recipe
 
 WRITE_ERRORS = {
@@ -399,7 +399,7 @@ def write_adapter(checkpoint: Path, model, tokenizer, folder: Path) -> dict[str,
         peft.set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
-    return {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.name != "README.md"}  # rewritten with the scores
+    return adapter_checksums(folder)
 
 
 def need_space(folder: Path, model) -> None:

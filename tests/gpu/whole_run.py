@@ -36,7 +36,7 @@ def main(file: Path) -> None:
     seconds["train"] = time.monotonic() - began
     result = run.evaluate(folder)
     seconds["evaluate"] = time.monotonic() - began - seconds["train"]
-    certificate = export(folder, quants=("q8_0", "q4_k_m"), ollama=False)
+    certificate = export(folder, quants=("q8_0", "q4_k_m"))
     seconds["export"] = time.monotonic() - began - sum(seconds.values())
     made = read_json(folder / "manifest.json")
     kept = {k: made.get(k) for k in ("gpu", "versions", "steps", "train_loss", "train_seconds", "tokens", "batch",

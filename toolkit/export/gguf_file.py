@@ -11,45 +11,55 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from toolkit.export.merge import Adapter, Merged, end_of_turn, generation_config, load_tokenizer, progress, stop_tokens
-from toolkit.family import KINDS, family_of, kind_of, mode_title, sampling_of
+from toolkit.export.merge import Adapter, Merged, generation_config, load_tokenizer, progress, stop_tokens
+from toolkit.family import family_of, mode_title, sampling_of
 from toolkit.files import ToolkitError, complete, read_json
+from toolkit.generate import closing_token, modes_of
 from toolkit.recipe import load
+from toolkit.render import load_chat
 
 OLLAMA = "0.30.0"
 """The first Ollama that uses the chat template inside the GGUF when the Modelfile names no RENDERER."""
+MODELFILE = """\
+# Ollama {{ ollama }} or newer: it uses the chat template inside the GGUF. ollama create {{ name }} -f Modelfile
+FROM ./{{ smallest }}
+{% for stop in stops %}
+PARAMETER stop "{{ stop }}"
+{% endfor %}
+PARAMETER num_ctx {{ context }}
+{% if penalty %}
+PARAMETER repeat_penalty {{ '%g' % penalty }}
+{% endif %}
+{% for mode, sampling in modes.items() %}
+{% set comment = '' if loop.first else '# ' %}
+{% if comment %}
+# For {{ mode }} mode (ollama run {{ name }} --think=false) use these values instead:
+{% endif %}
+{% for key, value in sampling.items() %}
+{{ comment }}PARAMETER {{ key }} {{ '%g' % value }}
+{% endfor %}
+{% endfor %}
+"""
 CHUNK = 1 << 22
 """Values converted at a time by a thread: 16 MB in fp32, whatever the size of the model."""
 
 
-class Quant(NamedTuple):
-    """One of llama.cpp's file types, with the tensor types it mixes."""
-
-    file_type: str
-    usual: str
-    more: str
-    """attn_v and ffn_down in the layers of `use_more_bits`."""
-    head: str
-    """output.weight, or the embedding where it is the head too."""
-
-
 # llama.cpp, src/llama-quant.cpp: llama_tensor_get_type. Compared with llama_model_quantize itself on 28- and 36-layer
 # shapes, tied and untied: data_recipes/measured/gguf_parity.json.
-QUANTS = {
-    "f16": Quant("MOSTLY_F16", "F16", "F16", "F16"),
-    "bf16": Quant("MOSTLY_BF16", "BF16", "BF16", "BF16"),
-    "q8_0": Quant("MOSTLY_Q8_0", "Q8_0", "Q8_0", "Q8_0"),
-    "q6_k": Quant("MOSTLY_Q6_K", "Q6_K", "Q6_K", "Q6_K"),
-    "q5_k_m": Quant("MOSTLY_Q5_K_M", "Q5_K", "Q6_K", "Q6_K"),
-    "q4_k_m": Quant("MOSTLY_Q4_K_M", "Q4_K", "Q6_K", "Q6_K"),
-}
+QUANTS = {"f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q6_k": "Q6_K", "q5_k_m": "Q5_K", "q4_k_m": "Q4_K"}
+"""File type → the type of most of its tensors."""
+MORE_BITS = {"Q5_K": "Q6_K", "Q4_K": "Q6_K"}
+"""What output.weight gets (or the embedding where it is the head too), and attn_v and ffn_down in some layers."""
+PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""GGML types that PyTorch has too."""
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+NOT_COMPUTED = ("attention_bias", "mlp_bias", "use_sliding_window", "attn_logit_softcapping")
 WAY_OUT = (
     "Merged weights (--to merged) work; for a GGUF have llama.cpp (github.com/ggml-org/llama.cpp) in a folder and run "
     "its convert_hf_to_gguf.py on the merged folder"
@@ -65,18 +75,24 @@ SPLITS = {
 """How tokenizer.json splits text before a byte-level BPE → llama.cpp's name for it (src/llama-vocab.cpp)."""
 
 
-def convertible(model_type: str, config: dict, tokenizer: dict | None = None) -> str | None:
+def convertible(config: dict, tokenizer: dict | None = None) -> str | None:
     """Why a model cannot become a GGUF file here, with the way out; None if it can.
 
     `config` is config.json, `tokenizer` the content of tokenizer.json (without it the vocabulary is not looked at)."""
-    reason = None
-    if family_of(model_type).gguf is None or "text_config" in config:
-        reason = f"model type {model_type!r} is not among those converted here"
+    kind = config.get("model_type", "unknown")
+    if family_of(kind).gguf is None or "text_config" in config:
+        reason = f"model type {kind!r} is not among those converted here"
     else:
-        reason = _unsupported(_full_config(config | {"model_type": model_type}))
-        if reason is None and tokenizer is not None:
-            reason = None if pre_tokenizer(tokenizer) else "its pre-tokenizer is none that llama.cpp is known to have"
+        reason = _unsupported(_full_config(config))
+    if reason is None and tokenizer is not None and pre_tokenizer(tokenizer) is None:
+        reason = "its pre-tokenizer is none that llama.cpp is known to have"
     return reason and f"{reason}. {WAY_OUT}"
+
+
+def check_supported(model) -> None:
+    """Raises ToolkitError, with the way out, for a Checkpoint or Merged that cannot be converted."""
+    if reason := convertible(model.config):
+        raise ToolkitError(f"{model.folder}: {reason}")
 
 
 def _full_config(config: dict):
@@ -88,26 +104,16 @@ def _full_config(config: dict):
 
 def _unsupported(config) -> str | None:
     """What llama.cpp's graph of this architecture does not compute."""
-    for key in ("attention_bias", "mlp_bias", "use_sliding_window", "attn_logit_softcapping"):
-        if getattr(config, key, None):
-            return f"config.json: {key} = {getattr(config, key)!r} is not converted here"
+    found = {key: getattr(config, key, None) for key in NOT_COMPUTED}
     kind = _rope(config)["rope_type"]
     if kind not in ROPE_TYPES:
-        return f"config.json: rope type {kind!r} is not converted here, only {', '.join(ROPE_TYPES)}"
+        found["rope type"] = kind
     if config.model_type == "gemma3_text":
-        # llama.cpp derives the scale from the head size, in its 62-layer model (27B) from the hidden size.
+        # llama.cpp derives the scale from the head size, in its 62-layer model (27B) from the hidden size
         shared = config.hidden_size / config.num_attention_heads
-        expected = shared if config.num_hidden_layers == 62 else config.head_dim
-        if config.query_pre_attn_scalar != expected:
-            return f"config.json: query_pre_attn_scalar = {config.query_pre_attn_scalar}, llama.cpp has {expected:g}"
-    return None
-
-
-def check_supported(model) -> None:
-    """Raises ToolkitError, with the way out, for a Checkpoint or Merged that cannot be converted."""
-    reason = convertible(model.config.get("model_type", "unknown"), model.config)
-    if reason:
-        raise ToolkitError(f"{model.folder}: {reason}")
+        scale = shared if config.num_hidden_layers == 62 else config.head_dim
+        found["query_pre_attn_scalar"] = config.query_pre_attn_scalar if config.query_pre_attn_scalar != scale else None
+    return next((f"config.json: {key} {value!r} is not converted here" for key, value in found.items() if value), None)
 
 
 def _rope(config) -> dict:
@@ -120,22 +126,25 @@ def use_more_bits(layer: int, layers: int) -> bool:
     return layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
 
 
-def tensor_type(name: str, shape: tuple[int, ...], quant: Quant, layers: int, tied: bool) -> str:
+def tensor_type(name: str, shape: tuple[int, ...], quant: str, layers: int, tied: bool) -> str:
     """The type llama.cpp would store a tensor in (`name` is GGUF's, `shape` PyTorch's)."""
     if len(shape) == 1:
         return "F32"
-    kind = quant.usual
-    if name == "output.weight" or (name == "token_embd.weight" and tied):
-        kind = quant.head
-    elif re.search(r"\.(attn_v|ffn_down)\.weight$", name) and use_more_bits(int(name.split(".")[1]), layers):
-        kind = quant.more
-    if kind in FALLBACK and shape[-1] % 256:  # K-quants come in blocks of 256
-        kind = FALLBACK[kind]
+    kind, part = QUANTS[quant], re.fullmatch(r"blk\.(\d+)\.(?:attn_v|ffn_down)\.weight", name)
+    head = name == "output.weight" or (name == "token_embd.weight" and tied)
+    if head or (part and use_more_bits(int(part[1]), layers)):
+        kind = MORE_BITS.get(kind, kind)
+    if shape[-1] % 256:  # K-quants come in blocks of 256
+        kind = FALLBACK.get(kind, kind)
     return "F16" if kind.startswith("Q") and shape[-1] % 32 else kind
 
 
 def check_quant(quant: str) -> None:
     """Raises ToolkitError for a quantization that is not made here."""
+    if "=" in quant:
+        raise ToolkitError(
+            f"{quant}: a finished run takes no overrides, and --quant one or more of {', '.join(QUANTS)}"
+        )
     if quant not in QUANTS:
         raise ToolkitError(
             f"quantization {quant!r}: expected one of {', '.join(QUANTS)}. For others export f16 and run llama.cpp's "
@@ -143,40 +152,39 @@ def check_quant(quant: str) -> None:
         )
 
 
-class Planned(NamedTuple):
+@dataclass
+class Planned:
     """A tensor on its way into a GGUF file."""
 
-    stored: str
     name: str
-    """GGUF's."""
     shape: tuple[int, ...]
     kind: str
     """GGML type."""
+    values: Callable
+    """Reads or computes the values, as llama.cpp's graph expects them."""
 
     @property
     def bytes(self) -> int:
         import gguf
 
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
-        return math.prod(self.shape) // block * size
+        return math.prod(gguf.quant_shape_to_byte_shape(self.shape, gguf.GGMLQuantizationType[self.kind]))
 
 
 def plan_tensors(model, quant: str) -> list[Planned]:
     """Every tensor of a file, in the checkpoint's order."""
-    layers, plan = model.config["num_hidden_layers"], []
-    for stored, name in gguf_names(model.config, model.names()):
+    config, plan = model.config, []
+    for stored, name in gguf_names(config, model.names()):
         shape = model.shape(stored)
-        kind = tensor_type(name, shape, QUANTS[quant], layers, model.tied)
-        plan.append(Planned(stored, name, shape, kind))
-    factors = rope_factors(model.config)
-    return plan if factors is None else [*plan, Planned("", "rope_freqs.weight", tuple(factors.shape), "F32")]
+        kind = tensor_type(name, shape, quant, config["num_hidden_layers"], model.tied)
+        plan.append(Planned(name, shape, kind, functools.partial(_values, model, stored)))
+    factors = rope_factors(config)
+    if factors is not None:
+        plan.append(Planned("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors))
+    return plan
 
 
-def values_of(model, tensor: Planned):
-    """The values of a planned tensor, as llama.cpp's graph expects them."""
-    if not tensor.stored:
-        return rope_factors(model.config)
-    return converted(model.config, tensor.stored, model.tensor(tensor.stored))
+def _values(model, stored: str):
+    return converted(model.config, stored, model.tensor(stored))
 
 
 def gguf_names(config: dict, names: list[str]) -> Iterator[tuple[str, str]]:
@@ -184,8 +192,7 @@ def gguf_names(config: dict, names: list[str]) -> Iterator[tuple[str, str]]:
     import gguf
 
     arch = family_of(config["model_type"]).gguf
-    code = next(code for code, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
-    known = gguf.get_tensor_name_map(code, config["num_hidden_layers"])
+    known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config["num_hidden_layers"])
     for stored in names:
         new = known.get_name(stored, try_suffixes=(".weight", ".bias"))
         if new is None:
@@ -227,7 +234,7 @@ def write_gguf(
         writer.write_ti_data_to_file()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for tensor in progress(plan, lambda t: t.bytes, f"writing {quant}", say):
-                writer.write_tensor_data(_encode_whole(values_of(model, tensor), tensor.kind, pool))
+                writer.write_tensor_data(_encode_whole(tensor.values(), tensor.kind, pool))
     finally:
         writer.close()
 
@@ -240,11 +247,10 @@ def write_lora_gguf(adapter: Path, config: dict, path: Path) -> None:
     import gguf
 
     lora = Adapter(adapter)
-    names = sorted({re.sub(r"lora_[AB]\.weight$", "weight", n) for n in lora.tensors})
-    whole = [n for n in names if lora.factors(n) is None]
-    if whole or ("lm_head.weight" in names and config.get("tie_word_embeddings")):
+    tied_head = [n for n in lora.factors if n == "lm_head.weight" and config.get("tie_word_embeddings")]
+    if whole := [*lora.saved, *tied_head]:
         raise ToolkitError(
-            f"{adapter}: {(whole or ['lm_head.weight'])[0]} is trained as a whole, which a GGUF LoRA cannot hold; "
+            f"{adapter}: {whole[0]} is trained as a whole, which a GGUF LoRA cannot hold; "
             "export the run and use the merged GGUF"
         )
     with complete(path) as partial:
@@ -252,8 +258,8 @@ def write_lora_gguf(adapter: Path, config: dict, path: Path) -> None:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, lora.scaling * lora.config["r"])
-        for stored, name in gguf_names(config, names):
-            a, b = lora.factors(stored)
+        for stored, name in gguf_names(config, sorted(lora.factors)):
+            a, b = lora.factors[stored]
             writer.add_tensor(f"{name}.lora_a", a.numpy())
             writer.add_tensor(f"{name}.lora_b", converted(config, stored, b).contiguous().numpy())
         writer.write_header_to_file()
@@ -275,18 +281,14 @@ def encode(rows, kind: str) -> np.ndarray:
     import gguf
     import torch
 
-    if kind == "BF16":
-        return rows.to(torch.bfloat16).contiguous().view(torch.uint8).numpy()
-    values = rows.float().contiguous().numpy()
-    if kind == "F32":
-        return values.view(np.uint8)
-    if kind == "F16":
-        if np.abs(values).max(initial=0) > np.finfo(np.float16).max:
+    if kind in PLAIN:
+        stored = rows.to(getattr(torch, PLAIN[kind]))
+        if kind == "F16" and not stored.isfinite().all():
             raise ToolkitError("a weight is too large for F16: export bf16 or q8_0 instead of f16")
-        return values.astype(np.float16).view(np.uint8)
+        return stored.contiguous().view(torch.uint8).numpy()
+    values = rows.float().contiguous().numpy()
     code = gguf.GGMLQuantizationType[kind]
-    block, size = gguf.GGML_QUANT_SIZES[code]
-    out = np.empty((len(values), values.shape[1] // block * size), np.uint8)
+    out = np.empty(gguf.quant_shape_to_byte_shape(values.shape, code), np.uint8)
     written = _ggml()(int(code), values.ctypes.data, out.ctypes.data, 0, *values.shape, None)
     if written != out.nbytes:
         raise ToolkitError(f"ggml_quantize_chunk wrote {written} bytes for {kind}, expected {out.nbytes}")
@@ -327,7 +329,7 @@ def header(model, tokenizer: Path, quant: str, name: str, path: Path | None = No
     for key, value in sizes.items():
         getattr(writer, f"add_{key}")(value)
     _positions(writer, config)
-    writer.add_file_type(gguf.LlamaFileType[QUANTS[quant].file_type])
+    writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{quant.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     _vocabulary(writer, tokenizer, config.vocab_size)
     return writer
@@ -429,7 +431,7 @@ def _special(folder: Path, size: int, merges: bool):
     special = gguf.SpecialVocab(folder, load_merges=merges, n_vocab=size)
     special.chat_template = chat_template(folder)
     special.add_special_token = {"bos": False} | special.add_special_token
-    end = end_of_turn(load_tokenizer(folder))
+    end = closing_token(load_tokenizer(folder))
     if special.special_token_ids.get("eos") != end:
         special.special_token_ids["eot"] = end
     return special
@@ -437,9 +439,7 @@ def _special(folder: Path, size: int, merges: bool):
 
 def chat_template(folder: Path) -> str:
     """The inference template. TRL's training variants carry {% generation %}, which no other program understands."""
-    file = folder / "chat_template.jinja"
-    settings = read_json(folder / "tokenizer_config.json")
-    text = file.read_text(encoding="utf-8") if file.is_file() else settings.get("chat_template")
+    text = load_chat(str(folder)).template_text
     if not text or re.search(r"{%-?\s*generation\b", text):
         raise ToolkitError(
             f"{folder}: {'a training' if text else 'no'} chat template; expected the model's inference "
@@ -469,25 +469,17 @@ def gguf_path(run: Path, quant: str) -> Path:
 
 def modelfile(run: Path, merged: Merged, tokenizer) -> str:
     """An Ollama Modelfile for the smallest GGUF of a run: stop tokens, context, and the family's sampling by mode."""
-    smallest = min((run / "gguf").glob("*.gguf"), key=lambda p: p.stat().st_size)
-    recipe, name, generation = run / "recipe.yaml", run.resolve().name, generation_config(merged, tokenizer)
+    import jinja2
+
+    recipe, generation = run / "recipe.yaml", generation_config(merged, tokenizer)
     wanted = load(recipe).model.max_seq_length if recipe.is_file() else 8192
-    stops = {*stop_tokens(generation, merged.config), end_of_turn(tokenizer)}
-    lines = [
-        f"# Ollama {OLLAMA} or newer: it uses the chat template inside the GGUF. ollama create {name} -f Modelfile",
-        f"FROM ./{smallest.name}",
-        *[f'PARAMETER stop "{tokenizer.decode([i])}"' for i in sorted(stops)],
-        f"PARAMETER num_ctx {min(merged.config['max_position_embeddings'], max(4096, wanted))}",
-    ]
-    if penalty := generation.get("repetition_penalty"):
-        lines.append(f"PARAMETER repeat_penalty {penalty:g}")
-    render = lambda turns, enable_thinking: tokenizer.apply_chat_template(  # noqa: E731 - kind_of asks for a function
-        turns, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
-    )
     family = family_of(merged.config["model_type"])
-    for number, mode in enumerate(KINDS[kind_of(render)]):
-        sampling = sampling_of(family, mode, generation)
-        if number:
-            lines.append(f"# For {mode_title(mode)} mode (ollama run {name} --think=false) use these values instead:")
-        lines += [f"{'# ' * number}PARAMETER {key} {value:g}" for key, value in sampling.items()]
-    return "\n".join(lines) + "\n"
+    return jinja2.Template(MODELFILE, keep_trailing_newline=True, trim_blocks=True).render(
+        ollama=OLLAMA,
+        name=run.resolve().name,
+        smallest=min((run / "gguf").glob("*.gguf"), key=lambda path: path.stat().st_size).name,
+        stops=map(tokenizer.decode, sorted({*stop_tokens(generation, merged.config), closing_token(tokenizer)})),
+        context=min(merged.config["max_position_embeddings"], max(4096, wanted)),
+        penalty=generation.get("repetition_penalty"),
+        modes={mode_title(mode): sampling_of(family, mode, generation) for mode in modes_of(tokenizer)},
+    )

@@ -3,18 +3,21 @@
 merged = open_merged(Path("outputs/hybrid"), "16bit"); merged.tensor("model.norm.weight")
 """
 
+import functools
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit.files import POCKET, ToolkitError, complete, describe, download, find, read_json, write_json, write_text
+from toolkit.generate import closing_token
 
 FAILED = "EXPORT_FAILED.txt"
 SHARD_BYTES = 2 * 10**9
-FOUR_BIT_NAMES = ("-unsloth-bnb-4bit", "-bnb-4bit")
+FOUR_BIT_NAME = re.compile(r"(-unsloth)?-bnb-4bit/?$")
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PLAIN_LORA = {"peft_type": "LORA", "bias": "none"}
@@ -25,6 +28,8 @@ NOT_MERGED = (
 """PEFT settings under which a weight is not simply base + B·A·scaling."""
 TOKENIZER_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json added_tokens.json
 vocab.json merges.txt tokenizer.model""".split()
+RUN_FILES = """manifest.json adapter/adapter_config.json adapter/adapter_model.safetensors adapter/tokenizer.json
+adapter/tokenizer_config.json""".split()
 PROGRESS_SECONDS = 5
 
 
@@ -56,9 +61,8 @@ def find_base(model: dict, onto: str, *, local_only: bool = False) -> Base:
         raise ToolkitError(f"onto: expected 16bit or 4bit, got {onto!r}")
     name, revision = model["name"], model.get("revision")
     folder = POCKET if name == "pocket" else find(name)
-    suffix = next((s for s in FOUR_BIT_NAMES if name.rstrip("/").endswith(s)), "")
-    if onto == "16bit" and suffix and (folder is None or Checkpoint(folder).is_four_bit):
-        name, revision = name.rstrip("/").removesuffix(suffix), None  # a revision of the 4-bit repository
+    if onto == "16bit" and FOUR_BIT_NAME.search(name) and (folder is None or Checkpoint(folder).is_four_bit):
+        name, revision = FOUR_BIT_NAME.sub("", name), None  # a revision of the 4-bit repository
         folder = find(name)
     folder = folder or download(name, revision, local_only=local_only)
     if onto == "16bit" and Checkpoint(folder).is_four_bit:
@@ -143,27 +147,24 @@ class Adapter:
             )
         rank = self.config["r"]
         self.scaling = self.config["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+        self.saved: dict = {}
+        """Weights trained as a whole (PEFT's `modules_to_save`)."""
+        halves: dict[str, dict] = {}
         with open_weights(folder / "adapter_model.safetensors") as weights:
-            stored = {n.removeprefix("base_model.model."): weights.get_tensor(n).float() for n in weights.keys()}  # noqa: SIM118
-        # A head that is itself a LoRA target is stored beside its factors, unchanged (PEFT's save_embedding_layers).
-        self.tensors = {n: tensor for n, tensor in stored.items() if not n.endswith(".base_layer.weight")}
-
-    def factors(self, name: str) -> tuple | None:
-        """(A, B) of a weight, or None where the adapter leaves it alone."""
-        a, b = (self.tensors.get(name.removesuffix("weight") + f"lora_{x}.weight") for x in "AB")
-        return None if a is None or b is None else (a, b)
-
-    def saved(self, name: str):
-        """The weight trained as a whole (PEFT's `modules_to_save`), or None."""
-        return self.tensors.get(name)
+            for stored in weights.keys():  # noqa: SIM118 - safe_open is no dict and cannot be iterated
+                name, tensor = stored.removeprefix("base_model.model."), weights.get_tensor(stored).float()
+                if half := re.fullmatch(r"(.*)\.lora_([AB])\.weight", name):
+                    halves.setdefault(f"{half[1]}.weight", {})[half[2]] = tensor
+                elif not name.endswith(".base_layer.weight"):  # an unchanged copy, where the head is a target
+                    self.saved[name] = tensor
+        self.factors = {name: (half["A"], half["B"]) for name, half in halves.items()}
+        """{weight: (A, B)}."""
 
     def touches(self, name: str) -> bool:
-        return self.factors(name) is not None or self.saved(name) is not None
+        return name in self.factors or name in self.saved
 
     def check(self, names: list[str]) -> None:
-        used = {n.removesuffix("weight") + f"lora_{x}.weight" for n in names for x in "AB"} | set(names)
-        stray = sorted(set(self.tensors) - used)
-        if stray:
+        if stray := sorted({*self.factors, *self.saved} - set(names)):
             raise ToolkitError(
                 f"the adapter holds {stray[0]} ({len(stray)} such), which belongs to no weight of the "
                 "base: it was trained on another model, or by a method that cannot be merged here"
@@ -204,16 +205,20 @@ class Merged:
         on_load = self.base.four_bit and not self.checkpoint.is_four_bit and name.endswith("_proj.weight")
         return nf4_round_trip(weight) if on_load else weight
 
+    def trained_tensor(self, name: str):
+        """What stands beside the LoRA's factors: the base's weight, or the one trained as a whole, in fp32."""
+        saved = self.adapter.saved.get(name)
+        return self.base_tensor(name) if saved is None else saved
+
     def tensor(self, name: str):
         """The merged weight: delta in fp32 as PEFT computes it, added in fp32, then rounded to bf16 once."""
         import torch
 
-        if self.adapter.saved(name) is not None:
-            return self.adapter.saved(name).to(torch.bfloat16)
-        weight, factors = self.base_tensor(name), self.adapter.factors(name)
-        if factors is None:
-            return weight
-        return (weight.float() + (factors[1] @ factors[0]) * self.adapter.scaling).to(torch.bfloat16)
+        weight = self.trained_tensor(name)
+        if name in self.adapter.factors:
+            a, b = self.adapter.factors[name]
+            weight = weight.float() + (b @ a) * self.adapter.scaling
+        return weight.to(torch.bfloat16)
 
 
 def nf4_round_trip(weight):
@@ -222,6 +227,14 @@ def nf4_round_trip(weight):
 
     packed, state = quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
     return dequantize_4bit(packed, state)
+
+
+def check_run(run: Path) -> None:
+    """Raises ToolkitError where a file is missing that an export is made from and compared with."""
+    if missing := [name for name in RUN_FILES if not (run / name).is_file()]:
+        raise ToolkitError(
+            f"{run}: {', '.join(missing)} not found: expected the folder of a finished run; restore it, or train it again"
+        )
 
 
 def open_merged(run: Path, onto: str, *, local_only: bool = False) -> Merged:
@@ -238,7 +251,7 @@ class Record:
     A file whose recorded checksum and inputs still match is kept, so a repeated export writes only what is missing."""
 
     def __init__(self, run: Path, inputs: dict):
-        self.run, self.inputs, self.wrote = run, inputs, False
+        self.run, self.inputs = run, inputs
         old = read_json(run / "export.json") if (run / "export.json").is_file() else {"inputs": inputs, "files": {}}
         self.files: dict[str, dict] = old["files"]
         if old["inputs"] != inputs:  # another adapter or base: every old file is stale
@@ -253,9 +266,7 @@ class Record:
         kept = path.is_file() and self.files.get(name) == describe(path)
         if kept and (callable(content) or path.read_text(encoding="utf-8") == content):
             return False
-        if not self.wrote:
-            uncertify(self.run)
-        self.wrote = True
+        uncertify(self.run)
         with complete(path) as partial:
             content(partial) if callable(content) else partial.write_text(content, encoding="utf-8")
         self.files[name] = describe(path)
@@ -273,8 +284,6 @@ def uncertify(run: Path) -> None:
 def merge(merged: Merged, run: Path, record: Record, say: Callable[[str], None] = print) -> None:
     """Write run/merged in the Hugging Face layout; `config.json` comes last, so a folder that loads is whole."""
     from huggingface_hub import split_state_dict_into_shards_factory
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     out = run / "merged"
     shards = split_state_dict_into_shards_factory(
@@ -284,22 +293,24 @@ def merge(merged: Merged, run: Path, record: Record, say: Callable[[str], None] 
         max_shard_size=SHARD_BYTES,
     )
     for file, names in shards.filename_to_tensors.items():
-
-        def write(partial: Path, file: str = file, names: list[str] = names) -> None:
-            one_by_one = progress(names, lambda n: size_of(merged, n), f"merging {file}", say)
-            tensors = {n: merged.tensor(n).contiguous() for n in one_by_one}
-            try:
-                save_file(tensors, partial, metadata={"format": "pt"})
-            except SafetensorError as error:  # a full disk, told as every other failed write
-                raise OSError(str(error)) from error
-
-        if record.make(out / file, write):
+        one_by_one = progress(names, lambda name: size_of(merged, name), f"merging {file}", say)
+        if record.make(out / file, functools.partial(_write_shard, merged, one_by_one)):
             say(f"merged: {file}, {(out / file).stat().st_size / 1e9:.2f} GB")
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         record.make(out / "model.safetensors.index.json", _json(index))
     for file, text in small_files(merged, run / "adapter").items():
         record.make(out / file, text)
+
+
+def _write_shard(merged: Merged, names: Iterator[str], partial: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file({name: merged.tensor(name).contiguous() for name in names}, partial, metadata={"format": "pt"})
+    except SafetensorError as error:  # a full disk, told as every other failed write
+        raise OSError(str(error)) from error
 
 
 def size_of(merged: Merged, name: str) -> int:
@@ -331,7 +342,7 @@ def generation_config(merged: Merged, tokenizer) -> dict:
     """The base's generation_config.json, with the end of a turn among its stop tokens (a base model's lacks it)."""
     file = merged.base.folder / "generation_config.json"
     generation = read_json(file) if file.is_file() else {}
-    stops, end = stop_tokens(generation, merged.config), end_of_turn(tokenizer)
+    stops, end = stop_tokens(generation, merged.config), closing_token(tokenizer)
     return generation if end in stops else generation | {"eos_token_id": [*stops, end]}
 
 
@@ -351,13 +362,6 @@ def load_tokenizer(folder: Path):
         raise ToolkitError(
             f"{folder}: the tokenizer cannot be loaded ({str(error)[:200]}): restore its files"
         ) from error
-
-
-def end_of_turn(tokenizer) -> int:
-    """The token the template closes an assistant turn with, whatever the tokenizer's own settings say."""
-    turns = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
-    text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()
-    return tokenizer.encode(text, add_special_tokens=False)[-1]
 
 
 def progress(items: list, size: Callable, label: str, say: Callable[[str], None]) -> Iterator:

@@ -64,7 +64,7 @@ that was evaluated (certificate.md). {{ certificate.kl }}
 {%- for check in certificate.checks if 'KL' in check.name %}
 | {{ check.name }} | {{ '{:.3g}'.format(check.value) }} | {{ check.rule }} {{ '{:.3g}'.format(check.limit) }} |
 {%- endfor %}{% for report in certificate.reports %}
-| {{ report.name }} | {{ '{:.3g}'.format(report.value) }} | {{ report.note }} |
+| {{ report.name }} | {{ '{:.3g}'.format(report.value) if report.value is not none }} | {{ report.note }} |
 {%- endfor %}
 {% endif %}
 ## Use

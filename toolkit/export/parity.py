@@ -4,21 +4,19 @@ merged = open_merged(run, "16bit"); divergence(log_probs(merged, "adapter", text
 """
 
 import contextlib
-import http.client
-import json
-import os
+import itertools
 import pickle
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from toolkit.export.merge import EMBEDDING, HEAD, Checkpoint, Merged, end_of_turn, load_tokenizer
-from toolkit.family import KINDS, kind_of
+from toolkit.export.llama import Engine
+from toolkit.export.merge import EMBEDDING, HEAD, Checkpoint, Merged, load_tokenizer
 from toolkit.files import ROOT, ToolkitError
+from toolkit.generate import closing_token, modes_of
 
 TOP = 512
 NEAR_TIE = 1e-2
@@ -30,8 +28,14 @@ ASK = {"role": "user", "content": "Weather in Zürich?"}
 THOUGHT = {"role": "assistant", "reasoning_content": "17 + 25 is 17 + 20 + 5.", "content": "It is 42."}
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Weather of a city", "parameters": CITY}}]
-CALLS = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Zürich"}}}]
-CALL = {"role": "assistant", "content": "", "tool_calls": CALLS}
+CALL, SERVED_CALL = (
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", **named}]}
+    for named in (
+        {"function": {"name": "weather", "arguments": {"city": "Zürich"}}},
+        {"id": "0", "function": {"name": "weather", "arguments": '{"city": "Zürich"}'}},
+    )
+)
+"""A call as the template takes it, and as the API does, which gives it to the template as the first."""
 AGAIN = [USER, THOUGHT, {"role": "user", "content": "And doubled?"}]
 CONVERSATIONS: tuple[tuple[list[dict], list | None], ...] = (
     ([USER], None),
@@ -59,24 +63,15 @@ REPLIES = (
 )
 
 
-class _Weights(Mapping):
+class _Weights:
     """Weights by name, read or computed when a module is about to run: what accelerate loads offloaded modules from."""
 
     def __init__(self, model: Checkpoint | Merged, which: str):
-        self.model, self.which = model, which
+        self.model = model
+        self.read = {"merged": "tensor", "base": "base_tensor", "adapter": "trained_tensor"}[which]
 
     def __getitem__(self, name: str):
-        model, name = self.model, EMBEDDING if name == HEAD and self.model.tied else name
-        if self.which == "merged":
-            return model.tensor(name)
-        saved = model.adapter.saved(name) if self.which == "adapter" else None
-        return model.base_tensor(name) if saved is None else saved
-
-    def __iter__(self):
-        return iter(self.model.names())
-
-    def __len__(self) -> int:
-        return len(self.model.names())
+        return getattr(self.model, self.read)(EMBEDDING if name == HEAD and self.model.tied else name)
 
 
 def log_probs(model: Checkpoint | Merged, which: str, sequences: list[list[int]]) -> np.ndarray:
@@ -95,13 +90,11 @@ def log_probs(model: Checkpoint | Merged, which: str, sequences: list[list[int]]
 
     with init_empty_weights():
         empty = AutoModelForCausalLM.from_config(AutoConfig.for_model(**model.config), dtype=torch.float32).eval()
-    attach_align_device_hook(
-        empty, execution_device=torch.device("cpu"), offload=True, weights_map=_Weights(model, which)
-    )
-    if which == "adapter":
-        for name, module in empty.named_modules():
-            if (factors := model.adapter.factors(f"{name}.weight")) is not None:
-                module.register_forward_hook(_beside(*factors, model.adapter.scaling))
+    weights = _Weights(model, which)
+    attach_align_device_hook(empty, execution_device=torch.device("cpu"), offload=True, weights_map=weights)
+    for name, module in empty.named_modules() if which == "adapter" else ():
+        if factors := model.adapter.factors.get(f"{name}.weight"):
+            module.register_forward_hook(_beside(*factors, model.adapter.scaling))
     # One batch, so that every weight is loaded once; padding to the right is not seen by what stands before it.
     longest = max(map(len, sequences))
     batch = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences])
@@ -117,18 +110,14 @@ def _beside(a, b, scaling: float) -> Callable:
 
 def _in_own_process(model: Checkpoint | Merged, which: str, sequences: list[list[int]]) -> np.ndarray:
     code = (
-        "import pickle, sys, numpy; from toolkit.export.parity import log_probs; "
-        "numpy.save(sys.argv[1], log_probs(*pickle.load(sys.stdin.buffer)))"
+        "import pickle, sys; out, sys.stdout = sys.stdout, sys.stderr; from toolkit.export.parity import log_probs; "
+        "pickle.dump(log_probs(*pickle.load(sys.stdin.buffer)), out.buffer)"
     )
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "log_probs.npy"
-        command = [sys.executable, "-c", code, str(out)]
-        done = subprocess.run(
-            command, input=pickle.dumps((model, which, sequences)), cwd=ROOT, capture_output=True, check=False
-        )
-        if done.returncode:
-            raise ToolkitError(f"the reference forward pass failed: {done.stderr.decode(errors='replace')[-400:]}")
-        return np.load(out)
+    given = pickle.dumps((model, which, sequences))
+    done = subprocess.run([sys.executable, "-c", code], input=given, cwd=ROOT, capture_output=True, check=False)
+    if done.returncode:
+        raise ToolkitError(f"the reference forward pass failed: {done.stderr.decode(errors='replace')[-400:]}")
+    return pickle.loads(done.stdout)
 
 
 def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -137,156 +126,88 @@ def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 
 class Tokens:
-    """The run's own tokenizer and template: what every exported file is compared with."""
+    """The tokenizer and the template in a folder; the run's own is what every exported file is compared with."""
 
     def __init__(self, folder: Path):
         self.tokenizer = load_tokenizer(folder)
-        self.kind = kind_of(lambda messages, enable_thinking: self.render(messages, None, enable_thinking))
-        self.modes, self.end = KINDS[self.kind], end_of_turn(self.tokenizer)
-        self.bos = self.tokenizer.decode(self.tokenizer.encode("")[:1])
-        """What the tokenizer puts before every text, if anything; llama.cpp then leaves it out of what it renders."""
-        self.cases = [
-            (m, t, mode == "thinking") for m, t in CONVERSATIONS if self._renders(m, t) for mode in self.modes
-        ]
 
-    def _renders(self, messages: list, tools: list | None) -> bool:
-        """Whether the template has a form for this: some refuse a role, and some leave tools out."""
-        from jinja2 import TemplateError
-
-        try:
-            plain = self.render(messages, None, False)
-            return tools is None or self.render(messages, tools, False) != plain
-        except TemplateError:
-            return False
-
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text)
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=special)
 
     def render(self, messages: list, tools: list | None, thinking: bool) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-        )
+        """The prompt; empty where the template refuses the conversation."""
+        from jinja2 import TemplateError
+
+        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
+        with contextlib.suppress(TemplateError):
+            return self.tokenizer.apply_chat_template(messages, tools=tools, **options)
+        return ""
 
 
 class ServedTokens:
     """The same two questions to a served GGUF."""
 
-    def __init__(self, post: Callable):
-        self.post = post
+    def __init__(self, engine: Engine):
+        self.call = engine.call
 
-    def encode(self, text: str) -> list[int]:
-        return self.post("/tokenize", {"content": text})["tokens"]
-
-    def encode_prompt(self, text: str) -> list[int]:
-        return self.post("/tokenize", {"content": text, "add_special": True})["tokens"]
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        return self.call("/tokenize", {"content": text, "add_special": special})["tokens"]
 
     def render(self, messages: list, tools: list | None, thinking: bool) -> str:
-        body = {"messages": [_openai(m) for m in messages], "chat_template_kwargs": {"enable_thinking": thinking}}
-        return self.post("/apply-template", body | ({"tools": tools} if tools else {}))["prompt"]
+        messages = [SERVED_CALL if message is CALL else message for message in messages]
+        body = {"messages": messages, "chat_template_kwargs": {"enable_thinking": thinking}}
+        return self.call("/apply-template", body | ({"tools": tools} if tools else {}))["prompt"]
 
 
-def _openai(message: dict) -> dict:
-    """The API wants a call's arguments as JSON text and its id; the template gets them back as they were."""
-    if "tool_calls" not in message:
-        return message
-    calls = []
-    for i, call in enumerate(message["tool_calls"]):
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        calls.append(call | {"id": str(i), "function": call["function"] | {"arguments": arguments}})
-    return message | {"tool_calls": calls}
-
-
-def tokenizer_differences(theirs, own: Tokens) -> tuple[int, int]:
+def tokenizer_differences(theirs: Tokens | ServedTokens, own: Tokens) -> tuple[int, int]:
     """(texts, renderings) that differ from the run's own: awkward texts, and every kind of conversation in each mode,
     with the renderings tokenized too."""
-    texts = sum(theirs.encode(text) != own.encode(text) for text in TEXTS)
-    templates = 0
-    for case in own.cases:
-        bare = own.render(*case).removeprefix(own.bos)
-        templates += theirs.render(*case).removeprefix(own.bos) != bare
-        texts += theirs.encode_prompt(bare) != own.encode(own.bos + bare)
+    texts, templates = sum(theirs.encode(text) != own.encode(text) for text in TEXTS), 0
+    # What the tokenizer puts before every text, if anything; llama.cpp leaves it out of what it renders
+    start = own.tokenizer.decode(own.encode("", special=True)[:1])
+    for mode, (messages, tools) in itertools.product(modes_of(own.tokenizer), CONVERSATIONS):
+        case = messages, tools, mode == "thinking"
+        rendered = own.render(*case)
+        if not rendered or (tools and rendered == own.render(messages, None, mode == "thinking")):
+            continue  # some templates refuse a role, and some leave tools out
+        bare = rendered.removeprefix(start)
+        templates += theirs.render(*case).removeprefix(start) != bare
+        texts += theirs.encode(bare, special=True) != own.encode(start + bare)
     return texts, templates
 
 
 def probe_sequences(own: Tokens) -> list[list[int]]:
     """A few hundred positions of conversation, in the modes the model has and with both kinds of reply."""
-    first, last = own.modes[0] == "thinking", own.modes[-1] == "thinking"
-    end = own.tokenizer.decode([own.end])
+    modes, end = modes_of(own.tokenizer), own.tokenizer.decode([closing_token(own.tokenizer)])
+    first, last = (mode == "thinking" for mode in (modes[0], modes[-1]))
     texts = [
-        own.render([USER], None, first) + REPLIES[0] + end,
-        own.render([USER], None, last) + REPLIES[1] + end,
-        own.render(AGAIN, None, first) + REPLIES[0] + end,
-        REPLIES[1] + end + REPLIES[0] + end,
+        own.render([USER], None, first) + REPLIES[0],
+        own.render([USER], None, last) + REPLIES[1],
+        own.render(AGAIN, None, first) + REPLIES[0],
+        REPLIES[1] + end + REPLIES[0],
     ]
-    return [own.encode(text)[-PER_TEXT:] for text in texts[: POSITIONS // PER_TEXT]]
+    return [own.encode(text + end)[-PER_TEXT:] for text in texts]
 
 
-@contextlib.contextmanager
-def llama_server(path: Path, context: int = 2048, lora: Path | None = None) -> Iterator[Callable[[str, dict], dict]]:
-    """The llama-server inside xllamacpp on a free local port; yields `post(route, body)`.
+def file_divergence(engine: Engine, reference: np.ndarray, sequences: list[list[int]], plain: int, **more) -> dict:
+    """A served file beside `reference`: {"mean": KL, "max": the largest, "other": the share of positions with another
+    top token}, over its top 512 tokens and one bucket for the rest.
 
-    Weights are memory-mapped. A small model gets one thread: more would mostly wait for each other. With `lora`, a GGUF
-    LoRA, a request chooses its part by {"lora": [{"id": 0, "scale": 0 to 1}]}; without that it is fully applied."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.warmup, params.verbosity, params.port = context, 1, False, -1, 0
-    params.cache_ram_mib, params.n_ctx_checkpoints = 0, 0
-    if lora:
-        applied = xllamacpp.CommonAdapterLoraInfo()
-        applied.path, applied.scale = str(lora), 1.0
-        params.lora_adapters = [applied]
-    threads = 1 if path.stat().st_size < 2e8 else os.cpu_count()
-    for cpu in (params.cpuparams, params.cpuparams_batch):
-        cpu.n_threads, cpu.poll = threads, 0  # sleep while waiting: spinning threads collapse on a shared machine
-    try:
-        server = xllamacpp.Server(params)
-    except RuntimeError as error:
-        raise ToolkitError(f"{path}: llama.cpp cannot load it ({error})") from error
-    address = server.listening_address.removeprefix("http://")
-
-    def post(route: str, body: dict):
-        connection = http.client.HTTPConnection(address)
-        connection.request("POST", route, json.dumps(body), {"Content-Type": "application/json"})
-        reply = connection.getresponse()
-        data = reply.read()
-        connection.close()
-        if reply.status != 200:
-            raise ToolkitError(f"{path}: llama.cpp answers {reply.status} to {route}: {data[:300]!r}")
-        return json.loads(data)
-
-    yield post
-    del server
-
-
-def file_divergence(
-    post: Callable, reference: np.ndarray, sequences: list[list[int]], plain_token: int, **more
-) -> dict:
-    """KL and top-1 agreement of a served file with `reference`, over its top 512 tokens and one bucket for the rest.
-
-    One prompt per position, a request per text. The sampled token is forced to `plain_token`: the probabilities are
+    One prompt per position, a request per text. The sampled token is forced to `plain`: the probabilities are
     those before sampling, and the server withholds them when the token it draws is half a character."""
-    options = {
-        "n_predict": 1,
-        "n_probs": TOP,
-        "logit_bias": [[plain_token, 1000.0]],
-        "response_fields": ["index", "completion_probabilities"],
-    } | more
+    options = {"n_predict": 1, "n_probs": TOP, "logit_bias": [[plain, 1000.0]]}
+    options["response_fields"] = ["index", "completion_probabilities"]
     tops = []
     for ids in sequences:
         prompts = [ids[:end] for end in range(1, len(ids) + 1)]
-        replies = post("/completion", options | {"prompt": prompts})
+        replies = engine.call("/completion", options | more | {"prompt": prompts})
         tops += [r["completion_probabilities"][0]["top_logprobs"] for r in sorted(replies, key=lambda r: r["index"])]
-    values, agreed = [], 0
-    for top, row in zip(tops, reference, strict=True):
-        ours, kept = row.astype(np.float64), [t["id"] for t in top]
-        values.append(_bucketed(ours[kept], np.array([t["logprob"] for t in top], np.float64)))
-        agreed += bool(ours[kept[0]] > ours.max() - NEAR_TIE)
-    return {"mean": float(np.mean(values)), "max": float(np.max(values)), "top1": agreed / len(values)}
+    values, other = [], 0
+    for top, row in zip(tops, reference.astype(np.float64), strict=True):
+        kept = [t["id"] for t in top]
+        values.append(_bucketed(row[kept], np.array([t["logprob"] for t in top], np.float64)))
+        other += bool(row[kept[0]] <= row.max() - NEAR_TIE)
+    return {"mean": float(np.mean(values)), "max": float(np.max(values)), "other": other / len(values)}
 
 
 def _bucketed(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -3,6 +3,7 @@
 `python -m toolkit serve pocket`, then http://127.0.0.1:8000/ or OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="-")
 """
 
+import json
 import secrets
 import shlex
 import shutil
@@ -11,11 +12,13 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+from toolkit import recipe
+from toolkit.export.llama import Engine
 from toolkit.family import family_of
-from toolkit.files import POCKET, find, read_json
-from toolkit.model import run_folder
+from toolkit.files import read_json
+from toolkit.model import checkpoint_file, checkpoint_path, run_folder
 from toolkit.render import load_chat
-from toolkit.serve.engine import BASE, CONTEXT, Engine, check, start
+from toolkit.serve.engine import BASE, CONTEXT, check, start
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -49,7 +52,6 @@ def serve(runs: Sequence[str | Path], *, engine: str = "llama.cpp", host: str = 
 
 def welcome(engine: Engine) -> str:
     """What a person needs once the server is up: addresses, how to choose between runs and base, how to stop."""
-    address = f"{engine.url}/v1/chat/completions"
     header = f' -H "Authorization: Bearer {engine.key}"' if engine.key else ""
     lines = [
         f"page: {engine.url}/    API: {engine.url}/v1    {engine.context:,} tokens of context    Ctrl-C stops",
@@ -57,10 +59,11 @@ def welcome(engine: Engine) -> str:
     ]
     if engine.key:
         lines.append(f"API key, asked for by API and page: {engine.key}")
-    for i, name in enumerate([*engine.runs, *[BASE] * bool(engine.runs)]):
-        scale = f'{{"id": {i}, "scale": 1}}' if name != BASE else '{"id": 0, "scale": 0}'
-        body = f'{{"messages": [{{"role": "user", "content": "Hi"}}], "lora": [{scale}]}}'
-        lines.append(f"{name}{' (the default)' if i == 0 else ''}: curl {address}{header} -d '{body}'")
+    scales = {name: {"id": i, "scale": 1} for i, name in enumerate(engine.runs)}
+    for name, scale in (scales | {BASE: {"id": 0, "scale": 0}} if scales else {}).items():
+        body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "lora": [scale]})
+        title = f"{name} (the default)" if name == engine.runs[0] else name
+        lines.append(f"{title}: curl {engine.url}/v1/chat/completions{header} -d '{body}'")
     return "\n".join(lines)
 
 
@@ -68,26 +71,30 @@ def vllm_command(runs: Sequence[str | Path], *, host: str, port: int, key: str |
     """`vllm serve` with the runs' adapters as LoRA modules beside their base, whose name is `base`.
 
     Flags as in vLLM's documentation, "LoRA Adapters", "Reasoning Outputs", "Tool Calling"."""
-    from transformers import AutoConfig
-
     folders = [run_folder(run).resolve() for run in runs]
-    adapter, model = folders[0] / "adapter", read_json(folders[0] / "manifest.json")["model"]
-    name = str(POCKET if model["name"] == "pocket" else find(model["name"]) or model["name"])
-    config = AutoConfig.from_pretrained(name, revision=model.get("revision"))
-    family, chat = family_of(config.model_type), load_chat(str(adapter))
+    adapter, model = folders[0] / "adapter", recipe.load(folders[0] / "recipe.yaml").model
+    config, kind = checkpoint_file(model, "config.json"), load_chat(str(adapter)).kind
+    family, template = family_of(config.get("model_type", "")), adapter / "chat_template.jinja"
     rank = max(read_json(folder / "adapter" / "adapter_config.json")["r"] for folder in folders)
-    words = ["vllm", "serve", name, "--served-model-name", BASE, "--enable-lora"]
-    words += ["--lora-modules", *[f"{folder.name}={folder / 'adapter'}" for folder in folders]]
-    words += ["--max-lora-rank", str(next(r for r in VLLM_RANKS if r >= rank)), "--max-model-len", str(context)]
-    words += (
-        ["--chat-template", str(adapter / "chat_template.jinja")] if (adapter / "chat_template.jinja").is_file() else []
-    )
-    words += ["--revision", model["revision"]] if model.get("revision") else []
-    if model.get("load_in_4bit") and not getattr(config, "quantization_config", None):
-        words += ["--quantization", "bitsandbytes"]  # NF4 on load, as the run was trained
-    if family.reasoning_parser and chat.kind in ("hybrid", "thinking_only"):
-        words += ["--reasoning-parser", family.reasoning_parser]
-    if family.tool_parser:
-        words += ["--enable-auto-tool-choice", "--tool-call-parser", family.tool_parser]
-    words += ["--host", host, "--port", str(port)]
-    return words + (["--api-key", key] if key else [])
+    nf4 = model.load_in_4bit and "quantization_config" not in config  # made on load, as the run was trained
+    options = {
+        "served-model-name": BASE,
+        "enable-lora": True,
+        "lora-modules": [f"{folder.name}={folder / 'adapter'}" for folder in folders],
+        "max-lora-rank": next(most for most in VLLM_RANKS if most >= rank),
+        "max-model-len": context,
+        "chat-template": template if template.is_file() else None,
+        "revision": model.revision,
+        "quantization": "bitsandbytes" if nf4 else None,
+        "reasoning-parser": None if kind == "instruct" else family.reasoning_parser,
+        "enable-auto-tool-choice": bool(family.tool_parser),
+        "tool-call-parser": family.tool_parser,
+        "host": host,
+        "port": port,
+        "api-key": key,
+    }
+    words = ["vllm", "serve", checkpoint_path(model)]
+    for flag, value in options.items():
+        if value:
+            words += [f"--{flag}", *([] if value is True else value if isinstance(value, list) else [str(value)])]
+    return words

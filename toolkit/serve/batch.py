@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from toolkit.family import KINDS, MODES
-from toolkit.files import ToolkitError, read_jsonl, write_error
+from toolkit.files import ToolkitError, append_rows, read_jsonl
 from toolkit.generate import generate, prompts
 from toolkit.model import load_run, run_folder
 from toolkit.recipe import Source
@@ -21,7 +21,7 @@ from toolkit.sources.formats import FORMATS
 def answer_file(
     run: str | Path, prompts_file: str | Path, replies_file: str | Path, mode: str = "both", *,
     max_new_tokens: int = 1024, batch_size: int = 16, seed: int = 3407, loaded: tuple | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> dict:  # fmt: skip
     """Answer every prompt that has no reply yet; returns {"prompts", "rejected", "there", "answered", "unfinished"}.
 
@@ -29,37 +29,34 @@ def answer_file(
     is answered again gives the same replies. `rejected` lists why rows were left out. `loaded` is a (model, tokenizer)
     of the run. Raises ToolkitError, before anything is answered, where no row is a prompt or one is too long."""
     folder, replies = run_folder(run).resolve(), Path(replies_file)
-    modes = KINDS[load_chat(str(folder / "adapter")).kind] if mode == "both" else (mode,)
     if mode not in ("both", *MODES):
         raise ToolkitError(f"mode {mode!r}: expected both, {' or '.join(MODES)}")
     if replies.resolve() == Path(prompts_file).resolve():
         raise ToolkitError(f"{replies}: is the file of prompts; name another for the replies")
+    modes = KINDS[load_chat(str(folder / "adapter")).kind] if mode == "both" else (mode,)
     asked, rejected = read_prompts(prompts_file)
     settings = {"run": folder.name, "seed": seed, "max_new_tokens": max_new_tokens}
     there = read_replies(replies, asked, settings)
     counts = {"prompts": len(asked), "rejected": rejected, "there": len(there), "answered": 0, "unfinished": 0}
     # Batches are cut from all prompts, answered or not, since a reply depends on the batch that it is seeded with
-    batches = _batches(asked, batch_size)
-    todo = [(m, batch) for m in modes for batch in batches if any((n, m) not in there for n in batch)]
-    if not todo:
+    batches = [(m, batch) for m in modes for batch in _batches(asked, batch_size)]
+    missing = {(m, n) for m in modes for n in asked if (n, m) not in there}
+    if not missing:
         return counts
     model, tokenizer = loaded or load_run(folder)
     _check_lengths(asked, modes, model, tokenizer, prompts_file)
-    total = sum((n, m) not in there for m, batch in todo for n in batch)
-    for m, batch in todo:
-        options = {"max_new_tokens": max_new_tokens, "seed": seed + batch[0], "batch_size": len(batch)}
-        tools = asked[batch[0]].get("tools")
-        made = generate(model, tokenizer, [asked[n]["messages"] for n in batch], m, tools=tools, **options)
-        rows = [
-            _row(n, asked[n]["messages"], m, reply, settings)
-            for n, reply in zip(batch, made, strict=True)
-            if (n, m) not in there
-        ]
-        _append(replies, rows)
-        counts["answered"] += len(rows)
-        counts["unfinished"] += sum(not row["finished"] for row in rows)
-        if progress:
-            progress(counts["answered"], total)
+    for m, batch in batches:
+        if missing.isdisjoint((m, n) for n in batch):
+            continue
+        made = generate(
+            model, tokenizer, [asked[n]["messages"] for n in batch], m, tools=asked[batch[0]].get("tools"),
+            max_new_tokens=max_new_tokens, seed=seed + batch[0], batch_size=len(batch),
+        )  # fmt: skip
+        answers = [(n, reply) for n, reply in zip(batch, made, strict=True) if (m, n) in missing]
+        append_rows(replies, [_row(n, asked[n]["messages"], m, reply, settings) for n, reply in answers])
+        counts["answered"] += len(answers)
+        counts["unfinished"] += sum(not reply.finished for _, reply in answers)
+        progress(counts["answered"], len(missing))
     return counts
 
 
@@ -77,18 +74,6 @@ def _row(number: int, messages: list[dict], mode: str, reply, settings: dict) ->
     return {"row": number, "prompt": messages[-1]["content"], "mode": mode, **said, "messages": messages, **settings}
 
 
-def _append(path: Path, rows: list[dict]) -> None:
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "ab") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise write_error(path, error) from error
-
-
 def read_prompts(path: str | Path) -> tuple[dict[int, dict], list[str]]:
     """({row number: {"messages", "tools" if any}}, why rows were left out) of a file.
 
@@ -99,15 +84,8 @@ def read_prompts(path: str | Path) -> tuple[dict[int, dict], list[str]]:
         raise ToolkitError(
             f"{path}: no such file: expected prompts as .txt (one a line), .jsonl, .json, .csv, .parquet"
         )
-    if path.suffix == ".txt":
-        try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as error:
-            raise ToolkitError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from error
-        drawn = [(n, {"prompt": line.strip()}) for n, line in enumerate(lines, start=1) if line.strip()]
-    else:
-        drawn = sorted(open_rows(Source(str(path))).draw(0), key=lambda numbered: numbered[0])
-    for number, row in drawn:
+    drawn = _lines(path) if path.suffix == ".txt" else open_rows(Source(str(path))).draw(0)
+    for number, row in sorted(drawn, key=lambda numbered: numbered[0]):
         try:
             found[number] = _prompt(row)
         except Rejected as error:
@@ -117,27 +95,36 @@ def read_prompts(path: str | Path) -> tuple[dict[int, dict], list[str]]:
     return found, rejected
 
 
+def _lines(path: Path) -> list[tuple[int, dict]]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ToolkitError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from error
+    return [(number, {"prompt": line.strip()}) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
 def _prompt(row: dict | Rejected) -> dict:
     """The conversation up to its last answer. Training's rules apply: a stand-in answer is put in where there is none,
     and taken away again. Raises Rejected."""
     if isinstance(row, Rejected):
         raise row
     row = {"prompt" if name == "question" else name: value for name, value in row.items()}
-    for name, columns in FORMATS.items():
-        turns = row.get(columns.get("messages"))
-        if isinstance(turns, list) and turns and isinstance(turns[-1], dict):
-            if turns[-1].get("role", turns[-1].get("from")) not in ("assistant", "gpt"):
-                answer = {"from": "gpt", "value": "-"} if "from" in turns[-1] else {"role": "assistant", "content": "-"}
-                row[columns["messages"]] = [*turns, answer]
-        elif columns.get("user") in row:
-            row[columns["assistant"]] = "-"
-        else:
-            continue
-        conversation = canonical(row, name, {}, {})
-        asked = {"messages": conversation["messages"][:-1]}
-        return asked | ({"tools": conversation["tools"]} if "tools" in conversation else {})
-    names = [c.get("messages", c.get("user")) for c in FORMATS.values()]
-    raise Rejected("missing_field", f"the fields are {', '.join(row)}: expected one of {', '.join(names)}")
+    columns = {name: of.get("messages") or of["user"] for name, of in FORMATS.items()}
+    kind = next((name for name, column in columns.items() if column in row), None)
+    if kind is None:
+        expected = ", ".join(dict.fromkeys(columns.values()))
+        raise Rejected("missing_field", f"the fields are {', '.join(row)}: expected one of {expected}")
+    turns = row[columns[kind]]
+    if "assistant" in FORMATS[kind]:
+        row[FORMATS[kind]["assistant"]] = "-"
+    elif turns and isinstance(turns, list) and isinstance(turns[-1], dict):
+        answer = {"from": "gpt", "value": "-"} if "from" in turns[-1] else {"role": "assistant", "content": "-"}
+        if turns[-1].get("role", turns[-1].get("from")) not in ("assistant", "gpt"):
+            row[columns[kind]] = [*turns, answer]
+    conversation = canonical(row, kind, {}, {})
+    conversation.pop("expected_answer", None)
+    conversation["messages"].pop()
+    return conversation
 
 
 def read_replies(path: Path, asked: dict[int, dict], settings: dict) -> set[tuple[int, str]]:
@@ -146,15 +133,16 @@ def read_replies(path: Path, asked: dict[int, dict], settings: dict) -> set[tupl
     Raises ToolkitError for replies to other prompts or with other settings."""
     if not path.is_file():
         return set()
-    raw = path.read_bytes()
-    os.truncate(path, raw.rfind(b"\n") + 1)
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     there = set()
     for number, row in enumerate(read_jsonl(path), start=1):
-        given = {name: row.get(name) for name in settings}
-        same = asked.get(row.get("row"), {}).get("messages") == row.get("messages")
-        if not same or given != settings:
-            other = ", ".join(f"{k} {v}" for k, v in given.items() if settings[k] != v) if same else "another prompt"
-            raise ToolkitError(f"{path}, line {number}: a reply with {other}: name another file, or move this one away")
+        other = [f"{name} {row.get(name)}" for name, value in settings.items() if row.get(name) != value]
+        if asked.get(row.get("row"), {}).get("messages") != row.get("messages"):
+            other = ["another prompt"]
+        if other:
+            raise ToolkitError(
+                f"{path}, line {number}: a reply with {', '.join(other)}: name another file, or move this one away"
+            )
         there.add((row["row"], row["mode"]))
     return there
 

@@ -3,28 +3,30 @@
 `python -m toolkit chat pocket`, or chat("pocket"); in a pipe every line is a turn.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from toolkit.export.llama import Engine
 from toolkit.family import KINDS, mode_title
-from toolkit.files import ToolkitError, outputs
+from toolkit.files import ToolkitError, append_rows, outputs
 from toolkit.model import run_folder
 from toolkit.render import load_chat
-from toolkit.serve.engine import BASE, Engine, start
+from toolkit.serve.engine import BASE, start
 
 COMMANDS = {
     "/think": "reason before answering",
     "/no_think": "answer at once",
     "/base": "talk to the base model, without what was trained",
     "/tuned": "talk to the run again",
-    "/save FILE": "keep the conversation: .jsonl adds a row that can be trained on, .md is for reading",
+    "/save FILE": "keep the conversation as one more row of a .jsonl file, which can be trained on",
     "/clear": "begin a new conversation",
     "/help": "this list",
     "/quit": "leave (so does Ctrl-D); Ctrl-C stops a reply",
 }
+SWITCHES = ("/think", "/no_think", "/base", "/tuned")
+"""Commands after which a question may stand."""
 CONTROLS = {c: None for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
 """A model's text never moves the cursor or sets the terminal's title."""
 
@@ -91,33 +93,34 @@ def _lines() -> Iterator[str]:
 def _turn(talk: Talk, line: str) -> bool:
     """Do what a line says; False to leave. Raises ToolkitError."""
     command, _, rest = line.partition(" ")
-    if command == "/quit":
-        return False
-    if command in ("/think", "/no_think"):
-        mode = "thinking" if command == "/think" else "non_thinking"
-        if mode not in talk.modes:
-            raise ToolkitError(f"{command}: this model only answers {mode_title(talk.modes[0])}")
-        talk.mode = mode
-        talk.note(f"({mode_title(mode)})")
-    elif command in ("/base", "/tuned"):
-        if not talk.engine.runs:
-            raise ToolkitError(f"{command}: this server has one set of weights: chat without --from has both")
-        talk.name = BASE if command == "/base" else talk.engine.runs[0]
-        talk.note(f"({talk.name})")
-    elif command == "/save":
-        path = save(rest.strip(), talk.messages)
-        talk.note(f"(saved: {path})")
-    elif command == "/clear":
-        talk.messages = []
-        talk.note("(a new conversation)")
-    elif command == "/help":
-        talk.note("\n".join(f"{name:<12}{meaning}" for name, meaning in COMMANDS.items()), None)
-    elif command.startswith("/") and not rest:
-        raise ToolkitError(f"{command}: no such command. /help lists them")
-    else:
-        _reply(talk, line)
-    if command in ("/think", "/no_think", "/base", "/tuned") and rest.strip():
-        _reply(talk, rest.strip())
+    rest = rest.strip()
+    match command:
+        case "/quit":
+            return False
+        case "/help":
+            talk.note("\n".join(f"{name:<12}{meaning}" for name, meaning in COMMANDS.items()), None)
+        case "/clear":
+            talk.messages = []
+            talk.note("(a new conversation)")
+        case "/save":
+            talk.note(f"(saved: {save(rest, talk.messages)})")
+        case "/think" | "/no_think":
+            mode = "thinking" if command == "/think" else "non_thinking"
+            if mode not in talk.modes:
+                raise ToolkitError(f"{command}: this model only answers {mode_title(talk.modes[0])}")
+            talk.mode = mode
+            talk.note(f"({mode_title(mode)})")
+        case "/base" | "/tuned":
+            if not talk.engine.runs:
+                raise ToolkitError(f"{command}: this server has one set of weights: chat without --from has both")
+            talk.name = BASE if command == "/base" else talk.engine.runs[0]
+            talk.note(f"({talk.name})")
+        case _ if command.startswith("/") and not rest:
+            raise ToolkitError(f"{command}: no such command. /help lists them")
+        case _:
+            _reply(talk, line)
+    if command in SWITCHES and rest:
+        _reply(talk, rest)
     return True
 
 
@@ -131,15 +134,14 @@ def _reply(talk: Talk, line: str) -> None:
         **talk.engine.sampling.get(talk.mode, {}),
         **talk.engine.lora(talk.name),
     }
-    said, end = {"reasoning_content": "", "content": ""}, {}
+    said, tokens, cut = {"reasoning_content": "", "content": ""}, 0, ""
     try:
         for chunk in talk.engine.stream(body):
-            end = chunk if chunk.get("usage") else end
+            tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
             for choice in chunk["choices"]:
                 _show(talk.console, choice["delta"], said)
-                end = {**end, "cut": choice["finish_reason"] == "length"} if choice["finish_reason"] else end
-        cut = f", cut at {talk.max_tokens}" if end.get("cut") else ""
-        talk.note(f"\n({end['usage']['completion_tokens']} tokens{cut})")
+                cut = f", cut at {talk.max_tokens}" if choice["finish_reason"] == "length" else cut
+        talk.note(f"\n({tokens} tokens{cut})")
     except KeyboardInterrupt:
         talk.note("\n(stopped)")
     if said["content"].strip():
@@ -167,23 +169,11 @@ def _show(console, delta: dict, said: dict[str, str]) -> None:
 
 
 def save(file: str, messages: list[dict]) -> Path:
-    """A conversation as one more row of a .jsonl, as training reads it, or as Markdown in a new file. Raises ToolkitError."""
+    """A conversation as one more row of a .jsonl file, as training reads it. Raises ToolkitError."""
     path = Path(file).expanduser()
-    if not file or not messages:
-        raise ToolkitError("/save: expected a file, talk.jsonl or talk.md" if messages else "nothing was said yet")
-    rows = path.suffix == ".jsonl"
-    if rows:
-        text = json.dumps({"messages": messages}, ensure_ascii=False)
-    else:
-        parts = []
-        for message in messages:
-            if "reasoning_content" in message:
-                parts.append("> " + message["reasoning_content"].replace("\n", "\n> "))
-            parts.append(message["content"] if message["role"] == "assistant" else f"**{message['content']}**")
-        text = "\n\n".join(parts)
-    try:
-        with open(path, "a" if rows else "x", encoding="utf-8") as out:
-            out.write(text + "\n")
-    except OSError as error:  # a Markdown file that is there already is somebody's
-        raise ToolkitError(f"{path}: could not be written ({error.strerror})") from error
+    if not messages:
+        raise ToolkitError("nothing was said yet")
+    if path.suffix != ".jsonl":
+        raise ToolkitError(f"/save {file}: expected a .jsonl file, as in /save talk.jsonl")
+    append_rows(path, [{"messages": messages}])
     return path

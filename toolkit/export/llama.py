@@ -1,0 +1,115 @@
+"""llama.cpp's server, as it lies in xllamacpp, and the one client of it and of every other OpenAI-compatible server.
+
+engine = launch(Path("model.gguf")); engine.call("/tokenize", {"content": "Hello"})["tokens"]
+"""
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from toolkit.files import ToolkitError
+
+SMALL = 200_000_000
+"""Below so many bytes of weights one thread is quickest: several mostly wait for each other."""
+
+
+@dataclass
+class Engine:
+    """A server that answers OpenAI's API. `runs` are the LoRAs' names in the order of their ids; none: weights only."""
+
+    url: str
+    key: str | None = None
+    runs: tuple[str, ...] = ()
+    context: int = 8192
+    sampling: dict[str, dict] = field(default_factory=dict)
+    """Recommended values by mode."""
+    server: object = None
+    """llama.cpp's, which lives as long as this object; None for a server of another process."""
+
+    @functools.cached_property
+    def _client(self) -> httpx.Client:
+        headers = {"Connection": "close"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        direct = self.server is not None  # a proxy of the environment does not see this machine's ports
+        hooks = {"response": [_refused]}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=3600, trust_env=not direct, event_hooks=hooks)
+
+    def lora(self, name: str) -> dict:
+        """What a request says to be answered by the run of this name, or by `base`.
+
+        `model` is what vLLM reads, `lora` what llama.cpp reads. Only requests that name a LoRA may reuse a cached prefix:
+        llama.cpp does not clear it when a request without one follows a request for the base."""
+        scales = [{"id": i, "scale": float(run == name)} for i, run in enumerate(self.runs)]
+        return {"model": name, "lora": scales, "cache_prompt": True}
+
+    def call(self, route: str, body: dict | None = None):
+        """The JSON that a route answers, to a POST where there is a body. Raises ToolkitError with the server's message."""
+        with _named(self.url):
+            return self._client.request("GET" if body is None else "POST", route, json=body).json()
+
+    def stream(self, body: dict) -> Iterator[dict]:
+        """The chunks of a chat completion as they come; leaving early stops the generation. Raises ToolkitError."""
+        body = {**body, "stream": True, "stream_options": {"include_usage": True}}
+        with _named(self.url), self._client.stream("POST", "/v1/chat/completions", json=body) as reply:
+            for line in reply.iter_lines():
+                if line.startswith("data: {"):
+                    yield json.loads(line.removeprefix("data: "))
+
+
+@contextlib.contextmanager
+def _named(url: str) -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise ToolkitError(f"{url}: does not answer ({error}): is the server running?") from error
+
+
+def _refused(reply: httpx.Response) -> None:
+    """The sentence in an error body; llama.cpp and vLLM both follow OpenAI's layout."""
+    if reply.is_error:
+        text = reply.read().decode(errors="replace")
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            text = json.loads(text)["error"]["message"]
+        raise ToolkitError(text[:300])
+
+
+def launch(
+    weights: Path, loras: Sequence[Path] = (), *, context: int = 2048, slots: int = 1, sampling: dict | None = None,
+    template: str = "", alias: str = "", host: str = "127.0.0.1", port: int = 0, key: str | None = None,
+) -> Engine:  # fmt: skip
+    """A server on these files; `slots` replies are generated at once, each within `context` tokens.
+
+    Weights are memory-mapped. `sampling` and the chat template are what requests get that name none (by default those
+    inside the file). A request that does not say otherwise is answered with the first LoRA. Raises ToolkitError."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.model_alias, params.chat_template = str(weights), {alias or weights.stem}, template
+    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(p), float(i == 0)) for i, p in enumerate(loras)]
+    params.n_parallel, params.n_ctx = slots, slots * context
+    for name, value in (sampling or {}).items():
+        setattr(params.sampling, "temp" if name == "temperature" else name, value)
+    # See Engine.lora; the cache in RAM does not look at LoRAs either
+    params.cache_prompt, params.cache_ram_mib, params.n_ctx_checkpoints = not loras, 0, 0
+    params.hostnames, params.port, params.api_keys = [host], port, [key] if key else []
+    params.cors_origins = f"http://{host}:{port}"  # no page from elsewhere reads replies; llama.cpp's default is any
+    params.warmup, params.verbosity, params.endpoint_slots = False, -1, False
+    for cpu in (params.cpuparams, params.cpuparams_batch):
+        # Threads sleep while they wait: spinning ones collapse on a shared machine
+        cpu.n_threads, cpu.poll = 1 if weights.stat().st_size < SMALL else os.cpu_count(), 0
+    try:
+        server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise ToolkitError(
+            f"{weights}: llama.cpp cannot load it ({error}): too little memory, or a damaged file: delete it and try again"
+        ) from error
+    here = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
+    url = f"http://{here}:{server.listening_address.rpartition(':')[2]}"
+    engine = Engine(url, key, context=context, server=server)
+    engine.call("/lora-adapters")  # a server that is dropped before it has answered once never ends its threads
+    return engine
