@@ -429,6 +429,13 @@ def test_leftovers_of_a_killed_export_are_removed_and_the_bases_length_limit_is_
     assert read_json(run / "merged" / "tokenizer_config.json")["model_max_length"] == limit
 
 
+def test_the_merged_tokenizer_names_a_class_that_transformers_4_has_too(run):
+    """transformers 5 saves TokenizersBackend, and 4 answers "Tokenizer class TokenizersBackend does not exist"."""
+    assert read_json(run / "adapter" / "tokenizer_config.json")["tokenizer_class"] == "TokenizersBackend"
+    merged_here(run)
+    assert read_json(run / "merged" / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
 def test_a_revision_counts_for_the_4bit_repository_it_was_recorded_with_only(tmp_path, base, monkeypatch):
     """A run names what Unsloth loaded, unsloth/Qwen3-toy-unsloth-bnb-4bit, and the commit is that one's."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -199,7 +199,7 @@ def split_as_its_file_says(tokenizer, file: dict) -> None:
 
 def rules(tokenizer: dict) -> str:
     """How a tokenizer.json cleans and splits text; `trim_offsets` changes no id, and the classes set it as they like."""
-    return json.dumps([tokenizer["normalizer"], tokenizer["pre_tokenizer"]]).replace(
+    return json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")]).replace(
         '"trim_offsets": false', '"trim_offsets": true'
     )
 
