@@ -12,7 +12,7 @@ import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
-from toolkit.compare import Point, Run, change, compare, difference_report, simultaneous_margin
+from toolkit.compare import Point, Run, compare, difference_report, simultaneous_margin
 from toolkit.evaluate import is_rate
 from toolkit.evaluate.stats import interval
 from toolkit.files import ROOT, ToolkitError
@@ -122,10 +122,8 @@ def test_values_intervals_and_differences_are_those_of_commit_8b55c9c_to_the_las
         row = point.row()
         assert {unit: row[f"reasoning_share_{unit}"] for unit in known["shares"]} == known["shares"]
         assert {"/".join(key): value for key, value in point.values.items()} == known["values"]
-        for key, ends in known["change"].items():
-            section, _, metric = key.partition("/")
-            difference = change(point, (section, metric))
-            assert [difference["low"], difference["high"]] == ends
+        changes = {"/".join(key): [found["low"], found["high"]] for key, found in point.changes.items()}
+        assert {key: changes[key] for key in known["change"]} == known["change"]
     assert simultaneous_margin(found.points, found.goal) == expected["margin"]
     assert found.recommended.label == expected["recommended"]
 
@@ -145,7 +143,7 @@ def equal_point(name, right):
     found = {"value": float(np.mean(right)), "low": 0.0, "high": 1.0, "n": QUESTIONS}
     counted = {"thinking": {"tuned": {"accuracy": (right, [1.0] * QUESTIONS)}}}
     content = {"tuned": {"thinking": {"accuracy": found}}, "per_question": counted}
-    return Point(name, [Run(name, {}, {}, content, {})], {("thinking", "accuracy"): found})
+    return Point(name, [Run(name, {}, {}, content, {}, {}, {})], {("thinking", "accuracy"): found}, {})
 
 
 def test_unanimous_answers_to_few_questions_prove_nothing(tmp_path, monkeypatch):
@@ -153,10 +151,10 @@ def test_unanimous_answers_to_few_questions_prove_nothing(tmp_path, monkeypatch)
     runs = [make_run(tmp_path, s, thinking=a, base=0.0) for s, a in ((0.25, 0.0), (0.75, 1.0))]
     found = compare(runs)
     assert simultaneous_margin(found.points, found.goal) > 0.7  # three of three: 29% to 100%
-    gain = change(found.points[1], found.goal)
+    gain = found.points[1].changes[found.goal]
     assert gain["low"] < 0.5 < gain["value"]
     lines = difference_report(*runs)
-    assert any(line.startswith("thinking accuracy: 0% → 100%") for line in lines)
+    assert any(line.startswith("thinking accuracy 0% → 100%") for line in lines)
 
 
 def test_seeds_are_averaged_and_each_stays_visible(tmp_path):
@@ -209,7 +207,7 @@ def test_the_best_ratio_that_keeps_both_modes_is_recommended_in_two_short_senten
     assert found.recommended.label in ("50% reasoning", "75% reasoning")
     first, second, command = found.verdict
     assert first.startswith(f"Recommended: {found.recommended.label}: thinking accuracy 40% → 8")
-    assert second.startswith("It ties with")
+    assert re.fullmatch(r"Up to \d+ points between 4 ratios are chance \(95%\): it ties with .*\.", second)
     assert max(map(len, found.verdict)) <= 160
     assert command == f"next: python -m toolkit export {found.recommended.runs[0].name}"
     assert any(
@@ -222,7 +220,7 @@ def test_tied_ratios_go_to_the_lowest_share(tmp_path):
     runs = [make_run(tmp_path, s, thinking=a) for s, a in zip(SHARES, (0.2, 0.3, 0.88, 0.9, 0.9), strict=True)]
     found = compare(runs)
     assert found.recommended.label == "50% reasoning"
-    assert any("ties with 75% reasoning, 100% reasoning" in text for text in [*found.verdict, *found.notes])
+    assert any("it ties with 75% reasoning, 100% reasoning" in text for text in [*found.verdict, *found.notes])
 
 
 def test_a_ratio_that_fell_far_below_the_base_is_named(tmp_path):
@@ -245,19 +243,19 @@ def test_small_differences_are_called_noise(tmp_path):
         write_json(runs[-1] / "eval.json", content)
     found = compare(runs)
     assert found.recommended is None
-    assert found.verdict[0].startswith("The differences are within noise: 40% to 53%; up to ")
+    assert found.verdict[0].startswith("No ratio is recommended: the differences are within noise")
 
 
 def test_no_ratio_is_recommended_when_all_break_a_mode(tmp_path):
     found = compare([make_run(tmp_path, s, adherence=0.3) for s in SHARES[:3]])
     assert found.recommended is None
-    assert found.verdict[0] == "No ratio can be recommended: each breaks a mode or the chat."
+    assert found.verdict[0].startswith("No ratio is recommended: each breaks a mode or the chat. Highest is ")
 
 
 def test_no_ratio_is_recommended_when_none_is_shown_to_beat_the_base(tmp_path):
     found = compare([make_run(tmp_path, s, thinking=a) for s, a in ((0.25, 0.1), (0.75, 0.4))])
     assert found.recommended is None
-    assert found.verdict[0].startswith("No ratio is shown to beat the base. Highest is 75% reasoning: ")
+    assert found.verdict[0].startswith("No ratio is recommended: none is shown to beat the base. Highest is 75% ")
     assert found.verdict[1].startswith("Below the base: 25% reasoning (-30 points")
 
 
@@ -266,16 +264,6 @@ def test_of_tied_ratios_only_those_that_beat_the_base_count(tmp_path):
     found = compare([make_run(tmp_path, s, thinking=a) for s, a in shares])
     assert found.recommended.label == "75% reasoning"
     assert any("ties with 25% reasoning" in text for text in [*found.verdict, *found.notes])
-
-
-def test_the_frontier_holds_what_nothing_beats_and_the_base_takes_part(tmp_path):
-    runs = [
-        make_run(tmp_path, s, thinking=a, chat=c, base=0.5)
-        for s, a, c in ((0.0, 0.4, 0.85), (0.5, 0.7, 0.9), (0.75, 0.6, 0.8), (1.0, 0.9, 0.7))
-    ]
-    assert compare(runs).frontier() == ["50% reasoning", "100% reasoning"]  # the base beats 0%, 50% beats the base
-    kept = [make_run(tmp_path / "worse", s, thinking=a, chat=0.8) for s, a in ((0.0, 0.3), (1.0, 0.6))]
-    assert compare(kept).frontier() == ["base", "100% reasoning"]
 
 
 # --- which runs can be compared
@@ -312,7 +300,8 @@ def test_what_the_base_never_finished_and_a_forgetting_that_is_no_number_are_lef
         write_json(run / "eval.json", content)
     found = compare(runs)
     assert found.recommended is None
-    assert found.verdict[0] == "No ratio is shown to beat the base. Highest is 100% reasoning: thinking accuracy 90%."
+    why = "No ratio is recommended: none is shown to beat the base. Highest is"
+    assert found.verdict[0] == f"{why} 100% reasoning: thinking accuracy 90%."
     assert write(found, tmp_path / "report")["png"].is_file()
 
 
@@ -325,7 +314,9 @@ def test_runs_that_differ_in_more_than_the_share_are_compared_by_name_and_the_ke
     assert [point.label for point in found.points] == [run.name for run in runs]
     assert found.recommended.label == runs[0].name
     assert "25%" not in found.verdict[0]  # no share is recommended
-    assert found.notes[0].endswith("more than a share: train.learning_rate, share of talk, share of maths.")
+    assert found.notes[0].endswith(
+        "more than a share: train.learning_rate, share of talk, share of maths, share of reasoning."
+    )
 
 
 def test_keys_that_do_not_change_the_training_do_not_count_as_a_difference(tmp_path):
@@ -348,7 +339,7 @@ def test_runs_evaluated_differently_or_unfinished_are_named_and_left_out(tmp_pat
     assert [run.name for point in found.points for run in point.runs] == [run.name for run in runs[:3]]
     assert "level full (the others: quick)" in reasons[runs[3].name]
     assert "questions q2 (the others: q1)" in reasons[runs[4].name]
-    assert f"python -m toolkit evaluate {runs[5].name}" in reasons[runs[5].name]
+    assert f"no eval.json; `python -m toolkit evaluate {runs[5].name}`" in reasons[runs[5].name]
     assert "mix.json: expected a JSON file" in reasons["damaged"]
     page = write(found, tmp_path / "report")["html"].read_text()
     assert all(name in page for name in reasons)
@@ -405,14 +396,24 @@ def test_every_label_of_the_picture_lies_inside_and_no_two_names_are_equal(tmp_p
         box = text.get_window_extent(renderer)
         assert inside.x0 <= box.x0 <= box.x1 <= inside.x1, text.get_text()
         assert inside.y0 <= box.y0 <= box.y1 <= inside.y1, text.get_text()
-    (legend,) = picture.legends
-    whole = picture.bbox
-    for drawn in (legend, *picture.texts, *(axis.title for axis in picture.axes)):
+    for drawn in (picture._suptitle, *(axes.title for axes in picture.axes)):
         box = drawn.get_window_extent(renderer)
-        assert whole.x0 <= box.x0 <= box.x1 <= whole.x1
+        assert picture.bbox.x0 <= box.x0 <= box.x1 <= picture.bbox.x1
     if named:
         names = picture.get_suptitle().splitlines()
         assert [name.split() for name in names] == [[str(i), run.name] for i, run in enumerate(runs, 1)]
+
+
+def test_the_base_and_every_point_are_in_every_panel_and_the_recommended_is_dark(tmp_path):
+    found = compare([make_run(tmp_path, s, thinking=0.3 + s / 2) for s in SHARES])
+    *panels, scattered = figure(found).axes
+    assert [len(axes.patches) for axes in panels] == [6] * 5
+    colours = [bar.get_facecolor() for bar in panels[0].patches]
+    assert [i for i, colour in enumerate(colours) if colours.count(colour) == 1] == [
+        0,
+        1 + found.points.index(found.recommended),
+    ]
+    assert len(scattered.collections[0].get_offsets()) == 6
 
 
 def test_the_page_is_one_file_that_needs_no_network_and_the_csv_reads_back(tmp_path):
@@ -437,10 +438,10 @@ def test_the_difference_of_two_runs_is_said_in_words_with_paired_intervals(tmp_p
     lines = difference_report(first, second)
     text = "\n".join(lines)
     assert "train.learning_rate: 0.0001 → 0.0002" in text
-    assert "share of maths in supervised tokens: 25.0% → 75.0%" in text
+    assert "share of maths: 0.25 → 0.75" in text
     (accuracy,) = [line for line in lines if line.startswith("thinking accuracy")]
     assert "50% → 80% (+30 points [+" in accuracy
-    assert accuracy.endswith("certain)")
+    assert accuracy.endswith(": certain")
     assert any("no difference shown" in line for line in lines if line.startswith("thinking chat accuracy"))
 
 

@@ -458,7 +458,7 @@ def test_the_points_of_a_change_are_the_difference_of_the_shares_beside_them(n, 
 
 def rendered(result, width) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(table(result, width=width))
+    console.print(table(result))
     return console.file.getvalue()
 
 
@@ -469,10 +469,9 @@ def test_no_name_or_number_of_the_table_is_cut_at_80_and_120_columns(width):
     assert "openmath_sample" in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
-    for words in ("sums", "say", "keeps to its mode", "obeys /no_think", "KL, knowledge",
-                  "-1.000 [-1.000, -0.832]", "thinking mode", "non-thinking mode"):  # fmt: skip
+    for words in ("sums with thinking", "say without thinking", "keeps to its mode with thinking", "KL, knowledge",
+                  "obeys /no_think", "100%", "-100 [-100, -83]"):  # fmt: skip
         assert words in text
-    assert ("1.000 [0.832, 1.000]" in text) == (width == 120)
 
 
 def test_the_table_has_no_row_twice_and_none_that_is_zero_for_both():

@@ -14,12 +14,12 @@ from toolkit.files import ROOT
 PROBE = """
 import signal, sys, time
 from toolkit import __main__ as cli
-@cli.verb()
-def probe(args):
+@cli.verb(cli.arg("run", nargs="?", default=""))
+def probe(run):
     "probe"
     print("started", flush=True)
     {body}
-sys.exit(cli.main(["probe"]))
+sys.exit(cli.main(["probe", *sys.argv[1:]]))
 """
 
 
@@ -29,10 +29,10 @@ def parsed(line: str):
     return args, overrides
 
 
-def start(body: str, outputs) -> subprocess.Popen:
+def start(body: str, outputs, run: str = "") -> subprocess.Popen:
     environment = os.environ | {"TOOLKIT_OUTPUTS": str(outputs)}
     environment.pop("TOOLKIT_DEBUG", None)
-    return subprocess.Popen([sys.executable, "-c", PROBE.format(body=body)], env=environment, cwd=ROOT, text=True,
+    return subprocess.Popen([sys.executable, "-c", PROBE.format(body=body), run], env=environment, cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def test_an_unexpected_exception_ends_with_one_line_and_its_traceback_is_in_the_
 def test_the_log_of_a_run_is_in_its_folder(tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "recipe.yaml").touch()
-    process = start("args.name = 'mine'; 1 / 0", tmp_path)
+    process = start("1 / 0", tmp_path, "mine")
     assert str(tmp_path / "mine" / "run.log") in process.communicate(timeout=20)[1]
     assert "ZeroDivisionError" in (tmp_path / "mine" / "run.log").read_text()
 

@@ -115,7 +115,7 @@ def test_prompts_come_from_rows_that_neither_train_nor_are_held_out(recipe):
         if (source.name, number) in used
     }
     assert len(taken) == len(used) > 50
-    assert sum(len(list(rows)) for rows in unused(recipe, mixed)) == 60 + 200 - len(used)
+    assert len(list(unused(recipe.data.sources, recipe, mixed))) == 60 + 200 - len(used)
     assert not taken & {prompt_key(row) for row in rows}
 
 

@@ -44,32 +44,40 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 1 (a check failed or a bug), 2 (an error with its fix), 128 + signal."""
     safe_output()
     words = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
-    args = argparse.Namespace(verb=words[0])
-    debug = bool(os.environ.get("TOOLKIT_DEBUG"))
+    args = argparse.Namespace()  # filled as far as parsing comes
     try:
         _catch_signals()
         if words[0] not in VERBS and not words[0].startswith("-"):
             raise ToolkitError(f"{words[0]}: no such verb{did_you_mean(words[0], VERBS)}")
         words, overrides = take_overrides(words)
-        parser().parse_args(words, args)
-        args.overrides = [*getattr(args, "overrides", ()), *overrides]
-        if args.verb not in ("setup", "doctor"):
+        options = vars(parser().parse_args(words, args))
+        if "overrides" in options:
+            options["overrides"] += overrides
+        verb = options.pop("verb")
+        if verb not in ("setup", "doctor"):
             from toolkit import doctor
 
             doctor.use_largest_card(print)
-        return VERBS[args.verb][0](args) or 0
+        return VERBS[verb][0](**options) or 0
     except KeyboardInterrupt as stop:
         print("interrupted: finished steps are kept; run the same command again to resume", file=sys.stderr)
         return 128 + (stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT)
     except BrokenPipeError:  # the reader of a pipe left (`… | head`); Python would complain once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except Exception as error:  # the last resort: whatever a library raises becomes a line that helps, and a log
-        if debug:
+    except ToolkitError as error:
+        if os.environ.get("TOOLKIT_DEBUG"):
             raise
-        known = isinstance(error, ToolkitError)
-        print(f"error: {error}" if known else _unexpected(error, args), file=sys.stderr)
-        return 2 if known else 1
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Exception as error:  # the last resort: whatever a library raises becomes a line that helps, and a log
+        if os.environ.get("TOOLKIT_DEBUG"):
+            raise
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        print(f"error: {type(error).__name__}: {reason}\nThis is a bug, or a library that failed: "
+              f"{_traceback_of(error, str(getattr(args, 'run', '')))}. Run the same command again to resume.",
+              file=sys.stderr)  # fmt: skip
+        return 1
 
 
 def parser() -> argparse.ArgumentParser:
@@ -112,25 +120,20 @@ def _catch_signals() -> None:
             signal.signal(number, stop)
 
 
-def _unexpected(error: Exception, args: argparse.Namespace) -> str:
-    """Append the traceback to the run's log and return what to tell the reader."""
-    run = outputs() / str(getattr(args, "name", None) or getattr(args, "run", ""))
-    log = run / "run.log" if (run / "recipe.yaml").is_file() else outputs() / "toolkit.log"
-    written = [Path(note[5:]) for note in vars(error).get("__notes__", []) if note.startswith("log: ")]
-    try:
-        log = written[0] if written else log  # `run.train` writes its run's log itself
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a", encoding="utf-8") as file:
-            print(time.strftime("%Y-%m-%d %H:%M:%S"), *sys.argv, file=file)
-            if not written:
+def _traceback_of(error: Exception, run: str) -> str:
+    """Say where an error's traceback is: in the log that `run.train` wrote, else it is added to the run's here."""
+    noted = [note.removeprefix("log: ") for note in getattr(error, "__notes__", ()) if note.startswith("log: ")]
+    in_run = (outputs() / run / "recipe.yaml").is_file()
+    log = Path(noted[0]) if noted else outputs() / run / "run.log" if in_run else outputs() / "toolkit.log"
+    if not noted:
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with open(log, "a", encoding="utf-8") as file:
+                print(time.strftime("%Y-%m-%d %H:%M:%S"), *sys.argv, file=file)
                 traceback.print_exception(error, file=file)
-        where = f"the traceback is in {log}"
-    except OSError:  # the disk may be what failed
-        where = "set TOOLKIT_DEBUG=1 to see the traceback"
-    return (
-        f"error: {type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}\n"
-        f"This is a bug, or a library that failed: {where}. Run the same command again to resume."
-    )
+        except OSError:  # the disk may be what failed
+            return "set TOOLKIT_DEBUG=1 to see the traceback"
+    return f"the traceback is in {log}"
 
 
 def console():
@@ -139,19 +142,16 @@ def console():
     return default_console()
 
 
-def _recipe(args):
+def _recipe(path: str | None, overrides: list[str]):
     """The recipe of a `[RECIPE] [key=value …]` command line; prints which one, and why, when none was named."""
     from toolkit import recipe
 
-    path = args.recipe
     if path is None:
         from toolkit.run import default_recipe
 
         path, why = default_recipe()
         console().print(f"{path} ({why})")
-    loaded = recipe.load(path, args.overrides)
-    args.name = loaded.name
-    return loaded
+    return recipe.load(path, overrides)
 
 
 def _folder(run: str) -> Path:
@@ -175,7 +175,7 @@ WEIGHTS = (
 
 
 @verb()
-def setup(args):  # noqa: ARG001 - every verb takes its arguments
+def setup():
     """Install requirements.txt into this Python."""
     from toolkit import install
 
@@ -189,15 +189,15 @@ def setup(args):  # noqa: ARG001 - every verb takes its arguments
     arg("--gpu", action="store_true", help="try the CUDA path on random weights (three minutes, 4 GB); writes doctor.json"),
     arg("--cpu-rehearsal", action="store_true", help="the same steps on the CPU, where there is no card"),
 )  # fmt: skip
-def doctor(args):
+def doctor(gpu, cpu_rehearsal):
     """Say what is installed, what will run, and the fix for what will not."""
     from toolkit import doctor
 
-    if args.gpu or args.cpu_rehearsal:
+    if gpu or cpu_rehearsal:
         from toolkit import gpu_check
 
         doctor.use_largest_card(print)
-        return gpu_check.check(console(), rehearsal=args.cpu_rehearsal)
+        return gpu_check.check(console(), rehearsal=cpu_rehearsal)
     doctor.show(doctor.examine(), console())
     return 0
 
@@ -208,40 +208,39 @@ def doctor(args):
     arg("--dry-run", action="store_true", help="only the plan"),
     arg("--show", type=int, default=0, metavar="N", help="print N rows per source, supervised tokens coloured"),
 )
-def mix(args):
+def mix(recipe, overrides, fresh, dry_run, show):
     """Compile a recipe's mix and show it: plan, achieved shares, drops, lengths."""
-    from toolkit import files, mix, render, run, show
+    from toolkit import mix, render, run
+    from toolkit import show as showing
 
-    out = console()
-    recipe = run.resolve(_recipe(args), out)
-    if args.dry_run:
-        out.print(show.plan_table(mix.plan(recipe.data)))
+    out, loaded = console(), _recipe(recipe, overrides)
+    if dry_run:
+        out.print(showing.plan_table(mix.plan(loaded.data)))
         return
-    words = ["python -m toolkit train", args.recipe or recipe.name, *args.overrides]
-    mixed = run.compile_mix(recipe, out, fresh=args.fresh, next_command=" ".join(words))
-    if args.show:
-        chat = render.load_chat(recipe.model.model_name, recipe.model.revision)
-        out.print(*show.terminal(mixed, chat, args.show), sep="\n")
-    with files.lock(mixed.folder, "mix", wait=True), files.complete(mixed.folder / "mix.png") as partial:
-        show.mix_figure(mixed).savefig(partial, dpi=120, format="png")
-    out.print(f"mix.json, mix.png and quarantine.jsonl: {mixed.folder}")
+    loaded = run.resolve(loaded, out)
+    words = ["python -m toolkit train", recipe or loaded.name, *overrides]
+    mixed = run.compile_mix(loaded, out, fresh=fresh, next_command=" ".join(words))
+    if show:
+        chat = render.load_chat(loaded.model.model_name, loaded.model.revision)
+        out.print(*showing.terminal(mixed, chat, show), sep="\n")
+    out.print(f"mix.json and quarantine.jsonl: {mixed.folder}")
 
 
 @verb(*RECIPE, FRESH, DETAILS)
-def train(args):
+def train(recipe, overrides, **options):
     """Fine-tune by a recipe; an unfinished run resumes, a finished one is left alone."""
     from toolkit import doctor, run
 
     doctor.show([*doctor.compiler()], console())  # what would fail at the first step on a GPU
-    run.train(_recipe(args), console(), fresh=args.fresh, details=args.details)
+    run.train(_recipe(recipe, overrides), console(), **options)
 
 
 @verb(RUN, arg("--level", choices=("quick", "full"), help="default: the recipe's"), DETAILS)
-def evaluate(args):
+def evaluate(run, **options):
     """Score a run against its own base, in every mode it has, with intervals."""
-    from toolkit import run
+    from toolkit.run import evaluate
 
-    run.evaluate(args.run, console(), level=args.level, details=args.details)
+    evaluate(run, console(), **options)
 
 
 @verb(
@@ -251,15 +250,15 @@ def evaluate(args):
     arg("--vram", type=float, default=0, metavar="GB", help="a card's size; default: the one here, else 8"),
     arg("--table", action="store_true", help="every Qwen3 on cards of 6 to 24 GB"),
 )
-def fit(args):
+def fit(recipe, overrides, model, vram, table):
     """Say what a run will need in memory, before it is run, and what would make it fit."""
     from toolkit import fit, notebook
 
-    if args.table:
+    if table:
         fit.show_table(console())
         return
-    vram = notebook.vram(args.vram)
-    fit.show(fit.forecast(_recipe(args), args.model, vram=vram), vram, console())
+    usable = notebook.vram(vram)
+    fit.show(fit.forecast(_recipe(recipe, overrides), model, vram=usable), usable, console())
 
 
 @verb(
@@ -269,40 +268,39 @@ def fit(args):
     arg("--of", default="reasoning", metavar="SOURCE", help="whose share; default: all thinking sources together"),
     arg("--seeds", type=int, default=1, help="runs per share, seeds counted up from data.seed"),
 )  # fmt: skip
-def sweep(args):
+def sweep(recipe, overrides, shares, **options):
     """Train every reasoning share at one budget, compare, recommend; the same command resumes it."""
     from toolkit import sweep
 
-    shares = args.shares or sweep.RATIOS
-    sweep.sweep(args.recipe, args.overrides, shares=shares, of=args.of, seeds=args.seeds, console=console())
+    sweep.sweep(recipe, overrides, shares=shares or sweep.RATIOS, console=console(), **options)
 
 
 @verb(
     arg("runs", nargs="*", type=_folder, help="run folders or names; without any, every scored run"),
     arg("--out", type=Path, help="where table, picture and page go; default: outputs/comparison"),
 )
-def compare(args):
+def compare(runs, out):
     """Several runs: one table, one picture, one recommendation."""
     from toolkit import compare, report
 
-    found = args.runs or sorted(p.parent for p in outputs().glob("*/eval.json"))
-    report.conclude(compare.compare(found), args.out or outputs() / "comparison", console())
+    found = runs or sorted(p.parent for p in outputs().glob("*/eval.json"))
+    report.conclude(compare.compare(found), out or outputs() / "comparison", console())
 
 
 @verb(arg("first", type=_folder, help="a run's folder, or its name under outputs/"), arg("second", type=_folder))
-def diff(args):
+def diff(first, second):
     """Two runs: in words, what differed between them and what it did to the scores."""
     from toolkit import compare
 
-    console().print("\n".join(compare.difference_report(args.first, args.second)), markup=False)
+    console().print("\n".join(compare.difference_report(first, second)), markup=False)
 
 
 @verb(RUN)
-def reproduce(args):
+def reproduce(run):
     """Train a run again from its folder alone, and say whether it is equal; exit 1 when it is not."""
     from toolkit.reproduce import reproduce
 
-    lines = reproduce(args.run, console())
+    lines = reproduce(run, console())
     console().print("\n".join(lines), markup=False)
     return 0 if lines[0].startswith("equal") else 1
 
@@ -312,11 +310,11 @@ def reproduce(args):
     arg("--prompts", metavar="FILE", help="rows to answer; default: the recipe's own that it does not train on"),
     arg("--count", type=int, default=100, help="rows to keep, half of them in each mode"),
 )
-def replay(args):
+def replay(recipe, overrides, **options):
     """Write the base model's own verified answers as a source that keeps what training would make it forget."""
     from toolkit import replay
 
-    replay.replay(_recipe(args), prompts=args.prompts, count=args.count, console=console())
+    replay.replay(_recipe(recipe, overrides), console=console(), **options)
 
 
 @verb(
@@ -328,42 +326,42 @@ def replay(args):
     arg("--really-push", action="store_true", help="with --push: upload it"),
     arg("--details", action="store_true", help="every check of the certificate"),
 )
-def export(args):
+def export(run, to, quant, onto, ollama, push, really_push, details):
     """Write merged weights and GGUF files and prove that they are the run: certificate.json."""
     from toolkit import export, model, recipe
 
-    folder = model.run_folder(args.run)
-    quants = args.quant or recipe.load(folder / "recipe.yaml").export.quantization_method
+    folder, gguf = model.run_folder(run), "gguf" in to
+    quants = quant or recipe.load(folder / "recipe.yaml").export.quantization_method
+    options = {"ollama": ollama and gguf, "onto": onto, "details": details}
     say = functools.partial(console().print, markup=False)
-    export.export(folder, quants if "gguf" in args.to else (), args.onto, say=say, details=args.details)
-    if args.push:
-        export.push(folder, args.push, dry_run=not args.really_push, say=say)
+    export.export(folder, to, quants if gguf else (), say=say, **options)
+    if push:
+        export.push(folder, push, dry_run=not really_push, say=say)
 
 
 @verb(RUN)
-def verify(args):
+def verify(run):
     """Check an export against its run again; exit 1 when a gate fails."""
     from toolkit import model
     from toolkit.export import certificate
 
-    return 0 if certificate.verify(model.run_folder(args.run), say=console().print)["passed"] else 1
+    return 0 if certificate.verify(model.run_folder(run), say=console().print)["passed"] else 1
 
 
 @verb(
     RUN,
     *WEIGHTS,
     arg("--no-think", action="store_true", help="begin in non-thinking mode"),
-    arg("--max-new-tokens", type=int, default=2048, metavar="N", help="of one reply; default 2048"),
+    arg("--max-new-tokens", dest="max_tokens", type=int, default=2048, metavar="N", help="of one reply; default 2048"),
     arg("--url", help="a server that `serve` started; default: an engine in this process"),
     arg("--api-key", dest="key", help="of that server"),
 )
-def chat(args):
+def chat(run, no_think, url, source, quant, context, **options):
     """Talk to a run in the terminal, in every mode it has, and to its base."""
     from toolkit.serve.chat import chat
 
-    mode = "non_thinking" if args.no_think else None
-    options = {} if args.url else {name: getattr(args, name) for name in ("source", "quant", "context")}
-    chat(args.run, mode=mode, max_tokens=args.max_new_tokens, url=args.url, key=args.key, **options)
+    engine = {} if url else {"source": source, "quant": quant, "context": context}
+    chat(run, mode="non_thinking" if no_think else None, url=url, **engine, **options)
 
 
 @verb(
@@ -376,12 +374,11 @@ def chat(args):
     arg("--port", type=int, default=8000),
     arg("--api-key", dest="key", help="what requests must bring; made when --host is not this machine"),
 )
-def serve(args):
+def serve(runs, **options):
     """OpenAI-compatible API and a chat page on 127.0.0.1; run and base from one copy of the weights."""
     from toolkit.serve import serve
 
-    names = ("engine", "source", "quant", "context", "base", "host", "port", "key", "checked")
-    serve(args.runs, say=console().print, **{name: getattr(args, name) for name in names})
+    serve(runs, say=console().print, **options)
 
 
 @verb(
@@ -393,20 +390,19 @@ def serve(args):
     arg("--batch-size", type=int, default=16, metavar="N"),
     arg("--seed", type=int, default=3407),
 )
-def generate(args):
+def generate(run, prompts, replies, **options):
     """Answer a file of prompts in one mode or both; the same command resumes it."""
     from rich.progress import Progress
 
     from toolkit.serve.batch import answer_file
 
-    options = {"max_new_tokens": args.max_new_tokens, "batch_size": args.batch_size, "seed": args.seed}
     with Progress(console=console()) as bar:
         task = bar.add_task("answering", total=None)
-        counts = answer_file(args.run, args.prompts, args.replies, args.mode, **options,
+        counts = answer_file(run, prompts, replies, **options,
                              progress=lambda done, total: bar.update(task, completed=done, total=total))  # fmt: skip
     for reason in counts["rejected"][:3]:
         console().print(f"left out: {reason}", style="yellow", markup=False)
-    console().print(f"{counts['prompts']} prompts, {len(counts['rejected'])} rows left out; {args.replies}: "
+    console().print(f"{counts['prompts']} prompts, {len(counts['rejected'])} rows left out; {replies}: "
                     f"{counts['answered']} replies, {counts['there']} from before, {counts['unfinished']} cut short")  # fmt: skip
 
 

@@ -5,12 +5,11 @@ comparison = compare(Path("outputs").glob("sweep_pocket-r*")); print(*comparison
 Only the run folders are read (recipe.yaml, mix.json, eval.json, manifest.json): no GPU, no account.
 """
 
-import json
 import math
-from collections import Counter
+import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +18,12 @@ import yaml
 
 from toolkit.evaluate import is_rate
 from toolkit.evaluate.stats import RESAMPLES, draws, ratios, unanimous
+from toolkit.evaluate.text import amount, show
 from toolkit.family import MODES, mode_title
 from toolkit.files import ToolkitError, flat, read_json
 
 Key = tuple[str, str]
 """(section, metric) of eval.json."""
-UNITS = ("examples", "tokens", "supervised_tokens")
 CHAT, KL = ("non_thinking", "accuracy/chat"), ("forgetting", "kl")
 GOALS = (("thinking", "accuracy"), ("non_thinking", "accuracy"), CHAT, ("thinking", "accuracy/chat"))
 """By what runs are ranked: the first that most of them have. Reasoning questions come before chat questions, which runs
@@ -37,15 +36,21 @@ TITLES = {
 }  # fmt: skip
 METRICS = tuple((section, metric) for metric in TITLES for section in (*MODES, "forgetting"))
 CONDITIONS = (
-    "level", "seed", "unit", "fingerprints.questions", "fingerprints.probes", "budget.max_new_tokens", "budget.samples",
+    "level", "seed", "fingerprints.questions", "fingerprints.probes", "budget.max_new_tokens", "budget.samples",
     "model.name", "model.revision", "model.load_in_4bit",
 )  # fmt: skip
+"""What must be equal for two evaluations to be comparable; held-out rows may differ with the mix."""
 MARGIN = 0.05
 """Loss against the base, as a share of replies, beyond which a point breaks a guard or fell below the base."""
-NOT_TRAINING = ("name", "evaluate", "export", "train.report_to", "train.logging_steps")
-"""Parts of a recipe that do not change what is trained."""
-PER_RATIO = ("data.seed", "train.per_device_train_batch_size", "train.gradient_accumulation_steps")
-"""What a sweep sets for each ratio, so that all train on the same supervised tokens in the same number of steps."""
+NOT_TRAINED = re.compile(
+    r"(name|data\.seed|.*\.fraction|train\.(report_to|logging_steps|per_device_train_batch_size|gradient_accumulation_steps))$"
+    r"|(evaluate|export)\b"
+)
+"""Recipe keys that do not tell runs apart: what does not change the training, the seed, and rows per step, which a sweep
+sets for each ratio so that all take the same number of steps. Fractions are compared as planned shares."""
+RECORDED = ("versions", "data", "gpu", "model", "commit")
+"""Parts of manifest.json that say under what a run was made."""
+SHARE = "share of "
 RULE = (
     f"Runs that lose more than {100 * MARGIN:.0f} points against the base, beyond their 95% interval, in mode adherence or in "
     "chat accuracy without thinking are left out of the choice. Of the rest, the highest accuracy leads; those closer to it "
@@ -62,30 +67,19 @@ class Run:
 
     name: str
     recipe: dict
-    mix: dict
-    eval: dict
     manifest: dict
+    eval: dict
+    conditions: dict[str, str]
+    """How it was evaluated."""
+    trained: dict[str, object]
+    """What was trained: {recipe key: value}, then the planned share of each source and of all thinking rows."""
+    reasoning: dict[str, float]
+    """Achieved share of all thinking rows by unit."""
 
     def found(self, model: str, key: Key) -> dict | None:
         """{"value", "low", "high", "n"} of base or tuned; None where it was not measured."""
         found = self.eval[model].get(key[0], {}).get(key[1])
         return found if found and found["value"] is not None else None
-
-    def settings(self) -> dict:
-        """{dotted key: value} of what is trained."""
-        keys = flat(self.recipe).items()
-        return {key: value for key, value in keys if not f"{key}.".startswith(tuple(f"{s}." for s in NOT_TRAINING))}
-
-    def planned(self) -> dict[str, float]:
-        """Planned share of each source, and of all thinking rows as `reasoning`."""
-        shares = {name: round(share, 3) for name, share in self.mix["planned"].items()}
-        thinking = [share for name, share in shares.items() if self.mix["sources"][name]["mode"] == "thinking"]
-        return {**shares, "reasoning": round(math.fsum(thinking), 3)}
-
-    def achieved(self, name: str, unit: str) -> float:
-        """Achieved share of a source or of `reasoning`."""
-        shares = self.mix["achieved_modes" if name == "reasoning" else "achieved"][unit]
-        return shares.get("thinking" if name == "reasoning" else name, 0.0)
 
 
 @dataclass(frozen=True)
@@ -96,20 +90,28 @@ class Point:
     runs: list[Run]
     values: dict[Key, dict]
     """{"value", "low", "high", "n", "each": one value per seed}."""
-    place: float | None = None
-    """Achieved share, in the mix's unit, of what differs between the points; None where more than a share differs."""
+    changes: dict[Key, dict]
+    """Tuned against base, where it can be paired (see `difference`)."""
+    place: float = 0.0
+    """Share of what differs between the points; 0 where that is more than a share."""
 
-    def kl(self) -> float:
-        """KL from the base: 0 for the base, and where it was not measured."""
-        return self.values.get(KL, {"value": 0.0})["value"]
+    def lost(self, key: Key) -> bool:
+        """Whether it is more than MARGIN below its base, beyond chance."""
+        found = self.changes.get(key)
+        return bool(found and found["value"] < -MARGIN and found["high"] < 0)
+
+    def cost(self, axis: str) -> float:
+        """What decides between equals: the reasoning share where that differs, else the KL from the base."""
+        return self.place if axis == "reasoning" else self.values.get(KL, {"value": 0.0})["value"]
 
     def row(self) -> dict:
         """Its runs, achieved reasoning shares and every metric with its interval."""
-        shares = {u: float(np.mean([run.achieved("reasoning", u) for run in self.runs])) for u in UNITS if self.runs}
         row = {"label": self.label, "runs": " ".join(run.name for run in self.runs)}
-        row |= {f"reasoning_share_{unit}": share for unit, share in shares.items()}
+        for unit, share in pd.DataFrame([run.reasoning for run in self.runs]).mean().items():
+            row[f"reasoning_share_{unit}"] = share
         for key, found in self.values.items():
-            row |= {f"{'/'.join(key)}.{end}": found[end] for end in ("value", "low", "high", "n")}
+            name = "/".join(key)
+            row |= {name: found["value"]} | {f"{name}.{end}": found[end] for end in ("low", "high", "n")}
         return row
 
 
@@ -117,9 +119,8 @@ class Point:
 class Comparison:
     """What `compare` found; `report` shows it."""
 
-    unit: str
     axis: str
-    """What the points' `place` is a share of: `reasoning` or a source's name; empty where runs are compared by name."""
+    """Whose share differs between the points: `reasoning` or a source's name; empty where more than a share does."""
     goal: Key
     base: Point
     points: list[Point]
@@ -136,23 +137,7 @@ class Comparison:
     def table(self) -> pd.DataFrame:
         """A row for the base and each point, with every number."""
         table = pd.DataFrame([point.row() for point in self.everyone()])
-        table.insert(2, "recommended", [int(point is self.recommended) for point in self.everyone()])
-        table.insert(3, "frontier", [int(point.label in self.frontier()) for point in self.everyone()])
-        return table.rename(columns=lambda name: name.removesuffix(".value"))
-
-    def place_of(self, point: Point) -> tuple[float, float]:
-        """(goal, what is left of the base): chat accuracy without thinking, or where that is the goal or was not asked
-        minus the KL, which is 0 for the base itself."""
-        kept = point.values[CHAT]["value"] if CHAT in point.values and self.goal != CHAT else -point.kl()
-        return point.values[self.goal]["value"], kept
-
-    def frontier(self) -> list[str]:
-        """Labels, the base's among them, that no other beats in both (values; intervals overlap)."""
-        places = {point.label: self.place_of(point) for point in self.everyone() if self.goal in point.values}
-        return [
-            label for label, (a, b) in places.items()
-            if not any(x >= a and y >= b and (x, y) != (a, b) for x, y in places.values())
-        ]  # fmt: skip
+        return table.assign(recommended=[int(point is self.recommended) for point in self.everyone()])
 
 
 # --- reading and grouping runs ---------------------------------------------------------------------------------------
@@ -168,98 +153,85 @@ def compare(folders: Iterable[Path]) -> Comparison:
             runs.append(read_run(folder))
         except ToolkitError as error:
             left_out[folder.name] = str(error)
-    usual = json.loads(Counter(json.dumps(conditions(run)) for run in runs).most_common(1)[0][0]) if runs else {}
     goal = max(GOALS, key=lambda goal: sum(run.found("tuned", goal) is not None for run in runs))
+    usual = pd.DataFrame([run.conditions for run in runs]).mode()
     for run in runs:
-        why = [
-            f"{key} {value} (the others: {usual[key]})" for key, value in conditions(run).items() if value != usual[key]
+        odd = [
+            f"{key} {value} (the others: {usual[key][0]})"
+            for key, value in run.conditions.items()
+            if value != usual[key][0]
         ]
-        if why:
-            left_out[run.name] = f"evaluated differently: {'; '.join(why)}"
+        if odd:
+            left_out[run.name] = f"evaluated differently: {'; '.join(odd)}"
         elif not run.found("tuned", goal):
             left_out[run.name] = f"no {' '.join(goal)}: no question has an expected answer, or every reply was cut"
-    runs = [run for run in runs if run.name not in left_out]
+    runs = sorted((run for run in runs if run.name not in left_out), key=lambda run: run.name)
     if not runs:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items()) or "no folder was given"
         raise ToolkitError(f"no run to compare: {reasons}")
-    unit = runs[0].mix["unit"]
-    axis, differing = what_differs(runs)
-    points = group(runs, axis, differing, unit)
-    base = Point("base", [], {key: found for key in METRICS if (found := runs[0].found("base", key))})
-    recommended, verdict, notes = decide(points, goal, axis)
-    if not axis and len(points) > 1:
-        notes.insert(0, f"Compared by name, since the runs differ in more than a share: {', '.join(differing)}.")
-    return Comparison(unit, axis, goal, base, points, recommended, verdict, notes, left_out)
+    axis, points, notes = group(runs)
+    base = Point("base", [], {key: found for key in METRICS if (found := runs[0].found("base", key))}, {})
+    recommended, verdict, reasons = decide(points, goal, axis)
+    return Comparison(axis, goal, base, points, recommended, verdict, notes + reasons, left_out)
 
 
 def read_run(folder: Path) -> Run:
     """Read an evaluated run's folder. Raises ToolkitError saying what is missing and how to get it."""
-    missing = [n for n in ("recipe.yaml", "mix.json", "manifest.json", "eval.json") if not (folder / n).is_file()]
-    if missing == ["eval.json"]:
-        raise ToolkitError(f"not evaluated: run `python -m toolkit evaluate {folder.name}`")
-    if missing:
-        raise ToolkitError(f"incomplete: no {', '.join(missing)}")
+    if missing := [n for n in ("recipe.yaml", "mix.json", "manifest.json", "eval.json") if not (folder / n).is_file()]:
+        raise ToolkitError(
+            f"incomplete: no {', '.join(missing)}; `python -m toolkit evaluate {folder.name}` scores a finished run"
+        )
     mix, result, manifest = (read_json(folder / f"{name}.json") for name in ("mix", "eval", "manifest"))
     try:
         recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-        run = Run(folder.name, recipe, mix, result, manifest)
-        asked = [run.found("tuned", goal) for goal in GOALS if run.eval["per_question"]]
-        _ = (
-            run.planned(),
-            [run.achieved("reasoning", unit) for unit in UNITS],
-            conditions(run),
-        )  # whether they are there
+        asked = flat({**result, "per_question": len(result["per_question"]), "model": manifest["model"]})
+        settings = {key: value for key, value in flat(recipe).items() if not NOT_TRAINED.match(key)}
+        shares = {name: round(share, 3) for name, share in mix["planned"].items()}
+        thinking = [share for name, share in shares.items() if mix["sources"][name]["mode"] == "thinking"]
+        shares["reasoning"] = round(math.fsum(thinking), 3)
+        return Run(
+            folder.name,
+            recipe,
+            manifest,
+            result,
+            conditions={key: str(asked.get(key)) for key in CONDITIONS},
+            trained=settings | {SHARE + name: share for name, share in shares.items()},
+            reasoning={unit: shares.get("thinking", 0.0) for unit, shares in mix["achieved_modes"].items()},
+        )
     except (AttributeError, KeyError, TypeError, yaml.YAMLError) as error:
         raise ToolkitError(f"unreadable: {type(error).__name__}: {error}") from error
-    if not any(asked):
-        raise ToolkitError(
-            "eval.json has no accuracy: either no question has an expected answer (evaluate.questions), or every "
-            "reply was cut by evaluate.max_new_tokens"
-        )
-    return run
 
 
-def conditions(run: Run) -> dict:
-    """What must be equal for two evaluations to be comparable; held-out rows may differ with the mix."""
-    found = flat({**run.eval, "per_question": None, "unit": run.mix["unit"], "model": run.manifest["model"]})
-    return {key: found.get(key) for key in CONDITIONS}
+def group(runs: list[Run]) -> tuple[str, list[Point], list[str]]:
+    """(axis, points, notes): runs that differ only in their seed are one point.
+
+    Where runs differ in shares alone, the axis is the last share that varies and points are named after it: the reasoning
+    share, or the source listed last, as recipes name the rows to be learned first and general data last. Otherwise they
+    are compared by name."""
+    differing = changed([run.trained for run in runs])
+    by_share = all(key.startswith(SHARE) for key in differing)
+    axis = differing[-1].removeprefix(SHARE) if differing and by_share else ""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[str(sorted(run.trained.items()))].append(run)
+    points = [point(members, axis) for members in groups.values()]
+    note = f"Compared by name, since the runs differ in more than a share: {', '.join(differing)}."
+    return axis, sorted(points, key=lambda point: (point.place, point.label)), [] if by_share else [note]
 
 
-def what_differs(runs: list[Run]) -> tuple[str, list[str]]:
-    """(axis, keys): the axis is `reasoning` or a source's name where runs differ in shares alone, else empty."""
-    keys = changed([run.settings() for run in runs])
-    differing = [key for key in keys if key not in PER_RATIO and not key.endswith(".fraction")]
-    varying = changed([run.planned() for run in runs])
-    if differing or not varying:
-        return "", differing + [f"share of {name}" for name in varying if name != "reasoning"]
-    # where no thinking share varies, the source listed last: recipes name the rows to be learned first, general data last
-    return varying[-1], []
+def point(runs: list[Run], axis: str) -> Point:
+    """Runs that differ only in their seed, named after their share along the axis, or after the first of them."""
+    place = runs[0].trained.get(SHARE + axis, 0.0)
+    label = f"{100 * place:g}% {axis}" if axis else runs[0].name + f" (+{len(runs) - 1} more seeds)" * (len(runs) > 1)
+    values = {key: average(key[1], [run.found("tuned", key) for run in runs]) for key in METRICS}
+    changes = {key: difference(key, (runs, "base"), (runs, "tuned")) for key in METRICS}
+    return Point(label, runs, *({key: found for key, found in of.items() if found} for of in (values, changes)), place)
 
 
 def changed(rows: Sequence[dict]) -> list[str]:
     """Keys whose values are not the same in all of several dicts."""
-    keys = dict.fromkeys(key for row in rows for key in row)
-    return [key for key in keys if len({json.dumps(row.get(key), default=str) for row in rows}) > 1]
-
-
-def group(runs: list[Run], axis: str, differing: list[str], unit: str) -> list[Point]:
-    """Points of runs that differ only in their seed: by share along the axis, or by name."""
-
-    def kind(run: Run) -> str:
-        settings = run.settings()
-        return json.dumps([run.planned(), *(settings.get(key) for key in differing)], default=str)
-
-    points = []
-    for _, members in groupby(sorted(runs, key=lambda run: (kind(run), run.name)), kind):
-        members = list(members)
-        seeds = f" (+{len(members) - 1} more seeds)" if len(members) > 1 else ""
-        label, place = members[0].name + seeds, None
-        if axis:
-            label = f"{100 * members[0].planned()[axis]:g}% {axis}"
-            place = float(np.mean([run.achieved(axis, unit) for run in members]))
-        values = {key: average(key[1], [run.found("tuned", key) for run in members]) for key in METRICS}
-        points.append(Point(label, members, {k: v for k, v in values.items() if v}, place))
-    return sorted(points, key=lambda point: (point.place or 0.0, point.label))
+    values = pd.DataFrame(rows, dtype=object).astype(str)
+    return list(values.columns[values.nunique() > 1])
 
 
 def average(metric: str, found: list[dict | None]) -> dict | None:
@@ -282,12 +254,16 @@ def seed_error(each: list[float]) -> float:
 # --- what is chance and what is not ----------------------------------------------------------------------------------
 
 
-def resampled(runs: list[Run], model: str, key: Key) -> np.ndarray:
+def resampled(runs: list[Run], model: str, key: Key) -> np.ndarray | None:
     """RESAMPLES values of a metric's mean over runs, each as if other questions had been drawn; the draws are the same
-    for all runs, so differences are paired."""
-    seed, vectors, each = 3407, [], [run.found(model, key)["value"] for run in runs]
-    for run, value in zip(runs, each, strict=True):
-        sums, counts = np.array(run.eval["per_question"][key[0]][model][key[1]], dtype=float)
+    for all runs, so differences are paired. None where it was not measured or not kept for every question."""
+    found = [run.found(model, key) for run in runs]
+    kept = [run.eval["per_question"].get(key[0], {}).get(model, {}).get(key[1]) for run in runs]
+    if None in found or None in kept:
+        return None
+    seed, vectors, each = 3407, [], [f["value"] for f in found]
+    for counted, value in zip(kept, each, strict=True):
+        sums, counts = np.array(counted, dtype=float)
         drawn = ratios(sums, counts, draws(len(sums), seed))
         vectors.append(np.where(np.isnan(drawn), value, drawn))  # NaN: every reply that was drawn is cut
     noise = np.random.default_rng([seed, *"".join(run.name for run in runs).encode()])
@@ -295,25 +271,19 @@ def resampled(runs: list[Run], model: str, key: Key) -> np.ndarray:
 
 
 def difference(key: Key, before: tuple[list[Run], str], after: tuple[list[Run], str]) -> dict | None:
-    """The change of a metric's mean from one (runs, base or tuned) to another: {"before", "value", "low", "high"}, paired
-    over questions; None where it was not measured or not kept for every question."""
-    found = [[run.found(model, key) for run in runs] for runs, model in (before, after)]
-    kept = [run.eval["per_question"].get(key[0], {}).get(m, {}).get(key[1]) for rs, m in (before, after) for run in rs]
-    if None in [*found[0], *found[1], *kept]:
+    """The change of a metric's mean from one (runs, base or tuned) to another, paired over questions: {"before", "after",
+    "value", "low", "high"}; None where it cannot be resampled."""
+    vectors = [resampled(*side, key) for side in (after, before)]
+    if any(vector is None for vector in vectors):
         return None
-    old, new = (float(np.mean([f["value"] for f in side])) for side in found)
-    low, high = np.quantile(resampled(*after, key) - resampled(*before, key), [0.025, 0.975])
+    old, new = (float(np.mean([run.found(model, key)["value"] for run in runs])) for runs, model in (before, after))
+    low, high = np.quantile(np.subtract(*vectors), [0.025, 0.975])
     if (
         is_rate(key[1]) and new != old and math.isclose(low, high)
     ):  # all questions agree: no spread to resample, a bound
-        bound = unanimous(min(f["n"] for f in found[1]))
+        bound = unanimous(min(run.found(after[1], key)["n"] for run in after[0]))
         low, high = max(-1.0, low - bound), min(1.0, high + bound)
-    return {"before": old, "value": new - old, "low": float(low), "high": float(high)}
-
-
-def change(point: Point, key: Key) -> dict | None:
-    """Tuned against base."""
-    return difference(key, (point.runs, "base"), (point.runs, "tuned"))
+    return {"before": old, "after": new, "value": new - old, "low": float(low), "high": float(high)}
 
 
 def simultaneous_margin(points: list[Point], goal: Key) -> float:
@@ -331,72 +301,51 @@ def simultaneous_margin(points: list[Point], goal: Key) -> float:
 
 def decide(points: list[Point], goal: Key, axis: str) -> tuple[Point | None, list[str], list[str]]:
     """(recommended, verdict, notes) by RULE."""
-    notes, whole = [], []
-    for point in points:
-        if broken := [change_text(point, guard) for guard in GUARDS if guard != goal and lost(point, guard)]:
-            notes.append(f"{point.label} is left out of the choice: {'; '.join(broken)}.")
-        else:
-            whole.append(point)
-    best, first, second = choose(points, whole, goal, axis)
-    if fell := [f"{p.label} ({amounts(goal, change(p, goal))})" for p in points if lost(p, goal)]:
-        notes.append(second)
-        second = f"Below the base: {', '.join(fell)}."
-    name = max(whole or points, key=lambda point: point.values[goal]["value"]).runs[0].name
-    command = (
-        f"export {best.runs[0].name}" if best else f"evaluate {name} --level full   (each run; then compare again)"
+    broken = {p.label: [change_text(p, key) for key in GUARDS if key != goal and p.lost(key)] for p in points}
+    notes = [f"{label} is left out of the choice: {'; '.join(why)}." for label, why in broken.items() if why]
+    ranked = sorted(points, key=lambda point: -point.values[goal]["value"])
+    whole = [point for point in ranked if not broken[point.label]]
+    margin, top = simultaneous_margin(whole or ranked, goal), (whole or ranked)[0]
+    tied = [point for point in whole if top.values[goal]["value"] - point.values[goal]["value"] <= margin]
+    better = [point for point in tied if goal in point.changes and point.changes[goal]["low"] > 0]
+    reasons = {
+        "there is one setting only": len(points) == 1,
+        "each breaks a mode or the chat": not whole,
+        "the differences are within noise; more questions or seeds (sweep --seeds 3) show smaller ones": len(tied)
+        == len(points),
+        "none is shown to beat the base": not better,
+    }
+    noun, why = "ratio" if axis else "run", next((reason for reason, holds in reasons.items() if holds), "")
+    lead = f"No {noun} is recommended: {why}. Highest is"
+    if best := None if why else min(better, key=lambda point: point.cost(axis)):  # at equal cost the highest
+        lead, top = "Recommended:", best
+    second = f"Up to {100 * margin:.0f} points between {len(whole or ranked)} {noun}s are chance (95%)"
+    if others := ", ".join(point.label for point in tied if point is not top):
+        second += f": it ties with {others}"
+    if fell := [f"{p.label} ({gain(goal, p.changes[goal])})" for p in points if p.lost(goal)]:
+        notes.append(f"{second}.")
+        second = f"Below the base: {', '.join(fell)}"
+    name = top.runs[0].name
+    command = f"export {name}" if best else f"evaluate {name} --level full   (each run; then compare again)"
+    return (
+        best,
+        [f"{lead} {top.label}: {change_text(top, goal)}.", f"{second}.", f"next: python -m toolkit {command}"],
+        notes,
     )
-    return best, [first, second, f"next: python -m toolkit {command}"], notes
-
-
-def choose(points: list[Point], whole: list[Point], goal: Key, axis: str) -> tuple[Point | None, str, str]:
-    """(recommended, two sentences); `whole` are those of `points` that break no guard."""
-    noun = "ratio" if axis else "run"
-    if len(points) == 1:
-        return None, f"Nothing to choose from: {points[0].label}: {change_text(points[0], goal)}.", "One setting only."
-    if not whole:
-        lead = f"No {noun} can be recommended: each breaks a mode or the chat."
-        return None, lead, "Try a lower train.learning_rate."
-    values = {point.label: point.values[goal]["value"] for point in whole}
-    margin, highest = simultaneous_margin(whole, goal), max(whole, key=lambda point: values[point.label])
-    tied = [point for point in whole if values[highest.label] - values[point.label] <= margin]
-    chance = f"up to {100 * margin:.0f} points between {len(whole)} {noun}s are chance (95%)"
-    if len(tied) == len(points):
-        low, high = min(values.values()), max(values.values())
-        lead = f"The differences are within noise: {100 * low:.0f}% to {100 * high:.0f}%; {chance}."
-        return None, lead, "More questions or seeds (sweep --seeds 3) show smaller differences."
-    better = [point for point in tied if (gain := change(point, goal)) and gain["low"] > 0]
-    if not better:
-        lead = f"No {noun} is shown to beat the base. Highest is {highest.label}: {change_text(highest, goal)}."
-        return None, lead, f"Differences {chance}."
-    best = min(better, key=lambda p: (p.place if axis == "reasoning" else p.kl(), -values[p.label]))
-    others = ", ".join(point.label for point in tied if point is not best)
-    second = f"It ties with {others}: {chance}." if others else f"It leads by more than chance: {chance}."
-    return best, f"Recommended: {best.label}: {change_text(best, goal)}.", second
-
-
-def lost(point: Point, key: Key) -> bool:
-    """Whether a point is more than MARGIN below its base, beyond chance."""
-    found = change(point, key)
-    return bool(found and found["value"] < -MARGIN and found["high"] < 0)
 
 
 def change_text(point: Point, key: Key) -> str:
     """`thinking accuracy 23% → 70% (+47 points [+33, +60])`."""
-    found, tuned = change(point, key), amount(key, point.values[key]["value"])
-    title = metric_title(key, point.runs[0])
-    return f"{title} {amount(key, found['before'])} → {tuned} ({amounts(key, found)})" if found else f"{title} {tuned}"
+    title, found = metric_title(key, point.runs[0]), point.changes.get(key)
+    if not found:
+        return f"{title} {amount(key[1], point.values[key]['value'])}"
+    before, after = (amount(key[1], found[side]) for side in ("before", "after"))
+    return f"{title} {before} → {after} ({gain(key, found)})"
 
 
-def amount(key: Key, value: float) -> str:
-    """`70%` for a rate, `0.22` for others."""
-    return f"{100 * value:.0f}%" if is_rate(key[1]) else f"{value:.3g}"
-
-
-def amounts(key: Key, found: dict) -> str:
-    """`+47 points [+33, +60]` for the change of a rate, `+0.22 [+0.1, +0.3]` for others."""
-    points, form = (100, "+.0f") if is_rate(key[1]) else (1, "+.3g")
-    value, low, high = (f"{points * found[end]:{form}}" for end in ("value", "low", "high"))
-    return f"{value}{' points' if is_rate(key[1]) else ''} [{low}, {high}]"
+def gain(key: Key, found: dict) -> str:
+    """`+47 points [+33, +60]`."""
+    return show(key[1], found, sign="+", unit=" points")
 
 
 def metric_title(key: Key, run: Run) -> str:
@@ -412,22 +361,16 @@ def difference_report(first: Path, second: Path) -> list[str]:
     """What differed between two runs, and what it did to the scores, in words. Raises ToolkitError."""
     a, b = runs = [read_run(Path(folder)) for folder in (first, second)]
     old, new = facts = [
-        {key: value for key, value in flat(run.recipe).items() if key != "name"}
-        | flat({key: run.manifest.get(key) for key in ("versions", "data", "gpu", "model", "commit")}, "manifest")
-        | {f"share of {name} in {unit.replace('_', ' ')}": f"{100 * share:.1f}%"
-           for unit, shares in run.mix["achieved"].items() for name, share in shares.items()}
+        run.trained | flat({**run.recipe, "name": "", "manifest": {key: run.manifest.get(key) for key in RECORDED}})
         for run in runs
-    ]  # fmt: skip
+    ]
     lines = [f"{key}: {old.get(key, '-')} → {new.get(key, '-')}" for key in changed(facts)]
     lines = [f"{a.name} → {b.name}", *(lines or ["no recipe key, version, data fingerprint or share differs"])]
-    if uneven := changed([conditions(run) for run in runs]):
+    if uneven := changed([run.conditions for run in runs]):
         return [*lines, f"not comparable: the evaluations differ in {', '.join(uneven)}"]
     lines.append("scores (difference with its 95% interval, paired over questions):")
     for key in METRICS:
-        if all(found := [run.found("tuned", key) for run in runs]):
-            text = f"{metric_title(key, b)}: {' → '.join(amount(key, f['value']) for f in found)}"
-            if measured := difference(key, ([a], "tuned"), ([b], "tuned")):
-                sure = measured["low"] > 0 or measured["high"] < 0
-                text += f" ({amounts(key, measured)}, {'certain' if sure else 'no difference shown'})"
-            lines.append(text)
+        if found := difference(key, ([a], "tuned"), ([b], "tuned")):
+            sure = "certain" if found["low"] > 0 or found["high"] < 0 else "no difference shown"
+            lines.append(f"{change_text(Point('', [b], {}, {key: found}), key)}: {sure}")
     return lines

@@ -7,15 +7,14 @@ Prompts are answered in every mode of the model. Kept are replies that ended by 
 these rows anyway, so training on them costs little and keeps what other rows make it forget.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, zip_longest
+from itertools import chain, islice, repeat, zip_longest
 from pathlib import Path
 
 from toolkit.evaluate.score import Judge, has_tags, leaks, thinks
 from toolkit.family import KINDS, mode_title
-from toolkit.files import ROOT, ToolkitError, lock, outputs, write_jsonl
+from toolkit.files import ToolkitError, lock, outputs, write_jsonl
 from toolkit.generate import Reply
 from toolkit.mix import Mix, prompt_key
 from toolkit.progress import Progress
@@ -38,76 +37,69 @@ def replay(
 ) -> Path:
     """Write `count` verified rows, as many in each mode, to outputs/<name>-replay.jsonl; returns the file.
 
-    `prompts` is any file that a source can be; by default rows of the recipe's own sources that it does not train on,
-    those with fraction 0 included. `answer` stands in for the base model in tests. Raises ToolkitError when no reply was
-    kept.
+    `prompts` is any file that a source can be; by default the recipe's own sources, those with fraction 0 included.
+    Prompts that the recipe trains on or holds out are not asked. `answer` stands in for the base model in tests. Raises
+    ToolkitError when no reply was kept.
     """
     console = console or default_console()
     recipe = resolve(recipe, console)
     path = outputs() / f"{recipe.name}-replay.jsonl"
     with lock(path, "replay"), Progress(console, "verified rows", total=count) as progress:
         mixed, chat = compile_mix(recipe, console), load_chat(recipe.model.model_name, recipe.model.revision)
-        sources = [_rows(Source(str(prompts)), recipe, set())] if prompts else unused(recipe, mixed)
-        asked = list(islice(_prompts(sources, mixed), MAX_PROMPTS_PER_ROW * count))
+        sources = [Source(str(prompts))] if prompts else recipe.data.sources
+        asked = list(islice(unused(sources, recipe, mixed), MAX_PROMPTS_PER_ROW * count))
         answer, modes, rows, dropped = answer or base_answers(recipe), KINDS[chat.kind], [], Counter()
         for i, mode in enumerate(modes):
-            wanted = (count + len(modes) - 1 - i) // len(modes)
-            kept, why = collect(asked, answer, mode, wanted, recipe.data.seed, progress, hybrid=len(modes) > 1)
-            console.print(f"{mode_title(mode)}: kept {len(kept)} of {wanted} wanted")
-            rows, dropped = rows + kept, dropped + why
+            wanted, before = (count + len(modes) - 1 - i) // len(modes), len(rows)
+            kept = verified(asked, answer, mode, recipe.data.seed, dropped, hybrid=len(modes) > 1)
+            for row in islice(kept, wanted):
+                rows.append(row)
+                progress.advance(1)
+            console.print(f"{mode_title(mode)}: kept {len(rows) - before} of {wanted} wanted")
         reasons = ", ".join(f"{why} {n}" for why, n in dropped.most_common()) or "none"
         if not rows:
             raise ToolkitError(f"no reply was kept; dropped: {reasons}. Give other --prompts, or another base model")
         write_jsonl(path, rows)
-    console.print(f"dropped: {reasons}\n{source_line(path, rows, recipe, mixed, chat)}")
+    console.print(f"dropped: {reasons}\n{source_line(path, rows, mixed, chat)}")
     return path
 
 
-def unused(recipe: Recipe, mixed: Mix) -> list[Iterator[dict]]:
-    """Conversations of each source that the mix neither trains on nor holds out."""
-    used = {(row.source, row.number) for row in (*mixed.train, *mixed.validation)}
-    return [_rows(s, recipe, {number for name, number in used if name == s.name}) for s in recipe.data.sources]
-
-
-def _rows(source: Source, recipe: Recipe, used: set[int]) -> Iterator[dict]:
-    for number, row in conversations(source, recipe.data.seed, recipe.data.placeholders):
-        if number not in used and not isinstance(row, Rejected):
-            yield row
-
-
-def _prompts(sources: list[Iterator[dict]], mixed: Mix) -> Iterator[dict]:
+def unused(sources: Sequence[Source], recipe: Recipe, mixed: Mix) -> Iterator[dict]:
     """{"messages" up to the last user turn, "expected_answer" if known}, one row of each source after another, each
-    prompt once; none that is held out."""
+    prompt once; none that the mix trains on or holds out."""
+    used = {(row.source, row.number) for row in (*mixed.train, *mixed.validation)}
     seen = {prompt_key(row.conversation) for row in mixed.validation}
-    for row in (row for turn in zip_longest(*sources) for row in turn if row):
-        last = max((i for i, m in enumerate(row["messages"]) if m["role"] == "user"), default=None)
-        if last is None or row.get("tools"):  # only its tool could verify a call
+    settings = recipe.data.seed, recipe.data.placeholders
+    readers = [zip(repeat(source.name), conversations(source, *settings)) for source in sources]
+    for name, (number, row) in filter(None, chain.from_iterable(zip_longest(*readers))):
+        if (name, number) in used or isinstance(row, Rejected) or row.get("tools"):  # only its tool could verify a call
             continue
-        messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in row["messages"][: last + 1]]
+        messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in row["messages"]]
+        while messages and messages[-1]["role"] != "user":
+            messages.pop()
         key = prompt_key({"messages": messages})
-        if key not in seen:
+        if messages and key not in seen:
             seen.add(key)
             yield {**row, "messages": messages}
 
 
-def collect(
-    prompts: list[dict], answer: Answer, mode: str, wanted: int, seed: int, progress: Progress, *, hybrid: bool
-) -> tuple[list[dict], Counter]:
-    """(rows, dropped by reason): ask batch by batch until there are as many rows as wanted, or no more prompts."""
-    rows, dropped = [], Counter()
+def verified(
+    prompts: list[dict], answer: Answer, mode: str, seed: int, dropped: Counter, *, hybrid: bool
+) -> Iterator[dict]:
+    """Rows in the `messages` format for the replies that may be rehearsed, asked in batches as they are wanted; one
+    without reasoning_content is a non-thinking one. Others count in `dropped` by reason."""
     with Judge() as judge:
         for start in range(0, len(prompts), BATCH):
-            if len(rows) == wanted:
-                break
             batch = prompts[start : start + BATCH]
             replies = answer([prompt["messages"] for prompt in batch], mode, seed + start)
             for prompt, reply in zip(batch, replies, strict=True):
                 if why := rejection(reply, mode, prompt.get("expected_answer"), judge, hybrid=hybrid):
                     dropped[why] += 1
-                elif len(rows) < wanted:
-                    rows.append(row_of(prompt, reply))
-                    progress.advance(1)
-    return rows, dropped
+                    continue
+                said = {"role": "assistant", "content": reply.answer}
+                if reply.reasoning:
+                    said["reasoning_content"] = reply.reasoning
+                yield {**prompt, "messages": [*prompt["messages"], said]}
 
 
 def rejection(reply: Reply, mode: str, expected: str | None, judge: Judge, *, hybrid: bool) -> str:
@@ -121,15 +113,6 @@ def rejection(reply: Reply, mode: str, expected: str | None, judge: Judge, *, hy
     return "" if expected is None or judge.right(reply.answer, expected) else "wrong_answer"
 
 
-def row_of(prompt: dict, reply: Reply) -> dict:
-    """A row in the `messages` format; one without reasoning_content is a non-thinking one."""
-    said = {"role": "assistant", "content": reply.answer}
-    if reply.reasoning:
-        said["reasoning_content"] = reply.reasoning
-    expected = {"expected_answer": prompt["expected_answer"]} if "expected_answer" in prompt else {}
-    return {"messages": [*prompt["messages"], said], **expected}
-
-
 def base_answers(recipe: Recipe) -> Answer:
     """The base model's answers, sampled with its own values for each mode."""
     from toolkit.generate import generate
@@ -140,18 +123,13 @@ def base_answers(recipe: Recipe) -> Answer:
     return lambda prompts, mode, seed: generate(model, tokenizer, prompts, mode, max_new_tokens=limit, seed=seed)
 
 
-def source_line(path: Path, rows: list[dict], recipe: Recipe, mixed: Mix, chat: Chat) -> str:
-    """The line for a recipe's data.sources, with the fraction at which every row is used once; `max_repeats: 2` replaces
-    the rows that are held out, without which the whole mix would be reduced."""
-    unit, texts = recipe.data.unit, [example for row in rows for example in examples(row, "auto", chat)]
-    counted = [[e.completion] if unit == "supervised_tokens" else [e.prompt, e.completion] for e in texts]
-    size = (
-        len(texts) if unit == "examples" else sum(map(len, chat.encode([part for parts in counted for part in parts])))
-    )
-    share = size / (recipe.data.budget or mixed.report["total"][unit])
-    fraction = math.floor(1000 * min(1.0, max(share, 0.001))) / 1000
-    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+def source_line(path: Path, rows: list[dict], mixed: Mix, chat: Chat) -> str:
+    """The line for a recipe's data.sources, with the fraction at which every row is used about once; `max_repeats: 2`
+    replaces the rows that are held out, without which the whole mix would be reduced."""
+    completions = [example.completion for row in rows for example in examples(row, "auto", chat)]
+    size = sum(map(len, chat.encode(completions)))
+    fraction = min(1.0, max(0.001, size / mixed.report["total"]["supervised_tokens"]))
     return (
-        f"{path}: {size:,} {unit.replace('_', ' ')}. To mix it in, add to data.sources, and lower the other fractions so "
-        f"that the sum is 1:\n    - {{path: {shown}, format: messages, mode: auto, fraction: {fraction:g}, max_repeats: 2}}"
+        f"{path}: {size:,} supervised tokens. To mix it in, add to data.sources, and lower the other fractions so that the "
+        f"sum is 1:\n    - {{path: {path}, format: messages, mode: auto, fraction: {fraction:.3f}, max_repeats: 2}}"
     )

@@ -119,7 +119,7 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
         write_card(folder)
         log_evaluation(recipe, folder, console)
     if details:
-        console.print(evaluation.table(result, console.width))
+        console.print(evaluation.table(result))
     for line in result["verdict"]:
         console.print(line)
     worse = result["verdict"][-1].startswith(("result: WORSE", "result: BROKEN"))

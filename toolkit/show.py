@@ -51,9 +51,9 @@ def rich_table(rows: Sequence[dict], *, title: str | None = None, bold: int | No
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     cells = [[_cell(value) for value in row.values()] for row in rows]
     for i, heading in enumerate(rows[0]):
-        heading = heading.replace("_", "\n")
-        width = max(len(word) for text in (heading, *(row[i] for row in cells)) for word in text.split() or [""])
-        table.add_column(heading, justify="right" if i else "left", overflow="fold", min_width=width if i else None)
+        words = [*heading.replace("_", " ").split(), *(line for row in cells for line in row[i].split("\n"))]
+        width = max(map(len, words)) if i else None  # the first takes what the others leave
+        table.add_column(heading.replace("_", " "), justify="right" if i else "left", overflow="fold", width=width)
     for i, row in enumerate(cells):
         table.add_row(*row, style="bold" if i == bold else None)
     return table
@@ -267,27 +267,27 @@ def curves(folder: Path):
 def scores(results: Mapping[str, dict], titles: Mapping[tuple[str, str], str] = SCORES):
     """Runs beside their common base, with 95% intervals: {name: content of an eval.json}, one panel for each metric
     that was measured, so that a model with one mode has that mode's only."""
-    import pandas
-
     sides = {"base": next(iter(results.values()))["base"]} | {name: result["tuned"] for name, result in results.items()}
-    colours = dict(zip(sides, (BASE, *PALETTE), strict=False))
-    found = {key: {name: _measured(side, key) for name, side in sides.items()} for key in titles}
-    shown = [key for key, values in found.items() if all(values.values()) or key[1] == "kl"]
+    found = {key: [side.get(key[0], {}).get(key[1]) for side in sides.values()] for key in titles}
+    shown = [key for key, values in found.items() if values[-1] and values[-1]["value"] is not None]
     figure, axes = panels(max(5, 2.6 * len(shown)), 3.4, len(shown))
+    names = [name.replace(" + ", " +\n") for name in sides]
     for one, key in zip(axes, shown, strict=True):
-        scale = 1 if key[1] == "kl" else 100
-        bars = pandas.DataFrame({name: value for name, value in found[key].items() if value}).T.astype(float) * scale
-        error = [(bars["value"] - bars[end]).abs() for end in ("low", "high")]
-        names = [name.replace(" + ", " +\n") for name in bars.index]
-        drawn = one.bar(names, bars["value"], 0.6, yerr=error, capsize=4, color=[colours[name] for name in bars.index])
-        one.bar_label(
-            drawn, fmt="%.3g", label_type="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}
-        )
-        one.set(ylim=(0, None if scale == 1 else 112))
+        bars(one, names, found[key], (BASE, *PALETTE), scale=1 if key[1] == "kl" else 100)
         one.set_title(titles[key], fontsize=10)
     return figure
 
 
-def _measured(side: dict, key: tuple[str, str]) -> dict | None:
-    value = side.get(key[0], {}).get(key[1])
-    return value if value and value["value"] is not None else None
+def bars(axes, names: Sequence[str], found: Sequence[dict | None], colours: Sequence[str], *, scale: float) -> None:
+    """A bar with its interval for each name: {"value", "low", "high"}, nothing where it was not measured."""
+    import pandas
+
+    ends = (
+        pandas.DataFrame([value or {} for value in found], columns=["value", "low", "high"], dtype=float).dropna()
+        * scale
+    )
+    error = [(ends["value"] - ends[end]).abs() for end in ("low", "high")]
+    drawn = axes.bar(ends.index, ends["value"], 0.6, yerr=error, capsize=4, color=[colours[i] for i in ends.index])
+    axes.bar_label(drawn, fmt="%.3g", label_type="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylim(0, 112 if scale == 100 else None)

@@ -22,12 +22,12 @@ from toolkit.evaluate.questions import LEVELS, Ask, Asked, fingerprint, from_mix
 from toolkit.evaluate.score import Judge, longest_answers, marks
 from toolkit.evaluate.stats import difference, interval, is_rate
 from toolkit.evaluate.subject import LoadedRun
-from toolkit.evaluate.text import show, summary, table, verdict
+from toolkit.evaluate.text import summary, table, verdict
 from toolkit.family import mode_title
 from toolkit.files import finite, outputs
 from toolkit.progress import Progress
 
-__all__ = ["evaluate", "from_mix", "is_rate", "score", "show", "summarize", "summary", "table", "verdict"]
+__all__ = ["evaluate", "from_mix", "is_rate", "score", "summarize", "summary", "table", "verdict"]
 
 COLUMNS = ["section", "model", "metric", "question", "value", "weight"]
 MODELS = ("base", "tuned")

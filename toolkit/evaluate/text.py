@@ -5,6 +5,7 @@ print("\\n".join(verdict(result))); rich.print(table(result, width=80)); wandb.r
 
 from toolkit.evaluate.stats import is_rate
 from toolkit.family import mode_title
+from toolkit.show import rich_table
 
 SET = "accuracy/set/"
 POOLED = ("accuracy", "accuracy/chat")
@@ -54,8 +55,7 @@ def _judged(result: dict) -> list[tuple[str, str, str]]:
     by_set = [key for key in measured if key[1].startswith(SET)]
     keys = by_set if len(by_set) <= 4 else [key for key in measured if key[1] in POOLED]
     keys += [key for key in measured if key[1] == "adherence" or key[1].startswith("loss/")]
-    how = {"thinking": " with thinking", "non_thinking": " without thinking"} if len(result["modes"]) > 1 else {}
-    return [(_title(metric) + how.get(section, ""), section, metric) for section, metric in keys]
+    return [(_name(result, section, metric), section, metric) for section, metric in keys]
 
 
 def _change(result: dict, mode: str, metric: str) -> str:
@@ -102,37 +102,37 @@ def summary(result: dict) -> dict[str, float]:
     }
 
 
-def table(result: dict, width: int = 80):
-    """A rich table: base, tuned and their paired difference with its 95% interval, the intervals of base and tuned too
-    where `width` allows. What is zero for both models is left out, and so is what only pools other rows."""
-    from rich.table import Table
-
-    grid = Table(title=f"{result['level']} evaluation, seed {result['seed']}; 95% intervals, paired over questions")
-    for heading in ("", "base", "tuned", "difference", "n"):
-        grid.add_column(heading, justify="right" if heading else "left", overflow="fold")
+def table(result: dict):
+    """A rich table: base, tuned and their paired difference with its 95% interval. What is zero for both models is left
+    out, and so is what only pools other rows."""
+    rows = []
     for section, metrics in result["difference"].items():
-        title = "forgetting, held-out loss" if section == "forgetting" else f"{mode_title(section)} mode"
-        grid.add_row(f"[bold]{title}")
         for metric, change in metrics.items():
-            pair = [result[model][section][metric] for model in ("base", "tuned")]
-            if metric not in POOLED and any(round(found["value"] or 0, 3) for found in pair):
-                cells = [show(found) if width >= 110 else show(found).partition(" ")[0] for found in pair]
-                grid.add_row(_title(metric), *cells, show(change, sign="+"), str(change["n"]))
-        grid.add_section()
-    return grid
+            pair = {model: result[model][section][metric] for model in ("base", "tuned")}
+            if metric not in POOLED and any(round(found["value"] or 0, 3) for found in pair.values()):
+                values = {model: show(metric, found).partition(" ")[0] for model, found in pair.items()}
+                values["difference"] = show(metric, change, sign="+", unit="")
+                rows.append({"95% intervals": _name(result, section, metric), **values, "n": change["n"]})
+    return rich_table(rows, title=f"{result['level']} evaluation, seed {result['seed']}, paired over questions")
 
 
-def _title(metric: str) -> str:
+def _name(result: dict, section: str, metric: str) -> str:
+    """`sums with thinking`; without the mode where the model has one mode, or the metric none."""
     if metric.startswith("loss/"):
         source, _, mode = metric.removeprefix("loss/").rpartition("/")
         return f"loss, {source} ({mode_title(mode)})"
-    return TITLES.get(metric, metric.removeprefix(SET).replace("kl/", "KL, "))
+    how = {"thinking": " with thinking", "non_thinking": " without thinking"} if len(result["modes"]) > 1 else {}
+    return TITLES.get(metric, metric.removeprefix(SET).replace("kl/", "KL, ")) + how.get(section, "")
 
 
-def show(found: dict, sign: str = "") -> str:
-    """`0.81 [0.74, 0.87]`, or a dash where nothing could be measured."""
-    if found["value"] is None:
+def amount(metric: str, value: float, sign: str = "", unit: str = "%") -> str:
+    """`70%` for a rate, `0.220` or `41` for others."""
+    return f"{100 * value:{sign}.0f}{unit}" if is_rate(metric) else f"{value:{sign}.{3 if abs(value) < 20 else 0}f}"
+
+
+def show(metric: str, found: dict | None, sign: str = "", unit: str = "%") -> str:
+    """A number with its interval, `70% [59, 81]`; a dash where nothing could be measured."""
+    if found is None or found["value"] is None:
         return "-"
-    places = 0 if abs(found["value"]) >= 20 else 1 if abs(found["value"]) >= 5 else 3
-    value, low, high = (f"{found[key]:{sign}.{places}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
+    low, high = (amount(metric, found[end], sign, "") for end in ("low", "high"))
+    return f"{amount(metric, found['value'], sign, unit)} [{low}, {high}]"
