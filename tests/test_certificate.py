@@ -162,7 +162,7 @@ def test_the_layerwise_forward_pass_equals_peft_in_fp32(tied, tmp_path):
     from transformers import Qwen3ForCausalLM
 
     base = base_model(tmp_path / "base", tied=tied)
-    run = run_folder(tmp_path / "run", base, modules_to_save=None if tied else ["lm_head"])
+    run = run_folder(tmp_path / "run", base, target_modules=["q_proj"] if tied else ["q_proj", "lm_head"])
     merged = Merged(find_base({"name": str(base)}, "16bit"), Adapter(run / "adapter"))
     texts = [list(range(40)), [7 * i % 490 for i in range(50)]]
     model = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.float32).eval()

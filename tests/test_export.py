@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from tests import families
 from tests.export_fixtures import base_model, killed_export, run_folder
 from tests.hub_stand_in import stand_in
-from toolkit.export import export, gguf_path, memory_needed, modelfile, push
+from toolkit.export import export, gguf_path, modelfile, push
 from toolkit.export.merge import (
     Adapter,
     Base,
@@ -75,9 +76,6 @@ def digests(run: Path) -> dict[str, str]:
         (True, {}),
         (True, {"use_rslora": True}),
         (True, {"target_modules": ["q_proj", "down_proj"]}),
-        (True, {"modules_to_save": ["lm_head"]}),
-        (True, {"modules_to_save": ["embed_tokens"]}),
-        (False, {"modules_to_save": ["embed_tokens", "lm_head"]}),
         (False, {"target_modules": ["v_proj", "lm_head"]}),
     ],
     ids=str,
@@ -94,7 +92,7 @@ def test_the_merge_is_bit_equal_to_pefts(tied, lora, tmp_path):
     theirs = PeftModel.from_pretrained(model, run / "adapter").merge_and_unload().state_dict()
     assert ours.names()
     assert [n for n in ours.names() if not torch.equal(ours.tensor(n), theirs[n].to(torch.bfloat16))] == []
-    assert ours.tied == (tied and "modules_to_save" not in lora)
+    assert ours.tied == tied
 
 
 def test_transformers_loads_the_merged_folder_and_gives_pefts_logits(base, run):
@@ -206,9 +204,10 @@ def test_a_hub_name_is_found_in_the_local_cache_and_its_commit_recorded(base, tm
 def test_an_adapter_of_another_kind_or_model_is_refused_by_name(run):
     config = run / "adapter" / "adapter_config.json"
     plain = config.read_text()
-    config.write_text(json.dumps(json.loads(plain) | {"use_dora": True}))
-    with pytest.raises(ToolkitError, match=r"use_dora = True"):
-        open_merged(run, "16bit")
+    for odd, told in (({"use_dora": True}, "use_dora = True"), ({"modules_to_save": ["lm_head"]}, "modules_to_save")):
+        config.write_text(json.dumps(json.loads(plain) | odd))
+        with pytest.raises(ToolkitError, match=told):
+            open_merged(run, "16bit")
     config.write_text(plain)
     adapter = Adapter(run / "adapter")
     adapter.factors["model.layers.9.mlp.up_proj.weight"] = None, None
@@ -299,43 +298,16 @@ def test_another_adapter_makes_every_old_file_stale(exported, base, tmp_path):
 # What is said
 
 
-def test_disk_and_memory_are_told_in_numbers_before_anything_is_written(run):
+def test_the_disk_is_told_in_numbers_before_anything_is_written(run):
     lines = []
 
     def say(line: str) -> None:
         lines.append(line)
-        assert len(lines) > 3 or not (run / "merged").exists()
+        assert len(lines) > 2 or not (run / "merged").exists()
 
     export(run, quants=(), say=say)
     assert lines[0].startswith("base: ")
-    assert "disk: " in lines[1]
-    assert "GB needed" in lines[1]
-    assert "GB free" in lines[1]
-    assert "memory: " in lines[2]
-
-
-def test_too_little_memory_is_refused_in_numbers(run, monkeypatch):
-    monkeypatch.setattr("toolkit.export.LIBRARIES", 1e15)
-    with pytest.raises(ToolkitError, match=r"1000000\.\d\d GB of memory needed"):
-        export(run, **SILENT)
-    assert not (run / "merged").exists()
-
-
-def test_a_14b_is_planned_within_the_memory_of_a_colab(trained, monkeypatch):
-    layer = {
-        "self_attn.q_proj": (5120, 5120),
-        "self_attn.o_proj": (5120, 5120),
-        "mlp.up_proj": (17408, 5120),
-        "mlp.gate_proj": (17408, 5120),
-        "mlp.down_proj": (5120, 17408),
-    }
-    shapes = {f"model.layers.{i}.{name}.weight": shape for i in range(40) for name, shape in layer.items()}
-    shapes |= {"model.embed_tokens.weight": (151936, 5120), "lm_head.weight": (151936, 5120)}
-    merged = open_merged(trained, "16bit")
-    monkeypatch.setattr(merged, "names", lambda: list(shapes))
-    monkeypatch.setattr(merged, "shape", shapes.get)
-    monkeypatch.setitem(merged.config, "vocab_size", 151936)
-    assert 3e9 < memory_needed(merged) < 8e9
+    assert re.match(r"disk: \d\.\d\d GB needed \(merged .*\d GB free$", lines[1])
 
 
 @pytest.mark.parametrize(

@@ -105,28 +105,29 @@ def generate(
     batch_size: int = 32,
     tools: list[dict] | None = None,
     greedy: bool = False,
-    progress: Callable[[int], None] | None = None,
+    numbers: Sequence[int] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[Reply]:
     """One reply to each conversation, in their order; sampled with the model's values for the mode unless `greedy`.
 
-    A reply depends on (seed, index of its conversation), not on the batch it falls into: every row draws its uniforms
-    from a stream of its own, and neither torch's random state nor the model's training state is touched. What is left
+    A reply depends on (seed, number of its conversation), not on the batch it falls into: every row draws its uniforms
+    from a stream of its own (`numbers` are 0, 1, … unless told otherwise), and neither torch's random state nor the model's training state is touched. What is left
     is rounding: another batch size pads otherwise, and a 16-bit model may then turn a near tie.
     `progress(n)` is called after each batch of n. Raises ToolkitError if a prompt leaves no room for a reply."""
     texts, ids = prompts(tokenizer, conversations, mode, tools)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # the longest first: what does not fit fails at once
     values, ends, replies = sampling_values(model, mode), end_tokens(model, tokenizer), {}
+    numbers = range(len(ids)) if numbers is None else numbers
     with inference(model, tokenizer):
         while rest := order[len(replies) :]:
             limit = _room(model, len(ids[rest[0]]), max_new_tokens)
             fit = rows_that_fit(model.config, len(ids[rest[0]]) + limit, free_memory(model), batch_size)
             rows = rest[:fit]
-            chooser = None if greedy else sampler(values, _uniforms(seed, rows, limit))
+            chooser = None if greedy else sampler(values, _uniforms(seed, [numbers[i] for i in rows], limit))
             generated = _continue(model, tokenizer, [ids[i] for i in rows], limit, ends, chooser)
             for i, new in zip(rows, generated, strict=True):
                 replies[i] = _reply(tokenizer, new, ends, texts[i].rstrip().endswith(THINK_OPEN))
-            if progress:
-                progress(len(rows))
+            progress(len(rows))
     return [replies[i] for i in range(len(order))]
 
 

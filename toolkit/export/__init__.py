@@ -5,7 +5,6 @@ export("outputs/hybrid", quants=("q8_0", "q4_k_m")); push("outputs/hybrid", "me/
 
 import hashlib
 import importlib.metadata
-import math
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +13,6 @@ from toolkit.export.certificate import verify
 from toolkit.export.gguf_file import check_quant, check_supported, gguf_path, modelfile, plan_tensors, write_gguf
 from toolkit.export.merge import (
     FAILED,
-    SHARD_BYTES,
     Checkpoint,
     Merged,
     Record,
@@ -25,14 +23,8 @@ from toolkit.export.merge import (
     size_of,
 )
 from toolkit.export.model_card import model_card
-from toolkit.export.parity import POSITIONS
 from toolkit.files import ToolkitError, lock, read_json, sha256
 from toolkit.model import adapter_checksums, check_adapter
-
-LIBRARIES = 1.0e9
-"""Memory of Python with torch, transformers and llama.cpp loaded, before any weight (measured: 0.8 GB)."""
-PER_TOKEN = 7e3
-"""Memory for each token of the vocabulary when a GGUF's header is read back (measured: 1.1 GB for Qwen3's)."""
 
 
 def export(
@@ -47,7 +39,7 @@ def export(
 
     Without `quants` it stops at merged/, from which GGUF files are made and against which they are checked. `onto`
     "16bit" merges onto the 16-bit base, "4bit" onto the dequantized NF4 weights the adapter was trained on. `details`
-    says every check. Raises ToolkitError if another process works on the run, if disk or memory is short
+    says every check. Raises ToolkitError if another process works on the run, if the disk is too full
     (before anything is written), or if the certificate fails; EXPORT_FAILED.txt then stands in the run folder."""
     run, quants = Path(run), list(dict.fromkeys(quant.lower() for quant in quants))
     for quant in quants:
@@ -86,36 +78,19 @@ def _inputs(run: Path, onto: str, merged: Merged) -> dict:
 
 
 def _plan(run: Path, merged: Merged, quants: list[str], record: Record, say: Callable) -> None:
-    """Disk and memory, needed against free, in numbers. Raises ToolkitError if either is short."""
-    import psutil
-
-    sizes = {"merged": sum(size_of(merged, name) for name in merged.names())}
+    """Say what it is merged onto and the disk needed against free. Raises ToolkitError if that is too little."""
+    base, sizes = merged.base, {"merged": sum(size_of(merged, name) for name in merged.names())}
     sizes |= {quant: sum(tensor.bytes for tensor in plan_tensors(merged, quant)) for quant in quants}
     here = sum(file["bytes"] for name, file in record.files.items() if (run / name).is_file())
-    disk = max(0, sum(sizes.values()) - here) * 1.01 + 20e6  # headers, vocabulary and merges of each file
-    parts, base = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items()), merged.base
+    needed = max(0, sum(sizes.values()) - here) * 1.01 + 20e6  # headers, vocabulary and merges of each file
+    free, parts = shutil.disk_usage(run).free, ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items())
     say(f"base: {base.name} ({base.revision or 'local folder'}), onto {'4bit' if base.four_bit else '16bit'}")
-    for what, need, have, more in (
-        ("disk", disk, shutil.disk_usage(run).free, f" ({parts}; {here / 1e9:.2f} there already)"),
-        ("memory", memory_needed(merged), psutil.virtual_memory().available, ""),
-    ):
-        say(f"{what}: {need / 1e9:.2f} GB needed{more}, {have / 1e9:.2f} GB free")
-        if need > have:
-            raise ToolkitError(
-                f"{run}: {need / 1e9:.2f} GB of {what} needed, {have / 1e9:.2f} GB free. Nothing was "
-                "written; make room, or export to fewer files (--quant q4_k_m)"
-            )
-
-
-def memory_needed(merged: Merged) -> float:
-    """Bytes: a shard and its largest weight merged in fp32, or a GGUF tensor, or the certificate's largest weight and
-    200 positions; besides, the libraries and the vocabulary. Served GGUF files are memory-mapped."""
-    sizes = {name: math.prod(merged.shape(name)) for name in merged.names()}
-    largest, vocabulary = max(sizes.values()), merged.config["vocab_size"]
-    shard = min(2 * sum(sizes.values()), max(SHARD_BYTES, 2 * largest))
-    touched = max(size for name, size in sizes.items() if merged.adapter.touches(name))
-    certificate = 6 * largest + 4 * 4 * POSITIONS * vocabulary
-    return LIBRARIES + PER_TOKEN * vocabulary + max(shard + 12 * touched, certificate)
+    say(f"disk: {needed / 1e9:.2f} GB needed ({parts}; {here / 1e9:.2f} there already), {free / 1e9:.2f} GB free")
+    if needed > free:
+        raise ToolkitError(
+            f"{run}: {needed / 1e9:.2f} GB of disk needed, {free / 1e9:.2f} GB free. Nothing was written; make room, or "
+            "export to fewer files (--quant q4_k_m)"
+        )
 
 
 def _write_quant(run: Path, quant: str, record: Record, say: Callable) -> None:

@@ -239,20 +239,12 @@ def write_gguf(
         writer.close()
 
 
-def write_lora_gguf(adapter: Path, config: dict, path: Path) -> None:
+def write_lora_gguf(lora: Adapter, config: dict, path: Path) -> None:
     """Write a PEFT adapter as a GGUF LoRA (F32) for the GGUF of its base, whose config.json is `config`.
 
-    llama.cpp multiplies the factors by alpha / rank. Raises ToolkitError where whole weights were trained
-    (`modules_to_save`) or the head of a tied model, which a GGUF LoRA cannot hold."""
+    llama.cpp multiplies the factors by alpha / rank."""
     import gguf
 
-    lora = Adapter(adapter)
-    tied_head = [n for n in lora.factors if n == "lm_head.weight" and config.get("tie_word_embeddings")]
-    if whole := [*lora.saved, *tied_head]:
-        raise ToolkitError(
-            f"{adapter}: {whole[0]} is trained as a whole, which a GGUF LoRA cannot hold; "
-            "export the run and use the merged GGUF"
-        )
     with complete(path) as partial:
         writer = gguf.GGUFWriter(partial, family_of(config["model_type"]).gguf)
         writer.add_type(gguf.GGUFType.ADAPTER)

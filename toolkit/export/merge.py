@@ -22,8 +22,8 @@ NF4_STATE = ".quant_state.bitsandbytes__nf4"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PLAIN_LORA = {"peft_type": "LORA", "bias": "none"}
 NOT_MERGED = (
-    "fan_in_fan_out use_dora lora_bias rank_pattern alpha_pattern layer_replication trainable_token_indices "
-    "target_parameters"
+    "modules_to_save fan_in_fan_out use_dora lora_bias rank_pattern alpha_pattern layer_replication "
+    "trainable_token_indices target_parameters"
 ).split()
 """PEFT settings under which a weight is not simply base + B·A·scaling."""
 TOKENIZER_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json added_tokens.json
@@ -147,28 +147,14 @@ class Adapter:
             )
         rank = self.config["r"]
         self.scaling = self.config["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
-        self.saved: dict = {}
-        """Weights trained as a whole (PEFT's `modules_to_save`)."""
         halves: dict[str, dict] = {}
         with open_weights(folder / "adapter_model.safetensors") as weights:
             for stored in weights.keys():  # noqa: SIM118 - safe_open is no dict and cannot be iterated
-                name, tensor = stored.removeprefix("base_model.model."), weights.get_tensor(stored).float()
-                if half := re.fullmatch(r"(.*)\.lora_([AB])\.weight", name):
-                    halves.setdefault(f"{half[1]}.weight", {})[half[2]] = tensor
-                elif not name.endswith(".base_layer.weight"):  # an unchanged copy, where the head is a target
-                    self.saved[name] = tensor
-        self.factors = {name: (half["A"], half["B"]) for name, half in halves.items()}
+                weight, _, half = stored.removeprefix("base_model.model.").partition(".lora_")
+                if not weight.endswith(".base_layer.weight"):  # an unchanged copy, where the head is a target
+                    halves.setdefault(f"{weight}.weight", {})[half] = weights.get_tensor(stored).float()
+        self.factors = {name: (half.get("A.weight"), half.get("B.weight")) for name, half in halves.items()}
         """{weight: (A, B)}."""
-
-    def touches(self, name: str) -> bool:
-        return name in self.factors or name in self.saved
-
-    def check(self, names: list[str]) -> None:
-        if stray := sorted({*self.factors, *self.saved} - set(names)):
-            raise ToolkitError(
-                f"the adapter holds {stray[0]} ({len(stray)} such), which belongs to no weight of the "
-                "base: it was trained on another model, or by a method that cannot be merged here"
-            )
 
 
 class Merged:
@@ -176,49 +162,39 @@ class Merged:
 
     def __init__(self, base: Base, adapter: Adapter):
         self.base, self.adapter, self.checkpoint = base, adapter, Checkpoint(base.folder)
-        self.folder = base.folder
-        # A trained head or embedding ends their being one tensor: from here on both are stored.
-        self.unties = self.checkpoint.tied and (adapter.touches(HEAD) or adapter.touches(EMBEDDING))
-        adapter.check(self.names())
-        self.config = {k: v for k, v in self.checkpoint.config.items() if k != "quantization_config"}
-        self.config |= {"dtype": "bfloat16", "tie_word_embeddings": self.checkpoint.tied and not self.unties}
-        self.config.pop("torch_dtype", None)
-
-    @property
-    def tied(self) -> bool:
-        return self.config["tie_word_embeddings"]
+        self.folder, self.tied = base.folder, self.checkpoint.tied
+        if stray := sorted(set(adapter.factors) - set(self.names())):
+            raise ToolkitError(
+                f"the adapter holds {stray[0]} ({len(stray)} such), which belongs to no weight of the base: it was "
+                "trained on another model, or on the head of one that shares it with the embedding"
+            )
+        dropped = ("quantization_config", "torch_dtype")
+        self.config = {key: value for key, value in self.checkpoint.config.items() if key not in dropped}
+        self.config |= {"dtype": "bfloat16", "tie_word_embeddings": self.tied}
 
     def names(self) -> list[str]:
-        return self.checkpoint.names() + ([HEAD] if self.unties else [])
+        return self.checkpoint.names()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self.checkpoint.shape(self._stored(name))
-
-    def _stored(self, name: str) -> str:
-        return EMBEDDING if name == HEAD and self.checkpoint.tied else name
+        return self.checkpoint.shape(name)
 
     def base_tensor(self, name: str):
         """The base's weight, before the adapter: 16-bit, or through NF4 as bitsandbytes does when it loads a model."""
         import torch
 
-        weight = self.checkpoint.tensor(self._stored(name)).to(torch.bfloat16)
+        weight = self.checkpoint.tensor(name).to(torch.bfloat16)
         on_load = self.base.four_bit and not self.checkpoint.is_four_bit and name.endswith("_proj.weight")
         return nf4_round_trip(weight) if on_load else weight
-
-    def trained_tensor(self, name: str):
-        """What stands beside the LoRA's factors: the base's weight, or the one trained as a whole, in fp32."""
-        saved = self.adapter.saved.get(name)
-        return self.base_tensor(name) if saved is None else saved
 
     def tensor(self, name: str):
         """The merged weight: delta in fp32 as PEFT computes it, added in fp32, then rounded to bf16 once."""
         import torch
 
-        weight = self.trained_tensor(name)
+        weight = self.base_tensor(name)
         if name in self.adapter.factors:
             a, b = self.adapter.factors[name]
-            weight = weight.float() + (b @ a) * self.adapter.scaling
-        return weight.to(torch.bfloat16)
+            weight = (weight.float() + (b @ a) * self.adapter.scaling).to(torch.bfloat16)
+        return weight
 
 
 def nf4_round_trip(weight):

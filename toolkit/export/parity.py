@@ -22,7 +22,7 @@ TOP = 512
 NEAR_TIE = 1e-2
 """Two tokens this close in log-probability (1% of each other) are both the top one: rounding alone swaps them."""
 
-POSITIONS, PER_TEXT = 200, 50
+PER_TEXT = 50
 USER = {"role": "user", "content": "What is 17 + 25?"}
 ASK = {"role": "user", "content": "Weather in Zürich?"}
 THOUGHT = {"role": "assistant", "reasoning_content": "17 + 25 is 17 + 20 + 5.", "content": "It is 42."}
@@ -67,11 +67,10 @@ class _Weights:
     """Weights by name, read or computed when a module is about to run: what accelerate loads offloaded modules from."""
 
     def __init__(self, model: Checkpoint | Merged, which: str):
-        self.model = model
-        self.read = {"merged": "tensor", "base": "base_tensor", "adapter": "trained_tensor"}[which]
+        self.tied, self.read = model.tied, model.tensor if which == "merged" else model.base_tensor
 
     def __getitem__(self, name: str):
-        return getattr(self.model, self.read)(EMBEDDING if name == HEAD and self.model.tied else name)
+        return self.read(EMBEDDING if name == HEAD and self.tied else name)
 
 
 def log_probs(model: Checkpoint | Merged, which: str, sequences: list[list[int]]) -> np.ndarray:

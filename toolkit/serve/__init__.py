@@ -59,11 +59,9 @@ def welcome(engine: Engine) -> str:
     ]
     if engine.key:
         lines.append(f"API key, asked for by API and page: {engine.key}")
-    scales = {name: {"id": i, "scale": 1} for i, name in enumerate(engine.runs)}
-    for name, scale in (scales | {BASE: {"id": 0, "scale": 0}} if scales else {}).items():
-        body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "lora": [scale]})
-        title = f"{name} (the default)" if name == engine.runs[0] else name
-        lines.append(f"{title}: curl {engine.url}/v1/chat/completions{header} -d '{body}'")
+    for name in (*engine.runs, BASE) if engine.runs else ():
+        body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], **engine.lora(name)})
+        lines.append(f"{name}: curl {engine.url}/v1/chat/completions{header} -d '{body}'")
     return "\n".join(lines)
 
 

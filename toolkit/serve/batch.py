@@ -25,9 +25,10 @@ def answer_file(
 ) -> dict:  # fmt: skip
     """Answer every prompt that has no reply yet; returns {"prompts", "rejected", "there", "answered", "unfinished"}.
 
-    Replies are appended a batch at a time, each flushed to the disk, so `kill -9` costs one batch at most; a batch that
-    is answered again gives the same replies. `rejected` lists why rows were left out. `loaded` is a (model, tokenizer)
-    of the run. Raises ToolkitError, before anything is answered, where no row is a prompt or one is too long."""
+    Replies are appended a batch at a time, each flushed to the disk, so `kill -9` costs one batch at most. A reply
+    depends on the seed and the row's number, whatever is there already. `rejected` lists why rows were left out.
+    `loaded` is a (model, tokenizer) of the run. Raises ToolkitError, before anything is answered, where no row is a
+    prompt or one is too long."""
     folder, replies = run_folder(run).resolve(), Path(replies_file)
     if mode not in ("both", *MODES):
         raise ToolkitError(f"mode {mode!r}: expected both, {' or '.join(MODES)}")
@@ -38,25 +39,23 @@ def answer_file(
     settings = {"run": folder.name, "seed": seed, "max_new_tokens": max_new_tokens}
     there = read_replies(replies, asked, settings)
     counts = {"prompts": len(asked), "rejected": rejected, "there": len(there), "answered": 0, "unfinished": 0}
-    # Batches are cut from all prompts, answered or not, since a reply depends on the batch that it is seeded with
-    batches = [(m, batch) for m in modes for batch in _batches(asked, batch_size)]
-    missing = {(m, n) for m in modes for n in asked if (n, m) not in there}
-    if not missing:
+    missing = [(m, {n: prompt for n, prompt in asked.items() if (n, m) not in there}) for m in modes]
+    batches = [(m, batch) for m, rows in missing for batch in _batches(rows, batch_size)]
+    if not batches:
         return counts
     model, tokenizer = loaded or load_run(folder)
     _check_lengths(asked, modes, model, tokenizer, prompts_file)
+    total = sum(len(batch) for _, batch in batches)
     for m, batch in batches:
-        if missing.isdisjoint((m, n) for n in batch):
-            continue
         made = generate(
             model, tokenizer, [asked[n]["messages"] for n in batch], m, tools=asked[batch[0]].get("tools"),
-            max_new_tokens=max_new_tokens, seed=seed + batch[0], batch_size=len(batch),
+            max_new_tokens=max_new_tokens, seed=seed, numbers=batch, batch_size=len(batch),
         )  # fmt: skip
-        answers = [(n, reply) for n, reply in zip(batch, made, strict=True) if (m, n) in missing]
+        answers = zip(batch, made, strict=True)
         append_rows(replies, [_row(n, asked[n]["messages"], m, reply, settings) for n, reply in answers])
-        counts["answered"] += len(answers)
-        counts["unfinished"] += sum(not reply.finished for _, reply in answers)
-        progress(counts["answered"], len(missing))
+        counts["answered"] += len(batch)
+        counts["unfinished"] += sum(not reply.finished for reply in made)
+        progress(counts["answered"], total)
     return counts
 
 
@@ -136,12 +135,10 @@ def read_replies(path: Path, asked: dict[int, dict], settings: dict) -> set[tupl
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     there = set()
     for number, row in enumerate(read_jsonl(path), start=1):
-        other = [f"{name} {row.get(name)}" for name, value in settings.items() if row.get(name) != value]
-        if asked.get(row.get("row"), {}).get("messages") != row.get("messages"):
-            other = ["another prompt"]
-        if other:
+        expected = settings | {"messages": asked.get(row.get("row"), {}).get("messages")}
+        if other := [name for name, value in expected.items() if row.get(name) != value]:
             raise ToolkitError(
-                f"{path}, line {number}: a reply with {', '.join(other)}: name another file, or move this one away"
+                f"{path}, line {number}: a reply to other {', '.join(other)}: name another file, or move this one away"
             )
         there.add((row["row"], row["mode"]))
     return there

@@ -108,13 +108,13 @@ def _converted(folders: list[Path], quant: str, say) -> tuple[Path, list[Path], 
             say(f"converting {base.label} to {quant}, once for all runs on it")
             with complete(weights) as partial:
                 write_gguf(checkpoint, partial, quant, base.label, folders[0] / "adapter", say)
-        for folder in folders:
+        for folder, run in zip(folders, merged, strict=True):
             adapter = sha256(folder / "adapter" / "adapter_model.safetensors")[:8]
             loras.append(place / f"{folder.name}-{adapter}.lora.gguf")
             if not loras[-1].is_file():
                 for old in place.glob(f"{folder.name}-????????.lora.gguf"):  # of an earlier training under this name
                     old.unlink()
-                write_lora_gguf(folder / "adapter", checkpoint.config, loras[-1])
+                write_lora_gguf(run.adapter, checkpoint.config, loras[-1])
     sampling = base.folder / "generation_config.json"
     return weights, loras, checkpoint.config | (read_json(sampling) if sampling.is_file() else {})
 
