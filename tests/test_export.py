@@ -90,8 +90,8 @@ def test_the_merge_is_bit_equal_to_pefts(tied, lora, tmp_path):
     ours = merged_here(run)
     model = Qwen3ForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     theirs = PeftModel.from_pretrained(model, run / "adapter").merge_and_unload().state_dict()
-    assert ours.names()
-    assert [n for n in ours.names() if not torch.equal(ours.tensor(n), theirs[n].to(torch.bfloat16))] == []
+    assert ours.shapes
+    assert [n for n in ours.shapes if not torch.equal(ours.tensor(n), theirs[n].to(torch.bfloat16))] == []
     assert ours.tied == tied
 
 
@@ -113,7 +113,7 @@ def test_several_shards_hold_the_same_tensors_as_one(run, monkeypatch):
     import torch
 
     whole = merged_here(run)
-    one = {n: whole.tensor(n).clone() for n in whole.names()}
+    one = {n: whole.tensor(n).clone() for n in whole.shapes}
     shutil.rmtree(run / "merged")
     (run / "export.json").unlink()
     monkeypatch.setattr(sys.modules["toolkit.export.merge"], "SHARD_BYTES", 10**6)
@@ -138,8 +138,8 @@ def test_onto_4bit_merges_onto_bitsandbytes_own_rounding_of_the_linear_layers(ba
         theirs = dequantize_4bit(weight.data, weight.quant_state).to(torch.bfloat16)
         assert torch.equal(on_load.base_tensor(name), theirs)
         assert torch.equal(on_disk.base_tensor(name), theirs)
-        assert on_disk.shape(name) == tuple(theirs.shape)
-    assert sorted(on_disk.names()) == sorted(on_load.names())
+        assert on_disk.shapes[name] == tuple(theirs.shape)
+    assert on_disk.shapes == on_load.shapes
     embedding = "model.embed_tokens.weight"
     assert torch.equal(on_load.base_tensor(embedding), Checkpoint(base).tensor(embedding))
 

@@ -66,7 +66,7 @@ def export(
 
 def _inputs(run: Path, onto: str, merged: Merged) -> dict:
     """Everything the files depend on; another value of any of it makes them stale."""
-    base, weights = merged.base, sorted(set(merged.checkpoint.files.values()))
+    base, weights = merged.base, sorted(set(merged.files.values()))
     return {
         "onto": onto,
         "base": base.label,
@@ -79,7 +79,7 @@ def _inputs(run: Path, onto: str, merged: Merged) -> dict:
 
 def _plan(run: Path, merged: Merged, quants: list[str], record: Record, say: Callable) -> None:
     """Say what it is merged onto and the disk needed against free. Raises ToolkitError if that is too little."""
-    base, sizes = merged.base, {"merged": sum(size_of(merged, name) for name in merged.names())}
+    base, sizes = merged.base, {"merged": sum(size_of(merged, name) for name in merged.shapes)}
     sizes |= {quant: sum(tensor.bytes for tensor in plan_tensors(merged, quant)) for quant in quants}
     here = sum(file["bytes"] for name, file in record.files.items() if (run / name).is_file())
     needed = max(0, sum(sizes.values()) - here) * 1.01 + 20e6  # headers, vocabulary and merges of each file

@@ -204,10 +204,10 @@ def _text(file: Path) -> str:
 
 def _merged_error(stored: Checkpoint, merged: Merged) -> float:
     """Largest relative RMS error of a stored tensor against one merged anew; infinite where names or shapes differ."""
-    if {n: stored.shape(n) for n in stored.names()} != {n: merged.shape(n) for n in merged.names()}:
+    if stored.shapes != merged.shapes:
         return math.inf
     worst = 0.0
-    for name in merged.names():
+    for name in merged.shapes:
         expected = merged.tensor(name).float()
         error = (stored.tensor(name).float() - expected).norm() / expected.norm().clamp(min=1e-12)
         worst = max(worst, error.nan_to_num(nan=math.inf).item())

@@ -9,7 +9,7 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,8 +173,8 @@ class Planned:
 def plan_tensors(model, quant: str) -> list[Planned]:
     """Every tensor of a file, in the checkpoint's order."""
     config, plan = model.config, []
-    for stored, name in gguf_names(config, model.names()):
-        shape = model.shape(stored)
+    for stored, name in gguf_names(config, model.shapes):
+        shape = model.shapes[stored]
         kind = tensor_type(name, shape, quant, config["num_hidden_layers"], model.tied)
         plan.append(Planned(name, shape, kind, functools.partial(_values, model, stored)))
     factors = rope_factors(config)
@@ -187,7 +187,7 @@ def _values(model, stored: str):
     return converted(model.config, stored, model.tensor(stored))
 
 
-def gguf_names(config: dict, names: list[str]) -> Iterator[tuple[str, str]]:
+def gguf_names(config: dict, names: Iterable[str]) -> Iterator[tuple[str, str]]:
     """(stored name, GGUF name) by gguf's map of the architecture. Raises ToolkitError for a tensor it lacks."""
     import gguf
 
@@ -306,7 +306,7 @@ def header(model, tokenizer: Path, quant: str, name: str, path: Path | None = No
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_size_label(gguf.size_label(sum(math.prod(model.shape(n)) for n in model.names()), 0, 0, 0))
+    writer.add_size_label(gguf.size_label(sum(map(math.prod, model.shapes.values())), 0, 0, 0))
     sizes = {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,

@@ -82,30 +82,22 @@ class Checkpoint:
         index = folder / "model.safetensors.index.json"
         files = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
         self.files: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for file in files:
             with open_weights(folder / file) as weights:
                 for name in weights.keys():  # noqa: SIM118 - safe_open is no dict and cannot be iterated
-                    self.files[name], self.shapes[name] = folder / file, tuple(weights.get_slice(name).get_shape())
-        for name in [n for n in self.files if n.endswith(NF4_STATE)]:
-            state = json.loads(bytes(self._stored(name)))
-            self.shapes[name.removesuffix(NF4_STATE)] = tuple(state["shape"])
+                    self.files[name], shapes[name] = folder / file, tuple(weights.get_slice(name).get_shape())
+        for name in [name for name in self.files if name.endswith(NF4_STATE)]:
+            shapes[name.removesuffix(NF4_STATE)] = tuple(json.loads(bytes(self._stored(name)))["shape"])
+        self.tied = bool(self.config.get("tie_word_embeddings")) or HEAD not in self.files
+        """Whether the embedding is the head too."""
+        skipped = HEAD if self.tied else None
+        self.shapes = {n: s for n, s in shapes.items() if n.endswith((".weight", ".bias")) and n != skipped}
+        """{weight: shape}, without the statistics of 4-bit ones."""
 
     @property
     def is_four_bit(self) -> bool:
         return self.config.get("quantization_config", {}).get("quant_method") == "bitsandbytes"
-
-    @property
-    def tied(self) -> bool:
-        return bool(self.config.get("tie_word_embeddings")) or HEAD not in self.files
-
-    def names(self) -> list[str]:
-        """Weights only: neither the statistics of 4-bit ones nor a head that the embedding stands for."""
-        weights = [n for n in self.files if n.endswith((".weight", ".bias"))]
-        return [n for n in weights if n != HEAD or not self.tied]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.shapes[name]
 
     def _stored(self, name: str):
         with open_weights(self.files[name]) as weights:
@@ -157,33 +149,27 @@ class Adapter:
         """{weight: (A, B)}."""
 
 
-class Merged:
+class Merged(Checkpoint):
     """Base and adapter seen as one 16-bit checkpoint, each tensor computed when asked for."""
 
     def __init__(self, base: Base, adapter: Adapter):
-        self.base, self.adapter, self.checkpoint = base, adapter, Checkpoint(base.folder)
-        self.folder, self.tied = base.folder, self.checkpoint.tied
-        if stray := sorted(set(adapter.factors) - set(self.names())):
+        super().__init__(base.folder)
+        self.base, self.adapter = base, adapter
+        if stray := sorted(adapter.factors.keys() - self.shapes):
             raise ToolkitError(
                 f"the adapter holds {stray[0]} ({len(stray)} such), which belongs to no weight of the base: it was "
                 "trained on another model, or on the head of one that shares it with the embedding"
             )
-        dropped = ("quantization_config", "torch_dtype")
-        self.config = {key: value for key, value in self.checkpoint.config.items() if key not in dropped}
+        self.quantized = self.config.pop("quantization_config", None) is not None
+        self.config.pop("torch_dtype", None)
         self.config |= {"dtype": "bfloat16", "tie_word_embeddings": self.tied}
-
-    def names(self) -> list[str]:
-        return self.checkpoint.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.checkpoint.shape(name)
 
     def base_tensor(self, name: str):
         """The base's weight, before the adapter: 16-bit, or through NF4 as bitsandbytes does when it loads a model."""
         import torch
 
-        weight = self.checkpoint.tensor(name).to(torch.bfloat16)
-        on_load = self.base.four_bit and not self.checkpoint.is_four_bit and name.endswith("_proj.weight")
+        weight = super().tensor(name).to(torch.bfloat16)
+        on_load = self.base.four_bit and not self.quantized and name.endswith("_proj.weight")
         return nf4_round_trip(weight) if on_load else weight
 
     def tensor(self, name: str):
@@ -263,7 +249,7 @@ def merge(merged: Merged, run: Path, record: Record, say: Callable[[str], None] 
 
     out = run / "merged"
     shards = split_state_dict_into_shards_factory(
-        {name: merged.shape(name) for name in merged.names()},
+        merged.shapes,
         get_storage_size=lambda shape: 2 * math.prod(shape),
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=SHARD_BYTES,
@@ -291,7 +277,7 @@ def _write_shard(merged: Merged, names: Iterator[str], partial: Path) -> None:
 
 def size_of(merged: Merged, name: str) -> int:
     """Bytes of a merged tensor."""
-    return 2 * math.prod(merged.shape(name))
+    return 2 * math.prod(merged.shapes[name])
 
 
 def small_files(merged: Merged, tokenizer: Path) -> dict[str, str]:

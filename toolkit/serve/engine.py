@@ -12,7 +12,7 @@ from pathlib import Path
 from toolkit.export.certificate import LIMITS
 from toolkit.export.gguf_file import GgufFile, chat_template, check_quant, gguf_path, write_gguf, write_lora_gguf
 from toolkit.export.llama import Engine, launch
-from toolkit.export.merge import Merged, open_merged
+from toolkit.export.merge import Checkpoint, Merged, open_merged
 from toolkit.export.parity import Tokens, file_divergence, log_probs, probe_sequences
 from toolkit.family import KINDS, MODES, family_of, sampling_of
 from toolkit.files import ToolkitError, complete, lock, outputs, read_json, sha256
@@ -101,7 +101,8 @@ def _converted(folders: list[Path], quant: str, say) -> tuple[Path, list[Path], 
     if len(places) > 1:
         raise ToolkitError(f"{', '.join(f.name for f in folders)}: trained on different bases: serve them one by one")
     check_quant(quant)
-    place, base, checkpoint = outputs() / ".gguf" / places.pop(), merged[0].base, merged[0].checkpoint
+    place, base = outputs() / ".gguf" / places.pop(), merged[0].base
+    checkpoint = Checkpoint(base.folder)
     weights, loras = place / f"{quant}.gguf", []
     with lock(place, "serve", wait=True):
         if not weights.is_file():
