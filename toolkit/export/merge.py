@@ -20,12 +20,11 @@ SHARD_BYTES = 2 * 10**9
 FOUR_BIT_NAME = re.compile(r"(-unsloth)?-bnb-4bit/?$")
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-PLAIN_LORA = {"peft_type": "LORA", "bias": "none"}
-NOT_MERGED = (
-    "modules_to_save fan_in_fan_out use_dora lora_bias rank_pattern alpha_pattern layer_replication "
-    "trainable_token_indices target_parameters"
-).split()
-"""PEFT settings under which a weight is not simply base + B·A·scaling."""
+PLAIN_LORA = {"peft_type": "LORA", "bias": "none"} | dict.fromkeys(
+    """modules_to_save fan_in_fan_out use_dora lora_bias rank_pattern alpha_pattern layer_replication
+    trainable_token_indices target_parameters""".split()
+)
+"""PEFT settings under which a weight is simply base + B·A·scaling."""
 TOKENIZER_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json added_tokens.json
 vocab.json merges.txt tokenizer.model""".split()
 RUN_FILES = """manifest.json adapter/adapter_config.json adapter/adapter_model.safetensors adapter/tokenizer.json
@@ -61,17 +60,21 @@ def find_base(model: dict, onto: str, *, local_only: bool = False) -> Base:
         raise ToolkitError(f"onto: expected 16bit or 4bit, got {onto!r}")
     name, revision = model["name"], model.get("revision")
     folder = POCKET if name == "pocket" else find(name)
-    if onto == "16bit" and FOUR_BIT_NAME.search(name) and (folder is None or Checkpoint(folder).is_four_bit):
+    if onto == "16bit" and FOUR_BIT_NAME.search(name) and (folder is None or _is_four_bit(folder)):
         name, revision = FOUR_BIT_NAME.sub("", name), None  # a revision of the 4-bit repository
         folder = find(name)
     folder = folder or download(name, revision, local_only=local_only)
-    if onto == "16bit" and Checkpoint(folder).is_four_bit:
+    if onto == "16bit" and _is_four_bit(folder):
         raise ToolkitError(
             f"{folder}: holds 4-bit weights. Put the 16-bit model beside it (the name without its "
             "-bnb-4bit ending), or merge onto these with --onto 4bit"
         )
     commit = folder.name if folder.parent.name == "snapshots" else revision
     return Base(name, commit, folder, onto == "4bit")
+
+
+def _is_four_bit(folder: Path) -> bool:
+    return read_json(folder / "config.json").get("quantization_config", {}).get("quant_method") == "bitsandbytes"
 
 
 class Checkpoint:
@@ -94,10 +97,6 @@ class Checkpoint:
         skipped = HEAD if self.tied else None
         self.shapes = {n: s for n, s in shapes.items() if n.endswith((".weight", ".bias")) and n != skipped}
         """{weight: shape}, without the statistics of 4-bit ones."""
-
-    @property
-    def is_four_bit(self) -> bool:
-        return self.config.get("quantization_config", {}).get("quant_method") == "bitsandbytes"
 
     def _stored(self, name: str):
         with open_weights(self.files[name]) as weights:
@@ -130,13 +129,12 @@ class Adapter:
 
     def __init__(self, folder: Path):
         self.config = read_json(folder / "adapter_config.json")
-        odd = [k for k in NOT_MERGED if self.config.get(k)]
-        odd += [k for k, plain in PLAIN_LORA.items() if self.config.get(k, plain) != plain]
-        if odd:
-            raise ToolkitError(
-                f"{folder / 'adapter_config.json'}: {odd[0]} = {self.config[odd[0]]!r} cannot be merged here; "
-                "merge it with PEFT's merge_and_unload"
-            )
+        for key, plain in PLAIN_LORA.items():
+            if (self.config.get(key) or plain) != plain:
+                raise ToolkitError(
+                    f"{folder / 'adapter_config.json'}: {key} = {self.config[key]!r} cannot be merged here; "
+                    "merge it with PEFT's merge_and_unload"
+                )
         rank = self.config["r"]
         self.scaling = self.config["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         halves: dict[str, dict] = {}
