@@ -94,11 +94,8 @@ def _plan(run: Path, merged: Merged, quants: list[str], record: Record, say: Cal
 
 
 def _write_quant(run: Path, quant: str, record: Record, say: Callable) -> None:
-    def write(partial: Path) -> None:
-        write_gguf(Checkpoint(run / "merged"), partial, quant, run.resolve().name, run / "adapter", say)
-
-    path = gguf_path(run, quant)
-    done = record.make(path, write)
+    path, merged, name = gguf_path(run, quant), Checkpoint(run / "merged"), run.resolve().name
+    done = record.make(path, lambda partial: write_gguf(merged, partial, quant, name, run / "adapter", say))
     say(f"gguf: {path.name}, {path.stat().st_size / 1e9:.3f} GB{'' if done else ', was there already'}")
 
 

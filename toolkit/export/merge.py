@@ -288,10 +288,8 @@ def small_files(merged: Merged, tokenizer: Path) -> dict[str, str]:
     longest = (read_json(base) if base.is_file() else {}).get("model_max_length")
     settings = json.loads(files["tokenizer_config.json"])
     settings["model_max_length"] = longest or merged.config["max_position_embeddings"]
-    if (
-        settings.get("tokenizer_class") == "TokenizersBackend"
-    ):  # transformers 5's name for it, which 4 (older vLLM) lacks
-        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4, which older vLLM has
     files["tokenizer_config.json"] = _json(settings)
     if generation := generation_config(merged, load_tokenizer(tokenizer)):
         files["generation_config.json"] = _json(generation)
