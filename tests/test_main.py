@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from tests.pocket_run import make_run
 from toolkit import __main__ as cli
 from toolkit.files import ROOT
 
@@ -113,3 +114,9 @@ def test_a_closed_pipe_is_no_error(tmp_path):
     process.stdout.close()
     assert process.wait(timeout=20) == 0
     assert process.stderr.read() == ""
+
+
+def test_an_override_after_export_s_quantizations_is_no_quantization(tmp_path, capsys):
+    run = make_run(tmp_path / "tuned")
+    assert cli.main(["export", str(run), "--quant", "q8_0", "train.max_steps=3"]) == 2
+    assert "train.max_steps=3: a finished run takes no overrides" in capsys.readouterr().err

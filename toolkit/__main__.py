@@ -326,15 +326,13 @@ def replay(recipe, overrides, **options):
     arg("--really-push", action="store_true", help="with --push: upload it"),
     arg("--details", action="store_true", help="every check of the certificate"),
 )
-def export(run, to, quant, onto, ollama, push, really_push, details):
+def export(run, to, quant, push, really_push, **options):
     """Write merged weights and GGUF files and prove that they are the run: certificate.json."""
     from toolkit import export, model, recipe
 
-    folder, gguf = model.run_folder(run), "gguf" in to
+    folder, say = model.run_folder(run), functools.partial(console().print, markup=False)
     quants = quant or recipe.load(folder / "recipe.yaml").export.quantization_method
-    options = {"ollama": ollama and gguf, "onto": onto, "details": details}
-    say = functools.partial(console().print, markup=False)
-    export.export(folder, to, quants if gguf else (), say=say, **options)
+    export.export(folder, quants if "gguf" in to else (), say=say, **options)
     if push:
         export.push(folder, push, dry_run=not really_push, say=say)
 
