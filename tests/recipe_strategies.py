@@ -40,7 +40,7 @@ export.quantisation data.sorces modle train.learning_rte""".split()  # fmt: skip
 SENSIBLE = {"name": "other", "data.sources.0.name": "mine", "data.sources.0.max_repeats": 3, "data.sources.0.soft_switch": 0.5,
             "data.sources.0.system": "Be brief.", "data.seed": 1, "data.unit": "examples", "data.validation_size": 0,
             "data.placeholders": {"NAME": "x"}, "model.max_seq_length": 512, "model.dtype": "float16", "lora.r": 8,
-            "lora.target_modules": "q_proj", "train.learning_rate": 1e-3, "train.eval_strategy": "no",
+            "lora.target_modules": ["q_proj"], "train.learning_rate": 1e-3, "train.eval_strategy": "no",
             "train.neftune_noise_alpha": 5, "evaluate.level": "full", "export.quantization_method": ["f16", "q8_0"]}  # fmt: skip
 
 

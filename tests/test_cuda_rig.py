@@ -151,19 +151,15 @@ def test_every_micro_batch_knows_the_supervised_tokens_of_its_step():
 
 @pytest.mark.xfail(strict=False, reason="written against the sources; not yet run to its end")
 @pytest.mark.slow
-def test_after_samples_and_validation_training_goes_on_checkpointed_and_with_gradients():
+def test_after_validation_training_goes_on_checkpointed_and_with_gradients():
     events = facts("training")["events"]
     names = [event["event"] for event in events]
-    assert "sample" in names
     assert len(names) - 1 - names[::-1].index("step") > names.index("evaluate")  # a step follows a validation
     for event in events:
         if event["event"] == "step":
             assert event["after"] | {"buffers": False} == {
                 "checkpointing": ["unsloth"], "training": [True], "for_generation": False, "buffers": False,
             }  # fmt: skip
-        if event["event"] == "sample":
-            assert event["after"]["checkpointing"] == event["before"]["checkpointing"]
-            assert event["after"]["for_generation"] == event["before"]["for_generation"]
 
 
 @pytest.mark.slow

@@ -54,9 +54,7 @@ def test_parts_sum_to_the_peak_and_every_part_has_a_column(run, model):
     found = fit.forecast(run, model)
     assert found.peak == max(sum(parts.values()) for parts in found.phases.values())
     assert all(size >= 0 for parts in found.phases.values() for size in parts.values())
-    assert {part for parts in found.phases.values() for part in parts} == {
-        part for column in fit.COLUMNS.values() for part in column
-    }
+    assert all(tuple(parts) == fit.PARTS for parts in found.phases.values())
 
 
 @claim
@@ -215,9 +213,7 @@ def test_the_loss_buffer_covers_unsloths_own_chunk_rule():
 @pytest.mark.parametrize("published", POINTS, ids=lambda p: p["notebook"][3:])
 def test_checkpoints_weigh_what_the_hub_serves(published):
     load = point(published, longest=1).phases["load"]
-    assert (load["4-bit weights"] + load["16-bit modules"]) / 1e9 == pytest.approx(
-        sum(published["shards_gb"]), abs=0.02
-    )
+    assert load["weights"] / 1e9 == pytest.approx(sum(published["shards_gb"]), abs=0.02)
 
 
 @pytest.mark.parametrize("published", POINTS, ids=lambda p: p["notebook"][3:])
@@ -308,7 +304,7 @@ def test_suggestions_really_fit_and_keep_the_effective_batch(run, name, vram):
 def test_what_train_solves_by_itself_is_no_advice_but_shown():
     planned = fit.forecast(Settings(longest=16384, per_device_eval_batch_size=1), "8B")
     assert not planned.fits(fit.usable_vram(12))
-    trained = fit.as_trained(planned, fit.usable_vram(12))
+    trained = planned.as_trained(fit.usable_vram(12))
     assert trained.fits(fit.usable_vram(12))
     assert (trained.settings.per_device_train_batch_size, trained.settings.gradient_accumulation_steps) == (1, 8)
     assert fit.suggestions(planned, fit.usable_vram(12)) == []
@@ -321,7 +317,7 @@ def test_twice_the_suggested_limit_would_not_fit():
     found, vram = fit.forecast(Settings(longest=32768), "14B"), fit.usable_vram(16)
     [offer] = [after for overrides, after in fit.suggestions(found, vram) if "max_seq_length" in overrides[-1]]
     longer = offer.changed(longest=2 * offer.settings.longest)
-    assert not fit.as_trained(longer, vram).fits(vram)
+    assert not longer.as_trained(vram).fits(vram)
 
 
 def test_overrides_of_a_suggestion_are_overrides_of_a_recipe():
@@ -332,15 +328,15 @@ def test_overrides_of_a_suggestion_are_overrides_of_a_recipe():
     assert offers
     for overrides, offer in offers:
         changed = fit.forecast(recipe.from_dict(values, overrides=overrides))
-        assert fit.as_trained(changed, vram).settings == offer.settings
+        assert changed.as_trained(vram).settings == offer.settings
 
 
 def test_the_command_line_the_notebook_and_train_forecast_the_same():
     loaded, vram = recipe.load("hybrid", ["train.max_steps=2"]), fit.usable_vram(16)
     from toolkit import notebook
 
-    by_name = fit.forecast(loaded, fit.choose_model(vram, loaded), vram=vram)
-    assert fit.forecast(loaded, vram=vram) == by_name == notebook.forecast(loaded, vram)
+    by_name = fit.forecast(loaded, fit.choose_model(vram, loaded)).as_trained(vram)
+    assert fit.forecast(loaded, vram=vram).as_trained(vram) == by_name == notebook.forecast(loaded, vram)
     assert by_name.total("generation") <= vram
 
 

@@ -373,7 +373,7 @@ def test_a_full_disk_is_a_clear_error_and_leaves_no_half_mix(monkeypatch):
     monkeypatch.setattr(np, "savez", full)
     with pytest.raises(ToolkitError, match="could not be written .No space left on device.*free some space"):
         compiled(budget=2000)
-    assert not list(mix.cache_folder().rglob("mix.json"))
+    assert not list(mix.cache_folder().rglob("mix.npz"))
 
 
 def warnings(*overrides):
@@ -621,13 +621,6 @@ def test_a_source_without_a_usable_row_says_the_value_found_and_what_to_write(ca
         compiled({"path": jsonl(tmp_path / "a.jsonl", rows), "fraction": 1.0} | more, validation_size=100)
 
 
-def test_a_hopeless_source_is_given_up_long_before_its_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(mix, "CHECK_AT", 100)
-    rows = [{"query": f"q {i}", "response": "word " * 600} for i in range(3000)]
-    with pytest.raises(ToolkitError, match="0 of 100 held out, too_long 100"):
-        compiled({"path": jsonl(tmp_path / "a.jsonl", rows), "fraction": 1.0})
-
-
 def test_a_thinking_source_with_an_instruct_model_is_refused_naming_mode_and_row(family, tmp_path):
     rows = [{"query": f"sum {i}", "response": f"<think>\nstep {i}\n</think>\n\n{i}"} for i in range(30)]
     path = jsonl(tmp_path / "a.jsonl", rows)
@@ -670,15 +663,26 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("name", [*mix.FILES, mix.CHECKSUMS])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_cache_is_compiled_again(name, damage):
+def test_a_damaged_cache_is_compiled_again(damage):
     first = compiled(budget=2000)
-    DAMAGE[damage](first.folder / name)
+    DAMAGE[damage](first.folder / "mix.npz")
+    assert mix.read(first.folder) is None
     again = compiled(budget=2000)
     assert [r.ids.tolist() for r in again.train] == [r.ids.tolist() for r in first.train]
     assert again.report == first.report
-    assert mix.is_whole(again.folder)
+    assert mix.read(first.folder)
+
+
+@pytest.mark.parametrize("place", range(0, 100, 7))
+def test_no_flipped_bit_of_the_cache_becomes_a_row(place):
+    first = compiled(budget=2000)
+    file = first.folder / "mix.npz"
+    data = bytearray(file.read_bytes())
+    data[len(data) * place // 100 + 3] ^= 1
+    file.write_bytes(data)
+    again = mix.read(first.folder)
+    assert again is None or [r.ids.tolist() for r in again.train] == [r.ids.tolist() for r in first.train]
 
 
 MIX_CODE = """
@@ -704,7 +708,7 @@ def test_three_at_once_all_succeed(tmp_path):
     assert [out for out, _ in found] == ["1990\n"] * 3, found
 
 
-@pytest.mark.parametrize("file", ["rows.npz", "validation.jsonl", "mix.json", "checksums.json"])
+@pytest.mark.parametrize("file", ["quarantine.jsonl", "mix.json", "mix.npz"])
 def test_killed_while_it_writes_a_mix_is_compiled_again(file, tmp_path):
     running, values = process(tmp_path)
     folder = mix.cache_folder()
@@ -715,7 +719,7 @@ def test_killed_while_it_writes_a_mix_is_compiled_again(file, tmp_path):
     running.communicate()
     mixed = mix.compile_mix(recipe.from_dict(values))
     assert len(mixed.train) == 1990
-    assert mix.is_whole(mixed.folder)
+    assert mix.read(mixed.folder)
     assert [f.name for f in folder.iterdir() if not f.name.startswith(".")] == [mixed.folder.name]
 
 

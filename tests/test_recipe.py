@@ -106,6 +106,10 @@ def test_the_resolved_recipe_alone_gives_the_same_recipe_back():
         (broken("data", "budget", 0), "data.budget: expected a whole number >= 1, found 0"),
         (broken("data", "sources", 0, "soft_switch", 7), "soft_switch: expected a number <= 1.0, found 7"),
         (broken("data", "sources", 0, "max_rows", 0), "data.sources.0.max_rows: expected a whole number >= 1, found 0"),
+        (
+            broken("data", "placeholders", {"NOME": "x"}),
+            "data.placeholders: expected one of NAME, AUTHOR, found {'NOME'",
+        ),
         (broken("data", "placeholders", {"NAME": 7}), "data.placeholders: expected text or keys.*found {'NAME': 7}"),
         (broken("data", "sources", 0, "columns", {1: 2}), "data.sources.0.columns: expected text, found {'1': 2}"),
         (broken("train", "learning_rate", -1), "train.learning_rate: expected a number > 0.0, found -1"),

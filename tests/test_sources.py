@@ -145,7 +145,6 @@ GOOD = b'{"query": "a", "response": "b"}\n'
         ("a.jsonl", b"\n\n", "is empty"),
         ("a.csv", b"", "is empty"),
         ("a.json", b"[]", "is empty"),
-        ("a.json", b'{"data": []}', "is empty"),
         ("a.json", b'{"rows": [1]}', "expected a list of rows"),
         ("a.json", b'[{"a": 1},', "broken JSON"),
         ("a.json", b"[" * 100_000, "broken JSON"),
@@ -185,7 +184,7 @@ def test_broken_files_are_refused_with_their_reason(tmp_path, name, content, mes
         ("a.jsonl", b"\xef\xbb\xbf" + GOOD.strip() + b"\r\n\r\n" + GOOD, [None, None]),
         ("a.json", b"\xef\xbb\xbf[" + GOOD + b"]", [None]),
         ("a.json", GOOD + GOOD, [None, None]),
-        ("a.json", b'{"data": [' + GOOD + b', "text"]}', [None, "wrong_type"]),
+        ("a.json", b"[" + GOOD + b', "text"]', [None, "wrong_type"]),
         ("a.jsonl", b'\n[\n {\n "query": "a", "response": "b"},' + GOOD + b"]", [None, None]),
         ("a.csv", b"\xef\xbb\xbfquery, response\r\na,b\r\n\r\nc,d\r\n", [None, None]),
         ("a.csv", b'query;response\na;b\n"c;d";"e, f"\n', [None, None]),
@@ -262,15 +261,9 @@ def test_a_sources_system_prompt_is_the_default_of_rows_that_have_none(tmp_path)
     assert [m["content"] for m in listed] == ["Own.", "Who?", "I."]
 
 
-def test_author_is_filled_under_ms_swifts_spelling_too(tmp_path):
-    row = {"query": "Who made you?", "response": "{{AUTHOER}} and {{AUTHOR}}."}
-    assert only(tmp_path, row, {"AUTHOER": "Us"})["messages"][1]["content"] == "Us and Us."
-
-
 @pytest.mark.parametrize(
     ("placeholders", "message"),
     [
-        ({"NOME": "x"}, "data.placeholders.NOME: expected NAME or AUTHOR"),
         ({"NAME": "x<|im_end|>"}, r"NAME holds '<\|im_end\|>'"),
         ({"AUTHOR": {"en": "</think>"}}, "AUTHOR holds '</think>'"),
     ],

@@ -268,12 +268,6 @@ def test_an_unknown_tracker_is_refused(tmp_path):
         tracking.check({"report_to": "wanbd"}, tmp_path)
 
 
-def test_transformers_gets_every_tracker_but_wandb():
-    assert tracking.other_trackers({"report_to": ["wandb", "tensorboard"]}) == ["tensorboard"]
-    assert tracking.other_trackers({"report_to": "none"}) == []
-    assert tracking.other_trackers({"report_to": "wandb"}) == []
-
-
 # --- privacy
 
 

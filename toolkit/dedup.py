@@ -122,24 +122,20 @@ def _bands(signature: np.ndarray | None) -> list[bytes]:
     return [bytes([i]) + part.tobytes() for i, part in enumerate(parts)]
 
 
-class Grams:
-    """Word 13-grams of evaluation prompts; a prompt of fewer words is held as a whole."""
+def grams_of(prompts: list[str]) -> set[str]:
+    """Word 13-grams of evaluation prompts; a prompt of fewer words is one as a whole."""
+    return {gram for prompt in prompts for gram in _grams(_words(prompt))}
 
-    def __init__(self, prompts: list[str]):
-        self.grams = {gram for p in prompts for gram in _grams(_words(p))}
-        self.whole = {" ".join(_words(p)) for p in prompts if len(_words(p)) < WORDS}
 
-    def shared(self, conversation: dict) -> str | None:
-        """The first evaluation 13-gram (or short whole prompt) found in a conversation, or None."""
-        if not self.grams and not self.whole:
-            return None
-        for message in conversation["messages"]:
-            words = _words(message["content"] + " " + message.get("reasoning_content", ""))
-            if message["role"] == "user" and " ".join(words) in self.whole:
-                return " ".join(words)
-            if hit := next((gram for gram in _grams(words) if gram in self.grams), None):
-                return hit
-        return None
+def shared_gram(conversation: dict, grams: set[str]) -> str | None:
+    """The first of `grams` that a conversation holds; a short one counts where a user says nothing else."""
+    for message in conversation["messages"] if grams else ():
+        words = _words(message["content"] + " " + message.get("reasoning_content", ""))
+        if message["role"] != "user" and len(words) < WORDS:
+            continue
+        if hit := next((gram for gram in _grams(words) if gram in grams), None):
+            return hit
+    return None
 
 
 def _words(text: str) -> list[str]:
@@ -148,4 +144,4 @@ def _words(text: str) -> list[str]:
 
 
 def _grams(words: list[str]) -> Iterator[str]:
-    return (" ".join(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1))
+    return (" ".join(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1)))

@@ -192,50 +192,46 @@ class Settings:
     """True for transformers 4 on cards without bf16 (T4): the checkpoint was turned into fp16 on the card."""
 
 
+PARTS = ("weights", "LoRA", "activations", "logits", "KV cache", "other")
+"""What memory holds: LoRA with its gradients and optimizer states, activations with dequantized weights, logits with the loss."""
+
+
 def phases(s: Settings, m: Shape) -> dict[str, dict[str, int]]:
     """Phase → part → bytes at that phase's worst moment. Merging needs none: it runs in RAM."""
-    lora = lora_tensors(m, s.r, s.target_modules)
-    weights = weight_bytes(s, m) | {"LoRA": 4 * sum(lora)}  # in float32 (unsloth_zoo/training_utils.py)
-    optimizer = weights | {"optimizer": optimizer_bytes(lora, s.optim)}
-    # A bf16 checkpoint on a card without bf16 is converted on the card: once the largest 16-bit tensor, beyond the room
-    # that LoRA takes afterwards; the freed block stays behind as fragmentation.
-    converted = 2 * m.vocab_size * m.hidden_size if s.converted_at_load else 0
+    tensors, weights = lora_tensors(m, s.r, s.target_modules), weight_bytes(s, m)
+    lora = 4 * sum(
+        tensors
+    )  # in float32 (unsloth_zoo/training_utils.py); so are the gradients until the optimizer's step
+    kept = lora + optimizer_bytes(tensors, s.optim)
     # two 16-bit copies of the largest module and its float32 absmax (unsloth/kernels/utils.py, fast_lora.py)
     largest = max((matrix.module for matrix in m.matrices), default=0)
     dequantized = largest * (2 * 2 + 4 / 64) if s.load_in_4bit else 0
     # base against tuned after training, the optimizer gone: rows one at a time and 128 positions at once where memory is
     # short (evaluate/subject.py), with two sets of logits in float32 and five intermediates
-    scored = _forward(m, 1, s.longest_validation), 28 * min(128, s.longest_validation) * m.vocab_size, dequantized
-    gradients = {"gradients": 4 * sum(lora)}  # in float32, until the optimizer's step
+    scored = _forward(m, 1, s.longest_validation) + dequantized, 28 * min(128, s.longest_validation) * m.vocab_size
     found = {
-        "load": weights | {"load buffer": max(0, converted - weights["LoRA"])},
-        "training": optimizer | gradients | _larger(*_training(s, m, dequantized)),
-        "validation": optimizer | _larger(*_validation(s, m, dequantized)),
-        "generation": optimizer | _larger(_generation(s, m, dequantized)),
-        "evaluation": weights | _larger(scored),
+        "load": (weights, lora),
+        "training": (weights, lora + kept, *max(_training(s, m, dequantized), key=sum)),
+        "validation": (weights, kept, *max(_validation(s, m, dequantized), key=sum)),
+        "generation": (weights, kept, *_generation(s, m, dequantized)),
+        "evaluation": (weights, lora, *scored),
     }
-    left_behind = dict.fromkeys(found, converted) | {"load": 0}
-    return {phase: _with_overheads(parts, left_behind[phase]) for phase, parts in found.items()}
+    # A bf16 checkpoint on a card without bf16 is converted on the card: once the largest 16-bit tensor, beyond the room
+    # that LoRA takes afterwards; the freed block stays behind as fragmentation.
+    converted = 2 * m.vocab_size * m.hidden_size if s.converted_at_load else 0
+    left = dict.fromkeys(found, converted) | {"load": max(0, converted - lora)}
+    for phase, sizes in found.items():
+        other = CONTEXT + FRAGMENTATION * sum(sizes) + left[phase]
+        filled = [*sizes, *[0] * (len(PARTS) - 1 - len(sizes)), other]
+        found[phase] = dict(zip(PARTS, map(math.ceil, filled), strict=True))
+    return found
 
 
-def _larger(*moments: tuple[float, ...]) -> dict[str, float]:
-    """The larger of moments (activations, logits and loss, dequantized weights, KV cache), by name."""
-    names = ("activations", "logits and loss", "dequantized weights", "KV cache")
-    return dict(zip(names, max(moments, key=sum), strict=False))
-
-
-def _with_overheads(parts: dict[str, float], left_behind: float) -> dict[str, int]:
-    whole = {name: math.ceil(size) for name, size in parts.items()}
-    whole["fragmentation"] = math.ceil(FRAGMENTATION * sum(whole.values()) + left_behind)
-    return whole | {"CUDA context": CONTEXT}
-
-
-def weight_bytes(s: Settings, m: Shape) -> dict[str, float]:
-    """{"4-bit weights", "16-bit modules"} of the base."""
+def weight_bytes(s: Settings, m: Shape) -> float:
+    """The base: 4-bit matrices and 16-bit embeddings, untied lm_head, norms, routers; or everything in 16-bit."""
     if not s.load_in_4bit:
-        return {"4-bit weights": 0, "16-bit modules": 2 * m.parameters}
-    other = m.parameters - m.linear_parameters  # embeddings, an untied lm_head, norms, routers
-    return {"4-bit weights": nf4_bytes(m), "16-bit modules": 2 * (other + m.kept)}
+        return 2 * m.parameters
+    return nf4_bytes(m) + 2 * (m.parameters - m.linear_parameters + m.kept)
 
 
 def nf4_bytes(m: Shape) -> float:
@@ -260,8 +256,8 @@ def _training(s: Settings, m: Shape, dequantized: float) -> list[tuple]:
     hidden_states = 3 * 2 * tokens * m.hidden_size
     # 16-bit activations of the layer in hand, and float32 attention statistics (unsloth/kernels/fast_lora.py)
     per_token = 2 * (8 * m.hidden_size + 3 * m.q_dim + 3 * m.kv_dim + m.mlp_width) + 4 * m.num_attention_heads
-    at_loss = inputs + hidden_states, loss_bytes(s, m, tokens), dequantized / 2
-    return [at_loss, (inputs + tokens * per_token, 0, dequantized)]
+    at_loss = inputs + hidden_states + dequantized / 2, loss_bytes(s, m, tokens)
+    return [at_loss, (inputs + tokens * per_token + dequantized, 0)]
 
 
 def _layer_inputs(s: Settings, m: Shape, tokens: int) -> float:
@@ -295,7 +291,7 @@ def _validation(s: Settings, m: Shape, dequantized: float) -> list[tuple]:
     """The validation loss while training: like the training step, without the backward pass."""
     tokens = s.per_device_eval_batch_size * s.longest_validation
     layer = _forward(m, s.per_device_eval_batch_size, s.longest_validation)
-    return [(6 * tokens * m.hidden_size, loss_bytes(s, m, tokens), dequantized), (layer, 0, dequantized)]
+    return [(6 * tokens * m.hidden_size + dequantized, loss_bytes(s, m, tokens)), (layer + dequantized, 0)]
 
 
 def _generation(s: Settings, m: Shape, dequantized: float) -> tuple:
@@ -304,7 +300,7 @@ def _generation(s: Settings, m: Shape, dequantized: float) -> tuple:
     logits = 26 * s.generation_batch * m.vocab_size  # 16-bit and float32 copies of sampling and sorting
     cached = s.generation_batch * (2 * s.prompt_tokens + max(s.max_new_tokens, 512))
     cache = 4 * m.num_hidden_layers * m.kv_dim * cached
-    return _forward(m, s.generation_batch, s.prompt_tokens), logits, dequantized, cache
+    return _forward(m, s.generation_batch, s.prompt_tokens) + dequantized, logits, cache
 
 
 @dataclass(frozen=True)
@@ -337,6 +333,18 @@ class Forecast:
         """The forecast with other settings."""
         return forecast(dataclasses.replace(self.settings, **settings), self.shape)
 
+    def as_trained(self, vram: int) -> "Forecast":
+        """What `train` makes of it by itself: smaller batches of the same effective size, and replies in batches that fit."""
+        s, made = self.settings, self
+        effective = s.per_device_train_batch_size * s.gradient_accumulation_steps
+        for batch in (n for n in range(s.per_device_train_batch_size, 0, -1) if effective % n == 0):
+            made = self.changed(per_device_train_batch_size=batch, gradient_accumulation_steps=effective // batch)
+            if made.total("training") <= vram:
+                break
+        while made.total("generation") > vram and made.settings.generation_batch > 1:
+            made = made.changed(generation_batch=made.settings.generation_batch // 2)
+        return made
+
 
 def settings(recipe: Recipe, longest: int | None = None) -> Settings:
     """The memory settings of a recipe; `longest` row as the compiled mix measured it, else max_seq_length."""
@@ -359,8 +367,8 @@ def settings(recipe: Recipe, longest: int | None = None) -> Settings:
 def forecast(run: Recipe | Settings, model=None, *, longest: int | None = None, vram: int | None = None) -> Forecast:
     """Forecast a recipe, or settings with a model: a name, a Shape, or the config of a loaded model (the best source).
 
-    `longest` is the longest row in tokens. With `vram`, `auto` becomes the model that would be chosen for that card and
-    replies are generated in batches that fit, as `train` does. Raises ToolkitError for a model that is not known.
+    `longest` is the longest row in tokens; `auto` becomes the model that would be chosen for a card of `vram` bytes.
+    Raises ToolkitError for a model that is not known.
     """
     plan = run if isinstance(run, Settings) else settings(run)
     if longest:
@@ -371,8 +379,7 @@ def forecast(run: Recipe | Settings, model=None, *, longest: int | None = None, 
             raise ToolkitError("a forecast needs a model: a name, a local folder, or for auto a card's memory (--vram)")
         name = choose_model(vram, plan)
     found = name if isinstance(name, Shape) else shape(name) if isinstance(name, str) else shape_of(name)
-    made = Forecast(found, plan, phases(plan, found))
-    return _generating(made, vram) if vram else made
+    return Forecast(found, plan, phases(plan, found))
 
 
 def forecast_or_none(
@@ -408,63 +415,53 @@ def usable_vram(gigabytes: float = 0) -> int:
     return min(total, free + torch.cuda.memory_reserved())
 
 
-def _generating(planned: Forecast, vram: int) -> Forecast:
-    """The forecast with its generation batch halved until generation fits; at least 1."""
-    while planned.total("generation") > vram and planned.settings.generation_batch > 1:
-        planned = planned.changed(generation_batch=planned.settings.generation_batch // 2)
-    return planned
-
-
-def as_trained(planned: Forecast, vram: int) -> Forecast:
-    """What `train` makes of a plan by itself: smaller batches of the same effective size where memory runs out."""
-    s = planned.settings
-    effective = s.per_device_train_batch_size * s.gradient_accumulation_steps
-    for batch in (n for n in range(s.per_device_train_batch_size, 0, -1) if effective % n == 0):
-        found = planned.changed(per_device_train_batch_size=batch, gradient_accumulation_steps=effective // batch)
-        if found.total("training") <= vram:
-            break
-    return _generating(found, vram)
-
-
 def choose_model(vram: int, run: Recipe | Settings | None = None) -> str:
-    """`model_name: auto`: the largest dense Qwen3 whose every phase fits; only the generation batch may shrink.
+    """`model_name: auto`: the largest dense Qwen3 whose every phase fits with the batch asked for.
 
     Raises ToolkitError when none does, with the changes that would help.
     """
     plan = settings(run) if isinstance(run, Recipe) else run or Settings()
-    names = [name if plan.load_in_4bit else name.removesuffix("-unsloth-bnb-4bit") for name in QWEN3]
-    for name in reversed(names):
-        found = forecast(plan, shipped(name), vram=vram)
-        if found.fits(vram):
+    for name in reversed(QWEN3):
+        name = name if plan.load_in_4bit else name.removesuffix("-unsloth-bnb-4bit")
+        found = forecast(plan, shipped(name)).as_trained(vram)
+        if found.fits(vram) and found.settings.per_device_train_batch_size == plan.per_device_train_batch_size:
             return name
     hints = [f"{name} fits with {' '.join(overrides)}" for overrides, _ in suggestions(found, vram)]
     advice = hints[0] if hints else "no single change helps: take a larger card or a Colab GPU"
     raise ToolkitError(f"model.model_name: auto: no Qwen3 fits {vram / GIB:.1f} GiB with these settings; {advice}")
 
 
+CHEAPER = {
+    "train.per_device_eval_batch_size=1": {"per_device_eval_batch_size": 1},
+    "model.load_in_4bit=true": {"load_in_4bit": True},
+    "train.optim=adamw_8bit": {"optim": "adamw_8bit"},
+}
+"""Overrides that leave the result nearly as it is → the settings they change."""
+
+
 def suggestions(planned: Forecast, vram: int) -> list[tuple[list[str], Forecast]]:
-    """(overrides, forecast) of the changes that make a run fit, cheapest first: none where `train` does it by itself,
-    those that leave the result nearly as it is, and with them the longest rows and the largest Qwen3 that fit."""
-    if as_trained(planned, vram).fits(vram):
+    """(overrides, forecast) of the changes that make a run fit, cheapest first: none where `train` does it by itself;
+    those of CHEAPER, and with them the longest rows and the largest Qwen3 that fit."""
+    if planned.as_trained(vram).fits(vram):
         return []
-    s, eight_bit = planned.settings, planned.settings.optim in EIGHT_BIT
-    words = ["train.per_device_eval_batch_size=1"] if s.per_device_eval_batch_size > 1 else []
-    words += [] if s.load_in_4bit else ["model.load_in_4bit=true"]
-    words += [] if eight_bit else ["train.optim=adamw_8bit"]
-    optim = s.optim if eight_bit else "adamw_8bit"
-    plan = planned.changed(per_device_eval_batch_size=1, load_in_4bit=True, optim=optim)
-    offers = [(words, plan)] if words else []
-    for row in (row for row in ROWS if row < s.longest):  # max_seq_length bounds validation rows too
-        shorter = plan.changed(longest=row, longest_validation=min(row, s.longest_validation))
-        offers.append(([*words, f"model.max_seq_length={row}"], shorter))
-    for name in reversed(QWEN3):
-        if shipped(name).parameters < planned.shape.parameters:
-            offers.append(([*words, f"model.model_name={name}"], forecast(plan.settings, name)))
-    best: dict[str, tuple] = {}
-    for overrides, changed in offers:
-        if (made := as_trained(changed, vram)).fits(vram):
-            best.setdefault(overrides[-1].partition("=")[0], (overrides, made))
-    return list(best.values())
+    words, plan = [], planned
+    for override, change in CHEAPER.items():
+        changed = plan.changed(**change)
+        if any(changed.total(phase) < plan.total(phase) for phase in plan.phases):
+            words, plan = [*words, override], changed
+    longest, validation = plan.settings.longest, plan.settings.longest_validation
+    rows = [
+        ([*words, f"model.max_seq_length={n}"], plan.changed(longest=n, longest_validation=min(n, validation)))
+        for n in ROWS
+        if n < longest
+    ]
+    smaller = [name for name in reversed(QWEN3) if shipped(name).parameters < plan.shape.parameters]
+    models = [([*words, f"model.model_name={name}"], forecast(plan.settings, name)) for name in smaller]
+    best = []
+    for offers in ([(words, plan)] if words else [], rows, models):
+        made = ((overrides, offer.as_trained(vram)) for overrides, offer in offers)
+        best += [found for found in made if found[1].fits(vram)][:1]
+    return best
 
 
 def longest_row(size: str, vram: int) -> int:
@@ -473,30 +470,19 @@ def longest_row(size: str, vram: int) -> int:
     return next((row for row in ROWS if forecast(least, size, longest=row).fits(vram)), 0)
 
 
-COLUMNS = {
-    "weights": ("4-bit weights", "16-bit modules", "load buffer"),
-    "LoRA": ("LoRA", "gradients", "optimizer"),
-    "activations": ("activations", "dequantized weights"),
-    "logits": ("logits and loss",),
-    "KV cache": ("KV cache",),
-    "other": ("fragmentation", "CUDA context"),
-}
-
-
 def show(planned: Forecast, vram: int, console=None) -> None:
     """Print the verdict, every phase in GiB, and what would make it fit."""
     from rich.console import Console
     from rich.table import Table
 
-    out = console or Console(highlight=False)
-    found = as_trained(planned, vram)
+    out, found = console or Console(highlight=False), planned.as_trained(vram)
     verdict = "fits" if found.fits(vram) else "does not fit"
     out.print(f"{found.shape.name} {verdict}: {found.peak / GIB:.1f} GiB in {found.worst}, of {vram / GIB:.1f} GiB")
-    shown = Table("phase", *COLUMNS, "total", "fits", box=None, padding=(0, 1))
+    shown = Table("phase", *PARTS, "total", box=None, padding=(0, 1))
     for phase, parts in found.phases.items():
-        sizes = [sum(parts.get(part, 0) for part in column) for column in COLUMNS.values()]
-        cells = [f"{size / GIB:.2f}" if size else "" for size in [*sizes, found.total(phase)]]
-        shown.add_row(phase, *cells, "yes" if found.total(phase) <= vram else "[bold red]no")
+        total = found.total(phase)
+        cells = [f"{size / GIB:.2f}" if size else "" for size in parts.values()]
+        shown.add_row(phase, *cells, f"{total / GIB:.2f}", style=None if total <= vram else "bold red")
     out.print(shown)
     before, after = planned.settings.per_device_train_batch_size, found.settings.per_device_train_batch_size
     if after < before:

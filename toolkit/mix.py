@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import random
-import shutil
+import zipfile
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.dedup import Duplicates, Grams, NearDuplicates, prompt_key, signatures
-from toolkit.files import ToolkitError, complete, lock, outputs, read_json, read_jsonl, sha256, write_json, write_jsonl
+from toolkit.dedup import Duplicates, NearDuplicates, grams_of, prompt_key, shared_gram, signatures
+from toolkit.files import ToolkitError, complete, lock, outputs, write_json, write_jsonl
 from toolkit.lint import lint
 from toolkit.recipe import Data, Recipe, Source
 from toolkit.render import Chat, Example, chat_of, examples, load_chat, with_switch
@@ -28,14 +28,10 @@ UNITS = ("examples", "tokens", "supervised_tokens")
 BATCH = 256
 AHEAD = 16
 """Batches rendered before the first of them is tokenized: the tokenizer takes a second to load."""
-CHECK_AT = 2000
-"""Rows of a source after which a hopeless one is given up: it may have millions."""
 TOLERANCE = 0.01
 """An achieved share further from its plan than one point stops the run."""
 CACHE_KEY_FILES = ("mix.py", "render.py", "dedup.py", "family.py", "sources/*.py")
 NOT_MALFORMED = {"too_long", "duplicate", "near_duplicate", "validation_prompt", "near_validation", "contaminated"}
-FILES = ("rows.npz", "validation.jsonl", "quarantine.jsonl", "mix.json")
-CHECKSUMS = "checksums.json"
 
 
 @dataclass(eq=False)
@@ -108,14 +104,12 @@ def compile_mix(recipe: Recipe, tokenizer=None, *, fresh: bool = False) -> Mix:
     fingerprints = {s.name: fingerprint(s) for s in (*recipe.data.sources, *recipe.evaluate.questions)}
     folder = cache_folder() / _key(recipe, chat, fingerprints)
     with lock(folder, "mix", wait=True):
-        if fresh or not is_whole(folder):
-            _compile(recipe, chat, fingerprints, folder)
-        mixed = read(folder)
+        mixed = (None if fresh else read(folder)) or _compile(recipe, chat, fingerprints, folder)
     mixed.report["warnings"] = lint(chat, mixed.report, recipe.lora, recipe.train)
     return mixed
 
 
-def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> None:
+def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> Mix:
     data, planned = recipe.data, plan(recipe.data)
     draws = [Draw(s, planned[s.name]["validation"], data) for s in data.sources if s.fraction != 0]
     try:
@@ -128,7 +122,13 @@ def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> No
             write_jsonl(folder / "quarantine.jsonl", dropped)
             raise ToolkitError(f"{error}. Every dropped row: {folder / 'quarantine.jsonl'}") from error
         raise
-    _write(folder, draws, report, data.seed)
+    train, validation, quarantine = (
+        [x for d in draws for x in vars(d)[key]] for key in ("train", "validation", "quarantine")
+    )
+    order = np.random.default_rng(data.seed).permutation(len(train))
+    mixed = Mix([train[i] for i in order], validation, report, quarantine, folder)
+    write(mixed)
+    return mixed
 
 
 def _draw(draws: list["Draw"], recipe: Recipe, chat: Chat) -> None:
@@ -143,12 +143,12 @@ def _draw(draws: list["Draw"], recipe: Recipe, chat: Chat) -> None:
                 while draw.wants(hold_out) and (drawn := next(stream, None)):
                     draw.take(*drawn, judge, hold_out)
     for draw in draws:
-        draw.check(recipe.data.max_rejected)
+        draw.check()
         draw.repeat()
 
 
 def _stream(draw: "Draw", data: Data, chat: Chat, encoder: ThreadPoolExecutor) -> Iterator[tuple]:
-    """(number, its Rows or Rejected) of a source in seeded order.
+    """(number, its Rows, or one Rejected) of a source in seeded order.
 
     They are rendered here while the encoder's one thread tokenizes the batch before."""
     source, dice, waiting = draw.source, random.Random(f"{data.seed} {draw.source.name}"), deque()
@@ -162,18 +162,18 @@ def _stream(draw: "Draw", data: Data, chat: Chat, encoder: ThreadPoolExecutor) -
         yield from encoded.result()
 
 
-def _render(item: dict | Rejected, source: Source, chat: Chat, switched: bool) -> list[Example] | Rejected:
+def _render(item: dict | Rejected, source: Source, chat: Chat, switched: bool) -> list[Example | Rejected]:
     if isinstance(item, Rejected):
-        return item
+        return [item]
     try:
         return examples(with_switch(item, chat) if switched else item, source.mode, chat, source.turns)
     except Rejected as rejected:
-        return rejected
+        return [rejected]
 
 
 def _encode(batch: list[tuple], source: str, chat: Chat, sign: bool) -> list[tuple]:
     """A rendered batch with Rows in place of examples: prompt and completion are tokenized apart, as at inference."""
-    flat = [(n, example) for n, found in batch if not isinstance(found, Rejected) for example in found]
+    flat = [(n, example) for n, found in batch for example in found if isinstance(example, Example)]
     ids, ends = chat.encode_flat([text for _, e in flat for text in (e.prompt, e.completion)])
     bounds = zip(ends[:-1:2].tolist(), ends[1::2].tolist(), ends[2::2].tolist(), strict=True)
     rows = [
@@ -183,8 +183,8 @@ def _encode(batch: list[tuple], source: str, chat: Chat, sign: bool) -> list[tup
     if sign:
         for row, signature in zip(rows, signatures([r.ids[r.prompt_length :] for r in rows]), strict=True):
             row.signature = signature
-    found = iter(rows)
-    return [(n, e if isinstance(e, Rejected) else list(itertools.islice(found, len(e)))) for n, e in batch]
+    made = iter(rows)
+    return [(n, [next(made) if isinstance(x, Example) else x for x in found]) for n, found in batch]
 
 
 class Draw:
@@ -208,30 +208,23 @@ class Draw:
             return self.count is None or self.amount + len(self.validation) < self.count
         return self.data.budget is None or self.amount < self.source.fraction * self.data.budget
 
-    def take(self, number: int, found: list[Row] | Rejected, judge: "Judge", hold_out: bool) -> None:
-        """Hold out, train on or drop each example of a row. Raises ToolkitError once the source is hopeless."""
-        self.drawn += 1
-        self.seen += 1 if isinstance(found, Rejected) else len(found)
-        if isinstance(found, Rejected):
-            self.drop(number, found.reason, found.detail)
-            found = []
+    def take(self, number: int, found: list[Row | Rejected], judge: "Judge", hold_out: bool) -> None:
+        """Hold out, train on or drop each example of a row."""
         kept = []
         for row in found:
-            if why := judge.reason(row, hold_out):
-                self.drop(number, *why)
+            if why := row if isinstance(row, Rejected) else judge.reason(row, hold_out):
+                entry = {"source": self.source.name, "row": number, "reason": why.reason, "detail": why.detail}
+                self.quarantine.append(entry)
             else:
                 kept.append(row)
+        self.drawn += 1
+        self.seen += len(found)
         if hold_out:
             judge.hold(kept)
             self.held += bool(kept)
             self.validation += kept
         else:
             self.add(kept)
-        if self.drawn == CHECK_AT:
-            self.check(max(0.5, self.data.max_rejected), final=False)
-
-    def drop(self, number: int, reason: str, detail: str) -> None:
-        self.quarantine.append({"source": self.source.name, "row": number, "reason": reason, "detail": detail})
 
     def add(self, rows: list[Row]) -> None:
         """Train on these, of which only the ids are kept."""
@@ -254,14 +247,14 @@ class Draw:
         """Reason → number of examples that are not used, the most frequent first."""
         return dict(Counter(entry["reason"] for entry in self.quarantine).most_common())
 
-    def check(self, max_rejected: float, final: bool = True) -> None:
+    def check(self) -> None:
         """Raise ToolkitError when more rows are malformed than allowed, or none is left to train on."""
         where = f"{self.source.path} ({self.source.name})"
         malformed = [entry for entry in self.quarantine if entry["reason"] not in NOT_MALFORMED]
         why = ", ".join(f"{reason} {n}" for reason, n in self.dropped.items()) or "none dropped"
         for first in (malformed or self.quarantine)[:1]:
             why += f". First, row {first['row']}: {first['detail']}"
-        if len(malformed) > max_rejected * self.seen:
+        if len(malformed) > self.data.max_rejected * self.seen:
             raise ToolkitError(
                 f"{where}: {len(malformed)} of {self.seen} rows rejected, more than data.max_rejected="
                 f"{self.data.max_rejected:g} allows: {why}. Fix the rows, or raise data.max_rejected to leave them out"
@@ -270,7 +263,7 @@ class Draw:
         if held:
             tenth = self.data.validation_size * (self.seen // 10) // self.to_hold
             advice = f"Write data.validation_size={tenth} to hold out a tenth, or 0 to train on all"
-        if not self.train and (final or not held):
+        if not self.train:
             raise ToolkitError(f"{where}: no row is left to train on: {held} of {self.seen} held out, {why}. {advice}")
 
 
@@ -278,9 +271,12 @@ class Judge:
     """Says, example by example, what keeps it out of training; remembers those it lets in."""
 
     def __init__(self, data: Data, max_seq_length: int, chat: Chat, prompts: list[str]):
-        self.duplicates, self.max_seq_length = data.duplicates, max_seq_length
-        self.grams, self.exact = Grams(prompts), Duplicates(chat.decode)
-        self.near, self.near_held = NearDuplicates(chat.decode), NearDuplicates(chat.decode)
+        self.duplicates, self.max_seq_length, self.grams = data.duplicates, max_seq_length, grams_of(prompts)
+        self.exact, self.near, self.near_held = (
+            Duplicates(chat.decode),
+            NearDuplicates(chat.decode),
+            NearDuplicates(chat.decode),
+        )
         self.held: set[bytes] = set()
 
     def hold(self, rows: list[Row]) -> None:
@@ -289,24 +285,25 @@ class Judge:
             self.held.add(prompt_key(row.conversation))
             self.near_held.add(row)
 
-    def reason(self, row: Row, hold_out: bool) -> tuple[str, str] | None:
-        """(reason, detail) of what keeps an example from being held out, or from training; None where nothing does."""
+    def reason(self, row: Row, hold_out: bool) -> Rejected | None:
+        """What keeps an example from being held out, or from training; None where nothing does."""
         if len(row.ids) > self.max_seq_length:
-            return "too_long", f"{len(row.ids)} tokens > max_seq_length {self.max_seq_length}"
+            return Rejected("too_long", f"{len(row.ids)} tokens > max_seq_length {self.max_seq_length}")
         if prompt_key(row.conversation) in self.held:
-            return "validation_prompt", "a held-out row asks the same"
+            return Rejected("validation_prompt", "a held-out row asks the same")
         if hold_out:
             return None
-        if gram := self.grams.shared(row.conversation):
-            return "contaminated", f"shares 13 words with an evaluation prompt: {gram!r}"
+        if gram := shared_gram(row.conversation, self.grams):
+            return Rejected("contaminated", f"shares 13 words with an evaluation prompt: {gram!r}")
         if earlier := self.near_held.find(row):
-            return "near_validation", f"nearly repeats held-out row {earlier.number} of {earlier.source}"
+            return Rejected("near_validation", f"nearly repeats held-out row {earlier.number} of {earlier.source}")
         if self.duplicates == "keep":
             return None
         if earlier := self.exact.find(row):
-            return "duplicate", f"repeats row {earlier.number} of {earlier.source}, case and spacing aside"
+            detail = f"repeats row {earlier.number} of {earlier.source}, case and spacing aside"
+            return Rejected("duplicate", detail)
         if earlier := self.near.find(row):
-            return "near_duplicate", f"nearly repeats row {earlier.number} of {earlier.source}"
+            return Rejected("near_duplicate", f"nearly repeats row {earlier.number} of {earlier.source}")
         self.near.add(row)
         return None
 
@@ -444,56 +441,40 @@ def _key(recipe: Recipe, chat: Chat, fingerprints: dict) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a cached mix is there with every byte as it was written."""
-    try:
-        sums = read_json(folder / CHECKSUMS)
-        return all(sums.get(name) == sha256(folder / name) for name in FILES)
-    except (ToolkitError, OSError):
-        return False
-
-
-def _write(folder: Path, draws: list[Draw], report: dict, seed: int) -> None:
-    """All files of a compiled mix, in a new folder that then takes the place of an old one. The caller holds the lock."""
-    train = [row for draw in draws for row in draw.train]
-    validation = [row for draw in draws for row in draw.validation]
-    order = np.random.default_rng(seed).permutation(len(train))
-    new = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(new, ignore_errors=True)  # a killed process left it
-    try:
-        _write_rows(new / "rows.npz", [train[i] for i in order] + validation)
-        write_jsonl(new / "validation.jsonl", (row.conversation for row in validation))
-        write_jsonl(new / "quarantine.jsonl", (entry for draw in draws for entry in draw.quarantine))
-        write_json(new / "mix.json", report)
-        write_json(new / CHECKSUMS, {name: sha256(new / name) for name in FILES})
-        shutil.rmtree(folder, ignore_errors=True)
-        new.rename(folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)  # gone, unless the disk is full
-
-
-def _write_rows(path: Path, rows: list[Row]) -> None:
-    with complete(path) as partial, open(partial, "wb") as file:
+def write(mixed: Mix) -> None:
+    """mix.json and quarantine.jsonl for people, then mix.npz, which holds everything. The caller holds the lock."""
+    write_json(mixed.folder / "mix.json", mixed.report)
+    write_jsonl(mixed.folder / "quarantine.jsonl", mixed.quarantine)
+    rows, held = mixed.train + mixed.validation, [row.conversation for row in mixed.validation]
+    told = json.dumps({"report": mixed.report, "quarantine": mixed.quarantine, "held": held})
+    with complete(mixed.folder / "mix.npz") as partial, open(partial, "wb") as file:
         np.savez(
             file,
             ids=np.concatenate([r.ids for r in rows]),
             ends=np.cumsum([len(r.ids) for r in rows]),
             numbers=np.array([(r.prompt_length, r.number) for r in rows]),
             names=np.array([(r.source, r.mode) for r in rows]),
+            told=np.frombuffer(told.encode(), np.uint8),
         )
 
 
-def read(folder: Path) -> Mix:
-    """A compiled mix from its folder."""
-    with np.load(folder / "rows.npz") as arrays:
-        parts = np.split(arrays["ids"], arrays["ends"][:-1])
-        described = zip(parts, arrays["numbers"].tolist(), arrays["names"].tolist(), strict=True)
-        rows = [Row(ids, length, *names, number) for ids, (length, number), names in described]
-    told = read_jsonl(folder / "validation.jsonl")
-    train, validation = rows[: len(rows) - len(told)], rows[len(rows) - len(told) :]
-    for row, conversation in zip(validation, told, strict=True):
+def read(folder: Path) -> Mix | None:
+    """A compiled mix from its folder; None where there is none, or where a checksum in mix.npz says it is damaged."""
+    try:
+        if zipfile.ZipFile(folder / "mix.npz").testzip():
+            return None
+        with np.load(folder / "mix.npz") as file:
+            arrays = dict(file)
+    except Exception:  # missing, or damaged: zipfile and numpy have many kinds of error for that
+        return None
+    parts = np.split(arrays["ids"], arrays["ends"][:-1])
+    described = zip(parts, arrays["numbers"].tolist(), arrays["names"].tolist(), strict=True)
+    rows = [Row(ids, length, *names, number) for ids, (length, number), names in described]
+    told = json.loads(arrays["told"].tobytes())
+    train, validation = rows[: len(rows) - len(told["held"])], rows[len(rows) - len(told["held"]) :]
+    for row, conversation in zip(validation, told["held"], strict=True):
         row.conversation = conversation
-    return Mix(train, validation, read_json(folder / "mix.json"), read_jsonl(folder / "quarantine.jsonl"), folder)
+    return Mix(train, validation, told["report"], told["quarantine"], folder)
 
 
 # --- for a trainer ---------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ def forecast(recipe: Recipe, vram: int):
     """A recipe's memory on a card, as `python -m toolkit fit` prints it."""
     from toolkit import fit
 
-    return fit.as_trained(fit.forecast(recipe, vram=vram), vram)
+    return fit.forecast(recipe, vram=vram).as_trained(vram)
 
 
 def memory(folder: Path) -> str:

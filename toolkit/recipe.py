@@ -79,8 +79,9 @@ class Data:
     """`near` drops rows whose text is almost the same (MinHash), `exact` only equal ones after normalisation."""
     decontaminate: bool = True
     """Drop training rows that share a 13-gram with an evaluation prompt."""
-    placeholders: dict[str, str | dict[str, str]] = field(default_factory=dict)
-    """What fills {{NAME}} and {{AUTHOR}}: a text, or texts by language, e.g. {NAME: {zh: 小麦, en: Wheat}}."""
+    placeholders: dict[Literal["NAME", "AUTHOR", "AUTHOER"], str | dict[str, str]] = field(default_factory=dict)
+    """What fills {{NAME}} and {{AUTHOR}}: a text, or texts by language, e.g. {NAME: {zh: 小麦, en: Wheat}}. AUTHOER is how
+    some self-cognition sets spell it."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class Evaluate:
     questions: tuple[Source, ...] = ()
     """Held-out sets with an expected answer; without any, validation rows that carry one are used."""
     prompts: tuple[str, ...] = ("Who are you?", "What is 17 + 25?")
-    """Answered in both modes before, during and after training."""
+    """Answered without the adapter and with it, in both modes, when a run ends."""
     max_new_tokens: Positive = 1024
     early_stopping_patience: Positive | None = None
     """Stop after so many evaluations without a better validation loss."""
@@ -232,8 +233,7 @@ def from_dict(values: dict, where: str = "recipe", overrides: Sequence[str] = ()
         raise ToolkitError(
             f"{where}: name: {built.name!r:.100} becomes a folder: use up to 100 letters, digits, '-', '_' and '.'"
         )
-    # AUTHOER is how some self-cognition sets spell AUTHOR
-    fill = {"AUTHOR" if name == "AUTHOER" else name: value for name, value in built.data.placeholders.items()}
+    fill = {name.replace("AUTHOER", "AUTHOR"): value for name, value in built.data.placeholders.items()}
     sources = _with_fractions(built.data, where)
     # The best checkpoint is known by its evaluation: every evaluation saves one
     train = values.get("train", {})
@@ -289,64 +289,65 @@ def apply_override(values: dict, override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator:
         raise ToolkitError(f"override {override!r}: expected key=value, e.g. train.max_steps=10")
-    value = _yaml(text, f"override {override!r}") if text else None
-    node, keys = values, path.split(".")
-    for i, key in enumerate(keys):
-        if isinstance(node, list):
-            if not (key.isdecimal() and len(key) < 10 and int(key) < len(node)):
-                raise ToolkitError(f"override {override!r}: {key!r} is not a position from 0 to {len(node) - 1}")
-            key = int(key)
-        elif not isinstance(node, dict):
-            raise ToolkitError(f"override {override!r}: {'.'.join(keys[:i])} is {node!r}, not a section with keys")
-        if i == len(keys) - 1:
-            node[key] = value
-        else:
-            node = node[key] if isinstance(node, list) else node.setdefault(key, {})
+    node, (*parents, last) = values, path.split(".")
+    try:
+        for key in parents:
+            node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
+        node[int(last) if isinstance(node, list) else last] = _yaml(text, f"override {override!r}") if text else None
+    except (ValueError, IndexError, TypeError, AttributeError) as error:
+        if isinstance(error, ToolkitError):
+            raise
+        raise ToolkitError(
+            f"override {override!r}: no such place: before each dot stands a section, or a list and a position in it from 0"
+        ) from error
 
 
 def _check_keys(node, kind, where: str, path: str = "") -> None:
-    """Refuse keys and choices that a section does not know, here and in the sections inside it.
-
-    Keys that Unsloth or TRL take move to `extra`. One text where a list belongs becomes a list.
-    """
-    if kind == tuple[Source, ...] and isinstance(node, list):
-        for i, source in enumerate(node):
-            _check_keys(source, Source, where, f"{path}{i}.")
+    """Refuse keys that a section does not know, here and in the sections inside it. Keys that Unsloth or TRL take move to
+    `extra`."""
+    if isinstance(node, list):
+        for i, item in enumerate(node):
+            _check_keys(item, (*typing.get_args(kind), None)[0], where, f"{path}{i}.")
     if not (dataclasses.is_dataclass(kind) and isinstance(node, dict)):
         return
     known = {f.name: f.type for f in dataclasses.fields(kind) if f.name != "extra"}
     extra = {key: node.pop(key) for key in [*node] if key not in known}
-    allowed = passthrough(kind) if extra else []
     for key in extra:
         if path + key in OWNED:
             raise ToolkitError(f"{where}: {path}{key}: not set here: {OWNED[path + key]}")
-        if key not in allowed:
-            raise ToolkitError(f"{where}: unknown key {path}{key}{did_you_mean(key, [*known, *allowed])}")
-    for key in known.keys() & node.keys():
-        choices = typing.get_args(known[key]) if typing.get_origin(known[key]) is Literal else ()
-        if choices and node[key] not in choices:
-            raise ToolkitError(f"{where}: {path}{key}: expected one of {', '.join(choices)}, found {node[key]!r:.100}")
-        if known[key] == tuple[str, ...] and isinstance(node[key], str):
-            node[key] = [node[key]]
-        _check_keys(node[key], known[key], where, f"{path}{key}.")
+        if key not in passthrough(kind):
+            near = did_you_mean(key, [*known, *passthrough(kind)])
+            raise ToolkitError(f"{where}: unknown key {path}{key}{near}")
+    for key, value in node.items():
+        _check_keys(value, known[key], where, f"{path}{key}.")
     if extra:
         node["extra"] = extra
 
 
 WORDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "array": "a list",
-         "object": "keys", "null": "nothing", "int | float": "a number"}  # fmt: skip
+         "object": "keys", "null": "nothing"}  # fmt: skip
+CHOICES = {
+    f.name: typing.get_args(f.type)
+    for section in (Source, Data, Train, Evaluate)
+    for f in dataclasses.fields(section)
+    if typing.get_origin(f.type) is Literal
+} | {"placeholders": ("NAME", "AUTHOR")}
+"""Names of the keys that take one of a few words → those words."""
 
 
 def _explain(error: str, values: dict) -> str:
     """msgspec's message with the recipe's words: dotted key, what was expected, the value found."""
-    text, _, location = error.partition(" - at `$")
+    text, _, location = error.replace("`key` in ", "").partition(" - at `$")
     keys = re.findall(r"[^.`\[\]]+", location)
     if missing := re.search(r"missing required field `(\w+)`", text):
         return f"{'.'.join([*keys, missing[1]])} is missing (data_recipes/pocket.yaml shows a whole recipe)"
     found = functools.reduce(lambda node, key: node[int(key)] if isinstance(node, list) else node[key], keys, values)
     expected = text.removeprefix("Expected ").partition(", got")[0]
-    for kind in re.findall("`(.+)`", expected):
-        expected = expected.replace(f"`{kind}`", WORDS.get(kind) or " or ".join(WORDS[k] for k in kind.split(" | ")))
+    expected = re.sub(
+        "`(.+?)`", lambda kinds: " or ".join(dict.fromkeys(WORDS[k] for k in kinds[1].split(" | "))), expected
+    )
+    if text.startswith("Invalid enum"):
+        expected = f"one of {', '.join(CHOICES[keys[-1]])}"
     return f"{'.'.join(keys)}: expected {expected}, found {found!r:.100}"
 
 

@@ -27,7 +27,6 @@ TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 COMPARED = 8
 """Texts of each batch whose ids are compared with the Hugging Face tokenizer's."""
 PROBE, REPLY = [{"role": "user", "content": "probe"}], "probe-reply"
-SCRIPT_SETTINGS = re.compile(r'"(truncation|padding)"\s*:\s*{(?:[^{}]|{[^{}]*})*}')
 TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What code in a template can raise: its own raise_exception, and Python's errors on a row it was not written for."""
 
@@ -44,7 +43,7 @@ class Tokenizers:
         import fastokens
 
         try:
-            return fastokens.Tokenizer.from_json_str(self.text)
+            return _whole(fastokens.Tokenizer.from_json_str(self.text))
         except ValueError:
             return None
 
@@ -53,7 +52,7 @@ class Tokenizers:
         """Hugging Face's tokenizer, which decides."""
         import tokenizers
 
-        return tokenizers.Tokenizer.from_str(self.text)
+        return _whole(tokenizers.Tokenizer.from_str(self.text))
 
     @functools.cached_property
     def added(self) -> dict[str, bool]:
@@ -61,6 +60,13 @@ class Tokenizers:
         start = re.search(r'"added_tokens"\s*:\s*(?=\[)', self.text)
         found = json.JSONDecoder().raw_decode(self.text, start.end())[0] if start else []
         return {token["content"]: token["special"] for token in found}
+
+
+def _whole(tokenizer):
+    """Without a training script's truncation and padding, which some checkpoints keep and which would cut rows."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 loaded = functools.lru_cache(maxsize=1)(Tokenizers)
@@ -75,9 +81,7 @@ class Chat:
     def __init__(
         self, name: str, tokenizer_json: str, template: str | None, tokens: dict, model_type: str | None = None
     ):
-        # Some checkpoints keep a training script's truncation and padding here, which would cut rows
-        head, key, rest = tokenizer_json.partition('"added_tokens"')
-        self.json = SCRIPT_SETTINGS.sub(r'"\1": null', head) + key + rest
+        self.json = tokenizer_json
         self.name, self.template_text, self.tokens = name, template, tokens
         self.fallback_reason: str | None = None
         """Why `encode` uses Hugging Face's tokenizer instead of the fast one."""

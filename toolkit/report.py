@@ -28,7 +28,7 @@ def conclude(comparison: Comparison, folder: Path, console) -> None:
     console.print(terminal_table(comparison))
     for note in notes(comparison):
         console.print(f"· {note}", markup=False)
-    if any(tracking.logs_to_wandb(run.recipe["train"]) for point in comparison.points for run in point.runs):
+    if any("wandb" in tracking.trackers(run.recipe["train"]) for point in comparison.points for run in point.runs):
         rows = comparison.table().astype(object).replace({np.nan: None}).to_dict("records")
         tracking.comparison(folder, rows, " ".join(comparison.verdict[:2]), console)
     console.print(f"table, picture and page: {', '.join(map(str, paths.values()))}")

@@ -20,8 +20,6 @@ from toolkit.family import mode_title
 from toolkit.files import ToolkitError, lock, outputs, read_json, read_jsonl, write_json, write_text
 from toolkit.recipe import Recipe
 
-HUB = "https://huggingface.co"
-
 
 def default_console():
     """Where people read: colours on a terminal and in a notebook, plain wide text in a pipe."""
@@ -75,14 +73,12 @@ def _train(recipe: Recipe, mixed, folder: Path, console):
     from toolkit import model as models
     from toolkit import train as training
 
-    clock = {"mix": time.time()}
     with loading(recipe.model, console):
         model, tokenizer = models.load_base(recipe.model)
         model = models.attach(model, recipe.lora, seed=recipe.data.seed)
     if model.device.type != model.get_input_embeddings().weight.device.type:
         console.print("· GPU memory is tight: Unsloth keeps the input embedding in main memory")
-    clock["model"] = time.time()
-    training.train(recipe, mixed, model, tokenizer, folder, console, clock)
+    training.train(recipe, mixed, model, tokenizer, folder, console)
     return model, tokenizer
 
 
@@ -167,16 +163,14 @@ def default_recipe() -> tuple[str, str]:
 
 def hub_answers(seconds: float = 3.0) -> bool:
     """Whether huggingface.co answers; never asked when HF_HUB_OFFLINE is set."""
-    import urllib.error
-    import urllib.request
+    import requests
 
     if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}:
         return False
-    try:
-        with urllib.request.urlopen(os.environ.get("HF_ENDPOINT", HUB), timeout=seconds):
-            return True
-    except (urllib.error.URLError, OSError, ValueError):
-        return False
+    with contextlib.suppress(requests.RequestException):
+        requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds)
+        return True
+    return False
 
 
 def resolve(recipe: Recipe, console) -> Recipe:
@@ -214,20 +208,14 @@ def scored(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def loading(section: recipes.Model, console) -> Iterator[None]:
-    """Download what is missing, then say what is loaded, with the time while it lasts (on a terminal) and after."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
+    """Download what is missing, then say what is loaded while it lasts, and how long it took."""
     from toolkit.model import fetch
 
     fetch(section)
     name, began = section.model_name, time.monotonic()
-    live = console.is_terminal or console.is_jupyter
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    bar = Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
-    bar.add_task(f"loading {name}")
-    if not live:
+    if not (console.is_terminal or console.is_jupyter):
         console.print(f"loading {name} …")
-    with bar if live else contextlib.nullcontext():
+    with console.status(f"loading {name}"):
         yield
     console.print(f"loaded {name} in {time.monotonic() - began:.0f} s")
 
@@ -295,8 +283,8 @@ def generation_batch(recipe: Recipe, mixed, config) -> int:
     if not torch.cuda.is_available():
         return 32
     longest = max(len(r.ids) for r in mixed.train)
-    planned = fit.forecast_or_none(recipe, config, longest=longest, vram=fit.usable_vram())
-    return planned.settings.generation_batch if planned else 32
+    planned = fit.forecast_or_none(recipe, config, longest=longest)
+    return planned.as_trained(fit.usable_vram()).settings.generation_batch if planned else 32
 
 
 def questions(recipe: Recipe, mixed) -> tuple[list[dict] | None, list[dict] | None]:

@@ -4,7 +4,7 @@ tracking.check(recipe.train, folder)     # before the model is loaded; then `wit
 
 Callers and what they pass: `run.train` calls `check`, then `training` around the trainer; the metrics callback passes every
 line of metrics.jsonl to `log` (KEYS says which of its values go to wandb, under which name); the sample callback passes its
-rows to `log_table`; `train.sft_arguments` gives transformers only `other_trackers(recipe.train)`, because its own wandb callback
+rows to `log_table`; `train.sft_arguments` gives transformers every tracker but wandb, because its own wandb callback
 would add 400 keys and local paths; after eval.json is written, and again when a finished run is opened, `finish` adds the
 evaluation. Config holds the recipe and `mix/reasoning_share_{examples,tokens,supervised_tokens}`; the summary holds
 `evaluate.summary(result)`: `eval/{base,tuned,difference}/{thinking,non_thinking,forgetting}/METRIC`.
@@ -71,16 +71,6 @@ def trackers(train: dict) -> list[str]:
     return [name for name in (to if isinstance(to, list | tuple) else [to]) if name != "none"]
 
 
-def logs_to_wandb(train: dict) -> bool:
-    """Whether a run with this `train:` section reports to wandb."""
-    return "wandb" in trackers(train)
-
-
-def other_trackers(train: dict) -> list[str]:
-    """What transformers itself reports to: every tracker but wandb."""
-    return [name for name in trackers(train) if name != "wandb"]
-
-
 def check(train: dict, folder: Path, say: Callable[[str], None] = print) -> None:
     """Before a model is loaded: every tracker's package is installed, and wandb can upload or goes offline, saying why.
 
@@ -98,7 +88,7 @@ def check(train: dict, folder: Path, say: Callable[[str], None] = print) -> None
         if name in BELOW and (found := version.parse(importlib.metadata.version(name))) >= version.parse(BELOW[name]):
             raise ToolkitError(f"train.report_to: {name} {found} is too new here: {advice}")
     os.environ["SWANLAB_LOG_DIR"] = SWANLAB_FOLDER or str(folder / "swanlog")
-    if reason := logs_to_wandb(train) and _offline_reason():
+    if reason := "wandb" in trackers(train) and _offline_reason():
         os.environ["WANDB_MODE"] = "offline"
         say(f"wandb: {reason}; this run is kept offline in {folder / 'wandb'}, and training continues")
 
@@ -150,7 +140,7 @@ def training(recipe: Recipe, mixed: Mix, folder: Path) -> Iterator[None]:
     """wandb around a training, left open for the evaluation that follows; closed as crashed on an error."""
     if _run:  # of a training that was not evaluated
         _attempt("closing the run before", _run.finish)
-    if logs_to_wandb(recipe.train):
+    if "wandb" in trackers(recipe.train):
         _attempt("starting a run", _start, recipe, mixed.report, folder)
     if _run:
         _attempt("logging the mix", _log_mix, mixed, folder)
@@ -219,7 +209,8 @@ def finish(recipe: Recipe, folder: Path, summary: dict, replies: list[dict], con
     global _say
     _say = console.print
     logged, digest = folder / "wandb" / "evaluation.sha256", sha256(folder / "eval.json")
-    if not logs_to_wandb(recipe.train) or (logged.is_file() and logged.read_text() == digest and _run is None):
+    sent = _run is None and logged.is_file() and logged.read_text() == digest
+    if sent or "wandb" not in trackers(recipe.train):
         return
     if _run is None:
         _attempt("starting a run", _start, recipe, read_json(folder / "mix.json"), folder)

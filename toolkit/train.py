@@ -22,7 +22,7 @@ import numpy as np
 
 from toolkit import fit, tracking
 from toolkit import recipe as recipes
-from toolkit.files import ROOT, ToolkitError, outputs, read_json, write_error, write_json, write_text
+from toolkit.files import ROOT, ToolkitError, flat, outputs, read_json, write_error, write_json, write_jsonl, write_text
 from toolkit.mix import Mix
 from toolkit.model import adapter_checksums, damaged, has_bf16, out_of_memory, quiet, unsloth
 from toolkit.recipe import Recipe
@@ -32,6 +32,8 @@ WRITE_ERRORS = {
 }
 NO_SPACE = r"No space left|os error (27|28)|PytorchStreamWriter|unexpected pos|iostream error"
 """How torch.save and safetensors report a failed write: as a RuntimeError and a SafetensorError of their own."""
+FROM_TOTALS = ("batch", "processes", "packing", "padding_free", "skipped_steps", "peak_memory_bytes")
+"""What the manifest takes from the counter as it is."""
 PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "wandb")
 
 
@@ -76,23 +78,8 @@ def claim(recipe: Recipe, *, fresh: bool = False) -> tuple[Path, str]:
     return folder, "finished" if finished else "unfinished"
 
 
-def _since_start(clock: dict | None) -> dict:
-    """Seconds from the start of this process, imports included, to each of the times in `clock`."""
-    import psutil
-
-    began = psutil.Process().create_time()
-    return {name: round(at - began, 2) for name, at in (clock or {}).items()}
-
-
 def _changes(old: Recipe, new: Recipe) -> str:
     """The first keys in which two recipes differ, for the error message."""
-
-    def flat(value, path=""):
-        items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
-        if items is None:
-            return {path[1:]: value}
-        return {k: v for key, child in items for k, v in flat(child, f"{path}.{key}").items()}
-
     a, b = flat(recipes.to_dict(old)), flat(recipes.to_dict(new))
     changed = [
         f"{k}: {a.get(k, 'unset')} there, {b.get(k, 'unset')} here" for k in sorted(a | b) if a.get(k) != b.get(k)
@@ -100,11 +87,11 @@ def _changes(old: Recipe, new: Recipe) -> str:
     return "; ".join(changed[:3]) + ("; …" if len(changed) > 3 else "")
 
 
-def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console, clock: dict | None = None) -> dict:
+def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) -> dict:
     """Train the adapter on `model` and write it to `folder`; resumes from the newest whole checkpoint.
 
-    A checkpoint of the last step leaves nothing to train: then only what follows training is done. `clock` holds when
-    earlier phases ended (time.time()). Returns the manifest.
+    A checkpoint of the last step leaves nothing to train: then only what follows training is done.
+    Returns the manifest.
     """
     with main_first(), writing(folder):
         if is_main():
@@ -112,40 +99,38 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console, c
         checkpoint = last_checkpoint(folder, console)
     with tracking.training(recipe, mixed, folder) if is_main() else contextlib.nullcontext():
         if checkpoint is None or not ended(checkpoint):
-            counter = fit_adapter(recipe, mixed, model, tokenizer, folder, checkpoint, console)
-            clock = {**(clock or {}), "first_step": counter.first_step}
-        return finish(recipe, mixed, model, tokenizer, folder, console, clock) if is_main() else {}
+            fit_adapter(recipe, mixed, model, tokenizer, folder, checkpoint, console)
+        return finish(recipe, mixed, model, tokenizer, folder, console) if is_main() else {}
 
 
 def begin(recipe: Recipe, mixed: Mix, model, folder: Path) -> None:
-    """Start a run's record: what the mix holds, and manifest.json. Raises ToolkitError when the disk is too small."""
-    need_space(folder, model)
-    for name in ("mix.json", "quarantine.jsonl"):
-        shutil.copy(mixed.folder / name, folder / name)
+    """Start a run's record: what the mix holds, and manifest.json."""
+    write_json(folder / "mix.json", mixed.report)
+    write_jsonl(folder / "quarantine.jsonl", mixed.quarantine)
     write_json(folder / "manifest.json", describe(recipe, mixed, model, folder))
 
 
 def fit_adapter(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, checkpoint: Path | None, console):
     """Run the trainer to its last step. Where memory runs out before the first one, with a smaller batch. Returns its
-    Counter; the weights are in `model` and in the checkpoints."""
+    Record; the weights are in `model` and in the checkpoints."""
     if on_cuda():
         console.print("compiling kernels: about a minute, once")
     while True:
-        trainer, hooks = build_trainer(recipe, mixed, model, tokenizer, folder, console)
+        trainer, record = build_trainer(recipe, mixed, model, tokenizer, folder, console)
         try:
             with quiet(), writing(folder / "checkpoints"):
                 run_longest_batch(trainer)
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            return hooks["counter"]
+            return record
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
         finally:
-            hooks["progress"].stop()
+            record.close()
             steps = trainer.state.global_step
             release(trainer)
         # outside `except`: there the traceback would hold the step's tensors
-        del trainer, hooks
+        del trainer, record
         recipe = dataclasses.replace(recipe, train=smaller_batch(recipe.train, steps, console))
 
 
@@ -193,11 +178,11 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def build_trainer(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console):
-    """(SFTTrainer on the mix, its callbacks by name)."""
+    """(SFTTrainer on the mix, its Record)."""
     import trl
 
     validation = mixed.validation_by_source
-    hooks = callbacks(recipe, mixed, tokenizer, folder, console)
+    record = record_of(recipe, mixed, folder, console)
     with quiet():
         try:
             arguments = trl.SFTConfig(**sft_arguments(recipe, folder, bool(validation)))
@@ -209,46 +194,37 @@ def build_trainer(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, co
             train_dataset=mixed.train_dataset,
             eval_dataset=validation,
             processing_class=tokenizer,
-            callbacks=list(hooks.values()),
+            callbacks=[record],
         )
-    prepare(trainer, hooks)
+    prepare(trainer, record)
     if trainer.args.packing or trainer.args.padding_free or recipe.train.get("packing"):
         console.print(f"packing {trainer.args.packing}, padding-free {trainer.args.padding_free}")
-    return trainer, hooks
+    return trainer, record
 
 
-def prepare(trainer, hooks: dict) -> None:
+def prepare(trainer, record) -> None:
     """Make a plain SFTTrainer keep the run's record: what `finish` expects, whoever built the trainer."""
     import transformers
 
     for printer in (transformers.ProgressCallback, transformers.PrinterCallback):
         trainer.remove_callback(printer)
     trainer.args.load_best_model_at_end = False  # `finish` loads it, after a resume with nothing left to train too
-    trainer.args.save_total_limit = None  # `Checkpoints` deletes old ones, once the new one is whole
+    trainer.args.save_total_limit = None  # the record deletes old ones, once the new one is whole
     for weight in trainer.model.parameters():
         # TRL makes LoRA bfloat16 on a 4-bit base; a resumed run loads float32 and would differ
         if weight.requires_grad:
             weight.data = weight.data.float()
-    hooks["counter"].watch(trainer)
+    record.watch(trainer)
 
 
-def callbacks(recipe: Recipe, mixed: Mix, tokenizer, folder: Path, console) -> dict:
-    """{"counter", "metrics", "progress", "samples", …}: `list(….values())` goes to SFTTrainer, `counter.watch(trainer)` after."""
-    from toolkit.callbacks import Checkpoints, Counter, EarlyStopping, Metrics, ProgressLine, Samples
+def record_of(recipe: Recipe, mixed: Mix, folder: Path, console):
+    """The callbacks.Record of a run, for SFTTrainer's `callbacks`."""
+    from toolkit.callbacks import Record
 
     achieved = mixed.report["achieved"][recipe.data.unit]
     weights = {f"{row.source}/{row.mode}": max(achieved[row.source], 1e-6) for row in mixed.validation}
-    counter = Counter([*mixed.train, *mixed.validation], weights)
-    limit = min(256, recipe.evaluate.max_new_tokens)
-    hooks = {
-        "counter": counter,
-        "metrics": Metrics(folder),
-        "progress": ProgressLine(console, counter),
-        "samples": Samples(folder, tokenizer, recipe.evaluate.prompts, recipe.data.seed, limit),
-    }
-    if recipe.evaluate.early_stopping_patience and weights:
-        hooks["early_stopping"] = EarlyStopping(recipe.evaluate.early_stopping_patience)
-    return hooks | {"checkpoints": Checkpoints(recipe.train.get("save_total_limit"))}
+    limit, patience = recipe.train.get("save_total_limit"), recipe.evaluate.early_stopping_patience
+    return Record([*mixed.train, *mixed.validation], weights, folder, console, limit=limit, patience=patience)
 
 
 def sft_arguments(recipe: Recipe, folder: Path, validates: bool) -> dict:
@@ -260,7 +236,7 @@ def sft_arguments(recipe: Recipe, folder: Path, validates: bool) -> dict:
     packing = bool(settings.get("packing"))
     values = {"bf16": bf16, "fp16": half and not bf16, "save_strategy": settings["eval_strategy"], **settings}
     values |= {
-        "report_to": tracking.other_trackers(recipe.train) or "none",
+        "report_to": [name for name in tracking.trackers(recipe.train) if name != "wandb"],  # that is ours
         "output_dir": str(folder / "checkpoints"),
         "run_name": recipe.name,
         "seed": recipe.data.seed,
@@ -271,7 +247,7 @@ def sft_arguments(recipe: Recipe, folder: Path, validates: bool) -> dict:
     }
     if not validates:
         values |= {"eval_strategy": "no", "load_best_model_at_end": False}
-    elif values["load_best_model_at_end"] or recipe.evaluate.early_stopping_patience:
+    elif values["load_best_model_at_end"]:
         values |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
     return values
 
@@ -341,42 +317,38 @@ def ended(checkpoint: Path) -> bool:
     return stopped or state["global_step"] >= state["max_steps"]
 
 
-def best_checkpoint(folder: Path, console) -> Path:
+def best_checkpoint(folder: Path, history: list[dict], console) -> Path:
     """Of the whole checkpoints, the one with the lowest validation loss; without any loss, the newest."""
-    found = all_checkpoints(folder)
-    history = read_json(found[-1] / "trainer_state.json")["log_history"]
     losses = {line["step"]: line["eval_loss"] for line in history if "eval_loss" in line}
-    for checkpoint in sorted(found if losses else found[::-1], key=lambda p: losses.get(step_of(p), math.inf)):
+    newest_first = all_checkpoints(folder)[::-1]
+    for checkpoint in sorted(newest_first, key=lambda p: losses.get(step_of(p), math.inf)):
         if whole(checkpoint):
             return checkpoint
         console.print(f"{checkpoint.relative_to(folder)} is damaged: the next best checkpoint is used")
     raise ToolkitError(f"{folder}: no whole checkpoint left: train again with --fresh")
 
 
-def finish(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console, clock: dict | None) -> dict:
+def finish(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) -> dict:
     """From the checkpoints: the adapter, the replies after training, the last manifest. The same after an uninterrupted
     training and after a resume that had nothing left to train."""
     from toolkit.callbacks import progress_of, write_metrics
 
     last = all_checkpoints(folder)[-1]
-    chosen = best_checkpoint(folder, console) if recipe.train["load_best_model_at_end"] else last
     state = read_json(last / "trainer_state.json")
-    totals = state["stateful_callbacks"]["Counter"]["attributes"]["totals"]
+    best = recipe.train["load_best_model_at_end"]
+    chosen = best_checkpoint(folder, state["log_history"], console) if best else last
+    totals = state["stateful_callbacks"]["Record"]["attributes"]["totals"]
     write_metrics(folder / "metrics.jsonl", state["log_history"])
     checksums = write_adapter(chosen, model, tokenizer, folder / "adapter")
-    samples = callbacks(recipe, mixed, tokenizer, folder, console)["samples"]
-    samples.begin(model, state["global_step"])
-    samples.answer(model, state["global_step"], "after")
+    sample_replies(recipe, model, tokenizer, folder)
     manifest = read_json(folder / "manifest.json") | {
-        **progress_of(totals),
-        **{name: totals[name] for name in ("skipped_steps", "peak_memory_bytes")},
+        **{name: totals[name] for name in FROM_TOTALS},
         **{name: round(totals[name], 2) for name in ("train_seconds", "evaluation_seconds", "seconds")},
+        **progress_of(totals),
         "train_loss": totals["loss"] / totals["steps"],
-        "reached_after": _since_start(clock),
         "steps": state["global_step"],
         "best_step": state["best_global_step"],
         "adapter_step": step_of(chosen),
-        **state["stateful_callbacks"]["Counter"]["args"],
         "adapter": checksums,
         "state": "finished",
         "finished": _now(),
@@ -390,6 +362,25 @@ def finish(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console, 
     return manifest
 
 
+def sample_replies(recipe: Recipe, model, tokenizer, folder: Path) -> None:
+    """The recipe's fixed prompts answered without the adapter and with it, in each mode: samples.jsonl, and a wandb table."""
+    from toolkit.generate import generate, modes_of
+
+    prompts, rows = recipe.evaluate.prompts, []
+    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    options = {"max_new_tokens": min(256, recipe.evaluate.max_new_tokens), "seed": recipe.data.seed}
+    for when, adapter in (("before", model.disable_adapter()), ("after", contextlib.nullcontext())):
+        with adapter:
+            replies = [(mode, generate(model, tokenizer, asked, mode, **options)) for mode in modes_of(tokenizer)]
+        for mode, found in replies:
+            rows += [
+                {"when": when, "prompt": prompt, "mode": mode, "reasoning": r.reasoning, "answer": r.answer, "finished": r.finished}
+                for prompt, r in zip(prompts, found, strict=True)
+            ]  # fmt: skip
+    write_jsonl(folder / "samples.jsonl", rows)
+    tracking.log_table("samples", rows)
+
+
 def write_adapter(checkpoint: Path, model, tokenizer, folder: Path) -> dict[str, str]:
     """Load a checkpoint's weights into `model` and write them as the run's adapter. Returns {file: SHA-256}, but for the card."""
     import peft
@@ -400,17 +391,6 @@ def write_adapter(checkpoint: Path, model, tokenizer, folder: Path) -> dict[str,
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
     return adapter_checksums(folder)
-
-
-def need_space(folder: Path, model) -> None:
-    """Adapter, best and last checkpoint (weights and two optimizer moments each) must fit on the disk."""
-    trainable = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    need, free = trainable * (1 + 3 * 3) + 50 * 2**20, shutil.disk_usage(folder).free
-    if free < need:
-        raise ToolkitError(
-            f"{folder}: {free / 2**20:,.0f} MiB free, this run needs {need / 2**20:,.0f} MiB for its checkpoints: "
-            "free some space, or lower lora.r"
-        )
 
 
 def describe(recipe: Recipe, mixed: Mix, model, folder: Path) -> dict:

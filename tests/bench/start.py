@@ -16,23 +16,26 @@ from statistics import median
 from toolkit.files import ROOT, ToolkitError
 
 RECORD = ROOT / "data_recipes" / "measured" / "cpu_start.json"
-TWO_STEPS = (
+ONE_STEP = (
     "import sys; from toolkit import recipe, run; "
-    "run.train(recipe.load(sys.argv[1], ['train.max_steps=2', 'train.eval_strategy=no', 'train.load_best_model_at_end=false']), score=False)"
+    "run.train(recipe.load(sys.argv[1], ['train.max_steps=1', 'train.eval_strategy=no', 'train.load_best_model_at_end=false']), score=False)"
 )
+
+WRITTEN = {"mix": ".mixes/*/mix.json", "model": "*/mix.json", "first_step": "*/checkpoints/*/adapter_model.safetensors"}
+"""Phase → the first file that is written after it."""
 
 
 def start_up(recipe: str) -> dict[str, float]:
     """Seconds from the start of a cold process to the end of each phase: mix compiled, model loaded, first step done."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", TWO_STEPS, recipe]
+        command, began = [sys.executable, "-c", ONE_STEP, recipe], time.time()
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | {"TOOLKIT_OUTPUTS": folder}, capture_output=True, text=True
         )
         if done.returncode:
             raise ToolkitError(f"the run that was to be timed failed: {done.stdout[-2000:]}{done.stderr[-2000:]}")
-        (manifest,) = Path(folder).glob("*/manifest.json")
-        return json.loads(manifest.read_text())["reached_after"]
+        times = {phase: next(Path(folder).glob(file)).stat().st_mtime for phase, file in WRITTEN.items()}
+        return {phase: round(at - began, 2) for phase, at in times.items()}
 
 
 def measure(recipe: str, repeats: int) -> dict:

@@ -19,8 +19,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from toolkit.files import read_jsonl
-
 SETTINGS = [
     "name=r", "data.budget=2500", "data.validation_size=6", "train.max_steps=8", "train.per_device_train_batch_size=4",
     "train.eval_steps=2", "train.save_steps=2", "train.report_to=none", "evaluate.max_new_tokens=8",
@@ -28,7 +26,7 @@ SETTINGS = [
 ]  # fmt: skip
 TRAIN = ["train", "data_recipes/pocket.yaml", *SETTINGS]
 EXPORT = ["export", "r", "--quant", "q8_0"]
-TIMES = {"seconds", "started", "finished", "reached_after", "train_seconds", "tokens_per_second", "runtime",
+TIMES = {"seconds", "started", "finished", "train_seconds", "tokens_per_second", "runtime",
          "supervised_tokens_per_second", "peak_memory_bytes", "evaluation_seconds", "commit", "peak_memory_gib"}  # fmt: skip
 """Keys that tell when, how fast and with how much memory, which no two runs share."""
 
@@ -167,8 +165,6 @@ class Workplace:
 
 
 def _content(path: Path):
-    if path.name == "samples.jsonl":  # replies during training are made as time allows
-        return [row for row in read_jsonl(path) if row["when"] != "during"]
     if path.suffix == ".jsonl":
         return [_timeless(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
     if path.suffix == ".json":

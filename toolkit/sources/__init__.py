@@ -47,9 +47,6 @@ def conversations(source: Source, seed: int, placeholders: dict) -> Iterator[tup
 
     Raises ToolkitError for trouble with the whole source and for an unfilled {{NAME}} or {{AUTHOR}}.
     """
-    placeholders = {name.replace("AUTHOER", "AUTHOR"): text for name, text in placeholders.items()}
-    if unknown := placeholders.keys() - {"NAME", "AUTHOR"}:
-        raise ToolkitError(f"data.placeholders.{min(unknown)}: expected NAME or AUTHOR")
     for name, text in {"system": source.system, **placeholders}.items():
         if hit := CONTROL_TOKEN.search(str(text)) or THINK_TAG.search(str(text)):
             raise ToolkitError(

@@ -138,20 +138,20 @@ def open_files(path: Path, files: list[Path]) -> Rows:
 
 
 def json_table(path: Path) -> Table:
-    """An array of objects, {"data": [objects]}, or one object a line: the content decides, as people name them all."""
+    """An array of objects, or one object a line: the content decides, as people name them all."""
     file = open(path, "rb", buffering=0)  # noqa: SIM115 - rows are read from it as long as they are drawn
     if ending(path) != ".json" and not file.read(BLOCK).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         return line_table(path, file)
-    text = decode(path.read_bytes(), path, 1)
     try:
-        data = json.loads(text.strip() or "[]")
+        rows = json.loads(decode(path.read_bytes(), path, 1).strip() or "[]")
     except (ValueError, RecursionError) as error:
+        if isinstance(error, ToolkitError):
+            raise
         if str(error).startswith("Extra data"):  # the first line is whole and more follow
             return line_table(path, file)
         raise ToolkitError(f"{path}: broken JSON: {error}") from error
-    rows = data.get("data") if isinstance(data, dict) else data
     if not isinstance(rows, list):
-        raise ToolkitError(f'{path}: expected a list of rows, or {{"data": [rows]}}, found {json_type(data)}')
+        raise ToolkitError(f"{path}: expected a list of rows, found {json_type(rows)}")
     return Table(path, "row", len(rows), lambda i: as_row(rows[i]))
 
 
@@ -194,21 +194,21 @@ def csv_table(path: Path) -> Table:
     text = decode(path.read_bytes(), path, 1).replace("\r\n", "\n")
     csv.field_size_limit(1 << 30)  # the reader's own limit of 128 KiB is below a long reasoning trace
     delimiter = max(",;\t", key=text.partition("\n")[0].count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        header, *cells = [row for row in reader if row] or [[]]
+        rows, header = list(reader), [name.strip() for name in reader.fieldnames or ()]
     except csv.Error as error:
         raise ToolkitError(f"{path} line {reader.line_num}: broken CSV: {error}: is a quote left open?") from error
-    header = [name.strip() for name in header]
     if len(set(header)) < len(header):
         raise ToolkitError(f"{path}: a name stands twice in the header: {', '.join(header)}")
 
     def get(i: int) -> dict | Rejected:
-        if len(cells[i]) != len(header):
-            return Rejected("wrong_columns", f"{len(cells[i])} cells, the header has {len(header)}")
-        return dict(zip(header, cells[i], strict=True))
+        cells = [*rows[i].values()]
+        if len(cells) != len(header) or None in cells:  # DictReader's way to say that there are too many, or too few
+            return Rejected("wrong_columns", f"expected {len(header)} cells, as in the header")
+        return dict(zip(header, cells, strict=True))
 
-    return Table(path, "row", len(cells), get)
+    return Table(path, "row", len(rows), get)
 
 
 def parquet_table(path: Path) -> Table:
