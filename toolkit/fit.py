@@ -6,7 +6,6 @@ Sizes are bytes on the GPU. Each formula's source is in the comment beside it. R
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections import Counter
@@ -15,8 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from toolkit.family import FAMILIES
-from toolkit.files import POCKET, ToolkitError, find
+from toolkit.files import POCKET, ToolkitError, find, read_json
 from toolkit.recipe import Lora, Recipe
 
 GIB = 1024**3
@@ -26,31 +27,27 @@ FRAGMENTATION = 0.012  # of everything else; two published measurements: 0.9% an
 ROWS = (32768, 16384, 8192, 4096, 2048, 1024, 512)
 """Limits in tokens that suggestions and the table try."""
 EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
-SHIPPED = json.loads((Path(__file__).parent / "fit_shapes.json").read_text(encoding="utf-8"))["shapes"]
-"""Size of a Qwen3 → its `Shape`, for planning without the Hub; tests compute them again from transformers' own models."""
 QWEN3 = FAMILIES[0].recommended
 
 
 class Matrix(NamedTuple):
-    """Equal linear layers: `copies` modules (one per decoder layer), each of `experts` matrices of inputs x outputs."""
+    """Equal linear layers: `copies` of inputs x outputs, one per decoder layer."""
 
     name: str
     inputs: int
     outputs: int
-    experts: int
     copies: int
 
     @property
-    def module(self) -> int:
-        """Parameters of one module."""
-        return self.inputs * self.outputs * self.experts
+    def parameters(self) -> int:
+        """Of one copy."""
+        return self.inputs * self.outputs
 
 
 @dataclass(frozen=True)
 class Shape:
     """What of a model's architecture decides its memory."""
 
-    name: str
     hidden_size: int
     num_hidden_layers: int
     num_attention_heads: int
@@ -58,17 +55,21 @@ class Shape:
     """Width of a layer's queries: heads x head_dim."""
     kv_dim: int
     vocab_size: int
-    mlp_width: int
-    """Elements a token holds inside an MLP: gate, up and their product; experts also copy their inputs and outputs."""
+    intermediate_size: int
     parameters: int
     matrices: tuple[Matrix, ...]
     kept: int = 0
     """Linear parameters that a dynamic 4-bit checkpoint keeps in 16-bit."""
+    name: str = ""
 
     @property
     def linear_parameters(self) -> int:
         """Parameters in the decoder's linear layers: what 4-bit loading quantizes."""
-        return sum(m.module * m.copies for m in self.matrices)
+        return sum(m.parameters * m.copies for m in self.matrices)
+
+
+SHIPPED = msgspec.convert(read_json(Path(__file__).parent / "fit_shapes.json")["shapes"], dict[str, Shape])
+"""Size of a Qwen3 → its shape, for planning without the Hub; tests compute them again from transformers' own models."""
 
 
 def shape(name: str) -> Shape:
@@ -97,59 +98,49 @@ def shipped(name: str) -> Shape | None:
     match = re.fullmatch(f"({sizes})", name) or re.search(rf"Qwen3-(?:Coder-)?({sizes})(?=$|-)", name, re.IGNORECASE)
     if match is None:
         return None
-    facts = dict(SHIPPED[match[1].upper()])
-    if re.search("(?<!-unsloth)-bnb-4bit$", name, re.IGNORECASE):  # not Unsloth's dynamic quantization
-        facts["kept"] = 0
-    matrices = tuple(Matrix(*m) for m in facts.pop("matrices"))
-    return Shape(name, **facts, matrices=matrices)
+    known = SHIPPED[match[1].upper()]
+    plain = re.search("(?<!-unsloth)-bnb-4bit$", name, re.IGNORECASE)  # not Unsloth's dynamic quantization
+    return dataclasses.replace(known, name=name, kept=0 if plain else known.kept)
 
 
 def shape_of(config, name: str = "") -> Shape:
     """The shape of a transformers config, e.g. a loaded model's: its modules are built without memory and counted.
 
-    Raises ToolkitError for an architecture that transformers does not know or that has no attention heads.
+    Raises ToolkitError for an architecture that transformers does not know, without attention heads, or with experts.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    text = config.get_text_config()
+    text, name = config.get_text_config(), name or config.name_or_path
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)
-        heads, experts = text.num_attention_heads, getattr(text, "num_experts_per_tok", None) or 0
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-        inner = getattr(text, "moe_intermediate_size" if experts else "intermediate_size", None) or 4 * text.hidden_size
-        linear = _linear_modules(model)
-        return Shape(
-            name or config.name_or_path,
-            hidden_size=text.hidden_size,
-            num_hidden_layers=text.num_hidden_layers,
-            num_attention_heads=heads,
-            q_dim=heads * head_dim,
-            kv_dim=(getattr(text, "num_key_value_heads", None) or heads) * head_dim,
-            vocab_size=text.vocab_size,
-            mlp_width=experts * (3 * inner + 2 * text.hidden_size) if experts else 3 * inner,
-            parameters=sum(p.numel() for p in model.parameters()),
-            matrices=tuple(Matrix(*m, copies) for m, copies in Counter(linear.values()).items()),
-            kept=sum(math.prod(m[1:]) for path, m in linear.items() if _is_kept(config, path)),
-        )
+        heads, hidden = text.num_attention_heads, text.hidden_size
+        head_dim = getattr(text, "head_dim", None) or hidden // heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        inner = getattr(text, "intermediate_size", None) or 4 * hidden
     except (ValueError, AttributeError, KeyError, TypeError, ImportError) as error:
-        raise ToolkitError(f"{name or config.name_or_path}: memory needs not known: {error}") from error
-
-
-def _linear_modules(model) -> dict[str, tuple[str, int, int, int]]:
-    """Path → (name, inputs, outputs, experts) of every linear layer inside a numbered decoder layer."""
-    import torch
-
-    found = {}
-    for path, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and re.search(r"\.\d+\.", path):
-            found[path] = path.rpartition(".")[2], module.in_features, module.out_features, 1
-    for path, weight in model.named_parameters():
-        if ".experts." in path and weight.dim() == 3:  # transformers 5 keeps a layer's experts in one tensor
-            experts, outputs, inputs = weight.shape
-            found[path] = path.rpartition(".")[2], inputs, outputs, experts
-    return found
+        raise ToolkitError(f"{name}: memory needs not known: {error}") from error
+    if any(".experts." in path for path, _ in model.named_parameters()):
+        raise ToolkitError(f"{name}: memory needs not known: a mixture of experts")
+    linear = {
+        path: Matrix(path.rpartition(".")[2], module.in_features, module.out_features, 1)
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and re.search(r"\.\d+\.", path)  # inside a decoder layer
+    }
+    return Shape(
+        hidden_size=hidden,
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=heads,
+        q_dim=heads * head_dim,
+        kv_dim=kv_heads * head_dim,
+        vocab_size=text.vocab_size,
+        intermediate_size=inner,
+        parameters=sum(p.numel() for p in model.parameters()),
+        matrices=tuple(matrix._replace(copies=n) for matrix, n in Counter(linear.values()).items()),
+        kept=sum(matrix.parameters for path, matrix in linear.items() if _is_kept(config, path)),
+        name=name,
+    )
 
 
 def _is_kept(config, path: str) -> bool:
@@ -163,9 +154,8 @@ def _is_kept(config, path: str) -> bool:
 
 def lora_tensors(model: Shape, r: int, target_modules: Sequence[str]) -> list[int]:
     """Elements of every LoRA tensor: A (r x inputs) and B (outputs x r) of each target in each layer."""
-    asked = set(target_modules) | ({"gate_up_proj"} if {"gate_proj", "up_proj"} & set(target_modules) else set())
-    targets = [m for m in model.matrices if m.name in asked]
-    return [r * side * m.experts for m in targets for side in (m.inputs, m.outputs) for _ in range(m.copies)]
+    targets = [m for m in model.matrices if m.name in target_modules]
+    return [r * side for m in targets for side in (m.inputs, m.outputs) for _ in range(m.copies)]
 
 
 @dataclass(frozen=True)
@@ -204,7 +194,7 @@ def phases(s: Settings, m: Shape) -> dict[str, dict[str, int]]:
     )  # in float32 (unsloth_zoo/training_utils.py); so are the gradients until the optimizer's step
     kept = lora + optimizer_bytes(tensors, s.optim)
     # two 16-bit copies of the largest module and its float32 absmax (unsloth/kernels/utils.py, fast_lora.py)
-    largest = max((matrix.module for matrix in m.matrices), default=0)
+    largest = max((matrix.parameters for matrix in m.matrices), default=0)
     dequantized = largest * (2 * 2 + 4 / 64) if s.load_in_4bit else 0
     # base against tuned after training, the optimizer gone: rows one at a time and 128 positions at once where memory is
     # short (evaluate/subject.py), with two sets of logits in float32 and five intermediates
@@ -255,7 +245,9 @@ def _training(s: Settings, m: Shape, dequantized: float) -> list[tuple]:
     inputs = _layer_inputs(s, m, tokens)
     hidden_states = 3 * 2 * tokens * m.hidden_size
     # 16-bit activations of the layer in hand, and float32 attention statistics (unsloth/kernels/fast_lora.py)
-    per_token = 2 * (8 * m.hidden_size + 3 * m.q_dim + 3 * m.kv_dim + m.mlp_width) + 4 * m.num_attention_heads
+    per_token = (
+        2 * (8 * m.hidden_size + 3 * m.q_dim + 3 * m.kv_dim + 3 * m.intermediate_size) + 4 * m.num_attention_heads
+    )
     at_loss = inputs + hidden_states + dequantized / 2, loss_bytes(s, m, tokens)
     return [at_loss, (inputs + tokens * per_token + dequantized, 0)]
 
@@ -267,7 +259,7 @@ def _layer_inputs(s: Settings, m: Shape, tokens: int) -> float:
         return min(layers * one, max(3 * one, layers * 2 * 1024**2))
     if s.use_gradient_checkpointing:
         return layers * one
-    return 2 * tokens * layers * (6 * m.hidden_size + 3 * m.q_dim + 3 * m.kv_dim + m.mlp_width)
+    return 2 * tokens * layers * (6 * m.hidden_size + 3 * m.q_dim + 3 * m.kv_dim + 3 * m.intermediate_size)
 
 
 def loss_bytes(s: Settings, m: Shape, tokens: int) -> float:
@@ -283,7 +275,7 @@ def loss_bytes(s: Settings, m: Shape, tokens: int) -> float:
 
 def _forward(m: Shape, batch: int, length: int) -> float:
     """One layer without gradients; a padded batch also carries a mask and its keys and values once per query head."""
-    per_token = 5 * m.hidden_size + 5 * m.q_dim + 3 * m.kv_dim + m.mlp_width
+    per_token = 5 * m.hidden_size + 5 * m.q_dim + 3 * m.kv_dim + 3 * m.intermediate_size
     return 2 * batch * length * per_token + 3 * batch * length**2
 
 

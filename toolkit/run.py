@@ -108,7 +108,6 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
             level=level,
             steps=read_json(folder / "manifest.json").get("steps"),
             max_new_tokens=min(recipe.evaluate.max_new_tokens, LEVELS[level].max_new_tokens),
-            batch_size=generation_batch(recipe, mixed, loaded[0].config),
             console=console,
         )
         write_json(folder / "eval.json", result)
@@ -272,19 +271,6 @@ def log_evaluation(recipe: Recipe, folder: Path, console) -> None:
 
     result = read_json(folder / "eval.json")
     tracking.finish(recipe, folder, evaluation.summary(result), result.get("samples", []), console)
-
-
-def generation_batch(recipe: Recipe, mixed, config) -> int:
-    """How many replies fit on the card at once; 32 on a CPU, and for a model that has no forecast."""
-    import torch
-
-    from toolkit import fit
-
-    if not torch.cuda.is_available():
-        return 32
-    longest = max(len(r.ids) for r in mixed.train)
-    planned = fit.forecast_or_none(recipe, config, longest=longest)
-    return planned.as_trained(fit.usable_vram()).settings.generation_batch if planned else 32
 
 
 def questions(recipe: Recipe, mixed) -> tuple[list[dict] | None, list[dict] | None]:
