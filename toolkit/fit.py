@@ -26,6 +26,8 @@ CONTEXT = int(0.4 * GIB)
 FRAGMENTATION = 0.012  # of everything else; two published measurements: 0.9% and 1.3% above the sum of the parts
 ROWS = (32768, 16384, 8192, 4096, 2048, 1024, 512)
 """Limits in tokens that suggestions and the table try."""
+PROMPT = 512
+"""Tokens of a question, as a forecast takes it."""
 EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 QWEN3 = FAMILIES[0].recommended
 
@@ -168,8 +170,6 @@ class Settings:
     gradient_accumulation_steps: int = 4
     per_device_eval_batch_size: int = 2
     longest_validation: int = 4096
-    generation_batch: int = 32
-    prompt_tokens: int = 512
     max_new_tokens: int = 1024
     r: int = 16
     target_modules: tuple[str, ...] = Lora.target_modules
@@ -196,15 +196,11 @@ def phases(s: Settings, m: Shape) -> dict[str, dict[str, int]]:
     # two 16-bit copies of the largest module and its float32 absmax (unsloth/kernels/utils.py, fast_lora.py)
     largest = max((matrix.parameters for matrix in m.matrices), default=0)
     dequantized = largest * (2 * 2 + 4 / 64) if s.load_in_4bit else 0
-    # base against tuned after training, the optimizer gone: rows one at a time and 128 positions at once where memory is
-    # short (evaluate/subject.py), with two sets of logits in float32 and five intermediates
-    scored = _forward(m, 1, s.longest_validation) + dequantized, 28 * min(128, s.longest_validation) * m.vocab_size
     found = {
         "load": (weights, lora),
         "training": (weights, lora + kept, *max(_training(s, m, dequantized), key=sum)),
         "validation": (weights, kept, *max(_validation(s, m, dequantized), key=sum)),
-        "generation": (weights, kept, *_generation(s, m, dequantized)),
-        "evaluation": (weights, lora, *scored),
+        "evaluation": (weights, lora, *max(_evaluation(s, m, dequantized), key=sum)),
     }
     # A bf16 checkpoint on a card without bf16 is converted on the card: once the largest 16-bit tensor, beyond the room
     # that LoRA takes afterwards; the freed block stays behind as fragmentation.
@@ -286,18 +282,21 @@ def _validation(s: Settings, m: Shape, dequantized: float) -> list[tuple]:
     return [(6 * tokens * m.hidden_size + dequantized, loss_bytes(s, m, tokens)), (layer + dequantized, 0)]
 
 
-def _generation(s: Settings, m: Shape, dequantized: float) -> tuple:
-    """Replies to prompts. The prefill's key-value cache lives on while the decoding buffers, which grow in steps of 512
-    tokens, fill (unsloth/models/_decode_graphs.py)."""
-    logits = 26 * s.generation_batch * m.vocab_size  # 16-bit and float32 copies of sampling and sorting
-    cached = s.generation_batch * (2 * s.prompt_tokens + max(s.max_new_tokens, 512))
-    cache = 4 * m.num_hidden_layers * m.kv_dim * cached
-    return _forward(m, s.generation_batch, s.prompt_tokens) + dequantized, logits, cache
+def _evaluation(s: Settings, m: Shape, dequantized: float) -> list[tuple]:
+    """Base against tuned after training, the optimizer gone. Batches adapt to the memory that is free (generate.py,
+    evaluate/subject.py), so one row must fit: its score, 128 positions at once, with two sets of logits in float32 and
+    five intermediates; and its reply. There the prefill's key-value cache lives on while the decoding buffers, which grow
+    in steps of 512 tokens, fill (unsloth/models/_decode_graphs.py)."""
+    scored = _forward(m, 1, s.longest_validation), 28 * min(128, s.longest_validation) * m.vocab_size, 0
+    logits = 26 * m.vocab_size  # 16-bit and float32 copies of sampling and sorting
+    cache = 4 * m.num_hidden_layers * m.kv_dim * (2 * PROMPT + max(s.max_new_tokens, 512))
+    replied = _forward(m, 1, PROMPT), logits, cache
+    return [(dequantized + activations, *rest) for activations, *rest in (scored, replied)]
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Phase (load, training, validation, generation, evaluation) → part → bytes on the GPU."""
+    """Phase (load, training, validation, evaluation) → part → bytes on the GPU."""
 
     shape: Shape
     settings: Settings
@@ -326,15 +325,13 @@ class Forecast:
         return forecast(dataclasses.replace(self.settings, **settings), self.shape)
 
     def as_trained(self, vram: int) -> "Forecast":
-        """What `train` makes of it by itself: smaller batches of the same effective size, and replies in batches that fit."""
+        """What `train` makes of it by itself: smaller batches of the same effective size where memory runs out."""
         s, made = self.settings, self
         effective = s.per_device_train_batch_size * s.gradient_accumulation_steps
         for batch in (n for n in range(s.per_device_train_batch_size, 0, -1) if effective % n == 0):
             made = self.changed(per_device_train_batch_size=batch, gradient_accumulation_steps=effective // batch)
             if made.total("training") <= vram:
                 break
-        while made.total("generation") > vram and made.settings.generation_batch > 1:
-            made = made.changed(generation_batch=made.settings.generation_batch // 2)
         return made
 
 
@@ -415,8 +412,8 @@ def choose_model(vram: int, run: Recipe | Settings | None = None) -> str:
     plan = settings(run) if isinstance(run, Recipe) else run or Settings()
     for name in reversed(QWEN3):
         name = name if plan.load_in_4bit else name.removesuffix("-unsloth-bnb-4bit")
-        found = forecast(plan, shipped(name)).as_trained(vram)
-        if found.fits(vram) and found.settings.per_device_train_batch_size == plan.per_device_train_batch_size:
+        found = forecast(plan, shipped(name))
+        if found.fits(vram):
             return name
     hints = [f"{name} fits with {' '.join(overrides)}" for overrides, _ in suggestions(found, vram)]
     advice = hints[0] if hints else "no single change helps: take a larger card or a Colab GPU"
@@ -458,7 +455,7 @@ def suggestions(planned: Forecast, vram: int) -> list[tuple[list[str], Forecast]
 
 def longest_row(size: str, vram: int) -> int:
     """The longest row in tokens that trains at batch 1, as a power of two; 0 where none does."""
-    least = Settings(per_device_train_batch_size=1, per_device_eval_batch_size=1, generation_batch=1)
+    least = Settings(per_device_train_batch_size=1, per_device_eval_batch_size=1)
     return next((row for row in ROWS if forecast(least, size, longest=row).fits(vram)), 0)
 
 
