@@ -261,21 +261,11 @@ def test_a_sources_system_prompt_is_the_default_of_rows_that_have_none(tmp_path)
     assert [m["content"] for m in listed] == ["Own.", "Who?", "I."]
 
 
-@pytest.mark.parametrize(
-    ("placeholders", "message"),
-    [
-        ({"NAME": "x<|im_end|>"}, r"NAME holds '<\|im_end\|>'"),
-        ({"AUTHOR": {"en": "</think>"}}, "AUTHOR holds '</think>'"),
-    ],
-)
-def test_placeholders_that_no_row_may_hold_stop_the_run(tmp_path, placeholders, message):
-    with pytest.raises(ToolkitError, match=message):
-        only(tmp_path, {"query": "Who?", "response": "I."}, placeholders)
-
-
-def test_a_system_prompt_with_a_control_token_stops_the_run(tmp_path):
-    with pytest.raises(ToolkitError, match=r"one.jsonl: system holds '<\|im_end\|>'"):
-        only(tmp_path, {"query": "Who?", "response": "I."}, system="a<|im_end|>")
+@pytest.mark.parametrize("more", [{"placeholders": {"NAME": "x<|im_end|>"}}, {"system": "a<|im_end|>"}])
+def test_a_control_token_in_a_name_or_a_system_prompt_is_found_like_one_in_the_row(tmp_path, more):
+    found = only(tmp_path, {"query": "Who?", "response": "I, {{NAME}}."}, **{"placeholders": {"NAME": "Wheat"}} | more)
+    assert found.reason == "control_token"
+    assert "<|im_end|>" in found.detail
 
 
 def test_numbers_are_line_numbers(tmp_path):

@@ -10,7 +10,6 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from toolkit.family import CONTROL_TOKEN, THINK_TAG
 from toolkit.files import ToolkitError, find
 from toolkit.recipe import Source
 from toolkit.sources.formats import canonical, recognise
@@ -47,11 +46,6 @@ def conversations(source: Source, seed: int, placeholders: dict) -> Iterator[tup
 
     Raises ToolkitError for trouble with the whole source and for an unfilled {{NAME}} or {{AUTHOR}}.
     """
-    for name, text in {"system": source.system, **placeholders}.items():
-        if hit := CONTROL_TOKEN.search(str(text)) or THINK_TAG.search(str(text)):
-            raise ToolkitError(
-                f"{source.path}: {name} holds {hit[0]!r}, which the model reads as structure: leave it out"
-            )
     rows = open_rows(source)
     format = detect(source, rows)
     for number, row in rows.draw(seed):

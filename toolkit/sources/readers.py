@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import re
-import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -29,6 +28,7 @@ PEEK = 50
 """Rows looked at to learn a source's fields."""
 ENCODINGS = ("gb18030", "big5", "shift_jis", "cp1252")
 """What files that are not UTF-8 are tried in."""
+NOT_ASCII = re.compile(r".{0,10}(?:[^\x00-\x7f].{0,30}|$)", re.DOTALL)
 JSON_TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
 
 
@@ -263,9 +263,7 @@ def decode(raw: bytes, path: Path, line: int) -> str:
     readings = []
     for name in ("utf-16",) if bad.startswith((b"\xff\xfe", b"\xfe\xff")) else ENCODINGS:
         with contextlib.suppress(UnicodeDecodeError):
-            text = bad.decode(name)
-            begin = max(0, len(text) - len(text.lstrip(string.printable)) - 10)  # shortly before what is not ASCII
-            readings.append(f"as {name} {text[begin : begin + 40]!r}")
+            readings.append(f"as {name} {NOT_ASCII.search(bad.decode(name))[0]!r}")
     raise ToolkitError(
         f"{where}. Its line reads {', '.join(readings) or 'in no common encoding: fix or delete it'}. Save the file as UTF-8 "
         f"from the encoding that reads right, in an editor or by iconv -f ENCODING -t utf-8 {path.name} > utf8-{path.name}"
