@@ -1,6 +1,6 @@
 """An evaluation for people: in words, as a table, and as the flat numbers that are charted.
 
-print("\\n".join(verdict(result))); rich.print(table(result, width=80)); wandb.run.summary.update(summary(result))
+print("\\n".join(verdict(result))); rich.print(table(result)); wandb.run.summary.update(summary(result))
 """
 
 from toolkit.evaluate.stats import is_rate
