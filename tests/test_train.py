@@ -268,6 +268,9 @@ def test_outputs_below_a_file_are_refused_with_the_way_out(tmp_path, monkeypatch
     monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path / "file" / "outputs"))
     with pytest.raises(ToolkitError, match="file is a file, not a folder: choose another output folder"):
         trained("run")
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
+    with pytest.raises(ToolkitError, match="file is a file, not a folder: remove it, or choose another name"):
+        trained("file")
 
 
 def test_a_full_disk_while_the_tokenizer_is_saved_is_named_too(tmp_path):
@@ -488,6 +491,8 @@ def test_the_run_folder_explains_itself(root):
     assert manifest["model"] == {"name": "pocket", "revision": None, "load_in_4bit": True}
     assert manifest["recipe_sha256"] == recipe.sha256(recipe.load(run / "recipe.yaml"))
     assert manifest["state"] == "finished"
+    adapted = read_json(run / "adapter" / "adapter_config.json")["target_modules"]
+    assert adapted == sorted(recipe.Lora().target_modules)  # the same file in every process
     mix = read_json(run / "mix.json")
     assert abs(mix["achieved"]["supervised_tokens"]["openmath_sample"] - 0.75) <= 0.01
 

@@ -194,6 +194,10 @@ def lock(folder: Path, verb: str, *, wait: bool = False) -> Iterator[None]:
     import filelock
 
     file = folder.resolve().parent / ".locks" / f"{folder.name}.lock"
+    if folder.is_file():
+        raise ToolkitError(
+            f"{folder} is a file, not a folder: remove it, or choose another name or output folder (TOOLKIT_OUTPUTS)"
+        )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         held = filelock.FileLock(file, is_singleton=True)

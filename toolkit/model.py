@@ -211,10 +211,16 @@ def attach(model, lora: Lora, *, seed: int, use_gradient_checkpointing="unsloth"
     checkpointing = use_gradient_checkpointing if torch.cuda.is_available() else False
     options = {"use_gradient_checkpointing": checkpointing, "random_state": seed, "bias": "none", **lora.extra}
     with quiet():
-        return unsloth().get_peft_model(
+        attached = unsloth().get_peft_model(
             model, r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, use_rslora=lora.use_rslora,
             target_modules=list(lora.target_modules), **options,
         )  # fmt: skip
+    for (
+        config
+    ) in attached.peft_config.values():  # a set to PEFT: adapter_config.json would differ from process to process
+        if not isinstance(config.target_modules, str):
+            config.target_modules = sorted(config.target_modules)
+    return attached
 
 
 def load_run(folder: str | Path):
