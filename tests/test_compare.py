@@ -16,7 +16,7 @@ from toolkit.compare import Point, Run, compare, difference_report, simultaneous
 from toolkit.evaluate import is_rate
 from toolkit.evaluate.stats import interval
 from toolkit.files import ROOT, ToolkitError
-from toolkit.report import conclude, figure, terminal_table, write
+from toolkit.report import LOST, conclude, figure, scores, terminal_table, write
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 QUESTIONS = 60
@@ -154,7 +154,7 @@ def test_unanimous_answers_to_few_questions_prove_nothing(tmp_path, monkeypatch)
     gain = found.points[1].changes[found.goal]
     assert gain["low"] < 0.5 < gain["value"]
     lines = difference_report(*runs)
-    assert any(line.startswith("thinking accuracy 0% → 100%") for line in lines)
+    assert any(line.startswith("reasoning questions with thinking 0% → 100%") for line in lines)
 
 
 def test_seeds_are_averaged_and_each_stays_visible(tmp_path):
@@ -206,12 +206,14 @@ def test_the_best_ratio_that_keeps_both_modes_is_recommended_in_two_short_senten
     found = compare(runs)
     assert found.recommended.label in ("50% reasoning", "75% reasoning")
     first, second, command = found.verdict
-    assert first.startswith(f"Recommended: {found.recommended.label}: thinking accuracy 40% → 8")
+    assert first.startswith(f"Recommended: {found.recommended.label}: reasoning questions with thinking 40% → 8")
     assert re.fullmatch(r"Up to \d+ points between 4 ratios are chance \(95%\): it ties with .*\.", second)
     assert max(map(len, found.verdict)) <= 160
     assert command == f"next: python -m toolkit export {found.recommended.runs[0].name}"
     assert any(
-        note.startswith("100% reasoning is left out of the choice: non-thinking adherence 100% → 30% (-70 points")
+        note.startswith(
+            "100% reasoning is left out of the choice: keeps to its mode without thinking 100% → 30% (-70 points"
+        )
         for note in found.notes
     )
 
@@ -301,7 +303,7 @@ def test_what_the_base_never_finished_and_a_forgetting_that_is_no_number_are_lef
     found = compare(runs)
     assert found.recommended is None
     why = "No ratio is recommended: none is shown to beat the base. Highest is"
-    assert found.verdict[0] == f"{why} 100% reasoning: thinking accuracy 90%."
+    assert found.verdict[0] == f"{why} 100% reasoning: reasoning questions with thinking 90%."
     assert write(found, tmp_path / "report")["png"].is_file()
 
 
@@ -429,6 +431,29 @@ def test_the_page_is_one_file_that_needs_no_network_and_the_csv_reads_back(tmp_p
     assert write(found, tmp_path / "again")["html"].read_text() == page  # nothing in it depends on the hour
 
 
+def around(value):
+    return {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 50}
+
+
+def test_scores_show_one_panel_for_each_metric_that_was_measured():
+    side = {
+        "non_thinking": {
+            "accuracy/chat": around(0.5),
+            "adherence": around(0.9),
+            "accuracy": around(0.4) | {"value": None},
+        }
+    }
+    instruct = {"base": side, "tuned": side | {"forgetting": {"kl": around(0.2)}}}
+    titles = [axes.get_title() for axes in scores({"tuned": instruct}).axes]
+    assert len(titles) == 3
+    assert not any("with thinking" in title for title in titles)
+    both = side | {"thinking": {"accuracy": around(0.6), "adherence": around(0.9)}}
+    hybrid = {"base": both, "tuned": both | {"forgetting": {"kl": around(0.2)}}}
+    assert len(scores({"tuned": hybrid}).axes) == 5
+    figure = scores({"with replay": hybrid, "without": hybrid}, LOST)
+    assert [len(axes.patches) for axes in figure.axes] == [2, 3, 3]
+
+
 # --- two runs
 
 
@@ -439,10 +464,10 @@ def test_the_difference_of_two_runs_is_said_in_words_with_paired_intervals(tmp_p
     text = "\n".join(lines)
     assert "train.learning_rate: 0.0001 → 0.0002" in text
     assert "share of maths: 0.25 → 0.75" in text
-    (accuracy,) = [line for line in lines if line.startswith("thinking accuracy")]
+    (accuracy,) = [line for line in lines if line.startswith("reasoning questions with thinking")]
     assert "50% → 80% (+30 points [+" in accuracy
     assert accuracy.endswith(": certain")
-    assert any("no difference shown" in line for line in lines if line.startswith("thinking chat accuracy"))
+    assert any("no difference shown" in line for line in lines if line.startswith("chat questions with thinking"))
 
 
 def test_runs_that_were_asked_differently_are_not_called_different_in_score(tmp_path):

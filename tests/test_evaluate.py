@@ -16,7 +16,6 @@ from toolkit.evaluate.questions import (
     as_question,
     choose,
     fingerprint,
-    plan,
     select,
     sized,
 )
@@ -47,36 +46,32 @@ def reply(text: str, finished: bool = True) -> Reply:
     return Reply(reasoning, answer, text, len(reasoning.split()), len(answer.split()), opened, closed, finished)
 
 
-def asked_and_switch(conversation) -> tuple[str, str]:
-    """The question and the last soft switch, as a model that read Qwen3's manual would see them."""
-    question, _, switch = conversation[-1]["content"].partition(" /")
-    return question, switch
+def known(conversation) -> str:
+    return ANSWERS[conversation[-1]["content"]]
 
 
 def perfect(conversation, mode) -> Reply:
-    question, switch = asked_and_switch(conversation)
-    quiet = mode == "non_thinking" or switch == "no_think"
-    return reply(("" if quiet else THOUGHT) + ANSWERS[question])
+    return reply(("" if mode == "non_thinking" else THOUGHT) + known(conversation))
 
 
 def always_thinks(conversation, _mode):
-    return reply(THOUGHT + ANSWERS[asked_and_switch(conversation)[0]])
+    return reply(THOUGHT + known(conversation))
 
 
 def never_thinks(conversation, _mode):
-    return reply(ANSWERS[asked_and_switch(conversation)[0]])
+    return reply(known(conversation))
 
 
 def empty_block(conversation, mode):
-    return reply("<think>\n\n</think>\n\n" * (mode == "thinking") + ANSWERS[asked_and_switch(conversation)[0]])
+    return reply("<think>\n\n</think>\n\n" * (mode == "thinking") + known(conversation))
 
 
 def leaks_aloud(conversation, _mode):
-    return reply("Hmm. Wait, let me check that again.\n" + ANSWERS[asked_and_switch(conversation)[0]])
+    return reply("Hmm. Wait, let me check that again.\n" + known(conversation))
 
 
 def rambles(conversation, _mode):
-    return reply("First one adds the ones and then the tens. " * 5 + ANSWERS[asked_and_switch(conversation)[0]])
+    return reply("First one adds the ones and then the tens. " * 5 + known(conversation))
 
 
 def never_closes(_conversation, _mode):
@@ -84,11 +79,11 @@ def never_closes(_conversation, _mode):
 
 
 def thinks_twice(conversation, _mode):
-    return reply(THOUGHT + THOUGHT + ANSWERS[asked_and_switch(conversation)[0]])
+    return reply(THOUGHT + THOUGHT + known(conversation))
 
 
 def thinks_after_the_answer(conversation, _mode):
-    return reply(ANSWERS[asked_and_switch(conversation)[0]] + THOUGHT)
+    return reply(known(conversation) + THOUGHT)
 
 
 def endless(_conversation, _mode):
@@ -104,8 +99,8 @@ class Scripted:
 
     seed, max_new_tokens = 3407, 64
 
-    def __init__(self, base, tuned, divergence, modes, switches):
-        self.scripts, self.divergence, self.modes, self.switches = (base, tuned), divergence, modes, switches
+    def __init__(self, base, tuned, divergence, modes):
+        self.scripts, self.divergence, self.modes = (base, tuned), divergence, modes
 
     def reply(self, conversations, mode, adapter, progress):
         progress.advance(len(conversations))
@@ -116,8 +111,8 @@ class Scripted:
 
 
 def run(tuned, base=perfect, level="quick", questions=SUMS, chat=CHAT, validation=(), steps=None,
-        divergence=kls, modes=MODES, switches=True):  # fmt: skip
-    subject = Scripted(base, tuned, divergence, modes, switches)
+        divergence=kls, modes=MODES):  # fmt: skip
+    subject = Scripted(base, tuned, divergence, modes)
     console = Console(file=io.StringIO())
     return score(subject, select(level, steps, questions, chat, PROBES, validation), console)
 
@@ -138,11 +133,11 @@ def test_a_model_that_keeps_both_modes_scores_one_everywhere():
 
 
 @pytest.mark.parametrize(("script", "thinking", "non_thinking"), [
-    (always_thinks, {"adherence": 1, "accuracy": 1, "switch/think": 1, "switch/no_think": 0},
+    (always_thinks, {"adherence": 1, "accuracy": 1},
      {"adherence": 0, "accuracy": 1}),
-    (never_thinks, {"adherence": 0, "accuracy": 1, "switch/think": 0, "switch/no_think": 1}, {"adherence": 1, "accuracy": 1}),
-    (empty_block, {"adherence": 0, "accuracy": 1, "switch/no_think": 1}, {"adherence": 1}),
-    (leaks_aloud, {"adherence": 0, "accuracy": 1, "switch/no_think": 0}, {"adherence": 0, "accuracy": 1}),
+    (never_thinks, {"adherence": 0, "accuracy": 1}, {"adherence": 1, "accuracy": 1}),
+    (empty_block, {"adherence": 0, "accuracy": 1}, {"adherence": 1}),
+    (leaks_aloud, {"adherence": 0, "accuracy": 1}, {"adherence": 0, "accuracy": 1}),
     (rambles, {"adherence": 0, "accuracy": 1}, {"adherence": 0, "accuracy": 1}),
     (never_closes, {"adherence": 0, "accuracy": 0, "accuracy/chat": 0, "cut": 0}, {"adherence": 0, "accuracy": 0}),
     (thinks_twice, {"adherence": 0}, {"adherence": 0}),
@@ -177,12 +172,8 @@ def test_accuracy_keeps_its_place_when_every_reply_was_cut():
 
 def test_cut_replies_leave_accuracy_and_show_in_n():
     def half_cut(conversation, mode):
-        question = asked_and_switch(conversation)[0]
-        return (
-            endless(conversation, mode)
-            if question in {q["messages"][0]["content"] for q in SUMS[:8]}
-            else perfect(conversation, mode)
-        )
+        cut = conversation in [q["messages"] for q in SUMS[:8]]
+        return endless(conversation, mode) if cut else perfect(conversation, mode)
 
     found = run(half_cut)["tuned"]["thinking"]
     assert (found["accuracy"]["value"], found["accuracy"]["n"]) == (1.0, 12)
@@ -192,7 +183,7 @@ def test_cut_replies_leave_accuracy_and_show_in_n():
 def test_samples_of_a_question_stay_together_and_n_counts_questions():
     result = run(perfect, level="full")
     assert result["tuned"]["thinking"]["adherence"]["n"] == 25
-    assert result["budget"]["replies"] == 2 * (25 * 4 + 25 * 2) + 2 * 25 * 4  # switches are tried in thinking mode
+    assert result["budget"]["replies"] == 2 * 2 * 25 * 4
     assert result["per_question"]["thinking"]["tuned"]["adherence"][1] == [4.0] * 25
 
 
@@ -299,16 +290,6 @@ def test_the_probe_set_is_frozen_bilingual_and_balanced():
     assert fingerprint(probes) == "819bf2a74a174352", "changing a probe makes old evaluations incomparable"
 
 
-def test_soft_switches_are_tried_at_the_end_of_a_question_and_in_thinking_mode_alone():
-    asked = select("quick", questions=SUMS, chat_questions=(), probes=())
-    found = [ask for ask in plan(asked, "thinking", switches=True) if ask.purpose != "answer"]
-    assert [ask.purpose for ask in found[:2]] == ["switch/think", "switch/no_think"]
-    assert all(ask.messages[-1]["content"].endswith("? /" + ask.purpose.removeprefix("switch/")) for ask in found)
-    assert {
-        a.purpose for a in plan(asked, "non_thinking", switches=True) + plan(asked, "thinking", switches=False)
-    } == {"answer"}
-
-
 def test_bootstrap_intervals_cover_the_truth_at_the_stated_rate():
     """60 questions with 2 samples each, 600 times: 95% intervals of a rate and of a paired difference hold the truth in
     93 to 97 of 100 (600 draws alone give a standard error of 0.9 points)."""
@@ -407,18 +388,17 @@ def test_a_short_training_is_asked_fewer_questions_by_its_steps_alone():
 
 @pytest.mark.parametrize("modes", [("non_thinking",), ("thinking",)])
 def test_a_model_with_one_mode_is_scored_in_that_mode_alone(modes):
-    result = run(perfect, modes=modes, switches=False)
+    result = run(perfect, modes=modes)
     for name in ("base", "tuned", "difference", "per_question"):
         assert set(result[name]) == {*modes, "forgetting"}
-    assert not {m for m in result["tuned"][modes[0]] if m.startswith("switch")}
     assert {row["mode"] for row in result["samples"]} == set(modes)
     assert "thinking" not in " ".join(result["verdict"])
 
 
 def test_a_model_without_a_thinking_mode_keeps_to_its_mode_when_it_answers_without_tags():
-    loud = run(leaks_aloud, base=never_thinks, modes=("non_thinking",), switches=False)
+    loud = run(leaks_aloud, base=never_thinks, modes=("non_thinking",))
     assert values(loud, "non_thinking")["adherence"] == 1.0  # it has no thinking to leak
-    assert values(run(always_thinks, modes=("non_thinking",), switches=False), "non_thinking")["adherence"] == 0.0
+    assert values(run(always_thinks, modes=("non_thinking",)), "non_thinking")["adherence"] == 0.0
 
 
 def without_answers(_conversation, _mode):
@@ -470,7 +450,7 @@ def test_no_name_or_number_of_the_table_is_cut_at_80_and_120_columns(width):
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
     for words in ("sums with thinking", "say without thinking", "keeps to its mode with thinking", "KL, knowledge",
-                  "obeys /no_think", "100%", "-100 [-100, -83]"):  # fmt: skip
+                  "100%", "-100 [-100, -83]"):  # fmt: skip
         assert words in text
 
 

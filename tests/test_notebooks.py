@@ -15,7 +15,7 @@ import time
 import pytest
 
 from tests import run_notebooks
-from toolkit import notebook, run
+from toolkit import notebook, run, show
 from toolkit.files import ROOT, ToolkitError
 
 NAMES = "00_quickstart 01_mix 02_train 03_evaluate 04_ratio_sweep 05_export 06_your_own_data 07_in_your_own_notebook".split()
@@ -333,9 +333,10 @@ def test_words_in_quotation_marks_stay_together():
 
 
 def test_replies_are_shown_as_text_and_never_as_markup():
-    rows = [{"prompt": "<b>?", "mode": "thinking", "base": notebook.Said("<script>", "a < b")}]
-    page = notebook.side_by_side(rows).data
+    rows = [{"prompt": "<b>?", "mode": "thinking", "base": show.Said("[bold]<script>", "a < b")}]
+    page = show.side_by_side(rows)._repr_mimebundle_([], [])["text/html"]
     assert "<script>" not in page
+    assert "[bold]&lt;script&gt;" in page
     assert "a &lt; b" in page
 
 

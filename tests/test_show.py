@@ -1,9 +1,7 @@
 """What people see of a mix and a run: whole tables at 80 columns, colours on exactly the labels, pictures of what was measured."""
 
 import io
-import itertools
 import re
-from html import escape
 
 import pytest
 from rich.console import Console
@@ -81,11 +79,12 @@ def test_the_shipped_samples_mix_without_a_note_of_warning():
 
 def test_colours_mark_exactly_the_supervised_text():
     mixed, chat = compiled(budget=2000), load_chat("pocket")
-    page = show.html(mixed, chat, 1)
-    row = mixed.train[0]
-    assert f"color:#111'>{escape(chat.decode(row.ids[row.prompt_length :]))}</span>" in page
-    spans = list(itertools.islice(show.terminal(mixed, chat, 1), 2))[1].spans
-    assert [s.style for s in spans] == ["bright_black", "bold green"]
+    row, text = mixed.train[0], show.coloured(mixed, chat, 1)
+    (shown, *_), (taught, *_) = (
+        [text.plain[span.start : span.end] for span in text.spans if span.style == style]
+        for style in ("bright_black", "bold green")
+    )
+    assert (shown, taught) == (chat.decode(row.ids[: row.prompt_length]), chat.decode(row.ids[row.prompt_length :]))
 
 
 def test_the_picture_has_a_bar_per_source_and_unit_and_the_limit_line():
@@ -125,26 +124,3 @@ def test_trl_masking_and_the_label_rule_agree_where_there_is_no_think_block(name
     (shown, taught), (shown_here, taught_here) = show.trl_masking(said, chat), show.label_rule(said, chat)
     assert shown == shown_here
     assert taught.strip() == taught_here.strip()
-
-
-def interval(value):
-    return {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 50}
-
-
-def test_scores_show_one_panel_for_each_metric_that_was_measured():
-    side = {
-        "non_thinking": {
-            "accuracy/chat": interval(0.5),
-            "adherence": interval(0.9),
-            "accuracy": interval(0.4) | {"value": None},
-        }
-    }
-    instruct = {"base": side, "tuned": side | {"forgetting": {"kl": interval(0.2)}}}
-    titles = [axes.get_title() for axes in show.scores({"tuned": instruct}).axes]
-    assert len(titles) == 3
-    assert not any(title.startswith("thinking") for title in titles)
-    both = side | {"thinking": {"accuracy": interval(0.6), "adherence": interval(0.9)}}
-    hybrid = {"base": both, "tuned": both | {"forgetting": {"kl": interval(0.2)}}}
-    assert len(show.scores({"tuned": hybrid}).axes) == 5
-    figure = show.scores({"with replay": hybrid, "without": hybrid}, show.LOST)
-    assert [len(axes.patches) for axes in figure.axes] == [2, 3, 3]

@@ -222,7 +222,7 @@ def mix(recipe, overrides, fresh, dry_run, show):
     mixed = run.compile_mix(loaded, out, fresh=fresh, next_command=" ".join(words))
     if show:
         chat = render.load_chat(loaded.model.model_name, loaded.model.revision)
-        out.print(*showing.terminal(mixed, chat, show), sep="\n")
+        out.print(showing.coloured(mixed, chat, show))
     out.print(f"mix.json and quarantine.jsonl: {mixed.folder}")
 
 

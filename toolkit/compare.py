@@ -18,8 +18,8 @@ import yaml
 
 from toolkit.evaluate import is_rate
 from toolkit.evaluate.stats import RESAMPLES, draws, ratios, unanimous
-from toolkit.evaluate.text import amount, show
-from toolkit.family import MODES, mode_title
+from toolkit.evaluate.text import TITLES, amount, show, title
+from toolkit.family import MODES
 from toolkit.files import ToolkitError, flat, read_json
 
 Key = tuple[str, str]
@@ -29,11 +29,6 @@ GOALS = (("thinking", "accuracy"), ("non_thinking", "accuracy"), CHAT, ("thinkin
 """By what runs are ranked: the first that most of them have. Reasoning questions come before chat questions, which runs
 of the other kind of data are asked only."""
 GUARDS = (("thinking", "adherence"), ("non_thinking", "adherence"), CHAT)
-TITLES = {
-    "accuracy": "accuracy", "accuracy/chat": "chat accuracy", "adherence": "adherence",
-    "reasoning_tokens": "reasoning tokens", "answer_tokens": "answer tokens", "cut": "cut by the token limit",
-    "kl": "KL from the base", "nll": "loss on the base's answers",
-}  # fmt: skip
 METRICS = tuple((section, metric) for metric in TITLES for section in (*MODES, "forgetting"))
 CONDITIONS = (
     "level", "seed", "fingerprints.questions", "fingerprints.probes", "budget.max_new_tokens", "budget.samples",
@@ -335,23 +330,17 @@ def decide(points: list[Point], goal: Key, axis: str) -> tuple[Point | None, lis
 
 
 def change_text(point: Point, key: Key) -> str:
-    """`thinking accuracy 23% → 70% (+47 points [+33, +60])`."""
-    title, found = metric_title(key, point.runs[0]), point.changes.get(key)
+    """`reasoning questions with thinking 23% → 70% (+47 points [+33, +60])`."""
+    name, found = title(*key, point.runs[0].eval["tuned"]), point.changes.get(key)
     if not found:
-        return f"{title} {amount(key[1], point.values[key]['value'])}"
+        return f"{name} {amount(key[1], point.values[key]['value'])}"
     before, after = (amount(key[1], found[side]) for side in ("before", "after"))
-    return f"{title} {before} → {after} ({gain(key, found)})"
+    return f"{name} {before} → {after} ({gain(key, found)})"
 
 
 def gain(key: Key, found: dict) -> str:
     """`+47 points [+33, +60]`."""
     return show(key[1], found, sign="+", unit=" points")
-
-
-def metric_title(key: Key, run: Run) -> str:
-    """`thinking accuracy`; without the mode's name where the model has one mode, or the metric none."""
-    named = key[0] in MODES and all(mode in run.eval["tuned"] for mode in MODES)
-    return f"{mode_title(key[0])} {TITLES[key[1]]}" if named else TITLES[key[1]]
 
 
 # --- two runs --------------------------------------------------------------------------------------------------------

@@ -10,21 +10,16 @@ import io
 import os
 import shlex
 import threading
-from collections import namedtuple
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 
 import rich.jupyter
 
 from toolkit import recipe as recipes
-from toolkit.family import mode_title
 from toolkit.files import outputs, read_json
 from toolkit.recipe import Recipe
-from toolkit.show import SHOWN, html_table
+from toolkit.show import Said
 
-Said = namedtuple("Said", "reasoning answer")
-"""What a model said: the two fields of generate.py's `Reply` that are shown."""
 REFRESH = 4.0
 """Seconds between two drawings of the live curves: one takes about a fifth of a second on a slow core."""
 os.environ.setdefault("JUPYTER_COLUMNS", "100")  # what a cell shows of a window 1,280 pixels wide beside the file list
@@ -146,22 +141,6 @@ def live(recipe: Recipe):
         draw()
 
 
-def side_by_side(rows: Sequence[dict]):
-    """Replies as a table: rows {"prompt", "mode", column: reply, …}; reasoning grey above the answer."""
-    return html_table(
-        [
-            {"asked": f"<b>{escape(row['prompt'])}</b><br>{mode_title(row['mode'])}"}
-            | {name: _reply(value) for name, value in row.items() if name not in {"prompt", "mode"}}
-            for row in rows
-        ]
-    )
-
-
-def _reply(reply) -> str:
-    thought = f"<span style='{SHOWN}'>{escape(reply.reasoning)}</span><br>" if reply.reasoning else ""
-    return thought + (escape(reply.answer) or "<i>(no answer)</i>")
-
-
 # --- questions to a run ----------------------------------------------------------------------------------------------
 
 
@@ -173,23 +152,17 @@ def ask(folder: Path, prompts: Sequence[str], *, max_new_tokens: int = 512, gree
 
     _free()
     model, tokenizer = load_run(folder)
-    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "seed": recipes.load(folder / "recipe.yaml").data.seed,
-        "greedy": greedy,
-    }
-    said = {}
+    asked, rows = [[{"role": "user", "content": prompt}] for prompt in prompts], []
+    settings = {"max_new_tokens": max_new_tokens, "greedy": greedy}
+    settings["seed"] = recipes.load(folder / "recipe.yaml").data.seed
     for mode in modes_of(tokenizer):
-        for name, adapter in (("base", False), ("tuned", True)):
-            with switched(model, adapter):
-                said[mode, name] = generate(model, tokenizer, asked, mode, **options)
-    modes = dict.fromkeys(mode for mode, _ in said)
-    return [
-        {"prompt": prompt, "mode": mode, "base": said[mode, "base"][i], "tuned": said[mode, "tuned"][i]}
-        for i, prompt in enumerate(prompts)
-        for mode in modes
-    ]
+        said = {}
+        for name in ("base", "tuned"):
+            with switched(model, name == "tuned"):
+                said[name] = generate(model, tokenizer, asked, mode, **settings)
+        replies = zip(prompts, said["base"], said["tuned"], strict=True)
+        rows += [{"prompt": prompt, "mode": mode, "base": base, "tuned": tuned} for prompt, base, tuned in replies]
+    return rows
 
 
 def ask_gguf(folder: Path, rows: Sequence[dict], *, max_new_tokens: int = 512) -> list[dict]:
@@ -214,12 +187,8 @@ def samples(result: dict) -> list[dict]:
     """The replies an evaluation kept, as rows for `side_by_side`."""
     from toolkit.generate import split_reply
 
-    return [
-        {"prompt": row["prompt"], "mode": row["mode"]}
-        | {name: Said(*split_reply(row[name])[:2]) for name in ("base", "tuned")}
-        for row in result["samples"]
-        if row["purpose"] == "answer"
-    ]
+    rows = [{key: row[key] for key in ("prompt", "mode", "base", "tuned")} for row in result["samples"]]
+    return [row | {name: Said(*split_reply(row[name])[:2]) for name in ("base", "tuned")} for row in rows]
 
 
 def scored(folder: Path) -> dict:

@@ -5,18 +5,25 @@ from toolkit import compare, report; report.write(compare.compare(Path("outputs"
 
 import base64
 import html
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from toolkit import show, tracking
-from toolkit.compare import CHAT, KL, METRICS, RULE, TITLES, Comparison, Key, metric_title
+from toolkit.compare import CHAT, KL, METRICS, RULE, Comparison, Key
 from toolkit.evaluate import is_rate
+from toolkit.evaluate.text import TITLES, title
 from toolkit.evaluate.text import show as with_interval
 from toolkit.family import MODES
 
+SCORES = (
+    ("thinking", "accuracy"), ("thinking", "adherence"), ("non_thinking", "accuracy"), CHAT, ("non_thinking", "adherence"), KL
+)  # fmt: skip
+LOST = (KL, CHAT, ("thinking", "adherence"))
+"""What training may cost."""
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1120px;margin:2em auto;padding:0 1em}img{width:100%}
 table{border-collapse:collapse;font-size:.8em}th,td{padding:.3em .6em;border-bottom:1px solid #ddd;text-align:right}
 td:first-child{text-align:left}.wide{overflow-x:auto}"""
@@ -63,15 +70,15 @@ def texts(comparison: Comparison, keys: Sequence[Key]) -> pd.DataFrame:
     """A row for the base and each point: `70% [59, 81]`, and `-` where it was not measured."""
     run, everyone = comparison.points[0].runs[0], comparison.everyone()
     return pd.DataFrame(
-        {metric_title(key, run): [with_interval(key[1], p.values.get(key)) for p in everyone] for key in keys}
+        {title(*key, run.eval["tuned"]): [with_interval(key[1], p.values.get(key)) for p in everyone] for key in keys}
     )
 
 
 def terminal_table(comparison: Comparison):
     """A rich table of what decides, whole at 80 columns: only the goal has its interval."""
     everyone, table = comparison.everyone(), texts(comparison, deciding(comparison))
-    for title in table.columns[1:]:
-        table[title] = table[title].str.partition(" ")[0]
+    for column in table.columns[1:]:
+        table[column] = table[column].str.partition(" ")[0]
     best = [point is comparison.recommended for point in everyone]
     labels = ["★ " * chosen + point.label for point, chosen in zip(everyone, best, strict=True)]
     rows = table.assign(**{"": labels})[["", *table]].to_dict("records")
@@ -108,9 +115,7 @@ def figure(comparison: Comparison):
     colours[0] = show.BASE
     picture, axes = show.panels(12, 7, 3, 2)
     for one, key in zip(axes, keys, strict=False):
-        rate = is_rate(key[1])
-        show.bars(one, names, [p.values.get(key) for p in everyone], colours, scale=100 if rate else 1)
-        one.set_title(metric_title(key, run) + (", %" if rate else ""))
+        _bars(one, key, names, [point.values.get(key) for point in everyone], colours, run.eval["tuned"])
     _gained_and_kept(axes[len(keys)], comparison, names, colours)
     for unused in axes[len(keys) + 1 :]:
         unused.remove()
@@ -120,6 +125,33 @@ def figure(comparison: Comparison):
         fontsize=10,
     )
     return picture
+
+
+def scores(results: Mapping[str, dict], keys: Sequence[Key] = SCORES):
+    """Runs beside their common base, with 95% intervals: {name: content of an eval.json}, one panel for each metric
+    that was measured, so that a model with one mode has that mode's only."""
+    sides = {"base": next(iter(results.values()))["base"]} | {name: result["tuned"] for name, result in results.items()}
+    found = {key: [side.get(key[0], {}).get(key[1]) for side in sides.values()] for key in keys}
+    shown = [key for key, values in found.items() if values[-1] and values[-1]["value"] is not None]
+    picture, axes = show.panels(max(5, 2.6 * len(shown)), 3.4, len(shown))
+    names = [name.replace(" + ", " +\n") for name in sides]
+    for one, key in zip(axes, shown, strict=True):
+        _bars(one, key, names, found[key], (show.BASE, *show.PALETTE), sides["base"])
+    return picture
+
+
+def _bars(axes, key: Key, names: list[str], found: list[dict | None], colours: Sequence[str], sections) -> None:
+    """One metric: a bar with its interval for each name, nothing where it was not measured."""
+    scale = 100 if is_rate(key[1]) else 1
+    ends = (
+        pd.DataFrame([value or {} for value in found], columns=["value", "low", "high"], dtype=float).dropna() * scale
+    )
+    error = [(ends["value"] - ends[end]).abs() for end in ("low", "high")]
+    drawn = axes.bar(ends.index, ends["value"], 0.6, yerr=error, capsize=4, color=[colours[i] for i in ends.index])
+    axes.bar_label(drawn, fmt="%.3g", label_type="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
+    axes.set_xticks(range(len(names)), names)
+    axes.set_ylim(0, 112 if scale == 100 else None)
+    axes.set_title(textwrap.fill(title(*key, sections) + (", %" if scale == 100 else ""), 24), fontsize=10)
 
 
 def _gained_and_kept(axes, comparison: Comparison, names: list[str], colours: list[str]) -> None:

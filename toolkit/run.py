@@ -16,7 +16,6 @@ from pathlib import Path
 
 from toolkit import recipe as recipes
 from toolkit import tracking
-from toolkit.family import mode_title
 from toolkit.files import ToolkitError, lock, outputs, read_json, read_jsonl, write_json, write_text
 from toolkit.recipe import Recipe
 
@@ -299,16 +298,10 @@ def report(folder: Path, console) -> None:
 
 def before_after(rows: list[dict]):
     """A table of the fixed prompts' replies before and after training, in each mode of the model."""
-    from rich.table import Table
-    from rich.text import Text
+    from toolkit import show
 
-    table = Table(title="the same prompts before and after", title_justify="left", show_lines=True)
-    for column in ("prompt", "mode", "before", "after"):
-        table.add_column(column)
-    asked: dict[tuple, dict] = {(r["prompt"], r["mode"]): {} for r in rows}
+    rows = [row for row in rows if row["when"] in ("before", "after")]
+    asked: dict[tuple, dict] = {(row["prompt"], row["mode"]): {} for row in rows}
     for row in rows:
-        thought = [(row["reasoning"] + "\n", "bright_black")] if row["reasoning"] else []
-        asked[row["prompt"], row["mode"]][row["when"]] = Text.assemble(*thought, row["answer"] or "(nothing)")
-    for (prompt, mode), reply in asked.items():
-        table.add_row(prompt, mode_title(mode), reply.get("before"), reply.get("after"))
-    return table
+        asked[row["prompt"], row["mode"]][row["when"]] = show.Said(row["reasoning"], row["answer"])
+    return show.side_by_side([{"prompt": prompt, "mode": mode, **said} for (prompt, mode), said in asked.items()])

@@ -4,9 +4,8 @@ from rich import print; from toolkit import mix, recipe, show; print(show.plan_t
 """
 
 import itertools
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from html import escape
+from collections import Counter, namedtuple
+from collections.abc import Sequence
 from pathlib import Path
 
 from toolkit.family import mode_title
@@ -18,24 +17,11 @@ from toolkit.sources import Rejected, conversations, detect, open_rows
 
 PALETTE = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3")
 BASE, TUNED = "#9aa5b1", "#12355b"
-SHOWN, TAUGHT = "color:#777777", "background:#c8e6c9;color:#111"
-WRAPPED = "text-align:left;white-space:pre-wrap;overflow-wrap:anywhere"
+Said = namedtuple("Said", "reasoning answer")
+"""What a model said: the two fields of generate.py's `Reply` that are shown."""
 BINS = 40
 SMOOTH = 0.8
 """Weight of the past in the smoothed training loss; the raw values stay visible behind it."""
-SCORES = {
-    ("thinking", "accuracy"): "thinking:\nreasoning questions, %",
-    ("thinking", "adherence"): "thinking:\nthinks when asked to, %",
-    ("non_thinking", "accuracy"): "non-thinking:\nreasoning questions, %",
-    ("non_thinking", "accuracy/chat"): "non-thinking:\nchat questions, %",
-    ("non_thinking", "adherence"): "non-thinking:\nanswers at once, %",
-    ("forgetting", "kl"): "forgetting: KL from the base,\nnats per token",
-}
-"""(section, metric) of eval.json → title of its panel; KL is in nats, all others are shares of replies."""
-LOST = {
-    key: SCORES[key] for key in [("forgetting", "kl"), ("non_thinking", "accuracy/chat"), ("thinking", "adherence")]
-}
-"""What training may cost."""
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -63,14 +49,20 @@ def _cell(value) -> str:
     return value if isinstance(value, str) else f"{value:,}" if isinstance(value, int) else f"{value:.1%}"
 
 
-def html_table(rows: Sequence[dict]):
-    """Rows with equal keys, whose values are HTML, as a table for a notebook in which text wraps."""
-    import pandas
-    from IPython.display import HTML
+def side_by_side(rows: Sequence[dict]):
+    """Replies as a rich table: rows {"prompt", "mode", column: reply, …}; grey reasoning above the answer."""
+    from rich.table import Table
+    from rich.text import Text
 
-    cells = pandas.DataFrame(rows).map(lambda cell: f"<div style='{WRAPPED}'>{cell}</div>")
-    with pandas.option_context("display.max_colwidth", None):
-        return HTML(cells.to_html(index=False, escape=False, border=0, justify="left"))
+    columns = dict.fromkeys(name for row in rows for name in row)
+    table = Table(*columns, show_lines=True)
+    for row in rows:
+        cells = [Text(row["prompt"]), Text(mode_title(row["mode"]))]
+        for name in list(columns)[2:]:
+            thought, answer = row[name].reasoning, row[name].answer
+            cells.append(Text.assemble((f"{thought}\n" if thought else "", "bright_black"), answer or "(no answer)"))
+        table.add_row(*cells)
+    return table
 
 
 def plan_table(planned: dict[str, dict]):
@@ -126,36 +118,25 @@ def notes(report: dict) -> list[str]:
 # --- rows with their supervised tokens coloured ----------------------------------------------------------------------
 
 
-def _chosen(mixed: Mix, chat: Chat, count: int) -> Iterator[tuple[str, str, str]]:
-    """(title, text shown, text taught) of the first `count` training rows of each source and mode."""
-    taken: Counter = Counter()
+def coloured(mixed: Mix, chat: Chat, count: int):
+    """The first `count` training rows of each source and mode as the model sees them, as one rich text: what it is taught
+    is green, what it is only shown is grey."""
+    from rich.text import Text
+
+    taken, parts = Counter(), []
     for row in mixed.train:
         taken[row.source, row.mode] += 1
         if taken[row.source, row.mode] <= count:
             size = f"{len(row.ids)} tokens, {row.size('supervised_tokens')} supervised"
-            title = f"{row.source} · row {row.number} · {mode_title(row.mode)} · {size}"
-            yield title, chat.decode(row.ids[: row.prompt_length]), chat.decode(row.ids[row.prompt_length :])
+            parts.append((f"{row.source} · row {row.number} · {mode_title(row.mode)} · {size}\n", "bold"))
+            parts.append(_taught(chat.decode(row.ids[: row.prompt_length]), chat.decode(row.ids[row.prompt_length :])))
+    return Text("\n").join(Text.assemble(part) for part in parts)
 
 
-def terminal(mixed: Mix, chat: Chat, count: int):
-    """Rows as the model sees them, for a rich console: what it is taught is green, what it is only shown is grey."""
+def _taught(shown: str, taught: str):
     from rich.text import Text
 
-    for title, shown, taught in _chosen(mixed, chat, count):
-        yield Text(title, "bold")
-        yield Text.assemble((shown, "bright_black"), (taught, "bold green"), "\n")
-
-
-def html(mixed: Mix, chat: Chat, count: int) -> str:
-    """The same as HTML, for a notebook: supervised tokens on green."""
-    legend = f"<p><span style='{SHOWN}'>what the model sees</span>, <span style='{TAUGHT}'>what it is taught</span></p>"
-    rows = _chosen(mixed, chat, count)
-    return legend + "\n".join(f"<p><b>{escape(title)}</b></p>{_coloured(*texts)}" for title, *texts in rows)
-
-
-def _coloured(shown: str, taught: str) -> str:
-    shown, taught = escape(shown), escape(taught)
-    return f"<pre style='{WRAPPED}'><span style='{SHOWN}'>{shown}</span><span style='{TAUGHT}'>{taught}</span></pre>"
+    return Text.assemble((shown, "bright_black"), (taught, "bold green"))
 
 
 def label_rule(conversation: dict, chat: Chat) -> tuple[str, str]:
@@ -175,29 +156,27 @@ def trl_masking(conversation: dict, chat: Chat) -> tuple[str, str]:
 
 def compared(mixed: Mix, chat: Chat):
     """One held-out row of each source and mode: what is taught here, and what TRL / Unsloth masking would teach."""
+    from rich.table import Table
+
     rows = {(row.source, row.mode): row.conversation for row in reversed(mixed.validation)}
-    return html_table(
-        [
-            {
-                "row": escape(f"{source}, {mode_title(mode)}"),
-                "here": _coloured(*label_rule(row, chat)),
-                "TRL / Unsloth masking": _coloured(*trl_masking(row, chat)),
-            }
-            for (source, mode), row in sorted(rows.items())
-        ]
-    )
+    table = Table("row", "here", "TRL / Unsloth masking", show_lines=True)
+    for (source, mode), row in sorted(rows.items()):
+        table.add_row(
+            f"{source}, {mode_title(mode)}", _taught(*label_rule(row, chat)), _taught(*trl_masking(row, chat))
+        )
+    return table
 
 
 def first_row(source: Source, chat: Chat, placeholders: dict):
     """The first conversation of a file as the model sees it: its format, and every turn it teaches coloured."""
-    from IPython.display import HTML
+    from rich.text import Text
 
     number, found = next(conversations(source, seed=0, placeholders=placeholders))
     if isinstance(found, Rejected):
         raise ToolkitError(f"{source.path}, row {number}: {found.detail}")
-    turns = [_coloured(e.prompt, e.completion) for e in examples(found, "auto", chat, source.turns)]
+    turns = [_taught(e.prompt, e.completion) for e in examples(found, "auto", chat, source.turns)]
     title = f"{source.path} · {detect(source, open_rows(source))} · row {number}, {len(turns)} example(s)"
-    return HTML(f"<b>{escape(title)}</b>" + "".join(turns))
+    return Text("\n").join([Text(title, "bold"), *turns])
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------
@@ -262,32 +241,3 @@ def curves(folder: Path):
     for axes in (left, right) if right.lines else (left,):  # no validation yet: nothing to name
         axes.legend(frameon=False, fontsize=9)
     return figure
-
-
-def scores(results: Mapping[str, dict], titles: Mapping[tuple[str, str], str] = SCORES):
-    """Runs beside their common base, with 95% intervals: {name: content of an eval.json}, one panel for each metric
-    that was measured, so that a model with one mode has that mode's only."""
-    sides = {"base": next(iter(results.values()))["base"]} | {name: result["tuned"] for name, result in results.items()}
-    found = {key: [side.get(key[0], {}).get(key[1]) for side in sides.values()] for key in titles}
-    shown = [key for key, values in found.items() if values[-1] and values[-1]["value"] is not None]
-    figure, axes = panels(max(5, 2.6 * len(shown)), 3.4, len(shown))
-    names = [name.replace(" + ", " +\n") for name in sides]
-    for one, key in zip(axes, shown, strict=True):
-        bars(one, names, found[key], (BASE, *PALETTE), scale=1 if key[1] == "kl" else 100)
-        one.set_title(titles[key], fontsize=10)
-    return figure
-
-
-def bars(axes, names: Sequence[str], found: Sequence[dict | None], colours: Sequence[str], *, scale: float) -> None:
-    """A bar with its interval for each name: {"value", "low", "high"}, nothing where it was not measured."""
-    import pandas
-
-    ends = (
-        pandas.DataFrame([value or {} for value in found], columns=["value", "low", "high"], dtype=float).dropna()
-        * scale
-    )
-    error = [(ends["value"] - ends[end]).abs() for end in ("low", "high")]
-    drawn = axes.bar(ends.index, ends["value"], 0.6, yerr=error, capsize=4, color=[colours[i] for i in ends.index])
-    axes.bar_label(drawn, fmt="%.3g", label_type="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylim(0, 112 if scale == 100 else None)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from toolkit.evaluate.questions import LEVELS, Ask, Asked, fingerprint, from_mix, plan, select, spread
+from toolkit.evaluate.questions import LEVELS, Asked, fingerprint, from_mix, select, spread
 from toolkit.evaluate.score import Judge, longest_answers, marks
 from toolkit.evaluate.stats import difference, interval, is_rate
 from toolkit.evaluate.subject import LoadedRun
@@ -71,19 +71,18 @@ def score(subject, asked: Asked, console=None) -> dict:
     """The same for anything that replies as a LoadedRun does."""
     from rich.console import Console
 
-    started, console = time.perf_counter(), console or Console()
-    plans = {mode: plan(asked, mode, switches=subject.switches) for mode in subject.modes}
-    total = len(MODELS) * sum(map(len, plans.values()))
+    started, console, numbers = time.perf_counter(), console or Console(), asked.numbers()
+    asks, total = [asked.questions[i]["messages"] for i in numbers], len(MODELS) * len(subject.modes) * len(numbers)
     console.print(
-        f"{asked.level} evaluation: {total} replies (base and tuned, {' and '.join(map(mode_title, plans))}) of at most "
-        f"{subject.max_new_tokens} tokens, {len(asked.probes)} probes, {len(asked.validation)} held-out rows"
+        f"{asked.level} evaluation: {total} replies (base and tuned, {' and '.join(map(mode_title, subject.modes))}) of at "
+        f"most {subject.max_new_tokens} tokens, {len(asked.probes)} probes, {len(asked.validation)} held-out rows"
     )
-    with Progress(console, "evaluating", total + len(plans) * len(asked.probes)) as progress:
+    with Progress(console, "evaluating", total + len(subject.modes) * len(asked.probes)) as progress:
         replies = {
-            mode: {name: subject.reply([a.messages for a in asks], mode, name == "tuned", progress) for name in MODELS}
-            for mode, asks in plans.items()
+            mode: {name: subject.reply(asks, mode, name == "tuned", progress) for name in MODELS}
+            for mode in subject.modes
         }
-        rows = [*answer_rows(plans, replies, asked.questions), *forgetting_rows(subject, asked, progress)]
+        rows = [*answer_rows(replies, asked), *forgetting_rows(subject, asked, progress)]
     result = {
         "level": asked.level,
         "seed": subject.seed,
@@ -92,20 +91,20 @@ def score(subject, asked: Asked, console=None) -> dict:
         "seconds": round(time.perf_counter() - started, 2),
         "fingerprints": {name: fingerprint(getattr(asked, name)) for name in ("questions", "probes", "validation")},
         **summarize(pd.DataFrame(rows, columns=COLUMNS), subject.seed),
-        "samples": samples(plans, replies, asked.questions),
+        "samples": samples(replies, asked),
     }
     return finite(result | {"verdict": verdict(result)})
 
 
-def answer_rows(plans: dict[str, list[Ask]], replies: dict, questions: list[dict]) -> Iterator[tuple]:
+def answer_rows(replies: dict[str, dict[str, list]], asked: Asked) -> Iterator[tuple]:
     """Rows of the long table for what each reply of base and tuned scores."""
+    numbers = asked.numbers()
     with Judge() as judge:
-        for mode, asks in plans.items():
-            longest = longest_answers(asks, replies[mode]["base"]) if len(plans) > 1 else {}
+        for mode, models in replies.items():
+            longest = longest_answers(numbers, models["base"]) if len(replies) > 1 else {}
             for model in MODELS:
-                for ask, reply in zip(asks, replies[mode][model], strict=True):
-                    i = ask.question
-                    for metric, value, weight in marks(ask, mode, reply, questions[i], longest.get(i), judge):
+                for i, reply in zip(numbers, models[model], strict=True):
+                    for metric, value, weight in marks(mode, reply, asked.questions[i], longest.get(i), judge):
                         yield mode, model, metric, i, float(value), weight
 
 
@@ -146,16 +145,13 @@ def summarize(long: pd.DataFrame, seed: int) -> dict:
     return result
 
 
-def samples(plans: dict[str, list[Ask]], replies: dict, questions: list[dict]) -> list[dict]:
+def samples(replies: dict[str, dict[str, list]], asked: Asked) -> list[dict]:
     """A few prompts of each mode with both models' replies, for people to read."""
-    return [
-        {
-            "mode": mode,
-            "purpose": asks[i].purpose,
-            "prompt": asks[i].messages[-1]["content"],
-            "expected_answer": questions[asks[i].question]["expected_answer"],
-            **{model: replies[mode][model][i].text for model in MODELS},
-        }
-        for mode, asks in plans.items()
-        for i in spread(len(asks), SAMPLES)
-    ]
+    numbers, rows = asked.numbers(), []
+    for mode, models in replies.items():
+        for place in spread(len(numbers), SAMPLES):
+            question = asked.questions[numbers[place]]
+            row = {"mode": mode, "prompt": question["messages"][-1]["content"]}
+            row["expected_answer"] = question["expected_answer"]
+            rows.append(row | {model: models[model][place].text for model in MODELS})
+    return rows

@@ -1,6 +1,6 @@
-"""What evaluation asks, and what that costs: levels, questions, every prompt of a mode, the probe set that ships.
+"""What evaluation asks, and what that costs: levels, questions, the probe set that ships.
 
-asked = select("quick", steps=200); asks = plan(asked, "thinking", switches=True)
+asked = select("quick", steps=200); asked.numbers()
 """
 
 import hashlib
@@ -36,8 +36,6 @@ class Level:
     """Of each kind, reasoning and chat."""
     samples: int
     """Replies per question, mode and model."""
-    switches: int
-    """Questions that are also asked with soft switches."""
     probes: int
     """Per category and language, each answered by the base in every mode."""
     probe_tokens: int
@@ -46,10 +44,8 @@ class Level:
 
 
 LEVELS = {
-    "quick": Level(questions=64, samples=1, switches=16, probes=2, probe_tokens=48, validation=64, max_new_tokens=1024),
-    "full": Level(
-        questions=500, samples=4, switches=64, probes=6, probe_tokens=256, validation=500, max_new_tokens=8192
-    ),
+    "quick": Level(questions=64, samples=1, probes=2, probe_tokens=48, validation=64, max_new_tokens=1024),
+    "full": Level(questions=500, samples=4, probes=6, probe_tokens=256, validation=500, max_new_tokens=8192),
 }
 
 
@@ -62,9 +58,7 @@ def sized(level: str, steps: int | None = None) -> Level:
     if level != "quick" or steps is None:
         return size
     questions = next((n for n in (64, 32, 16) if n * STEPS_PER_QUESTION <= steps), 8)
-    return replace(
-        size, questions=questions, switches=questions // 4, probes=1 + (questions > 16), validation=questions
-    )
+    return replace(size, questions=questions, probes=1 + (questions > 16), validation=questions)
 
 
 @dataclass(frozen=True)
@@ -77,6 +71,10 @@ class Asked:
     """{"messages", "expected_answer", "set", "chat": whether it counts as a chat question}."""
     probes: list[dict]
     validation: list[dict]
+
+    def numbers(self) -> list[int]:
+        """The question of every prompt, the same in each mode and for base and tuned."""
+        return [i for i in range(len(self.questions)) for _ in range(self.size.samples)]
 
 
 def select(
@@ -148,27 +146,6 @@ def choose(rows: Sequence[dict], limit: int, *keys: str) -> list[dict]:
         ranked.append((seen[group], group, row))
         seen[group] += 1
     return [row for _, _, row in sorted(ranked, key=lambda item: item[:2])[:limit]]
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One prompt: a question for its answer, or with a soft switch to see whether that is obeyed."""
-
-    question: int
-    """Its place in Asked.questions."""
-    messages: list[dict]
-    purpose: str = "answer"
-
-
-def plan(asked: Asked, mode: str, *, switches: bool) -> list[Ask]:
-    """Every prompt of a mode in one list, the same for base and tuned: full batches, and pairs. `switches` says that the
-    model obeys /think and /no_think where its template lets it think; that is tried on some questions."""
-    asks = [Ask(i, q["messages"]) for i, q in enumerate(asked.questions) for _ in range(asked.size.samples)]
-    for i in spread(len(asked.questions), asked.size.switches) if switches and mode == "thinking" else ():
-        *before, last = asked.questions[i]["messages"]
-        for switch in ("think", "no_think"):
-            asks.append(Ask(i, [*before, {**last, "content": f"{last['content']} /{switch}"}], f"switch/{switch}"))
-    return asks
 
 
 def spread(length: int, count: int) -> list[int]:

@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import mean, median
 
-from toolkit.evaluate.questions import Ask
 from toolkit.family import THINK_CLOSE, THINK_TAG
 from toolkit.files import ToolkitError
 from toolkit.generate import Reply
@@ -32,24 +31,19 @@ LENGTH_FACTOR = 3.0
 
 
 def marks(
-    ask: Ask, mode: str, reply: Reply, question: dict, longest: float | None, judge: "Judge"
+    mode: str, reply: Reply, question: dict, longest: float | None, judge: "Judge"
 ) -> Iterable[tuple[str, float, int]]:
     """(metric, value, weight) of one reply; `longest` is the number of tokens that a direct answer to the question may
     have, None for a model with one mode.
 
     A reply that the limit cut counts nothing for accuracy (weight 0), so that its share stands in `cut` alone."""
-    if ask.purpose == "switch/think":
-        yield ask.purpose, thinks(reply), 1
-    elif ask.purpose == "switch/no_think":
-        yield ask.purpose, obeys_no_think(reply), 1
-    else:
-        right = reply.finished and judge.right(reply.answer, question["expected_answer"])
-        yield f"accuracy/set/{question['set']}", right, int(reply.finished)
-        yield "accuracy/chat" if question["chat"] else "accuracy", right, int(reply.finished)
-        yield "adherence", thinks(reply) if mode == "thinking" else is_direct(reply, longest), 1
-        yield "reasoning_tokens", reply.reasoning_tokens, 1
-        yield "answer_tokens", reply.answer_tokens, 1
-        yield "cut", not reply.finished, 1
+    right = reply.finished and judge.right(reply.answer, question["expected_answer"])
+    yield f"accuracy/set/{question['set']}", right, int(reply.finished)
+    yield "accuracy/chat" if question["chat"] else "accuracy", right, int(reply.finished)
+    yield "adherence", thinks(reply) if mode == "thinking" else is_direct(reply, longest), 1
+    yield "reasoning_tokens", reply.reasoning_tokens, 1
+    yield "answer_tokens", reply.answer_tokens, 1
+    yield "cut", not reply.finished, 1
 
 
 def is_direct(reply: Reply, longest: float | None) -> bool:
@@ -59,14 +53,13 @@ def is_direct(reply: Reply, longest: float | None) -> bool:
     return plain and (longest is None or (not leaks(reply) and reply.answer_tokens <= longest))
 
 
-def longest_answers(asks: Sequence[Ask], base: Sequence[Reply]) -> dict[int, float]:
+def longest_answers(numbers: Sequence[int], base: Sequence[Reply]) -> dict[int, float]:
     """Tokens that a direct answer to each question may have, by what the base takes for it, or for most questions."""
     lengths = defaultdict(list)
-    for ask, reply in zip(asks, base, strict=True):
-        if ask.purpose == "answer":
-            lengths[ask.question].append(reply.answer_tokens)
+    for number, reply in zip(numbers, base, strict=True):
+        lengths[number].append(reply.answer_tokens)
     typical = median(map(mean, lengths.values()))
-    return {question: LENGTH_FACTOR * max(mean(tokens), typical, 1) for question, tokens in lengths.items()}
+    return {number: LENGTH_FACTOR * max(mean(tokens), typical, 1) for number, tokens in lengths.items()}
 
 
 def thinks(reply: Reply) -> bool:
@@ -74,11 +67,6 @@ def thinks(reply: Reply) -> bool:
     limit cut open breaks it too: endless thinking is how that mode dies, and `cut` stands beside it."""
     after = reply.text.partition(THINK_CLOSE)[2].strip()
     return bool(reply.opened and reply.reasoning and after and not has_tags(after))
-
-
-def obeys_no_think(reply: Reply) -> bool:
-    """`/no_think` in the prompt of a thinking template: the block stays empty (Qwen3 writes it) or is not there."""
-    return bool(reply.answer) and not reply.reasoning and not has_tags(reply.answer) and not leaks(reply)
 
 
 def has_tags(text: str) -> bool:

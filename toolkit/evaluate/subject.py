@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from toolkit.evaluate.questions import fingerprint
-from toolkit.family import family_of
 from toolkit.files import ToolkitError, read_json, write_json
 from toolkit.generate import (
     Reply,
@@ -48,8 +47,6 @@ class LoadedRun:
         if not hasattr(self.model, "disable_adapter"):
             raise ToolkitError("evaluation needs a PeftModel: its base is the model with the adapter switched off")
         self.modes = modes_of(self.tokenizer)
-        self.switches = len(self.modes) > 1 and family_of(self.model.config.model_type).switches
-        """Whether it obeys /think and /no_think."""
         self.weights = checksum(self.model)
 
     def reply(self, conversations: list[list[dict]], mode: str, adapter: bool, progress, **settings) -> list[Reply]:

@@ -3,8 +3,10 @@
 print("\\n".join(verdict(result))); rich.print(table(result)); wandb.run.summary.update(summary(result))
 """
 
+from collections.abc import Collection
+
 from toolkit.evaluate.stats import is_rate
-from toolkit.family import mode_title
+from toolkit.family import MODES, mode_title
 from toolkit.show import rich_table
 
 SET = "accuracy/set/"
@@ -14,16 +16,14 @@ CHARTED = (*POOLED, "adherence")
 """Metrics that `summary` gives out for base, tuned and their difference."""
 CHARTED_TUNED = (*CHARTED, "cut", "reasoning_tokens", "kl", "nll")
 TITLES = {
-    "adherence": "keeps to its mode",
     "accuracy": "reasoning questions",
     "accuracy/chat": "chat questions",
-    "answer_tokens": "answer tokens",
+    "adherence": "keeps to its mode",
     "reasoning_tokens": "reasoning tokens",
+    "answer_tokens": "answer tokens",
     "cut": "cut by the token limit",
     "kl": "KL from the base (nats)",
     "nll": "loss, base's own answers",
-    "switch/think": "obeys /think",
-    "switch/no_think": "obeys /no_think",
 }
 CUT = 0.05
 """Share of replies that hit the token limit from which the verdict says so."""
@@ -55,7 +55,7 @@ def _judged(result: dict) -> list[tuple[str, str, str]]:
     by_set = [key for key in measured if key[1].startswith(SET)]
     keys = by_set if len(by_set) <= 4 else [key for key in measured if key[1] in POOLED]
     keys += [key for key in measured if key[1] == "adherence" or key[1].startswith("loss/")]
-    return [(_name(result, section, metric), section, metric) for section, metric in keys]
+    return [(title(section, metric, result["modes"]), section, metric) for section, metric in keys]
 
 
 def _change(result: dict, mode: str, metric: str) -> str:
@@ -112,16 +112,16 @@ def table(result: dict):
             if metric not in POOLED and any(round(found["value"] or 0, 3) for found in pair.values()):
                 values = {model: show(metric, found).partition(" ")[0] for model, found in pair.items()}
                 values["difference"] = show(metric, change, sign="+", unit="")
-                rows.append({"95% intervals": _name(result, section, metric), **values, "n": change["n"]})
+                rows.append({"95% intervals": title(section, metric, result["modes"]), **values, "n": change["n"]})
     return rich_table(rows, title=f"{result['level']} evaluation, seed {result['seed']}, paired over questions")
 
 
-def _name(result: dict, section: str, metric: str) -> str:
-    """`sums with thinking`; without the mode where the model has one mode, or the metric none."""
+def title(section: str, metric: str, sections: Collection[str]) -> str:
+    """`sums with thinking`; without the mode where only one of the modes is among `sections`, or the metric has none."""
     if metric.startswith("loss/"):
         source, _, mode = metric.removeprefix("loss/").rpartition("/")
         return f"loss, {source} ({mode_title(mode)})"
-    how = {"thinking": " with thinking", "non_thinking": " without thinking"} if len(result["modes"]) > 1 else {}
+    how = {"thinking": " with thinking", "non_thinking": " without thinking"} if set(MODES) <= set(sections) else {}
     return TITLES.get(metric, metric.removeprefix(SET).replace("kl/", "KL, ")) + how.get(section, "")
 
 
