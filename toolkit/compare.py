@@ -296,37 +296,36 @@ def simultaneous_margin(points: list[Point], goal: Key) -> float:
 
 def decide(points: list[Point], goal: Key, axis: str) -> tuple[Point | None, list[str], list[str]]:
     """(recommended, verdict, notes) by RULE."""
-    broken = {p.label: [change_text(p, key) for key in GUARDS if key != goal and p.lost(key)] for p in points}
-    notes = [f"{label} is left out of the choice: {'; '.join(why)}." for label, why in broken.items() if why]
     ranked = sorted(points, key=lambda point: -point.values[goal]["value"])
-    whole = [point for point in ranked if not broken[point.label]]
-    margin, top = simultaneous_margin(whole or ranked, goal), (whole or ranked)[0]
-    tied = [point for point in whole if top.values[goal]["value"] - point.values[goal]["value"] <= margin]
+    broken = {p.label: [change_text(p, key) for key in GUARDS if key != goal and p.lost(key)] for p in points}
+    whole = [point for point in ranked if not broken[point.label]] or ranked
+    margin, highest = simultaneous_margin(whole, goal), whole[0].values[goal]["value"]
+    tied = [point for point in whole if highest - point.values[goal]["value"] <= margin]
     better = [point for point in tied if goal in point.changes and point.changes[goal]["low"] > 0]
-    reasons = {
-        "there is one setting only": len(points) == 1,
-        "each breaks a mode or the chat": not whole,
-        "the differences are within noise; more questions or seeds (sweep --seeds 3) show smaller ones": len(tied)
-        == len(points),
-        "none is shown to beat the base": not better,
-    }
-    noun, why = "ratio" if axis else "run", next((reason for reason, holds in reasons.items() if holds), "")
-    lead = f"No {noun} is recommended: {why}. Highest is"
-    if best := None if why else min(better, key=lambda point: point.cost(axis)):  # at equal cost the highest
-        lead, top = "Recommended:", best
-    second = f"Up to {100 * margin:.0f} points between {len(whole or ranked)} {noun}s are chance (95%)"
+    why = ""
+    if len(points) == 1:
+        why = "there is one setting only"
+    elif all(broken.values()):
+        why = "each breaks a mode or the chat"
+    elif len(tied) == len(points):
+        why = "the differences are within noise; more questions or seeds (sweep --seeds 3) show smaller ones"
+    elif not better:
+        why = "none is shown to beat the base"
+    best = None if why else min(better, key=lambda point: point.cost(axis))  # at equal cost the highest
+    top, noun = best or whole[0], "ratio" if axis else "run"
+    lead = "Recommended:" if best else f"No {noun} is recommended: {why}. Highest is"
+    command = f"export {top.runs[0].name}"
+    if not best:
+        command = f"evaluate {top.runs[0].name} --level full   (each run; then compare again)"
+    chance = f"Up to {100 * margin:.0f} points between {len(whole)} {noun}s are chance (95%)"
     if others := ", ".join(point.label for point in tied if point is not top):
-        second += f": it ties with {others}"
-    if fell := [f"{p.label} ({gain(goal, p.changes[goal])})" for p in points if p.lost(goal)]:
-        notes.append(f"{second}.")
-        second = f"Below the base: {', '.join(fell)}"
-    name = top.runs[0].name
-    command = f"export {name}" if best else f"evaluate {name} --level full   (each run; then compare again)"
-    return (
-        best,
-        [f"{lead} {top.label}: {change_text(top, goal)}.", f"{second}.", f"next: python -m toolkit {command}"],
-        notes,
-    )
+        chance += f": it ties with {others}"
+    fell = [f"{p.label} ({gain(goal, p.changes[goal])})" for p in points if p.lost(goal)]
+    notes = [f"{label} is left out of the choice: {'; '.join(texts)}." for label, texts in broken.items() if texts]
+    verdict = [f"{lead} {top.label}: {change_text(top, goal)}.", f"{chance}.", f"next: python -m toolkit {command}"]
+    if fell:
+        notes, verdict[1] = [*notes, verdict[1]], f"Below the base: {', '.join(fell)}."
+    return best, verdict, notes
 
 
 def change_text(point: Point, key: Key) -> str:
