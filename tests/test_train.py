@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models
 
 from tests.pocket_run import Screen, make_run, trained
 from toolkit import recipe, train
-from toolkit.files import POCKET, ROOT, ToolkitError, outputs, read_json, read_jsonl
+from toolkit.files import POCKET, ROOT, ToolkitError, outputs, read_json, read_jsonl, write_json
 from toolkit.mix import Row, dataset
 from toolkit.model import check_adapter, load_run, run_folder
 from toolkit.train import writing
@@ -376,6 +376,49 @@ def test_a_loss_of_exactly_zero_stops_the_run():
     trainer.compute_loss(SimpleNamespace(training=True), batch)
     with pytest.raises(ToolkitError, match="step 7: the loss is exactly 0.*sums rows 3"):
         record.on_step_end(args, trainer.state, None)
+
+
+# --- half precision --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("card", "precision"), [("T4", {"bf16": False, "fp16": True}), ("A100", {"bf16": True, "fp16": False})]
+)
+def test_a_card_that_only_emulates_bfloat16_trains_in_fp16(tmp_path, monkeypatch, card, precision):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    supported = lambda including_emulation=True: card == "A100" or including_emulation  # noqa: E731 - as torch answers
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    arguments = train.sft_arguments(recipe.load("pocket"), tmp_path, True)
+    assert {name: arguments[name] for name in precision} == precision
+
+
+def test_a_step_whose_gradients_overflow_in_fp16_is_counted_and_shown(tmp_path):
+    import accelerate
+    import torch
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    from toolkit import run
+    from toolkit.callbacks import Counter
+
+    accelerate.Accelerator(cpu=True)
+    weight, scaler = torch.nn.Parameter(torch.ones(1)), torch.amp.GradScaler("cpu")
+    optimizer = AcceleratedOptimizer(torch.optim.SGD([weight], lr=0.5), scaler=scaler)
+    counter = Counter([], {})
+    for factor in (1e38, 1.0):  # 1e38 times the scaler's 65,536 is more than float32 holds
+        optimizer.zero_grad()
+        scaler.scale(weight.sum() * factor).backward()
+        optimizer.step()
+        counter._losses = [1.0]
+        counter.on_step_begin(None, None, None)
+        counter.on_step_end(None, None, None, optimizer=optimizer)
+    assert counter.totals["skipped_steps"] == 1
+    write_json(tmp_path / "manifest.json", counter.summary())
+    (tmp_path / "samples.jsonl").write_text("")
+    console = Console(record=True, width=200, file=Screen())
+    run.report(tmp_path, console)
+    assert "1 of the steps were skipped: their fp16 gradients overflowed" in console.export_text()
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

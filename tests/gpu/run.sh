@@ -10,20 +10,20 @@ cd "$(dirname "$0")/../.."
 PYTHON=${PYTHON:-.venv/bin/python}
 MINUTES=${MINUTES:-25}
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline TOOLKIT_OUTPUTS=${TOOLKIT_OUTPUTS:-$PWD/outputs/gpu}
-REHEARSAL= MEASURED=data_recipes/measured
+REHEARSAL= MEASURED=data_recipes/measured PACE=1
 bench=(--sizes 0.6B 4B 8B 14B --record) # written after every run: what time cuts off is the largest models
 if [ "${1:-}" = --cpu-rehearsal ]; then
-  REHEARSAL=yes MEASURED=$TOOLKIT_OUTPUTS bench=(--toy)
+  REHEARSAL=yes MEASURED=$TOOLKIT_OUTPUTS PACE=4 bench=(--toy)
   export TRITON_INTERPRET=1 # the loss of plain TRL is a Triton kernel
 fi
-END=$((SECONDS + MINUTES * 60))
+END=$((SECONDS + MINUTES * 60 * PACE))
 mkdir -p "$TOOLKIT_OUTPUTS"
 summary=$TOOLKIT_OUTPUTS/summary.txt
 : >"$summary"
 
 # step NAME SECONDS COMMAND…: run it, at most so long and never past the end; its output goes to a log of its own
 step() {
-  local name=$1 limit=$2 left=$((END - SECONDS)) began=$SECONDS status
+  local name=$1 limit=$(($2 * PACE)) left=$((END - SECONDS)) began=$SECONDS status
   shift 2
   if [ "$left" -lt 20 ]; then
     echo "$name: skipped, no time left" | tee -a "$summary"
