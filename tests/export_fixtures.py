@@ -67,6 +67,20 @@ def base_model(folder: Path, tied: bool = True, dtype: str = "bfloat16") -> Path
     return folder
 
 
+def dynamic_4bit(base: Path, kept: str) -> Path:
+    """`base` laid out like unsloth/Qwen3-0.6B-unsloth-bnb-4bit, beside it: NF4 tensors, one module left in 16 bits."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    settings = BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=torch.bfloat16, llm_int8_skip_modules=["lm_head", kept])
+    folder = base.with_name(f"{base.name}-unsloth-bnb-4bit")
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+    return folder
+
+
 def run_folder(folder: Path, base: Path, **lora) -> Path:
     """What training leaves behind, with an adapter that really changes the model."""
     import torch

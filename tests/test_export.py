@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import families
-from tests.export_fixtures import base_model, killed_export, run_folder
+from tests.export_fixtures import base_model, dynamic_4bit, killed_export, run_folder
 from tests.hub_stand_in import stand_in
 from toolkit.export import export, gguf_path, modelfile, push
 from toolkit.export.merge import (
@@ -146,26 +146,12 @@ def test_onto_4bit_merges_onto_bitsandbytes_own_rounding_of_the_linear_layers(ba
 
 def test_a_run_on_a_dynamic_4bit_folder_exports_onto_both_bases(tmp_path):
     """Laid out like unsloth/Qwen3-0.6B-unsloth-bnb-4bit: NF4 tensors, and some modules left in 16 bits."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-
-    base = families.build("qwen3", tmp_path / "toy")
-    kept = ["lm_head", "model.layers.1.mlp.down_proj"]
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=kept,
-    )
-    four = tmp_path / "toy-unsloth-bnb-4bit"
-    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=settings, dtype=torch.bfloat16)
-    model.save_pretrained(four)
-    AutoTokenizer.from_pretrained(base).save_pretrained(four)
+    base, kept = families.build("qwen3", tmp_path / "toy"), "model.layers.1.mlp.down_proj"
+    four = dynamic_4bit(base, kept)
     run = run_folder(tmp_path / "run", base)
     (run / "manifest.json").write_text(json.dumps({"model": {"name": str(four), "load_in_4bit": True}}))
     stored = Checkpoint(four)
-    assert f"{kept[1]}.weight.absmax" not in stored.files
+    assert f"{kept}.weight.absmax" not in stored.files
     assert "model.layers.0.mlp.down_proj.weight.absmax" in stored.files
     for onto, label in (("16bit", "toy"), ("4bit", "toy-unsloth-bnb-4bit")):
         certificate = export(run, quants=("q8_0",), onto=onto, **SILENT)

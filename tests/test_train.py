@@ -378,6 +378,57 @@ def test_a_loss_of_exactly_zero_stops_the_run():
         record.on_step_end(args, trainer.state, None)
 
 
+def test_a_validation_loss_is_weighted_by_supervised_tokens_not_by_batches():
+    """Without padding a batch of a long and a batch of a short row would otherwise count the same."""
+    import torch
+
+    from toolkit.callbacks import Counter
+
+    logged, losses = {}, iter([4.0, 0.0])
+    args = SimpleNamespace(per_device_train_batch_size=1, gradient_accumulation_steps=1, world_size=1, packing=False,
+                           padding_free=True, device="cpu")  # fmt: skip
+    trainer = SimpleNamespace(compute_loss=lambda *_: torch.tensor(next(losses)), log=logged.update, args=args,
+                              accelerator=SimpleNamespace(reduce=lambda value, _: value))  # fmt: skip
+    counter = Counter([], {"sums/thinking": 1.0})
+    counter.watch(trainer)
+    for count in (1, 3):
+        labels = torch.tensor([[-100] + [7] * count])
+        trainer.compute_loss(SimpleNamespace(training=False), {"input_ids": labels, "labels": labels})
+    trainer.log({"eval_sums/thinking_loss": 2.0, "eval_sums/thinking_runtime": 1.0})
+    assert logged["eval_sums/thinking_loss"] == logged["eval_loss"] == 1.0
+
+
+def test_a_model_that_is_nowhere_is_an_error_in_one_sentence():
+    from toolkit.model import load_base
+
+    with pytest.raises(ToolkitError, match="nobody/nothing: cannot be loaded: ") as error:
+        load_base(recipe.load("pocket", ["model.model_name=nobody/nothing"]).model)
+    assert "\n" not in str(error.value)
+
+
+# --- a checkpoint as Unsloth's are ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("elsewhere")
+def test_a_folder_laid_out_like_unsloths_dynamic_4bit_checkpoints_trains_and_exports_onto_both_bases(tmp_path):
+    from tests.export_fixtures import base_model, dynamic_4bit
+    from toolkit import run
+    from toolkit.export import export
+    from toolkit.model import load_base
+
+    kept = "model.layers.1.mlp.down_proj"
+    base = dynamic_4bit(base_model(tmp_path / "toy"), kept)
+    plan = recipe.load("pocket", [f"model.model_name={base}", "model.max_seq_length=2048", "train.max_steps=2", "train.report_to=none",
+                                  "evaluate.max_new_tokens=4", "data.budget=2000", "data.validation_size=4"])  # fmt: skip
+    kinds = {name: type(module).__name__ for name, module in load_base(plan.model)[0].named_modules()}
+    assert (kinds[kept], kinds["model.layers.0.mlp.down_proj"]) == ("Linear", "Linear4bit")
+    folder = run.train(plan, Console(file=Screen()), score=False)
+    for onto, label in (("16bit", "toy"), ("4bit", "toy-unsloth-bnb-4bit")):
+        certificate = export(folder, quants=("q8_0",), onto=onto, ollama=False, say=lambda _: None)
+        assert (certificate["passed"], certificate["inputs"]["base"]) == (True, label)
+
+
 # --- half precision --------------------------------------------------------------------------------------------------
 
 

@@ -200,16 +200,17 @@ def ways(folder: Path) -> dict:
 
 def training(folder: Path) -> dict:
     """Two steps with validation in between: what every micro-batch was given, in which state it ran."""
-    plan, events = recipe.load("pocket", [*QUICK, "train.per_device_train_batch_size=1"]), []
+    plan, events, calls = recipe.load("pocket", [*QUICK, "train.per_device_train_batch_size=1"]), [], checkpointed()
     model, tokenizer = load(plan, folder)
     rows, build = mixed(folder, (7, 6, 5, 5)), train.build_trainer
 
     def traced(name, function):
         def call(*args, **kwargs):
-            found = {"event": name, "before": state(model)}
+            found, done = {"event": name, "before": state(model)}, len(calls)
             result = function(*args, **kwargs)
             items = kwargs.get("num_items_in_batch", args[2] if name == "step" and len(args) > 2 else None)
-            events.append(found | {"after": state(model), "items": None if items is None else int(items)})
+            found |= {"after": state(model), "layers": len(calls) - done}
+            events.append(found | {"items": None if items is None else int(items)})
             return result
 
         return call

@@ -29,7 +29,7 @@ def main(file: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
     shape = {k: v for k, v in weights.CONFIGS["0.6B"].items() if k in weights.SIZES} | {"layer_types": None}
     gpu_check.random_model(base, shape if card else {})
-    changes = [f"name={NAME}", f"model.model_name={base}", "train.max_steps=20", "train.report_to=none",
+    changes = [f"name={NAME}", f"model.model_name={base}", f"train.max_steps={20 if card else 2}", "train.report_to=none",
                "evaluate.max_new_tokens=64", "data.budget=20000"]  # fmt: skip
     began, seconds = time.monotonic(), {}
     folder = run.train(recipe.load("pocket", changes), score=False)
