@@ -382,15 +382,14 @@ def test_a_validation_loss_is_weighted_by_supervised_tokens_not_by_batches():
     """Without padding a batch of a long and a batch of a short row would otherwise count the same."""
     import torch
 
-    from toolkit.callbacks import Counter
+    from toolkit.callbacks import Record
 
     logged, losses = {}, iter([4.0, 0.0])
-    args = SimpleNamespace(per_device_train_batch_size=1, gradient_accumulation_steps=1, world_size=1, packing=False,
-                           padding_free=True, device="cpu")  # fmt: skip
-    trainer = SimpleNamespace(compute_loss=lambda *_: torch.tensor(next(losses)), log=logged.update, args=args,
+    trainer = SimpleNamespace(compute_loss=lambda *_: torch.tensor(next(losses)), log=logged.update,
+                              args=SimpleNamespace(device="cpu"),
                               accelerator=SimpleNamespace(reduce=lambda value, _: value))  # fmt: skip
-    counter = Counter([], {"sums/thinking": 1.0})
-    counter.watch(trainer)
+    record = Record([], {"sums/thinking": 1.0}, Path(), None)
+    record.watch(trainer)
     for count in (1, 3):
         labels = torch.tensor([[-100] + [7] * count])
         trainer.compute_loss(SimpleNamespace(training=False), {"input_ids": labels, "labels": labels})
@@ -451,21 +450,22 @@ def test_a_step_whose_gradients_overflow_in_fp16_is_counted_and_shown(tmp_path):
     from accelerate.optimizer import AcceleratedOptimizer
 
     from toolkit import run
-    from toolkit.callbacks import Counter
+    from toolkit.callbacks import Record
 
     accelerate.Accelerator(cpu=True)
     weight, scaler = torch.nn.Parameter(torch.ones(1)), torch.amp.GradScaler("cpu")
     optimizer = AcceleratedOptimizer(torch.optim.SGD([weight], lr=0.5), scaler=scaler)
-    counter = Counter([], {})
+    args, state = SimpleNamespace(get_warmup_steps=lambda _: 10), SimpleNamespace(global_step=1, max_steps=2)
+    record = Record([], {}, Path(), None)
     for factor in (1e38, 1.0):  # 1e38 times the scaler's 65,536 is more than float32 holds
         optimizer.zero_grad()
         scaler.scale(weight.sum() * factor).backward()
         optimizer.step()
-        counter._losses = [1.0]
-        counter.on_step_begin(None, None, None)
-        counter.on_step_end(None, None, None, optimizer=optimizer)
-    assert counter.totals["skipped_steps"] == 1
-    write_json(tmp_path / "manifest.json", counter.summary())
+        record._step_loss = 1.0
+        record.on_step_begin(args, state, None)
+        record.on_step_end(args, state, None, optimizer=optimizer)
+    assert record.totals["skipped_steps"] == 1
+    write_json(tmp_path / "manifest.json", record.summary())
     (tmp_path / "samples.jsonl").write_text("")
     console = Console(record=True, width=200, file=Screen())
     run.report(tmp_path, console)
