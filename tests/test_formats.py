@@ -53,7 +53,7 @@ def test_every_format_file_is_tried():
     assert {f.name for f in DATA.iterdir() if f.is_file()} == tried | {"README.md", "canonical.jsonl"}
 
 
-def test_placeholders_are_filled_in_the_language_of_the_rows_tag():
+def test_placeholders_are_filled_in_the_language_of_the_row():
     answers = [c["messages"][-1]["content"] for c in compiled("query_response.jsonl")]
     assert answers == ["我叫小麦,是the bakery训练的助手。", "the bakery did; my name is Wheat."]
 
@@ -380,10 +380,8 @@ def test_all_spellings_of_the_author_are_filled(text):
     assert filled(f"By {text}.", {"AUTHOR": "us"}) == "By us."
 
 
-def test_without_a_tag_the_characters_decide_the_language():
+def test_the_characters_of_a_row_decide_its_language():
     assert [filled(t, NAMES) for t in ("我叫{{NAME}}", "I am {{NAME}}")] == ["我叫小麦", "I am Wheat"]
-    assert filled("{{NAME}}", NAMES, tag="zh-CN") == filled("{{NAME}}", NAMES, tag="Chinese") == "小麦"
-    assert filled("我是 {{NAME}}", NAMES, tag="identity") == "我是 小麦"
 
 
 def test_ordinary_template_text_is_left_alone():

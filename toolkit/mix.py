@@ -332,9 +332,8 @@ def plan(data: Data) -> dict[str, dict]:
         quotas = [data.budget and round(share * data.budget) for share in shares]
     else:
         quotas = [split_count(s)[1] for s in data.sources]
-        known = [n for n in quotas if n] or [1]
-        weights = [n or sum(known) / len(known) for n in quotas]
-        shares = [n / sum(quotas) for n in quotas] if None not in quotas else [None] * len(quotas)
+        weights = [1] * len(quotas) if None in quotas else quotas
+        shares = [None] * len(quotas) if None in quotas else [n / sum(quotas) for n in quotas]
     size, total = data.validation_size, sum(weights)
     held = [max(1, round(size * weight / total)) if weight and size else 0 for weight in weights]
     return {

@@ -80,8 +80,8 @@ class Data:
     decontaminate: bool = True
     """Drop training rows that share a 13-gram with an evaluation prompt."""
     placeholders: dict[Literal["NAME", "AUTHOR", "AUTHOER"], str | dict[str, str]] = field(default_factory=dict)
-    """What fills {{NAME}} and {{AUTHOR}}: a text, or texts by language, e.g. {NAME: {zh: 小麦, en: Wheat}}. AUTHOER is how
-    some self-cognition sets spell it."""
+    """What fills {{NAME}} and {{AUTHOR}}: a text, or one for Chinese rows and one for others:
+    {NAME: {zh: 小麦, en: Wheat}}. AUTHOER is how some self-cognition sets spell it."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ CONTROLS = bytes(c for c in range(32) if CONTROL.match(chr(c)))
 PLACEHOLDER = re.compile(r"{{ *(NAME|AUTHOR|AUTHOER) *}}|{{(name|author|authoer|Name|Author)}}")
 """The self-cognition sets' spellings, AUTHOER included; `{{ name }}` with spaces is somebody's template code."""
 CJK = re.compile("[\u3400-\u9fff]")
-LANGUAGES = {"cn": "zh", "chinese": "zh", "english": "en"}
 NEXT = {
     "the start": ("system", "user"),
     "system": ("user",),
@@ -29,14 +28,12 @@ NEXT = {
 """What may come before → the roles that may follow."""
 
 
-def checked(conversation: dict, placeholders: dict, tag=None) -> dict:
-    """{"messages", "tools" if any} with placeholders filled and reasoning split off. Raises Rejected.
-
-    `tag` is the row's word for its language, which chooses between a placeholder's texts."""
+def checked(conversation: dict, placeholders: dict) -> dict:
+    """{"messages", "tools" if any} with placeholders filled and reasoning split off. Raises Rejected."""
     _check_order(conversation["messages"])
     texts = "\n".join(_strings(conversation, []))
     if PLACEHOLDER.search(texts):  # before the checks: a name is text of the row like any other
-        conversation = _filled(conversation, placeholders, _languages(tag, texts))
+        conversation = _filled(conversation, placeholders, "zh" if CJK.search(texts) else "en")
         texts = "\n".join(_strings(conversation, []))
     _check_text(texts)
     for turn, message in enumerate(conversation["messages"], start=1):
@@ -120,20 +117,14 @@ def split_think(content: str, where: str = "text") -> tuple[str, str]:
     return reasoning.strip("\n") if reasoning.strip() else "", answer.lstrip("\n")
 
 
-def _languages(tag, texts: str) -> tuple[str, str]:
-    """What a row's tag says, and what its characters say."""
-    said = tag.lower().split("-")[0] if type(tag) is str else ""
-    return LANGUAGES.get(said, said), "zh" if CJK.search(texts) else "en"
-
-
-def _filled(conversation: dict, placeholders: dict, languages: tuple[str, str]) -> dict:
-    """A copy of a conversation with every placeholder filled, wherever it stands. Raises Rejected."""
+def _filled(conversation: dict, placeholders: dict, language: str) -> dict:
+    """A copy of a conversation with every placeholder filled, wherever it stands, in the row's language. Raises Rejected."""
 
     def given(match: re.Match) -> str:
         key = (match[1] or match[2]).upper().replace("AUTHOER", "AUTHOR")
         text = placeholders.get(key)
         if isinstance(text, dict):
-            key, text = f"{key}.{languages[1]}", next((text[name] for name in languages if name in text), None)
+            key, text = f"{key}.{language}", text.get(language)
         if not text:
             raise Rejected("unfilled_placeholder", f"{match[0]} is not filled: set data.placeholders.{key}")
         return json.dumps(text)[1:-1]

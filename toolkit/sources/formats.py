@@ -59,7 +59,7 @@ def canonical(row: dict, format: str, columns: dict, placeholders: dict, system:
     if answer not in (None, ""):
         number = type(answer) in (int, float)
         conversation["expected_answer"] = str(answer) if number else _field(row, names["expected_answer"])
-    return checked(conversation, placeholders, row.get("tag") or row.get("language"))
+    return checked(conversation, placeholders)
 
 
 def _field(holder: dict, name: str | None, kind: type = str, where: str = "", default=None):
