@@ -122,10 +122,10 @@ def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> Mi
             write_jsonl(folder / "quarantine.jsonl", dropped)
             raise ToolkitError(f"{error}. Every dropped row: {folder / 'quarantine.jsonl'}") from error
         raise
-    train, validation, quarantine = (
-        [x for d in draws for x in vars(d)[key]] for key in ("train", "validation", "quarantine")
-    )
+    train = [row for draw in draws for row in draw.train]
     order = np.random.default_rng(data.seed).permutation(len(train))
+    validation = [row for draw in draws for row in draw.validation]
+    quarantine = [entry for draw in draws for entry in draw.quarantine]
     mixed = Mix([train[i] for i in order], validation, report, quarantine, folder)
     write(mixed)
     return mixed
@@ -272,11 +272,8 @@ class Judge:
 
     def __init__(self, data: Data, max_seq_length: int, chat: Chat, prompts: list[str]):
         self.duplicates, self.max_seq_length, self.grams = data.duplicates, max_seq_length, grams_of(prompts)
-        self.exact, self.near, self.near_held = (
-            Duplicates(chat.decode),
-            NearDuplicates(chat.decode),
-            NearDuplicates(chat.decode),
-        )
+        self.exact, self.near = Duplicates(chat.decode), NearDuplicates(chat.decode)
+        self.near_held = NearDuplicates(chat.decode)
         self.held: set[bytes] = set()
 
     def hold(self, rows: list[Row]) -> None:

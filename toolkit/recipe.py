@@ -289,14 +289,13 @@ def apply_override(values: dict, override: str) -> None:
     path, separator, text = override.partition("=")
     if not separator:
         raise ToolkitError(f"override {override!r}: expected key=value, e.g. train.max_steps=10")
+    value = _yaml(text, f"override {override!r}") if text else None
     node, (*parents, last) = values, path.split(".")
     try:
         for key in parents:
             node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
-        node[int(last) if isinstance(node, list) else last] = _yaml(text, f"override {override!r}") if text else None
+        node[int(last) if isinstance(node, list) else last] = value
     except (ValueError, IndexError, TypeError, AttributeError) as error:
-        if isinstance(error, ToolkitError):
-            raise
         raise ToolkitError(
             f"override {override!r}: no such place: before each dot stands a section, or a list and a position in it from 0"
         ) from error

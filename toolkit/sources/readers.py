@@ -142,11 +142,10 @@ def json_table(path: Path) -> Table:
     file = open(path, "rb", buffering=0)  # noqa: SIM115 - rows are read from it as long as they are drawn
     if ending(path) != ".json" and not file.read(BLOCK).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         return line_table(path, file)
+    text = decode(path.read_bytes(), path, 1)
     try:
-        rows = json.loads(decode(path.read_bytes(), path, 1).strip() or "[]")
+        rows = json.loads(text.strip() or "[]")
     except (ValueError, RecursionError) as error:
-        if isinstance(error, ToolkitError):
-            raise
         if str(error).startswith("Extra data"):  # the first line is whole and more follow
             return line_table(path, file)
         raise ToolkitError(f"{path}: broken JSON: {error}") from error
