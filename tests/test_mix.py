@@ -664,6 +664,16 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_copy_for_people_is_written_again(damage):
+    first = compiled(budget=2000).folder
+    kept = {name: (first / name).read_bytes() for name in ("mix.json", "quarantine.jsonl")}
+    for name in kept:
+        DAMAGE[damage](first / name)
+    compiled(budget=2000)
+    assert {name: (first / name).read_bytes() for name in kept} == kept
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_cache_is_compiled_again(damage):
     first = compiled(budget=2000)
     DAMAGE[damage](first.folder / "mix.npz")
@@ -708,7 +718,7 @@ def test_three_at_once_all_succeed(tmp_path):
     assert [out for out, _ in found] == ["1990\n"] * 3, found
 
 
-@pytest.mark.parametrize("file", ["quarantine.jsonl", "mix.json", "mix.npz"])
+@pytest.mark.parametrize("file", ["mix.npz", "mix.json", "quarantine.jsonl"])
 def test_killed_while_it_writes_a_mix_is_compiled_again(file, tmp_path):
     running, values = process(tmp_path)
     folder = mix.cache_folder()

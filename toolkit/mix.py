@@ -105,7 +105,9 @@ def compile_mix(recipe: Recipe, tokenizer=None, *, fresh: bool = False) -> Mix:
     folder = cache_folder() / _key(recipe, chat, fingerprints)
     with lock(folder, "mix", wait=True):
         mixed = (None if fresh else read(folder)) or _compile(recipe, chat, fingerprints, folder)
-    mixed.report["warnings"] = lint(chat, mixed.report, recipe.lora, recipe.train)
+        mixed.report["warnings"] = lint(chat, mixed.report, recipe.lora, recipe.train)
+        write_json(folder / "mix.json", mixed.report)  # for people, as quarantine.jsonl: nothing here reads them again
+        write_jsonl(folder / "quarantine.jsonl", mixed.quarantine)
     return mixed
 
 
@@ -438,9 +440,7 @@ def _key(recipe: Recipe, chat: Chat, fingerprints: dict) -> str:
 
 
 def write(mixed: Mix) -> None:
-    """mix.json and quarantine.jsonl for people, then mix.npz, which holds everything. The caller holds the lock."""
-    write_json(mixed.folder / "mix.json", mixed.report)
-    write_jsonl(mixed.folder / "quarantine.jsonl", mixed.quarantine)
+    """mix.npz: rows, report, dropped rows and held-out conversations. The caller holds the lock."""
     rows, held = mixed.train + mixed.validation, [row.conversation for row in mixed.validation]
     told = json.dumps({"report": mixed.report, "quarantine": mixed.quarantine, "held": held})
     with complete(mixed.folder / "mix.npz") as partial, open(partial, "wb") as file:

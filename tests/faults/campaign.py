@@ -135,7 +135,7 @@ def control(place: Workplace, turn: int) -> None:
 AFTER_LAST = files("checkpoints/checkpoint-8/trainer_state.json")
 KILLS = [
     ("mix", MIX, anywhere(), 3.0, 6, "mixed", 0),
-    ("mix, writing", MIX, anywhere(f"{MIXES}/*.partial/*"), 0.01, 6, "mixed", 1),
+    ("mix, writing", MIX, anywhere(f"{MIXES}/*/mix*"), 0.01, 6, "mixed", 1),
     ("loading", TRAIN, files("recipe.yaml"), 1.0, 4, "trained", 0),
     ("early training", TRAIN, lines("metrics.jsonl", 1), 0.3, 6, "trained", 0),
     ("writing a checkpoint", TRAIN, files("checkpoints/checkpoint-2*"), 0.03, 6, "trained", 1),
@@ -273,7 +273,7 @@ def empty(path: Path) -> None:
 
 HALF_WAY = files("checkpoints/checkpoint-6/trainer_state.json")
 DAMAGE = [
-    ("metrics.jsonl", cut), ("metrics.jsonl", Path.unlink), ("samples.jsonl", cut), ("samples.jsonl", Path.unlink),
+    ("metrics.jsonl", cut), ("metrics.jsonl", Path.unlink), 
     ("manifest.json", empty), ("manifest.json", Path.unlink), ("manifest.json", cut),
     ("checkpoints/*/rng_state.pth", cut), ("checkpoints/*/optimizer.pt", flip),
     ("checkpoints/*/adapter_model.safetensors", cut), ("checkpoints/*/adapter_model.safetensors", flip),
