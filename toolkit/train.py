@@ -90,8 +90,7 @@ def _changes(old: Recipe, new: Recipe) -> str:
 def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) -> dict:
     """Train the adapter on `model` and write it to `folder`; resumes from the newest whole checkpoint.
 
-    A checkpoint of the last step leaves nothing to train: then only what follows training is done.
-    Returns the manifest.
+    A checkpoint of the last step leaves nothing to train: then only what follows training is done. Returns the manifest.
     """
     with main_first(), writing(folder):
         if is_main():
@@ -329,8 +328,8 @@ def best_checkpoint(folder: Path, history: list[dict], console) -> Path:
 
 
 def finish(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) -> dict:
-    """From the checkpoints: the adapter, the replies after training, the last manifest. The same after an uninterrupted
-    training and after a resume that had nothing left to train."""
+    """From the checkpoints: the adapter, the replies without it and with it, the last manifest. The same after an
+    uninterrupted training and after a resume that had nothing left to train."""
     from toolkit.callbacks import progress_of, write_metrics
 
     last = all_checkpoints(folder)[-1]
