@@ -162,7 +162,7 @@ def compared(mixed: Mix, chat: Chat):
     table = Table("row", "here", "TRL / Unsloth masking", show_lines=True)
     for (source, mode), row in sorted(rows.items()):
         table.add_row(
-            f"{source}, {mode_title(mode)}", _taught(*label_rule(row, chat)), _taught(*trl_masking(row, chat))
+            f"{source}\n{mode_title(mode)}", _taught(*label_rule(row, chat)), _taught(*trl_masking(row, chat))
         )
     return table
 
