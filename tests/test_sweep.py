@@ -199,6 +199,8 @@ def test_the_share_of_one_source_can_be_swept_where_no_source_thinks(project):
     shares = [[source.fraction for source in run.recipe.data.sources] for run in runs]
     assert shares == [[1, 0], [0.75, 0.25], [0.5, 0.5]]
     assert len({run.row["steps"] for run in runs}) == 1
+    with pytest.raises(ToolkitError, match=r"no source has mode thinking.*\(--of talk\)"):
+        plan(base, [0, 0.5], 1, silent())
     with pytest.raises(ToolkitError, match=r"tlak: no such source. Did you mean 'talk'\?"):
         plan(base, [0, 0.5], 1, silent(), of="tlak")
 

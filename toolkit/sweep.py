@@ -111,6 +111,10 @@ def plan(base: Recipe, shares: Sequence[float], seeds: int, console, *, of: str 
         raise ToolkitError(
             f"{base.name}: its mix is given in counts (path#500), so it has no share to sweep. Give every source a `fraction`"
         )
+    if of == "reasoning" and not any(source.mode == "thinking" for source in base.data.sources):
+        raise ToolkitError(
+            f"{base.name}: no source has mode thinking: sweep the share of one source (--of {base.data.sources[-1].name})"
+        )
     base, numbers = resolve(base, console), range(base.data.seed, base.data.seed + seeds)
     return _same_budget([_recipe(base, of, *chosen) for chosen in itertools.product(shares, numbers)], console)
 
