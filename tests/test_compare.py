@@ -39,7 +39,11 @@ def make_run(
         "unit": "supervised_tokens",
         "planned": {"talk": 1 - share, "maths": share},
         "achieved": {unit: {"maths": s, "talk": 1 - s} for unit, s in shares.items()},
-        "sources": {"maths": {"mode": modes[0]}, "talk": {"mode": "non_thinking"}},
+        "sources": {
+            name: {"mode": mode}
+            for name, mode, wanted in (("maths", modes[0], share), ("talk", "non_thinking", 1 - share))
+            if wanted
+        },
         "achieved_modes": {unit: {modes[0]: s} for unit, s in shares.items()},
     }
     data = {"seed": seed, "sources": [{"path": "maths", "fraction": share}]}
@@ -435,7 +439,12 @@ def around(value):
     return {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 50}
 
 
-def test_scores_show_one_panel_for_each_metric_that_was_measured():
+def test_scores_show_one_panel_for_each_metric_that_was_measured(tmp_path):
+    def scored(name, result):
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "eval.json", result)
+        return tmp_path / name
+
     side = {
         "non_thinking": {
             "accuracy/chat": around(0.5),
@@ -444,13 +453,13 @@ def test_scores_show_one_panel_for_each_metric_that_was_measured():
         }
     }
     instruct = {"base": side, "tuned": side | {"forgetting": {"kl": around(0.2)}}}
-    titles = [axes.get_title() for axes in scores({"tuned": instruct}).axes]
+    titles = [axes.get_title() for axes in scores({"tuned": scored("a", instruct)}).axes]
     assert len(titles) == 3
     assert not any("with thinking" in title for title in titles)
     both = side | {"thinking": {"accuracy": around(0.6), "adherence": around(0.9)}}
     hybrid = {"base": both, "tuned": both | {"forgetting": {"kl": around(0.2)}}}
-    assert len(scores({"tuned": hybrid}).axes) == 5
-    figure = scores({"with replay": hybrid, "without": hybrid}, LOST)
+    assert len(scores({"tuned": scored("b", hybrid)}).axes) == 5
+    figure = scores({"with replay": tmp_path / "b", "without": tmp_path / "b"}, LOST)
     assert [len(axes.patches) for axes in figure.axes] == [2, 3, 3]
 
 

@@ -80,7 +80,7 @@ def here(tmp_path, monkeypatch):
     [
         (["doctor"], "make train"),
         (["mix", "pocket", "data.budget=4000", "data.validation_size=4"], "next:"),
-        (["mix", "pocket", "--dry-run"], "held out"),
+        (["mix", "pocket", "--dry-run"], "source"),
         (["fit", "hybrid", "--model", "unsloth/Qwen3-4B-unsloth-bnb-4bit", "--vram", "8"], "generation"),
         (["fit", "--table"], "14B"),
     ],

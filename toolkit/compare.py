@@ -182,7 +182,8 @@ def read_run(folder: Path) -> Run:
         asked = flat({**result, "per_question": len(result["per_question"]), "model": manifest["model"]})
         settings = {key: value for key, value in flat(recipe).items() if not NOT_TRAINED.match(key)}
         shares = {name: round(share, 3) for name, share in mix["planned"].items()}
-        thinking = [share for name, share in shares.items() if mix["sources"][name]["mode"] == "thinking"]
+        # a source of which nothing was wanted is planned but has no entry
+        thinking = [shares[name] for name, source in mix["sources"].items() if source["mode"] == "thinking"]
         shares["reasoning"] = round(math.fsum(thinking), 3)
         return Run(
             folder.name,

@@ -83,7 +83,6 @@ def forecast(recipe: Recipe, vram: int):
 def memory(folder: Path) -> str:
     """What a run took, beside its forecast where it ran on a card."""
     from toolkit import fit
-    from toolkit.files import read_json
 
     made = read_json(folder / "manifest.json")
     if "fit" not in made:
@@ -187,13 +186,11 @@ def samples(result: dict) -> list[dict]:
     """The replies an evaluation kept, as rows for `side_by_side`."""
     from toolkit.generate import split_reply
 
-    rows = [{key: row[key] for key in ("prompt", "mode", "base", "tuned")} for row in result["samples"]]
-    return [row | {name: Said(*split_reply(row[name])[:2]) for name in ("base", "tuned")} for row in rows]
-
-
-def scored(folder: Path) -> dict:
-    """A run's eval.json."""
-    return read_json(folder / "eval.json")
+    return [
+        {"prompt": row["prompt"], "mode": row["mode"]}
+        | {name: Said(*split_reply(row[name])[:2]) for name in ("base", "tuned")}
+        for row in result["samples"]
+    ]
 
 
 def _free() -> None:

@@ -18,6 +18,7 @@ from toolkit.evaluate import is_rate
 from toolkit.evaluate.text import TITLES, title
 from toolkit.evaluate.text import show as with_interval
 from toolkit.family import MODES
+from toolkit.files import read_json
 
 SCORES = (
     ("thinking", "accuracy"), ("thinking", "adherence"), ("non_thinking", "accuracy"), CHAT, ("non_thinking", "adherence"), KL
@@ -79,10 +80,9 @@ def terminal_table(comparison: Comparison):
     everyone, table = comparison.everyone(), texts(comparison, deciding(comparison))
     for column in table.columns[1:]:
         table[column] = table[column].str.partition(" ")[0]
-    best = [point is comparison.recommended for point in everyone]
-    labels = ["★ " * chosen + point.label for point, chosen in zip(everyone, best, strict=True)]
-    rows = table.assign(**{"": labels})[["", *table]].to_dict("records")
-    return show.rich_table(rows, bold=best.index(True) if any(best) else None)
+    best = [i for i, point in enumerate(everyone) if point is comparison.recommended]
+    labels = ["★ " * (i in best) + point.label for i, point in enumerate(everyone)]
+    return show.rich_table(table.assign(**{"": labels})[["", *table]].to_dict("records"), bold=best)
 
 
 def page(comparison: Comparison, png: bytes) -> str:
@@ -109,10 +109,9 @@ def figure(comparison: Comparison):
     """What decides as bars with intervals, the base first, the recommended dark; and what is gained against what is
     kept. Runs that differ in more than a share are numbered."""
     keys, everyone, run = deciding(comparison), comparison.everyone(), comparison.points[0].runs[0]
-    names = [point.label.split()[0] if comparison.axis else str(i) for i, point in enumerate(everyone)]
-    names[0] = "base"
-    colours = [show.TUNED if point is comparison.recommended else show.PALETTE[0] for point in everyone]
-    colours[0] = show.BASE
+    names = [point.label.split()[0] if comparison.axis else str(i) for i, point in enumerate(comparison.points, 1)]
+    shades = [show.TUNED if point is comparison.recommended else show.PALETTE[0] for point in comparison.points]
+    names, colours = ["base", *names], [show.BASE, *shades]
     picture, axes = show.panels(12, 7, 3, 2)
     for one, key in zip(axes, keys, strict=False):
         _bars(one, key, names, [point.values.get(key) for point in everyone], colours, run.eval["tuned"])
@@ -127,9 +126,10 @@ def figure(comparison: Comparison):
     return picture
 
 
-def scores(results: Mapping[str, dict], keys: Sequence[Key] = SCORES):
-    """Runs beside their common base, with 95% intervals: {name: content of an eval.json}, one panel for each metric
-    that was measured, so that a model with one mode has that mode's only."""
+def scores(runs: Mapping[str, Path], keys: Sequence[Key] = SCORES):
+    """Runs beside their common base, with 95% intervals: {name: run folder}, one panel for each metric that was
+    measured, so that a model with one mode has that mode's only."""
+    results = {name: read_json(folder / "eval.json") for name, folder in runs.items()}
     sides = {"base": next(iter(results.values()))["base"]} | {name: result["tuned"] for name, result in results.items()}
     found = {key: [side.get(key[0], {}).get(key[1]) for side in sides.values()] for key in keys}
     shown = [key for key, values in found.items() if values[-1] and values[-1]["value"] is not None]

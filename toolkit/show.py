@@ -27,8 +27,8 @@ SMOOTH = 0.8
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def rich_table(rows: Sequence[dict], *, title: str | None = None, bold: int | None = None):
-    """Rows with equal keys as a table for a rich console, `bold` one of them: integers as 1,234, floats as 12.3%.
+def rich_table(rows: Sequence[dict], *, title: str | None = None, bold: Sequence[int] = ()):
+    """Rows with equal keys as a table for a rich console, those at `bold` in bold: integers as 1,234, floats as 12.3%.
 
     No name, word or number is cut, since two may differ in their last letters only."""
     from rich import box
@@ -41,7 +41,7 @@ def rich_table(rows: Sequence[dict], *, title: str | None = None, bold: int | No
         width = max(map(len, words)) if i else None  # the first takes what the others leave
         table.add_column(heading.replace("_", " "), justify="right" if i else "left", overflow="fold", width=width)
     for i, row in enumerate(cells):
-        table.add_row(*row, style="bold" if i == bold else None)
+        table.add_row(*row, style="bold" if i in bold else None)
     return table
 
 

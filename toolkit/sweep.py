@@ -55,7 +55,7 @@ class Planned:
 
     def steps_done(self) -> int:
         """Optimizer steps that its metrics.jsonl holds."""
-        return max((line.get("step", 0) for line in logged(self.folder)), default=0)
+        return max((line["step"] for line in logged(self.folder)), default=0)
 
 
 def train_command(recipe_file: Path) -> list[str]:
@@ -71,7 +71,7 @@ def sweep(
     of: str = "reasoning",
     seeds: int = 1,
     console=None,
-    command: Callable[[Path], list[str]] = train_command,
+    command: Callable = train_command,
 ) -> Path:
     """Plan, run what is not finished, compare; returns the sweep's folder, outputs/<name>-sweep.
 
@@ -227,7 +227,7 @@ def write_plan(folder: Path, runs: list[Planned]) -> None:
 # --- the work --------------------------------------------------------------------------------------------------------
 
 
-def work(runs: Sequence[Planned], folder: Path, command: Callable[[Path], list[str]], console) -> list[Planned]:
+def work(runs: Sequence[Planned], folder: Path, command: Callable, console) -> list[Planned]:
     """Do every run that is not finished, one after the other; returns those that failed."""
     failed = []
     with Progress(console, f"{folder.name}, steps", sum(run.row["steps"] for run in runs)) as progress:
