@@ -621,6 +621,13 @@ def test_a_source_without_a_usable_row_says_the_value_found_and_what_to_write(ca
         compiled({"path": jsonl(tmp_path / "a.jsonl", rows), "fraction": 1.0} | more, validation_size=100)
 
 
+def test_a_source_that_gives_nothing_is_given_up_long_before_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(mix, "CHECK_AT", 100)
+    rows = [{"query": f"q {i}", "response": "word " * 600} for i in range(3000)]
+    with pytest.raises(ToolkitError, match="0 of 100 held out, too_long 100"):
+        compiled({"path": jsonl(tmp_path / "a.jsonl", rows), "fraction": 1.0})
+
+
 def test_a_thinking_source_with_an_instruct_model_is_refused_naming_mode_and_row(family, tmp_path):
     rows = [{"query": f"sum {i}", "response": f"<think>\nstep {i}\n</think>\n\n{i}"} for i in range(30)]
     path = jsonl(tmp_path / "a.jsonl", rows)

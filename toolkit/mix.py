@@ -28,6 +28,8 @@ UNITS = ("examples", "tokens", "supervised_tokens")
 BATCH = 256
 AHEAD = 16
 """Batches rendered before the first of them is tokenized: the tokenizer takes a second to load."""
+CHECK_AT = 2000
+"""Rows of a source after which one that gave nothing is given up: it may have millions."""
 TOLERANCE = 0.01
 """An achieved share further from its plan than one point stops the run."""
 CACHE_KEY_FILES = ("mix.py", "render.py", "dedup.py", "family.py", "sources/*.py")
@@ -227,6 +229,8 @@ class Draw:
             self.validation += kept
         else:
             self.add(kept)
+        if self.drawn == CHECK_AT and not (self.train or self.validation):
+            self.check()
 
     def add(self, rows: list[Row]) -> None:
         """Train on these, of which only the ids are kept."""
