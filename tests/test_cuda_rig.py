@@ -149,9 +149,10 @@ def test_every_micro_batch_knows_the_supervised_tokens_of_its_step():
 
 
 @pytest.mark.slow
-def test_after_validation_training_goes_on_checkpointed_and_with_gradients():
+def test_after_replies_and_validation_training_goes_on_checkpointed_and_with_gradients():
     events = facts("training")["events"]
     names = [event["event"] for event in events]
+    assert names[:2] == ["sample", "step"]
     assert len(names) - 1 - names[::-1].index("step") > names.index("evaluate")  # a step follows a validation
     for event in events:
         if event["event"] == "step":

@@ -215,10 +215,8 @@ def attach(model, lora: Lora, *, seed: int, use_gradient_checkpointing="unsloth"
             model, r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, use_rslora=lora.use_rslora,
             target_modules=list(lora.target_modules), **options,
         )  # fmt: skip
-    for (
-        config
-    ) in attached.peft_config.values():  # a set to PEFT: adapter_config.json would differ from process to process
-        if not isinstance(config.target_modules, str):
+    for config in attached.peft_config.values():
+        if not isinstance(config.target_modules, str):  # a set to PEFT, in another order in every process
             config.target_modules = sorted(config.target_modules)
     return attached
 

@@ -199,7 +199,7 @@ def ways(folder: Path) -> dict:
 
 
 def training(folder: Path) -> dict:
-    """Two steps with validation in between: what every micro-batch was given, in which state it ran."""
+    """Replies, then two steps with validation in between: what every micro-batch was given, in which state it ran."""
     plan, events, calls = recipe.load("pocket", [*QUICK, "train.per_device_train_batch_size=1"]), [], checkpointed()
     model, tokenizer = load(plan, folder)
     rows, build = mixed(folder, (7, 6, 5, 5)), train.build_trainer
@@ -222,6 +222,7 @@ def training(folder: Path) -> dict:
         return trainer, record
 
     train.build_trainer = built
+    traced("sample", train.sample_replies)(plan, model, tokenizer, folder)
     record = train.fit_adapter(plan, rows, model, tokenizer, folder, None, Console(quiet=True))
     supervised = [len(row.ids) - PROMPT for row in rows.train]
     return {"events": events, "supervised": supervised, "totals": record.totals}
