@@ -17,7 +17,7 @@ from toolkit.family import KINDS, MODES, mode_title
 from toolkit.files import read_json, read_jsonl
 from toolkit.mix import compile_mix, split_count
 from toolkit.model import load_base, unsloth
-from toolkit.render import load_chat
+from toolkit.render import PROBE, load_chat
 from toolkit.serve.batch import answer_file
 from toolkit.sources import conversations
 
@@ -103,12 +103,19 @@ def small(folder, name: str, modes, **data) -> recipe.Recipe:
 
 def that_ends(folder: Path, copy: Path) -> Path:
     """A copy of a tiny model that often says its end-of-turn token: what never ends is not scored."""
+    import torch
     from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
 
     shutil.copytree(folder, copy)
     chat, weights = load_chat(str(folder)), load_file(copy / "model.safetensors")
+    (end,) = chat.encode([chat.end])[0]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        out = model(torch.tensor(chat.encode([chat.render(PROBE)])), output_hidden_states=True)
+    last = out.hidden_states[-1][0, -1]
     head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"])
-    head[chat.encode([chat.end])[0]] *= 6
+    head[end] = (last * (out.logits[0, -1].max() + 3) / (last @ last)).bfloat16()  # 20 times as likely as any
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     return copy
 

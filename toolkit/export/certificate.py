@@ -192,7 +192,7 @@ def merge_limit(effect: float) -> float:
     """Mean KL allowed between merged weights and base + adapter, when the adapter moves the base by a mean KL of `effect`.
 
     A larger adapter is rounded more when its sum with the base is stored in bf16: SmolLM2-135M, all tensors merged exactly,
-    gave 1.3e-4 at an effect of 0.089 (data_recipes/measured/smollm2.json). So a hundredth of the effect is allowed, never
+    gave 1.3e-4 at an effect of 0.089 (data_recipes/measured/smollm2.json in commit 42613c1). So a hundredth of the effect is allowed, never
     more than KL_MAX; and an adapter that changes little must survive the rounding all the same.
     """
     return min(max(KL_MEAN, effect / 100), KL_MAX, effect / 2)
