@@ -191,11 +191,12 @@ def _merge_checks(run: Path, merged: Merged, own: Tokens, sequences: list, repor
 def merge_limit(effect: float) -> float:
     """Mean KL allowed between merged weights and base + adapter, when the adapter moves the base by a mean KL of `effect`.
 
-    A larger adapter is rounded more when its sum with the base is stored in bf16: SmolLM2-135M, all tensors merged exactly,
-    gave 1.3e-4 at an effect of 0.089 (data_recipes/measured/smollm2.json in commit 42613c1). So a hundredth of the effect is allowed, never
-    more than KL_MAX; and an adapter that changes little must survive the rounding all the same.
+    Storing the sum of base and adapter in bf16 moves the model as well. Merges in which every tensor was exact gave 1.3e-4
+    at an effect of 0.089 (SmolLM2-135M, data_recipes/measured/smollm2.json in commit 42613c1) and 1.7e-4 to 4.2e-4 at 7.5e-4
+    to 2.5e-3 (two steps on tiny models, tests/test_families.py). So a quarter of the effect is allowed, never more than
+    KL_MAX, and never so much that the bare base would pass.
     """
-    return min(max(KL_MEAN, effect / 100), KL_MAX, effect / 2)
+    return min(max(KL_MEAN, effect / 4), KL_MAX, effect / 2)
 
 
 def _text(file: Path) -> str:
