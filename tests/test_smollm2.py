@@ -24,15 +24,18 @@ def test_the_identity_questions_that_are_measured_are_not_trained_on():
     assert not general & asked
 
 
-def test_the_recorded_runs_name_their_share_and_hold_their_intervals():
-    runs = read_json(measure.OUT)["runs"]
-    assert runs
-    for run in runs:
+def test_the_record_holds_an_interval_for_every_figure_and_an_export_that_was_certified_and_served():
+    record = read_json(measure.OUT)
+    assert record.keys() == {*measure.described(), "wall_seconds", "cpu_seconds", "runs", "export"}
+    for run in record["runs"]:
         assert run["settings"]["data"]["sources"][1]["fraction"] == run["share_of_general_data"]
-        for name in ("identity", "general"):
+        for figures in (run["identity"], run["identity"]["en"], run["identity"]["zh"], run["general"]):
             for who in ("base", "tuned", "difference"):
-                found = run[name][who]
-                assert found["low"] <= found["value"] <= found["high"]
+                assert figures[who]["low"] <= figures[who]["value"] <= figures[who]["high"]
+    assert record["runs"][0]["identity"]["difference"]["low"] > 0  # it did learn its name
+    assert record["export"]["passed"]
+    assert all(check["passed"] for check in record["export"]["checks"])
+    assert list(record["export"]["served_by_llama_cpp"]) == measure.SERVED
 
 
 @pytest.fixture(scope="module")
