@@ -19,8 +19,11 @@ class Progress:
         self.started = self.printed = time.monotonic()
         if self.console.is_terminal or self.console.is_jupyter:
             from rich import progress
+            from rich.table import Column
 
-            columns = progress.TextColumn("{task.description}"), progress.BarColumn(), progress.MofNCompleteColumn()
+            # a column of its own wraps on a narrow terminal; rich's default cuts the time left instead
+            title = progress.TextColumn("{task.description}", table_column=Column())
+            columns = title, progress.BarColumn(), progress.MofNCompleteColumn()
             self.bar = progress.Progress(
                 *columns, progress.TimeRemainingColumn(), console=self.console, transient=True,
                 redirect_stdout=False, redirect_stderr=False,  # what libraries print meanwhile goes to the log
