@@ -13,8 +13,12 @@ def pytest_configure(config):
     if not any(word.endswith("test_gpu.py") for word in asked):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit for bit is a CPU's truth; tests/test_gpu.py runs when it is named
     config.addinivalue_line("markers", "slow: minutes long; `make test-slow` runs these too")
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # so a script's background jobs begin, and what they start
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for name, usual in (("SIGINT", signal.default_int_handler), ("SIGHUP", signal.SIG_DFL)):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if (
+            number and signal.getsignal(number) is signal.SIG_IGN
+        ):  # so jobs of a script and of nohup begin, and what they start
+            signal.signal(number, usual)
 
 
 @pytest.fixture(scope="session")

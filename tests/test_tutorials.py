@@ -35,7 +35,10 @@ def test_every_recipe_compiles_on_rows_that_ship_and_loses_none_as_malformed(nam
     changes = offline(name)
     if name == "smollm2":  # its weights come from the package index; rows and template do not need them
         families.build_tokenizer("smollm2", tmp_path / "smollm2")
-        changes = [f"model.model_name={tmp_path / 'smollm2'}"]
+        changes = [
+            f"model.model_name={tmp_path / 'smollm2'}",
+            "data.budget=9000",
+        ]  # a small vocabulary: more tokens a row
     loaded = recipe.load(name, changes)
     report = compile_mix(loaded).report
     assert list(report["sources"]) == [source.name for source in loaded.data.sources]
