@@ -115,7 +115,7 @@ def test_every_verb_of_a_run_fits_the_terminal_and_says_what_comes_next(here):
         (["export", "a", "--quant", "q8_0"], "next: "),
         (["export", "a", "--quant", "q8_0", "--details"], "verified"),
         (["export", "a", "--quant", "q8_0", "--push", "me/a"], "--really-push"),
-        (["verify", "a"], "passed"),
+        (["verify", "a"], "verified: "),
         (["generate", "a", str(here / "prompts.txt"), str(here / "replies.jsonl"), "--max-new-tokens", "8"], "4 replies"),
         (["replay", "pocket", "--count", "2", *FEW], "rows"),
         (["sweep", "pocket", "--reasoning", "0", "0.5", *FEW], "next: "),

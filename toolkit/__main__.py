@@ -343,7 +343,12 @@ def verify(run):
     from toolkit import model
     from toolkit.export import certificate
 
-    return 0 if certificate.verify(model.run_folder(run), say=console().print)["passed"] else 1
+    checks = certificate.verify(model.run_folder(run), say=console().print)["checks"]
+    failed = [check["name"] for check in checks if not check["passed"]]
+    console().print(
+        f"FAILED: {'; '.join(failed)}" if failed else f"verified: {len(checks)} checks passed", markup=False
+    )
+    return int(bool(failed))
 
 
 @verb(
