@@ -1,14 +1,19 @@
 """Loading a model: what a Hub download shows."""
 
 import contextlib
+import io
 import os
 import pty
 import subprocess
 import sys
 import termios
 
+from rich.console import Console
+
 from tests import hub_stand_in
+from toolkit import run
 from toolkit.files import ROOT
+from toolkit.recipe import Model
 
 LOAD = """
 from rich.console import Console
@@ -44,3 +49,9 @@ def test_a_download_shows_its_size_and_nothing_is_said_of_it_once_the_model_is_h
     assert "3.00MB" not in second
     assert "loaded owner/bakery" in second
     assert {p.name for p in tmp_path.glob("hub/*/snapshots/*/*")} == {"model.safetensors"}
+
+
+def test_while_a_model_loads_the_streams_stay_those_that_log_handlers_hold():
+    before = sys.stdout, sys.stderr
+    with run.loading(Model("pocket"), Console(file=io.StringIO(), force_terminal=True)):
+        assert (sys.stdout, sys.stderr) == before

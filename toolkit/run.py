@@ -207,13 +207,18 @@ def scored(folder: Path) -> bool:
 @contextlib.contextmanager
 def loading(section: recipes.Model, console) -> Iterator[None]:
     """Download what is missing, then say what is loaded while it lasts, and how long it took."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     from toolkit.model import fetch
 
     fetch(section)
     name, began = section.model_name, time.monotonic()
     if not (console.is_terminal or console.is_jupyter):
         console.print(f"loading {name} …")
-    with console.status(f"loading {name}"):
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    # sys.stderr stays what it is: `quiet` looks for it in the libraries' log handlers
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+        bar.add_task(f"loading {name}")
         yield
     console.print(f"loaded {name} in {time.monotonic() - began:.0f} s")
 
