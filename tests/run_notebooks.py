@@ -141,7 +141,8 @@ def run(path: Path, parameters: dict | None = None) -> dict:
         try:
             papermill.execute_notebook(
                 str(path), str(target), parameters=parameters, cwd=str(path.parent), kernel_name="python3",
-                execution_timeout=SECONDS, progress_bar=False, log_output=False,
+                execution_timeout=SECONDS, iopub_timeout=120,  # of a busy machine's last output
+                progress_bar=False, log_output=False,
             )  # fmt: skip
         except papermill.PapermillExecutionError as error:
             raise ToolkitError(
