@@ -117,11 +117,13 @@ class Record(TrainerCallback, ExportableState):
         # transformers' own restoring would replace this object, and lose what cannot be saved
         kept = state.stateful_callbacks.get("Record", {}).get("attributes")
         self.totals |= kept["totals"] if kept else {}
-        self.totals |= {"batch": {name: vars(args)[name] for name in BATCH}, "processes": args.world_size}
+        # as used now: the batch may have been lowered since the checkpoint
         self.totals |= {
+            "batch": {name: vars(args)[name] for name in BATCH},
+            "processes": args.world_size,
             "packing": args.packing,
             "padding_free": args.padding_free,
-        }  # as used: the batch may have been lowered
+        }
         self.trainer._total_train_tokens = self.totals["tokens"]  # TRL's `num_tokens` would start again at 0
         self._adapter, self._first = adapter_sum(model), state.global_step
         self._progress = Progress(self.console, "training", total=state.max_steps - self._first).__enter__()

@@ -189,9 +189,8 @@ PARTS = ("weights", "LoRA", "activations", "logits", "KV cache", "other")
 def phases(s: Settings, m: Shape) -> dict[str, dict[str, int]]:
     """Phase → part → bytes at that phase's worst moment. Merging needs none: it runs in RAM."""
     tensors, weights = lora_tensors(m, s.r, s.target_modules), weight_bytes(s, m)
-    lora = 4 * sum(
-        tensors
-    )  # in float32 (unsloth_zoo/training_utils.py); so are the gradients until the optimizer's step
+    # in float32 (unsloth_zoo/training_utils.py), as its gradients are until the optimizer's step
+    lora = 4 * sum(tensors)
     kept = lora + optimizer_bytes(tensors, s.optim)
     # two 16-bit copies of the largest module and its float32 absmax (unsloth/kernels/utils.py, fast_lora.py)
     largest = max((matrix.parameters for matrix in m.matrices), default=0)

@@ -111,8 +111,9 @@ def generate(
     """One reply to each conversation, in their order; sampled with the model's values for the mode unless `greedy`.
 
     A reply depends on (seed, number of its conversation), not on the batch it falls into: every row draws its uniforms
-    from a stream of its own (`numbers` are 0, 1, … unless told otherwise), and neither torch's random state nor the model's training state is touched. What is left
-    is rounding: another batch size pads otherwise, and a 16-bit model may then turn a near tie.
+    from a stream of its own, and neither torch's random state nor the model's training state is touched. `numbers` are 0,
+    1, … unless told otherwise. What is left is rounding: another batch size pads otherwise, and a 16-bit model may then
+    turn a near tie.
     `progress(n)` is called after each batch of n. Raises ToolkitError if a prompt leaves no room for a reply."""
     texts, ids = prompts(tokenizer, conversations, mode, tools)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # the longest first: what does not fit fails at once

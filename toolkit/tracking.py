@@ -2,8 +2,8 @@
 
 tracking.check(recipe.train, folder)     # before the model is loaded; then `with tracking.training(recipe, mixed, folder):`
 
-Callers and what they pass: `run.train` calls `check`, then `training` around the trainer; the metrics callback passes every
-line of metrics.jsonl to `log` (KEYS says which of its values go to wandb, under which name); the sample callback passes its
+Callers and what they pass: `run.train` calls `check`, then `training` around the trainer; `callbacks.Record` passes every
+line of metrics.jsonl to `log` (KEYS says which of its values go to wandb, under which name); `train.sample_replies` passes its
 rows to `log_table`; `train.sft_arguments` gives transformers every tracker but wandb, because its own wandb callback
 would add 400 keys and local paths; after eval.json is written, and again when a finished run is opened, `finish` adds the
 evaluation. Config holds the recipe and `mix/reasoning_share_{examples,tokens,supervised_tokens}`; the summary holds
