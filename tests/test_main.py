@@ -46,6 +46,7 @@ def start(body: str, outputs, run: str = "") -> subprocess.Popen:
         ("train train.max_steps=2 pocket", {"recipe": "pocket"}, ["train.max_steps=2"]),
         ("mix pocket --show 2 data.budget=8", {"recipe": "pocket", "show": 2}, ["data.budget=8"]),
         ("replay pocket --prompts a=b.jsonl data.seed=1", {"prompts": "a=b.jsonl"}, ["data.seed=1"]),
+        ("replay pocket --prompts data.seed=1 data.seed=1", {"prompts": "data.seed=1"}, ["data.seed=1"]),
         ("fit --vram 8 lora.r=8", {"recipe": "hybrid", "vram": 8}, ["lora.r=8"]),
     ],
 )

@@ -104,8 +104,10 @@ def take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     takes_one = {
         flag for flag, options in known.items() if flag.startswith("-") and not {"nargs", "action"} & options.keys()
     }
-    overrides = [word for before, word in itertools.pairwise(words) if OVERRIDE.match(word) and before not in takes_one]
-    return [word for word in words if word not in overrides], overrides
+    kept, overrides = words[:1], []
+    for before, word in itertools.pairwise(words):
+        (overrides if OVERRIDE.match(word) and before not in takes_one else kept).append(word)
+    return kept, overrides
 
 
 def _catch_signals() -> None:
