@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from toolkit.export.certificate import verify
+from toolkit.export.certificate import failures, verify
 from toolkit.export.gguf_file import check_quant, check_supported, gguf_path, modelfile, plan_tensors, write_gguf
 from toolkit.export.merge import (
     FAILED,
@@ -101,8 +101,7 @@ def _write_quant(run: Path, quant: str, record: Record, say: Callable) -> None:
 
 def _conclude(run: Path, certificate: dict, say: Callable) -> None:
     """The verdict and the next command. Raises ToolkitError if a check failed."""
-    failed = [check["name"] for check in certificate["checks"] if not check["passed"]]
-    if failed:
+    if failed := failures(certificate):
         raise ToolkitError(
             f"{run}: the exported files do not match the run; {len(failed)} checks failed ({'; '.join(failed)}). "
             f"See certificate.md and {FAILED} there"

@@ -291,10 +291,15 @@ def _rounding(ours, theirs) -> float:
     return found if math.isfinite(found) else math.inf
 
 
+def failures(certificate: dict) -> list[str]:
+    """Names of the gates that did not pass."""
+    return [check["name"] for check in certificate["checks"] if not check["passed"]]
+
+
 def _write(run: Path, certificate: dict) -> None:
     import jinja2
 
-    failed = [check["name"] for check in certificate["checks"] if not check["passed"]]
+    failed = failures(certificate)
     if failed:
         lines = ["Verification failed: the exported files do not match the run. Do not use or share them. Failed:"]
         write_text(run / FAILED, "\n".join([*lines, *failed]) + "\n")
