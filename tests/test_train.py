@@ -327,9 +327,10 @@ def test_a_learning_rate_at_which_the_loss_is_lost_stops_the_run_and_names_the_r
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_an_adapter_that_does_not_change_stops_the_run():
+@pytest.mark.parametrize("steps", [2, 9])
+def test_an_adapter_that_does_not_change_stops_the_run(steps):
     with pytest.raises(ToolkitError, match=r"step \d: the adapter has not changed.*raise train.learning_rate"):
-        trained("run", "train.learning_rate=1.0e-30", "train.max_steps=9")
+        trained("run", "train.learning_rate=1.0e-30", f"train.max_steps={steps}", "train.warmup_steps=0")
 
 
 @pytest.mark.usefixtures("elsewhere")

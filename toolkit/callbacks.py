@@ -115,8 +115,7 @@ class Record(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         # transformers' own restoring would replace this object, and lose what cannot be saved
-        kept = state.stateful_callbacks.get("Record", {}).get("attributes")
-        self.totals |= kept["totals"] if kept else {}
+        self.totals |= state.stateful_callbacks.get("Record", {}).get("attributes", {}).get("totals", {})
         # as used now: the batch may have been lowered since the checkpoint
         self.totals |= {
             "batch": {name: vars(args)[name] for name in BATCH},
@@ -141,8 +140,10 @@ class Record(TrainerCallback, ExportableState):
         self.totals["steps"] += 1
         self.totals["train_seconds"] += time.monotonic() - self._step_began  # without evaluation and saving
         self.totals["skipped_steps"] += bool(optimizer.step_was_skipped)
-        taken = state.global_step - self.totals["skipped_steps"]
-        if taken == args.get_warmup_steps(state.max_steps) + UNCHANGED_STEPS and adapter_sum(model) == self._adapter:
+        taken, warm_up = state.global_step - self.totals["skipped_steps"], args.get_warmup_steps(state.max_steps)
+        # a run that is over before; not one resumed for its last steps, whose learning rate may be too small to be seen
+        at_the_end = state.global_step == state.max_steps and self._first == 0 and taken > warm_up
+        if (taken == warm_up + UNCHANGED_STEPS or at_the_end) and adapter_sum(model) == self._adapter:
             raise ToolkitError(
                 f"step {state.global_step}: the adapter has not changed since training began (learning rate "
                 f"{args.learning_rate:g}): raise train.learning_rate, e.g. to 2.0e-4"
