@@ -200,6 +200,8 @@ def test_ctrl_c_stops_a_reply_but_not_the_chat(terminal):
     terminal.send("short\r")
     terminal.expect("no to short")
     terminal.expect("7 tokens")
+    assert "on and on" not in terminal.before
+    assert terminal.isalive()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pexpect needs a POSIX terminal")

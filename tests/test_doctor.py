@@ -48,7 +48,8 @@ def test_memory_held_by_another_process_is_named_by_its_pid():
 
 
 def test_the_context_that_asking_a_small_card_makes_counts_as_nobodys():
-    [_small] = doctor.gpu(Machine(seen=(Card("GTX 1650", 4 * GIB, int(3.4 * GIB)),)))
+    found = doctor.gpu(Machine(seen=(Card("GTX 1650", 4 * GIB, int(3.4 * GIB)),)))
+    assert [finding.what for finding in found] == ["gpu"]
 
 
 def test_the_larger_of_two_cards_is_chosen_unless_somebody_chose():

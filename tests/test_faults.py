@@ -3,6 +3,9 @@
 import subprocess
 import sys
 
+import filelock
+import pytest
+
 from tests.faults.__main__ import rows_of
 from tests.faults.campaign import FAULTS
 from toolkit.files import ROOT, lock
@@ -52,5 +55,5 @@ def test_what_a_killed_process_left_half_written_is_removed_by_the_next_that_hol
 
 def test_a_lock_holds_where_its_note_cannot_be_written(tmp_path):
     (tmp_path / ".locks" / "run.json").mkdir(parents=True)  # as on a full disk: writing it raises OSError
-    with lock(tmp_path / "run", "train"):
-        pass
+    with lock(tmp_path / "run", "train"), pytest.raises(filelock.Timeout):
+        filelock.FileLock(tmp_path / ".locks" / "run.lock").acquire(timeout=0)

@@ -1,6 +1,5 @@
 """Loading a model: what a Hub download shows."""
 
-import contextlib
 import io
 import os
 import pty
@@ -11,6 +10,7 @@ import termios
 from rich.console import Console
 
 from tests import hub_stand_in
+from tests.terminal import shown
 from toolkit import run
 from toolkit.files import ROOT
 from toolkit.recipe import Model
@@ -28,14 +28,9 @@ def on_a_terminal(env: dict) -> str:
     """What a person sees of LOAD."""
     outside, inside = pty.openpty()
     termios.tcsetwinsize(inside, (24, 100))
-    seen = b""
     with subprocess.Popen([sys.executable, "-c", LOAD], env=os.environ | env, cwd=ROOT, stdout=inside, stderr=inside):
         os.close(inside)
-        with contextlib.suppress(OSError):  # so Linux says that the other side is closed
-            while chunk := os.read(outside, 4096):
-                seen += chunk
-    os.close(outside)
-    return seen.decode()
+        return shown(outside)
 
 
 def test_a_download_shows_its_size_and_nothing_is_said_of_it_once_the_model_is_here(tmp_path):

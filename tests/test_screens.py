@@ -6,12 +6,13 @@ import re
 import struct
 import sys
 import termios
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from rich.cells import cell_len
 
 from tests.pocket_run import SMALL
+from tests.terminal import shown
 
 FEW = [
     *SMALL,
@@ -29,36 +30,19 @@ def screen(columns: int, *words: str) -> tuple[int, str]:
 
     reader, writer = os.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    parts: list[bytes] = []
-
-    def drain():
-        while chunk := read(reader):
-            parts.append(chunk)
-
-    thread = threading.Thread(target=drain, daemon=True)
-    thread.start()
     before, sys.stdout = sys.stdout, os.fdopen(writer, "w", encoding="utf-8", buffering=1)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TERM", "xterm")
-            patch.setenv("COLUMNS", str(columns))
-            code = main(list(words))
-    finally:
-        sys.stdout.close()
-        sys.stdout = before
-    thread.join(10)
-    os.close(reader)
-    text = b"".join(parts).decode("utf-8", "replace").replace("\r\n", "\n")
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    with ThreadPoolExecutor(1) as pool:
+        seen = pool.submit(shown, reader)  # read while it is written: a terminal holds a few kB
+        try:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("TERM", "xterm")
+                patch.setenv("COLUMNS", str(columns))
+                code = main(list(words))
+        finally:
+            sys.stdout.close()
+            sys.stdout = before
+        text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", seen.result().replace("\r\n", "\n"))
     return code, "\n".join(line.rpartition("\r")[2].rstrip() for line in text.split("\n"))
-
-
-def read(terminal: int) -> bytes:
-    """What a terminal shows next; nothing once the other side is closed (Linux says EIO then)."""
-    try:
-        return os.read(terminal, 1 << 16)
-    except OSError:
-        return b""
 
 
 def fits(columns: int, text: str) -> None:
