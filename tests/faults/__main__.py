@@ -96,10 +96,10 @@ def main() -> int:
         from tests.bench.start import processor
         from toolkit.train import commit
 
-        kept = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
-        RECORD.write_text(json.dumps(kept | {"machine": f"{processor()}, {os.cpu_count()} cores", "date": time.strftime("%Y-%m-%d"), "commit": commit(),
+        fuzz = json.loads(RECORD.read_text())["fuzz"] if RECORD.is_file() else {}  # of another day: stays
+        RECORD.write_text(json.dumps({"machine": f"{processor()}, {os.cpu_count()} cores", "date": time.strftime("%Y-%m-%d"), "commit": commit(),
                                       "minutes": round(minutes, 1), "planned": len(chosen),
-                                      "tried": sum(row["tries"] for row in rows), "rows": rows}, indent=1) + "\n")  # fmt: skip
+                                      "tried": sum(row["tries"] for row in rows), "rows": rows, "fuzz": fuzz}, indent=1) + "\n")  # fmt: skip
     return 1 if lost or not outcomes else 0
 
 

@@ -50,8 +50,10 @@ def main() -> None:
         counts[kind] = fuzz(kind, args.cases)
         print(f"{counts[kind]:,} {kind}: nothing found, {time.monotonic() - started:.0f} s", flush=True)
     if args.record:
+        from toolkit.train import commit
+
         record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
-        RECORD.write_text(json.dumps(record | {"fuzz": counts}, indent=1) + "\n")
+        RECORD.write_text(json.dumps(record | {"fuzz": {"commit": commit(), **counts}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
