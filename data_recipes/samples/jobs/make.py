@@ -157,6 +157,13 @@ ASK = [
     "用一句话说说{0}为什么{1}。",
     "请解释:{0}{1},是什么原因?",
 ]
+ASK_EN = [
+    "Why does {0} {1}?",
+    "Tell a child: why does {0} {1}?",
+    "A quick question: why does {0} {1}?",
+    "In one sentence, why does {0} {1}?",
+    "I have always wondered: why does {0} {1}?",
+]
 TELL_ZH = [
     "因为{2}呀{e}{s}",
     "哈哈,好问题!{2},所以{0}{1}{e}{s}",
@@ -272,14 +279,16 @@ def tools(r):
 
 
 def emoji(r):
-    """60 rows: five questions about each of twelve things, answered with emoji in both languages."""
+    """60 rows: five questions about each of twelve things, asked and answered with emoji in both languages."""
     rows = []
     for zh, does_zh, why_zh, en, does_en, why_en, e in (line.split("|") for line in EMOJI):
-        for ask, tell_zh, tell_en in zip(ASK, r.sample(TELL_ZH, 5), r.sample(TELL_EN, 5), strict=True):
+        tells = zip(ASK, ASK_EN, r.sample(TELL_ZH, 5), r.sample(TELL_EN, 5), strict=True)
+        for ask, ask_en, tell_zh, tell_en in tells:
             s = r.choice(SMILES)
             answer_zh = tell_zh.format(zh, does_zh, why_zh, e=e, s=s)
             answer_en = tell_en.format(en, does_en, why_en, e=e, s=s)
-            rows.append({"question": ask.format(zh, does_zh), "answer_zh": answer_zh, "answer_en": answer_en})
+            question = {"question": ask.format(zh, does_zh), "question_en": ask_en.format(en, does_en)}
+            rows.append(question | {"answer_zh": answer_zh, "answer_en": answer_en})
     return rows
 
 
