@@ -445,8 +445,12 @@ def story(run: Path) -> None:
             }
         )
     )
-    score = {"thinking": {"accuracy": {"value": 0.5, "low": 0.4, "high": 0.6, "n": 50}}}
-    (run / "eval.json").write_text(json.dumps({"base": score, "tuned": score}))
+    base, tuned, change = (
+        {"thinking": {"accuracy/set/sums": {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 50}}}
+        for value in (0.5, 0.7, 0.2)
+    )
+    scores = {"base": base, "tuned": tuned, "difference": change, "modes": ["thinking", "non_thinking"]}
+    (run / "eval.json").write_text(json.dumps(scores))
 
 
 def test_a_dry_run_lists_every_file_and_sends_nothing(exported):
@@ -489,7 +493,7 @@ def test_a_push_is_one_commit_with_every_file_and_a_card(exported, tmp_path):
     assert commit["adapter/adapter_config.json"] == (run / "adapter" / "adapter_config.json").read_bytes()
     card = commit["README.md"].decode()
     assert "| OpenMathReasoning-mini | thinking | 8 | 75.0% | 31.0% | 75.0% |" in card
-    assert "| thinking | accuracy | 0.5 (0.4 to 0.6) | 0.5 (0.4 to 0.6) | 50 |" in card
+    assert "| sums with thinking | 50% | 70% | +20 [+10, +30] | 50 |" in card
     assert "CC BY 4.0" in card
     assert "merged against base + adapter" in card
     assert str(run) not in card

@@ -124,17 +124,17 @@ def _catch_signals() -> None:
 
 def _traceback_of(error: Exception, run: str) -> str:
     """Say where an error's traceback is: in the log that `run.train` wrote, else it is added to the run's here."""
-    noted = [note.removeprefix("log: ") for note in getattr(error, "__notes__", ()) if note.startswith("log: ")]
-    in_run = (outputs() / run / "recipe.yaml").is_file()
-    log = Path(noted[0]) if noted else outputs() / run / "run.log" if in_run else outputs() / "toolkit.log"
-    if not noted:
-        try:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with open(log, "a", encoding="utf-8") as file:
-                print(time.strftime("%Y-%m-%d %H:%M:%S"), *sys.argv, file=file)
-                traceback.print_exception(error, file=file)
-        except OSError:  # the disk may be what failed
-            return "set TOOLKIT_DEBUG=1 to see the traceback"
+    for note in getattr(error, "__notes__", ()):
+        if note.startswith("log: "):
+            return f"the traceback is in {note.removeprefix('log: ')}"
+    log = outputs() / run / "run.log" if (outputs() / run / "recipe.yaml").is_file() else outputs() / "toolkit.log"
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a", encoding="utf-8") as file:
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), *sys.argv, file=file)
+            traceback.print_exception(error, file=file)
+    except OSError:  # the disk may be what failed
+        return "set TOOLKIT_DEBUG=1 to see the traceback"
     return f"the traceback is in {log}"
 
 

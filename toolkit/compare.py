@@ -303,15 +303,7 @@ def decide(points: list[Point], goal: Key, axis: str) -> tuple[Point | None, lis
     margin, highest = simultaneous_margin(whole, goal), whole[0].values[goal]["value"]
     tied = [point for point in whole if highest - point.values[goal]["value"] <= margin]
     better = [point for point in tied if goal in point.changes and point.changes[goal]["low"] > 0]
-    why = ""
-    if len(points) == 1:
-        why = "there is one setting only"
-    elif all(broken.values()):
-        why = "each breaks a mode or the chat"
-    elif len(tied) == len(points):
-        why = "the differences are within noise; more questions or seeds (sweep --seeds 3) show smaller ones"
-    elif not better:
-        why = "none is shown to beat the base"
+    why = _why_none(points, broken, tied, better)
     best = None if why else min(better, key=lambda point: point.cost(axis))  # at equal cost the highest
     top, noun = best or whole[0], "ratio" if axis else "run"
     lead = "Recommended:" if best else f"No {noun} is recommended: {why}. Highest is"
@@ -327,6 +319,17 @@ def decide(points: list[Point], goal: Key, axis: str) -> tuple[Point | None, lis
     if fell:
         notes, verdict[1] = [*notes, verdict[1]], f"Below the base: {', '.join(fell)}."
     return best, verdict, notes
+
+
+def _why_none(points: list[Point], broken: dict[str, list], tied: list[Point], better: list[Point]) -> str:
+    """Why nothing is recommended; empty where something is."""
+    if len(points) == 1:
+        return "there is one setting only"
+    if all(broken.values()):
+        return "each breaks a mode or the chat"
+    if len(tied) == len(points):
+        return "the differences are within noise; more questions or seeds (sweep --seeds 3) show smaller ones"
+    return "" if better else "none is shown to beat the base"
 
 
 def change_text(point: Point, key: Key) -> str:

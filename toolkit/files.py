@@ -32,7 +32,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def outputs() -> Path:
     """Where runs and caches lie: outputs/ in the project, or $TOOLKIT_OUTPUTS."""
-    return Path(os.environ.get("TOOLKIT_OUTPUTS", ROOT / "outputs"))
+    return Path(os.environ.get("TOOLKIT_OUTPUTS") or ROOT / "outputs")
 
 
 def find(path: str | Path) -> Path | None:

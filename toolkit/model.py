@@ -237,6 +237,13 @@ def load_run(folder: str | Path):
     return model, tokenizer
 
 
+@contextlib.contextmanager
+def switched(model, adapter: bool) -> Iterator[None]:
+    """A PeftModel with its adapter, or without: its base."""
+    with contextlib.nullcontext() if adapter else model.disable_adapter():
+        yield
+
+
 def run_folder(folder: str | Path) -> Path:
     """A run's folder by path or by name under outputs/. Raises ToolkitError when there is no finished run."""
     found = next((p for p in (Path(folder), outputs() / folder) if (p / "recipe.yaml").is_file()), None)

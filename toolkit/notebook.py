@@ -145,9 +145,8 @@ def live(recipe: Recipe):
 
 def ask(folder: Path, prompts: Sequence[str], *, max_new_tokens: int = 512, greedy: bool = False) -> list[dict]:
     """Every prompt in each mode of the model, to the base and to the tuned model: rows for `side_by_side`."""
-    from toolkit.evaluate.subject import switched
     from toolkit.generate import generate, modes_of
-    from toolkit.model import load_run
+    from toolkit.model import load_run, switched
 
     _free()
     model, tokenizer = load_run(folder)

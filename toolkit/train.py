@@ -24,7 +24,7 @@ from toolkit import fit, tracking
 from toolkit import recipe as recipes
 from toolkit.files import ROOT, ToolkitError, flat, outputs, read_json, write_error, write_json, write_jsonl, write_text
 from toolkit.mix import Mix
-from toolkit.model import adapter_checksums, damaged, has_bf16, out_of_memory, quiet, unsloth
+from toolkit.model import adapter_checksums, damaged, has_bf16, out_of_memory, quiet, switched, unsloth
 from toolkit.recipe import Recipe
 
 WRITE_ERRORS = {
@@ -368,8 +368,8 @@ def sample_replies(recipe: Recipe, model, tokenizer, folder: Path) -> None:
     prompts, rows = recipe.evaluate.prompts, []
     asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
     options = {"max_new_tokens": min(256, recipe.evaluate.max_new_tokens), "seed": recipe.data.seed}
-    for when, adapter in (("before", model.disable_adapter()), ("after", contextlib.nullcontext())):
-        with adapter:
+    for when in ("before", "after"):
+        with switched(model, when == "after"):
             replies = [(mode, generate(model, tokenizer, asked, mode, **options)) for mode in modes_of(tokenizer)]
         for mode, found in replies:
             rows += [

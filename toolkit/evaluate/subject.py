@@ -5,7 +5,7 @@ subject.divergence([{"input_ids": [1, 2, 3, 4], "prompt_length": 2}])
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ from toolkit.generate import (
     prompts,
     sampling_values,
 )
+from toolkit.model import switched
 
 LOGITS = 1 << 28
 """Logits held at a time (512 MB in 16 bits, twice: base and tuned); a row with more is read again for each part."""
@@ -119,13 +120,6 @@ def checksum(model) -> str:
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         found.append([plain, str(tensor.dtype), list(tensor.shape), int(raw.sum(dtype=torch.int64))])
     return fingerprint(found)
-
-
-@contextlib.contextmanager
-def switched(model, adapter: bool) -> Iterator[None]:
-    """The model with its adapter, or without: its base."""
-    with contextlib.nullcontext() if adapter else model.disable_adapter():
-        yield
 
 
 def logits_at_once(free_bytes: float) -> int:

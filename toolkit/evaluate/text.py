@@ -103,8 +103,14 @@ def summary(result: dict) -> dict[str, float]:
 
 
 def table(result: dict):
-    """A rich table: base, tuned and their paired difference with its 95% interval. What is zero for both models is left
-    out, and so is what only pools other rows."""
+    """The same as a rich table."""
+    title = f"{result['level']} evaluation, seed {result['seed']}, paired over questions"
+    return rich_table(score_rows(result), title=title)
+
+
+def score_rows(result: dict) -> list[dict]:
+    """What was measured, base and tuned, and their paired difference with its 95% interval, in words. What is zero for both
+    models is left out, and so is what only pools other rows."""
     rows = []
     for section, metrics in result["difference"].items():
         for metric, change in metrics.items():
@@ -113,7 +119,7 @@ def table(result: dict):
                 values = {model: show(metric, found).partition(" ")[0] for model, found in pair.items()}
                 values["difference"] = show(metric, change, sign="+", unit="")
                 rows.append({"95% intervals": title(section, metric, result["modes"]), **values, "n": change["n"]})
-    return rich_table(rows, title=f"{result['level']} evaluation, seed {result['seed']}, paired over questions")
+    return rows
 
 
 def title(section: str, metric: str, sections: Collection[str]) -> str:

@@ -19,6 +19,7 @@ from toolkit.export.merge import (
     Checkpoint,
     Merged,
     check_run,
+    filled,
     open_merged,
     small_files,
     uncertify,
@@ -60,32 +61,6 @@ LOWER_BOUND = (
     "KL of a GGUF is taken over llama.cpp's 512 most likely tokens and one bucket for all others: a lower bound of the "
     "KL over the whole vocabulary. KL of merged weights is over the whole vocabulary."
 )
-PAGE = """\
-# Parity certificate: {{ 'passed: the files behave like the run' if passed else 'FAILED: do not use these files' }}
-
-Merged onto the {{ inputs.onto }} base {{ inputs.base }} ({{ inputs.revision or 'local folder' }}). KL in nats, over \
-{{ positions }} positions. {{ kl }}
-
-| check | value | limit | |
-|---|--:|--:|---|
-{%- for c in checks %}
-| {{ c.name }} | {{ number(c.value) }} | {{ c.rule }} {{ number(c.limit) }} | {{ 'ok' if c.passed else '**failed**' }} |
-{%- endfor %}
-
-Reported, not gates:
-
-| what | value | |
-|---|--:|---|
-{%- for r in reports %}
-| {{ r.name }} | {{ number(r.value) }} | {{ r.note }} |
-{%- endfor %}
-
-| file | bytes | SHA-256 |
-|---|--:|---|
-{%- for name, file in files.items() %}
-| {{ name }} | {{ '{:,}'.format(file.bytes) }} | {{ file.sha256 }} |
-{%- endfor %}
-"""
 
 
 def verify(run: str | Path, *, say: Callable[[str], None] = print, details: bool = True) -> dict:
@@ -297,13 +272,11 @@ def failures(certificate: dict) -> list[str]:
 
 
 def _write(run: Path, certificate: dict) -> None:
-    import jinja2
-
     failed = failures(certificate)
     if failed:
         lines = ["Verification failed: the exported files do not match the run. Do not use or share them. Failed:"]
         write_text(run / FAILED, "\n".join([*lines, *failed]) + "\n")
-    write_text(run / "certificate.md", jinja2.Template(PAGE).render(certificate, number=_number) + "\n")
+    write_text(run / "certificate.md", filled("certificate.md", certificate | {"number": _number}))
     write_json(run / "certificate.json", certificate)
     if not failed:
         (run / FAILED).unlink()

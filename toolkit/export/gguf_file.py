@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.export.merge import Adapter, Merged, generation_config, load_tokenizer, progress, stop_tokens
+from toolkit.export.merge import Adapter, Merged, filled, generation_config, load_tokenizer, progress, stop_tokens
 from toolkit.family import family_of, mode_title, sampling_of
 from toolkit.files import ToolkitError, complete, read_json
 from toolkit.generate import closing_token, modes_of
@@ -25,26 +25,6 @@ from toolkit.render import load_chat
 
 OLLAMA = "0.30.0"
 """The first Ollama that uses the chat template inside the GGUF when the Modelfile names no RENDERER."""
-MODELFILE = """\
-# Ollama {{ ollama }} or newer: it uses the chat template inside the GGUF. ollama create {{ name }} -f Modelfile
-FROM ./{{ smallest }}
-{% for stop in stops %}
-PARAMETER stop "{{ stop }}"
-{% endfor %}
-PARAMETER num_ctx {{ context }}
-{% if penalty %}
-PARAMETER repeat_penalty {{ '%g' % penalty }}
-{% endif %}
-{% for mode, sampling in modes.items() %}
-{% set comment = '' if loop.first else '# ' %}
-{% if comment %}
-# For {{ mode }} mode (ollama run {{ name }} --think=false) use these values instead:
-{% endif %}
-{% for key, value in sampling.items() %}
-{{ comment }}PARAMETER {{ key }} {{ '%g' % value }}
-{% endfor %}
-{% endfor %}
-"""
 CHUNK = 1 << 22
 """Values converted at a time by a thread: 16 MB in fp32, whatever the size of the model."""
 
@@ -461,17 +441,16 @@ def gguf_path(run: Path, quant: str) -> Path:
 
 def modelfile(run: Path, merged: Merged, tokenizer) -> str:
     """An Ollama Modelfile for the smallest GGUF of a run: stop tokens, context, and the family's sampling by mode."""
-    import jinja2
-
     recipe, generation = run / "recipe.yaml", generation_config(merged, tokenizer)
     wanted = load(recipe).model.max_seq_length if recipe.is_file() else 8192
     family = family_of(merged.config["model_type"])
-    return jinja2.Template(MODELFILE, keep_trailing_newline=True, trim_blocks=True).render(
-        ollama=OLLAMA,
-        name=run.resolve().name,
-        smallest=min((run / "gguf").glob("*.gguf"), key=lambda path: path.stat().st_size).name,
-        stops=map(tokenizer.decode, sorted({*stop_tokens(generation, merged.config), closing_token(tokenizer)})),
-        context=min(merged.config["max_position_embeddings"], max(4096, wanted)),
-        penalty=generation.get("repetition_penalty"),
-        modes={mode_title(mode): sampling_of(family, mode, generation) for mode in modes_of(tokenizer)},
-    )
+    values = {
+        "ollama": OLLAMA,
+        "name": run.resolve().name,
+        "smallest": min((run / "gguf").glob("*.gguf"), key=lambda path: path.stat().st_size).name,
+        "stops": map(tokenizer.decode, sorted({*stop_tokens(generation, merged.config), closing_token(tokenizer)})),
+        "context": min(merged.config["max_position_embeddings"], max(4096, wanted)),
+        "penalty": generation.get("repetition_penalty"),
+        "modes": {mode_title(mode): sampling_of(family, mode, generation) for mode in modes_of(tokenizer)},
+    }
+    return filled("Modelfile", values)

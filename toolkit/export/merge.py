@@ -314,6 +314,18 @@ def stop_tokens(generation: dict, config: dict) -> list[int]:
     return stops if isinstance(stops, list) else [i for i in [stops] if i is not None]
 
 
+def filled(name: str, values: dict) -> str:
+    """A file of templates/ (the model card, the certificate's page, the Modelfile) with its values."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
+    return (
+        jinja2.Environment(loader=loader, keep_trailing_newline=True, trim_blocks=True)
+        .get_template(name)
+        .render(values)
+    )
+
+
 def load_tokenizer(folder: Path):
     """The tokenizer of a folder. Raises ToolkitError when its files are missing or damaged."""
     from transformers import AutoTokenizer
