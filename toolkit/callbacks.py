@@ -98,6 +98,7 @@ class Record(TrainerCallback, ExportableState):
         """Losses weighted by supervised tokens; with the last validation set, `eval_loss` of all as they are mixed."""
         import torch
 
+        # transformers logs each validation set by itself, never all of them together
         if name := next((n for n in self.weights if f"eval_{n}_loss" in logs), None):
             sums = torch.tensor(self._validation, device=self.trainer.args.device)
             loss, tokens = self.trainer.accelerator.reduce(sums, "sum").tolist()
@@ -229,6 +230,7 @@ def rows_of(batch: dict, rows: Sequence) -> str:
     def paired(ids, labels) -> bytes:  # both, as a row's text may be the beginning of another's
         return np.stack([ids, labels], axis=-1).astype(np.int64).tobytes()
 
+    # found as bytes inside the batch, since packing joins rows and padding sets them apart
     held, named = paired(batch["input_ids"].cpu(), batch["labels"].cpu()), {}
     for row in rows:
         if paired(row.ids, row.labels) in held:

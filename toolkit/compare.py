@@ -149,6 +149,7 @@ def compare(folders: Iterable[Path]) -> Comparison:
         except ToolkitError as error:
             left_out[folder.name] = str(error)
     goal = max(GOALS, key=lambda goal: sum(run.found("tuned", goal) is not None for run in runs))
+    # what most were asked is the yardstick; the others would have to be evaluated again
     usual = pd.DataFrame([run.conditions for run in runs]).mode()
     for run in runs:
         odd = [
@@ -262,6 +263,7 @@ def resampled(runs: list[Run], model: str, key: Key) -> np.ndarray | None:
         sums, counts = np.array(counted, dtype=float)
         drawn = ratios(sums, counts, draws(len(sums), seed))
         vectors.append(np.where(np.isnan(drawn), value, drawn))  # NaN: every reply that was drawn is cut
+    # Seeds scatter as well. Seeded by the runs' names, so that two points get noise of their own, the same every time
     noise = np.random.default_rng([seed, *"".join(run.name for run in runs).encode()])
     return np.mean(vectors, axis=0) + noise.normal(0, seed_error(each), RESAMPLES)
 
@@ -299,6 +301,7 @@ def decide(points: list[Point], goal: Key, axis: str) -> tuple[Point | None, lis
     """(recommended, verdict, notes) by RULE."""
     ranked = sorted(points, key=lambda point: -point.values[goal]["value"])
     broken = {p.label: [change_text(p, key) for key in GUARDS if key != goal and p.lost(key)] for p in points}
+    # if every point breaks something, the numbers are still shown
     whole = [point for point in ranked if not broken[point.label]] or ranked
     margin, highest = simultaneous_margin(whole, goal), whole[0].values[goal]["value"]
     tied = [point for point in whole if highest - point.values[goal]["value"] <= margin]

@@ -111,6 +111,7 @@ def signatures(texts: list[np.ndarray]) -> list[np.ndarray | None]:
 
 
 def _shingles(ids: np.ndarray) -> np.ndarray:
+    # a polynomial hash of each 5-gram, modulo 2^64; the multiplier is the golden ratio's (Knuth)
     hashes = ids[: 1 - SHINGLE]
     for i in range(1, SHINGLE):
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + ids[i : len(ids) - SHINGLE + 1 + i]

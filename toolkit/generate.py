@@ -173,9 +173,11 @@ def sampler(values: dict, uniforms: np.ndarray) -> Callable:
         count = min(values["top_k"] or scores.shape[-1], scores.shape[-1])  # 0 means all
         top = torch.topk(scores.float() / values["temperature"], count, dim=-1)
         share = top.values.softmax(-1)
+        # a token stays while those before it have not reached top_p, so that the first always does
         nucleus = share.cumsum(-1) - share < values["top_p"]
         share = share * (nucleus & (share >= values["min_p"] * share[:, :1]))
         mass = share.cumsum(-1)
+        # the inverse of the cumulative distribution: the first token whose mass exceeds the uniform
         draw = torch.as_tensor(uniforms[:, step], dtype=mass.dtype, device=mass.device)[:, None] * mass[:, -1:]
         step += 1
         token = top.indices.gather(-1, (mass <= draw).sum(-1, keepdim=True).clamp(max=share.shape[-1] - 1))

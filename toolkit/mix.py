@@ -127,6 +127,7 @@ def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> Mi
             raise ToolkitError(f"{error}. Every dropped row: {folder / 'quarantine.jsonl'}") from error
         raise
     train = [row for draw in draws for row in draw.train]
+    # The trainer shuffles each epoch again; here it keeps the file of a mix from being sorted by source
     order = np.random.default_rng(data.seed).permutation(len(train))
     validation = [row for draw in draws for row in draw.validation]
     quarantine = [entry for draw in draws for entry in draw.quarantine]
@@ -158,6 +159,7 @@ def _stream(draw: "Draw", data: Data, chat: Chat, encoder: ThreadPoolExecutor) -
     source, dice, waiting = draw.source, random.Random(f"{data.seed} {draw.source.name}"), deque()
     rows = conversations(draw.pool, data.seed, data.placeholders)
     for batch in iter(lambda: [*itertools.islice(rows, BATCH)], []):
+        # a number is drawn for every row, so that its switch does not depend on what was rejected before it
         rendered = [(n, _render(item, source, chat, dice.random() < source.soft_switch)) for n, item in batch]
         waiting.append(encoder.submit(_encode, rendered, source.name, chat, data.duplicates == "near"))
         while waiting and (waiting[0].done() or len(waiting) > AHEAD):
@@ -223,7 +225,7 @@ class Draw:
                 kept.append(row)
         self.drawn += 1
         self.seen += len(found)
-        if hold_out:
+        if hold_out:  # whole conversations, so that no turn of one trains while another is held out
             judge.hold(kept)
             self.held += bool(kept)
             self.validation += kept
@@ -242,6 +244,8 @@ class Draw:
     def repeat(self) -> None:
         """Use rows again, in their order, where the source allows it (max_repeats) or asks for more than it has (#N)."""
         limit = len(self.train) * self.source.max_repeats
+        # fewer rows than `#N`: ms-swift repeats them to N, and so do recipes taken over from it. Where the rows were there
+        # and some were dropped, the count stays short, and the report says why
         if self.count and self.drawn < self.count:
             limit = max(limit, self.count - len(self.validation))
         again = itertools.cycle(list(self.train))
@@ -294,7 +298,7 @@ class Judge:
             return Rejected("too_long", f"{len(row.ids)} tokens > max_seq_length {self.max_seq_length}")
         if prompt_key(row.conversation) in self.held:
             return Rejected("validation_prompt", "a held-out row asks the same")
-        if hold_out:
+        if hold_out:  # evaluation may ask what it likes twice, and duplicates are a matter of training
             return None
         if gram := shared_gram(row.conversation, self.grams):
             return Rejected("contaminated", f"shares 13 words with an evaluation prompt: {gram!r}")
@@ -349,6 +353,7 @@ def _balance(draws: list[Draw], data: Data) -> str | None:
     """Where sources are exhausted, reduce the whole mix and keep its shares; returns the source that limits it."""
     if draws[0].source.fraction is None:
         return None
+    # The total at which each exhausted source would have its share; the smallest is what all of them can give
     short = {d.source.name: d.amount / d.source.fraction for d in draws if d.wants(hold_out=False)}
     limiting = min(short, key=short.get, default=None)
     total = short[limiting] if limiting else data.budget
@@ -431,6 +436,7 @@ def cache_folder() -> Path:
 
 
 def _key(recipe: Recipe, chat: Chat, fingerprints: dict) -> str:
+    # a change of the code that makes rows makes another mix: nobody remembers to raise a version number
     code = [f.read_bytes() for name in CACHE_KEY_FILES for f in sorted(Path(__file__).parent.glob(name))]
     decides = {
         "data": asdict(recipe.data),

@@ -340,6 +340,7 @@ def _explain(error: str, values: dict) -> str:
     keys = re.findall(r"[^.`\[\]]+", location)
     if missing := re.search(r"missing required field `(\w+)`", text):
         return f"{'.'.join([*keys, missing[1]])} is missing (data_recipes/pocket.yaml shows a whole recipe)"
+    # the value that msgspec refused, by walking along the keys it names
     found = functools.reduce(lambda node, key: node[int(key)] if isinstance(node, list) else node[key], keys, values)
     expected = text.removeprefix("Expected ").partition(", got")[0]
     expected = re.sub(
@@ -392,6 +393,7 @@ def _rescale(sources: list[Source], reasoning: float, where: str) -> list[Source
     """`data.reasoning=x`: thinking sources share x, the others 1 - x, in their old proportions."""
     if any(s.mode == "auto" for s in sources):
         raise ToolkitError(f"{where}: data.reasoning needs every source's `mode` to be thinking or non_thinking")
+    # x of the whole for thinking sources together: each keeps its part of that
     factors = {}
     for mode, share in (("thinking", reasoning), ("non_thinking", 1.0 - reasoning)):
         total = sum(s.fraction for s in sources if s.mode == mode)

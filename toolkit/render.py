@@ -200,6 +200,7 @@ def load_chat(model_name: str, revision: str | None = None) -> Chat:
     template = template_file.read_text(encoding="utf-8") if template_file.is_file() else settings.get("chat_template")
     if isinstance(template, list):  # several templates by name, as some checkpoints of 2024 have
         template = {t["name"]: t["template"] for t in template}["default"]
+    # a token is a text, or the object that describes it (AddedToken)
     given = {name: settings.get(name) for name in TOKENS}
     tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in given.items()}
     model_type = read_json(config).get("model_type") if config.is_file() else None
@@ -238,6 +239,8 @@ def examples(conversation: dict, mode: str, chat: Chat, turns: str = "last") -> 
     calls = [m["tool_calls"] for m in messages if m.get("tool_calls")]
     if hit := chat.special.search("\n".join(texts) + str([tools, *calls] if tools or calls else "")):
         raise Rejected("control_token", f"the text holds {hit.group()!r}, which {chat.name} reads as structure")
+    # a row of n answers is one example, or n: Qwen's template drops the reasoning of earlier turns, so that no single
+    # rendering shows every turn as inference does
     positions = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     supervised = positions[-1:] if turns == "last" else positions
     return [_example({**conversation, "messages": messages[: i + 1]}, mode, chat) for i in supervised]
@@ -255,6 +258,7 @@ def _example(conversation: dict, mode: str, chat: Chat) -> Example:
         shown = f"prompt has {prompt[at : at + 40]!r} where it has {full[at : at + 40]!r}"
         raise Rejected("template_mismatch", f"the reply does not continue the prompt: {shown}")
     _check_kept(asked, prompt, reply, full[len(prompt) :])
+    # templates write a line break after the end-of-turn token, which no model is asked to generate
     end = full.rfind(chat.end)
     if end < len(prompt):
         raise Rejected("no_end_of_turn", f"the template does not close the reply with {chat.end!r}")

@@ -20,6 +20,7 @@ def reproduce(run: str | Path, console=None) -> list[str]:
 
     folder = run_folder(run)
     recipe = recipes.load(folder / "recipe.yaml", [f"name={folder.name}-reproduced"])
+    # under another name, which nothing but paths depends on
     again = train(recipe, console, score=(folder / "eval.json").is_file())
     equal = f"equal bit for bit: {again} repeats {folder} in adapter, mix, metrics and evaluation"
     return differences(folder, again) or [equal]

@@ -142,7 +142,7 @@ def _share_of(name: str, share: float, base: Recipe) -> list[str]:
 
 def _same_budget(group: list[Recipe], console) -> list[Planned]:
     """The runs with the largest budget that every one of the mixes can reach, and with equal steps."""
-    while True:
+    while True:  # a smaller budget can make another source the one that limits a mix
         reports = [compile_mix(recipe).report for recipe in group]
         limits = {report["limited_by"] for report in reports} - {None}
         if not limits:
@@ -192,6 +192,7 @@ def common_steps(seen: Sequence[float], wanted: int, device: int) -> int:
             f"{min(seen) // 2:.0f}, or raise data.budget"
         )
 
+    # rows per step are whole numbers: with few steps of many rows every mix comes near, with many steps of few it may not
     def off(steps: int) -> float:
         return max(abs(math.prod(rows_per_step(n / steps, device)) * steps / n - 1) for n in seen)
 
@@ -249,6 +250,7 @@ def _train(run: Planned, folder: Path, command: Callable, console, progress: Pro
     environment, done = os.environ | {"TOOLKIT_SWEEP": folder.name, "PYTHONUNBUFFERED": "1"}, run.steps_done()
     with open(log, "a", encoding="utf-8") as out:
         words = command(folder / "recipes" / f"{name}.yaml")
+        # a process of its own: what Unsloth patches and what stays on the card ends with it
         process = subprocess.Popen(words, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=environment)
         try:
             while process.poll() is None:

@@ -212,7 +212,7 @@ def finish(recipe: Recipe, folder: Path, summary: dict, replies: list[dict], con
     sent = _run is None and logged.is_file() and logged.read_text() == digest
     if sent or "wandb" not in trackers(recipe.train):
         return
-    if _run is None:
+    if _run is None:  # evaluated in another process than trained: wandb continues the run by its id
         _attempt("starting a run", _start, recipe, read_json(folder / "mix.json"), folder)
     if _conclude(folder, summary, "eval/replies", replies, console):
         _attempt("marking the evaluation as logged", write_text, logged, digest)

@@ -96,6 +96,7 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) -
         if is_main():
             begin(recipe, mixed, model, folder)
         checkpoint = last_checkpoint(folder, console)
+    # wandb stays open for the evaluation that follows
     with tracking.training(recipe, mixed, folder) if is_main() else contextlib.nullcontext():
         if checkpoint is None or not ended(checkpoint):
             fit_adapter(recipe, mixed, model, tokenizer, folder, checkpoint, console)
@@ -332,6 +333,7 @@ def finish(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) 
     uninterrupted training and after a resume that had nothing left to train."""
     from toolkit.callbacks import progress_of, write_metrics
 
+    # everything is read from the checkpoints, never from the trainer: a resume may have none
     last = all_checkpoints(folder)[-1]
     state = read_json(last / "trainer_state.json")
     best = recipe.train["load_best_model_at_end"]

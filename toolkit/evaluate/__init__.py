@@ -101,6 +101,7 @@ def answer_rows(replies: dict[str, dict[str, list]], asked: Asked) -> Iterator[t
     numbers = asked.numbers()
     with Judge() as judge:
         for mode, models in replies.items():
+            # a model with one mode has no other from which reasoning could leak
             longest = longest_answers(numbers, models["base"]) if len(replies) > 1 else {}
             for model in MODELS:
                 for i, reply in zip(numbers, models[model], strict=True):

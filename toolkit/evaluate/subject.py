@@ -87,6 +87,7 @@ class LoadedRun:
         replies = self.reply(conversations, mode, False, progress, max_new_tokens=tokens, greedy=True)
         rows, end = [], [closing_token(self.tokenizer)]
         for ids, reply in zip(asked, replies, strict=True):
+            # the cache keeps texts, so the ids are made again, in a first evaluation too: both must score the same
             said = self.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
             rows.append({"input_ids": ids + said + end * reply.finished, "prompt_length": len(ids)})
         return rows

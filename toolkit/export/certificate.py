@@ -154,6 +154,7 @@ def _merge_checks(run: Path, merged: Merged, own: Tokens, sequences: list, repor
     reference, effect = log_probs(stored, "merged", sequences), float(divergence(tuned, base).mean())
     gate = merge_limit(effect)
     report.gate("merged against base + adapter (mean KL)", divergence(tuned, reference).mean(), gate)
+    # the negative control: a gate that the bare base passes would prove nothing
     least = max(NO_OP, math.nextafter(gate, 1))
     report.gate("control: the base without the adapter fails that gate (mean KL)", effect, least, "at least")
     if read_json(run / "manifest.json")["model"].get("load_in_4bit") and not merged.base.four_bit:
@@ -212,6 +213,7 @@ def _file_checks(
             return
         engine, end, plain = launch(path), closing_token(own.tokenizer), own.encode("a")[0]
         _same_tokens(name, ServedTokens(engine), own, report)
+        # the end-of-turn token is made certain: a file that lists another one to stop at talks on
         certain = {"prompt": own.encode("Hello"), "n_predict": 8, "logit_bias": [[end, 1000.0]]}
         ended = engine.call("/completion", certain)["stop_type"] == "eos"
         report.gate(f"{name}: end-of-turn tokens that do not end generation", int(not ended), 0)

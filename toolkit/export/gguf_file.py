@@ -298,7 +298,7 @@ def header(model, tokenizer: Path, quant: str, name: str, path: Path | None = No
         "value_length": head,
         "layer_norm_rms_eps": config.rms_norm_eps,
     }
-    for key, value in sizes.items():
+    for key, value in sizes.items():  # gguf's writer has a method for each key, named after it
         getattr(writer, f"add_{key}")(value)
     _positions(writer, config)
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{quant.upper()}"])

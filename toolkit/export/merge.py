@@ -69,6 +69,7 @@ def find_base(model: dict, onto: str, *, local_only: bool = False) -> Base:
             f"{folder}: holds 4-bit weights. Put the 16-bit model beside it (the name without its "
             "-bnb-4bit ending), or merge onto these with --onto 4bit"
         )
+    # the Hub's cache names a folder by its commit, whatever branch was asked for
     commit = folder.name if folder.parent.name == "snapshots" else revision
     return Base(name, commit, folder, onto == "4bit")
 
@@ -167,6 +168,7 @@ class Merged(Checkpoint):
         import torch
 
         weight = super().tensor(name).to(torch.bfloat16)
+        # what bitsandbytes quantizes: the linear layers of the decoder, not embedding and head
         on_load = self.base.four_bit and not self.quantized and name.endswith("_proj.weight")
         return nf4_round_trip(weight) if on_load else weight
 

@@ -179,6 +179,7 @@ def probe_sequences(own: Tokens) -> list[list[int]]:
     """A few hundred positions of conversation, in the modes the model has and with both kinds of reply."""
     modes, end = modes_of(own.tokenizer), own.tokenizer.decode([closing_token(own.tokenizer)])
     first, last = (mode == "thinking" for mode in (modes[0], modes[-1]))
+    # prompts as inference shows them with the replies of both modes, and a reply that follows another without a header
     texts = [
         own.render([USER], None, first) + REPLIES[0],
         own.render([USER], None, last) + REPLIES[1],

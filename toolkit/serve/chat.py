@@ -144,7 +144,7 @@ def _reply(talk: Talk, line: str) -> None:
         talk.note(f"\n({tokens} tokens{cut})")
     except KeyboardInterrupt:
         talk.note("\n(stopped)")
-    if said["content"].strip():
+    if said["content"].strip():  # without an answer the template would refuse the next question
         answer = {key: text.strip() for key, text in said.items() if text.strip()}
         talk.messages = [*asked, {"role": "assistant", **answer}]
 

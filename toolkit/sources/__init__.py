@@ -103,7 +103,7 @@ def _located(source: Source) -> tuple[Source, tuple[Path, list[Path]] | None]:
         raise ToolkitError(f"{path}:{source.subset}: only ms-swift has this subset: {SWIFT_SUBSETS[source.subset]}")
     if path.startswith(MODELSCOPE):
         folder = _modelscope_folder(path, source.revision)
-    elif not folder and (
+    elif not folder and (  # a file's name, a path of more than two parts: no Hub data set is called that
         path.startswith((".", "/", "~")) or path.count("/") != 1 or len(path) > 96 or ending(Path(path))
     ):
         near = find(Path(path).parent)

@@ -88,6 +88,7 @@ def data_files(path: Path, split: str) -> list[Path]:
         return [path]
     found = sorted(f for f in path.rglob("[!.]*") if not f.is_dir() and "/." not in f"/{f.relative_to(path)}")
     files = {f: re.split("[-_.]", f.name)[0].lower() for f in found if ending(f) and f.name not in NOT_ROWS}
+    # a folder without files of that split has files of no split (data.jsonl); another split's are never taken for it
     chosen = [f for f in files if files[f] == split] or [f for f in files if files[f] not in SPLITS]
     if not chosen:
         names = ", ".join(f.name for f in found[:5]) or "no files"
