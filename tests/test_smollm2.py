@@ -4,7 +4,7 @@ import pytest
 
 from data_recipes.smollm2 import make, measure
 from toolkit import recipe
-from toolkit.files import ToolkitError, read_json
+from toolkit.files import ROOT, ToolkitError, read_json
 
 TEXTS = [("What is the capital of France?", "The capital of France is"), ("Explain gravity.", "Gravity is the force"),
          ("你是谁?", "I am")]  # fmt: skip
@@ -38,6 +38,17 @@ def test_the_record_holds_an_interval_for_every_figure_and_an_export_that_was_ce
     assert record["export"]["passed"]
     assert all(check["passed"] for check in record["export"]["checks"])
     assert list(record["export"]["served_by_llama_cpp"]) == measure.SERVED
+
+
+def test_the_readmes_give_the_figures_of_the_record():
+    """One row of their tables for each share: questions answered with the name, with the style, and what was forgotten."""
+    for run in read_json(measure.OUT)["runs"]:
+        named, styled = (round(16 * run[what]["tuned"]["value"]) for what in ("identity", "style"))
+        change, low, high = (round(100 * run["general"]["difference"][key]) for key in ("value", "low", "high"))
+        cells = f"| {100 * run['share_of_general_data']:.0f}% | {named} | {styled} | {change} {{}} [{low}, {high}] |"
+        for page, points in (("README.md", "points"), ("README.zh.md", "个百分点")):
+            text = (ROOT / page).read_text(encoding="utf-8").replace("−", "-")
+            assert cells.format(points) in text
 
 
 @pytest.fixture(scope="module")
