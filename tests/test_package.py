@@ -119,7 +119,7 @@ def test_the_usage_line_of_every_module_runs(path, monkeypatch):
         bind(function, call)
 
 
-GOAL, TODAY = (7_000, 36_000), (10_650, 52_100)
+GOAL, TODAY = (7_000, 36_000), (10_580, 52_100)
 """Lines, and expressions and statements: what a small package has, and what this one has on 2026-11-25. TODAY only falls."""
 
 

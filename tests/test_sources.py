@@ -21,7 +21,7 @@ import toolkit.sources
 from tests import hub_stand_in, row_strategies
 from toolkit.files import ROOT, ToolkitError
 from toolkit.recipe import Source
-from toolkit.sources import Rejected, conversations, detect, fingerprint, open_rows, stream_rows
+from toolkit.sources import Rejected, conversations, detect, fingerprint, open_rows, readers, stream_rows
 
 ROWS = [{"query": f"What is loaf {i}, please?\nSay it.", "response": f'Loaf "{i}", 麦'} for i in range(40)]
 JOBS = ROOT / "data_recipes" / "samples" / "jobs"
@@ -113,7 +113,8 @@ def test_few_rows_of_a_long_file_cost_little_memory(tmp_path):
     assert peak < 25e6 < path.stat().st_size
 
 
-def test_only_drawn_lines_are_read(tmp_path):
+def test_only_drawn_lines_of_a_large_file_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "IN_MEMORY", 0)
     path = write(tmp_path / "a.jsonl")
     rows = open_rows(Source(str(path)))
     draw = rows.draw(1)

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -368,17 +368,6 @@ def forecast(run: Recipe | Settings, model=None, *, longest: int | None = None, 
         name = choose_model(vram, plan)
     found = name if isinstance(name, Shape) else shape(name) if isinstance(name, str) else shape_of(name)
     return Forecast(found, plan, phases(plan, found))
-
-
-def forecast_or_none(
-    run: Recipe | Settings, model=None, *, say: Callable[[str], object] = str, **options
-) -> Forecast | None:
-    """`forecast` for the middle of a run, which nothing unknown may stop: None instead of an error, `say` gets the reason."""
-    try:
-        return forecast(run, model, **options)
-    except ToolkitError as error:
-        say(f"no memory forecast: {error}")
-        return None
 
 
 def compare(planned: Forecast, measured_bytes: int, phase: str = "training") -> dict:

@@ -11,13 +11,12 @@ DUPLICATES = ("duplicate", "near_duplicate")
 
 def lint(chat: Chat, report: dict, lora: Lora, train: dict) -> list[str]:
     """Warnings for a compiled mix (`report` is mix.json's content), an adapter and TRL settings."""
-    checks = (_tokenizer(chat), _modes(chat, report), _rows(report), _adapter(lora), _coverage(train, report))
+    checks = (_tokenizer(report), _modes(chat, report), _rows(report), _adapter(lora), _coverage(train, report))
     return [warning for found in checks for warning in found]
 
 
-def _tokenizer(chat: Chat):
-    if chat.fast is None:
-        why = chat.fallback_reason or "fastokens does not know this kind of tokenizer"
+def _tokenizer(report: dict):
+    if why := report["slow_tokenizer"]:
         yield f"token ids come from the Hugging Face tokenizer, which is several times slower: {why}"
 
 

@@ -104,7 +104,7 @@ def compile_mix(recipe: Recipe, tokenizer=None, *, fresh: bool = False) -> Mix:
     chat = chat_of(tokenizer) if tokenizer else load_chat(recipe.model.model_name, recipe.model.revision)
     _ = chat.end  # what is wrong with template or tokenizer is said before any source is opened
     fingerprints = {s.name: fingerprint(s) for s in (*recipe.data.sources, *recipe.evaluate.questions)}
-    folder = cache_folder() / _key(recipe, chat, fingerprints)
+    folder = outputs() / ".mixes" / _key(recipe, chat, fingerprints)
     with lock(folder, "mix", wait=True):
         mixed = (None if fresh else read(folder)) or _compile(recipe, chat, fingerprints, folder)
         mixed.report["warnings"] = lint(chat, mixed.report, recipe.lora, recipe.train)
@@ -119,7 +119,9 @@ def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> Mi
     try:
         _draw(draws, recipe, chat)
         limited_by = _balance(draws, data)
-        report = _report(recipe, draws, planned, limited_by) | {"fingerprints": fingerprints}
+        slow = None if chat.fast else chat.fallback_reason or "fastokens does not know this kind of tokenizer"
+        more = {"fingerprints": fingerprints, "slow_tokenizer": slow}
+        report = _report(recipe, draws, planned, limited_by) | more
         _check_shares(report, data)
     except ToolkitError as error:
         if dropped := [entry for draw in draws for entry in draw.quarantine]:
@@ -139,9 +141,9 @@ def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> Mi
 def _draw(draws: list["Draw"], recipe: Recipe, chat: Chat) -> None:
     """Hold out and draw every source's rows. All hold out first, so that none trains on another's validation prompt."""
     judge = Judge(recipe.data, recipe.model.max_seq_length, chat, _question_prompts(recipe))
-    with ThreadPoolExecutor(1) as encoder, ThreadPoolExecutor(1) as loader:
-        encoder.submit(getattr, chat, "fast")  # both tokenizers load while the first rows are rendered
-        loader.submit(getattr, chat.tokenizers, "reference")
+    with ThreadPoolExecutor(1) as encoder:
+        # Loads while the first rows are rendered, and alone: the reference would hold the interpreter meanwhile
+        encoder.submit(getattr, chat, "fast")
         streams = [_stream(draw, recipe.data, chat, encoder) for draw in draws]
         for hold_out in (True, False):
             for draw, stream in zip(draws, streams, strict=True):
@@ -155,7 +157,7 @@ def _draw(draws: list["Draw"], recipe: Recipe, chat: Chat) -> None:
 def _stream(draw: "Draw", data: Data, chat: Chat, encoder: ThreadPoolExecutor) -> Iterator[tuple]:
     """(number, its Rows, or one Rejected) of a source in seeded order.
 
-    They are rendered here while the encoder's one thread tokenizes the batch before."""
+    They are rendered here while the encoder's threads tokenize the batches before."""
     source, dice, waiting = draw.source, random.Random(f"{data.seed} {draw.source.name}"), deque()
     rows = conversations(draw.pool, data.seed, data.placeholders)
     for batch in iter(lambda: [*itertools.islice(rows, BATCH)], []):
@@ -307,8 +309,7 @@ class Judge:
         if self.duplicates == "keep":
             return None
         if earlier := self.exact.find(row):
-            detail = f"repeats row {earlier.number} of {earlier.source}, case and spacing aside"
-            return Rejected("duplicate", detail)
+            return Rejected("duplicate", f"repeats row {earlier.number} of {earlier.source}, case and spacing aside")
         if earlier := self.near.find(row):
             return Rejected("near_duplicate", f"nearly repeats row {earlier.number} of {earlier.source}")
         self.near.add(row)
@@ -428,11 +429,6 @@ def _check_shares(report: dict, data: Data) -> None:
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------
-
-
-def cache_folder() -> Path:
-    """Where compiled mixes lie."""
-    return outputs() / ".mixes"
 
 
 def _key(recipe: Recipe, chat: Chat, fingerprints: dict) -> str:

@@ -145,10 +145,13 @@ def live(recipe: Recipe):
 
 def ask(folder: Path, prompts: Sequence[str], *, max_new_tokens: int = 512, greedy: bool = False) -> list[dict]:
     """Every prompt in each mode of the model, to the base and to the tuned model: rows for `side_by_side`."""
+    import torch
+
     from toolkit.generate import generate, modes_of
     from toolkit.model import load_run, switched
 
-    _free()
+    gc.collect()  # models that nothing refers to any more: a card rarely holds two
+    torch.cuda.empty_cache()
     model, tokenizer = load_run(folder)
     asked, rows = [[{"role": "user", "content": prompt}] for prompt in prompts], []
     settings = {"max_new_tokens": max_new_tokens, "greedy": greedy}
@@ -190,12 +193,3 @@ def samples(result: dict) -> list[dict]:
         | {name: Said(*split_reply(row[name])[:2]) for name in ("base", "tuned")}
         for row in result["samples"]
     ]
-
-
-def _free() -> None:
-    """Give back the memory of models that nothing refers to any more: a card rarely holds two."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

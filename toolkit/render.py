@@ -35,7 +35,12 @@ class Tokenizers:
     """The tokenizers of one tokenizer.json, each loaded when it is first needed: that takes a second."""
 
     def __init__(self, text: str):
-        self.text = text
+        # Merges in their older form, "a b" for ["a", "b"], load 0.3 s sooner. A line break stands in JSON only between
+        # values, so no token's text is touched; another layout is left as it is
+        head, merges, tail = text.partition('"merges"')
+        for long, short in (('",\n        "', " "), ('[\n        "', '"'), ('"\n      ]', '"')):
+            tail = tail.replace(long, short)
+        self.text = head + merges + tail
 
     @functools.cached_property
     def fast(self):
@@ -168,8 +173,8 @@ class Chat:
         """The same as one int32 array of all ids, and where each text starts and the last one ends in it.
 
         Every call compares a few texts with the Hugging Face tokenizer; once they differ, that one is used."""
-        if self.fast:
-            ids, ends = map(np.frombuffer, self.fast.encode_batch_flat(texts), (np.int32, np.int64))
+        if fast := self.fast:
+            ids, ends = map(np.frombuffer, fast.encode_batch_flat(texts), (np.int32, np.int64))
             sample = range(0, len(texts), len(texts) // COMPARED | 1)  # an odd step meets prompts and completions
             for i, expected in zip(sample, self.encode_reference([texts[i] for i in sample]), strict=True):
                 if ids[ends[i] : ends[i + 1]].tolist() != expected:
@@ -268,11 +273,15 @@ def _example(conversation: dict, mode: str, chat: Chat) -> Example:
 def _turn_mode(message: dict, mode: str, chat: Chat) -> str:
     reasoned = bool(message.get("reasoning_content"))
     if mode == "thinking" and not reasoned:
-        why = "mode is thinking, but the reply has no reasoning: it would teach an empty think block"
-        raise Rejected("no_reasoning", f"{why}. Set mode: non_thinking (or auto), or use rows with reasoning")
+        raise Rejected(
+            "no_reasoning",
+            "mode is thinking, but the reply has no reasoning: it would teach an empty think block. Set mode: non_thinking "
+            "(or auto), or use rows with reasoning",
+        )
     if mode == "non_thinking" and reasoned:
-        why = "mode is non_thinking, but the reply has reasoning: set mode: auto or thinking"
-        raise Rejected("reasoning_in_non_thinking", why)
+        raise Rejected(
+            "reasoning_in_non_thinking", "mode is non_thinking, but the reply has reasoning: set mode: auto or thinking"
+        )
     if reasoned and chat.kind == "instruct":
         why = f"the reply has reasoning (mode: {mode}), but {chat.name} has no thinking mode (instruct)"
         raise Rejected("no_thinking_mode", f"{why}: choose a hybrid model, or leave this source out")

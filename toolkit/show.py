@@ -34,8 +34,11 @@ def rich_table(rows: Sequence[dict], *, title: str | None = None, bold: Sequence
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     cells = [[_cell(value) for value in row.values()] for row in rows]
+    apart = any("\n" in cell for row in cells for cell in row)  # rows of several lines are told apart by an empty one
+    table = Table(
+        title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, leading=int(apart)
+    )
     for i, heading in enumerate(rows[0]):
         words = [*heading.replace("_", " ").split(), *(line for row in cells for line in row[i].split("\n"))]
         width = max(map(len, words)) if i else None  # the first takes what the others leave
@@ -128,9 +131,10 @@ def coloured(mixed: Mix, chat: Chat, count: int):
         taken[row.source, row.mode] += 1
         if taken[row.source, row.mode] <= count:
             size = f"{len(row.ids)} tokens, {row.size('supervised_tokens')} supervised"
-            parts.append((f"{row.source} · row {row.number} · {mode_title(row.mode)} · {size}\n", "bold"))
-            parts.append(_taught(chat.decode(row.ids[: row.prompt_length]), chat.decode(row.ids[row.prompt_length :])))
-    return Text("\n").join(Text.assemble(part) for part in parts)
+            head = f"{row.source} · row {row.number} · {mode_title(row.mode)} · {size}\n", "bold"
+            texts = chat.decode(row.ids[: row.prompt_length]), chat.decode(row.ids[row.prompt_length :])
+            parts.append(Text.assemble(head, _taught(*texts)))
+    return Text("\n\n").join(parts)
 
 
 def _taught(shown: str, taught: str):
@@ -176,7 +180,7 @@ def first_row(source: Source, chat: Chat, placeholders: dict):
         raise ToolkitError(f"{source.path}, row {number}: {found.detail}")
     turns = [_taught(e.prompt, e.completion) for e in examples(found, "auto", chat, source.turns)]
     title = f"{source.path} · {detect(source, open_rows(source))} · row {number}, {len(turns)} example(s)"
-    return Text("\n").join([Text(title, "bold"), *turns])
+    return Text("\n\n").join([Text(title, "bold"), *turns])
 
 
 # --- pictures --------------------------------------------------------------------------------------------------------

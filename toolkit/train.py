@@ -229,9 +229,7 @@ def record_of(recipe: Recipe, mixed: Mix, folder: Path, console):
 
 def sft_arguments(recipe: Recipe, folder: Path, validates: bool) -> dict:
     """Arguments for TRL's SFTConfig from the recipe's `train:` section, for rows that already hold ids and labels."""
-    import torch
-
-    settings, half = recipe.train, torch.cuda.is_available()
+    settings, half = recipe.train, on_cuda()
     bf16 = half and has_bf16()
     packing = bool(settings.get("packing"))
     values = {"bf16": bf16, "fp16": half and not bf16, "save_strategy": settings["eval_strategy"], **settings}
@@ -356,10 +354,13 @@ def finish(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) 
     }
     write_json(folder / "manifest.json", manifest)  # before the comparison: what fit does not know never stops a run
     if on_cuda():
-        longest = max(len(r.ids) for r in mixed.train)
-        if planned := fit.forecast_or_none(recipe, model.config, longest=longest, say=console.print):
-            manifest["fit"] = fit.compare(planned, totals["peak_memory_bytes"])
-            write_json(folder / "manifest.json", manifest)
+        try:
+            planned = fit.forecast(recipe, model.config, longest=max(len(r.ids) for r in mixed.train))
+        except ToolkitError as error:
+            console.print(f"no memory forecast: {error}")
+            return manifest
+        manifest["fit"] = fit.compare(planned, totals["peak_memory_bytes"])
+        write_json(folder / "manifest.json", manifest)
     return manifest
 
 

@@ -71,7 +71,7 @@ def score(subject, asked: Asked, console=None) -> dict:
     """The same for anything that replies as a LoadedRun does."""
     from rich.console import Console
 
-    started, console, numbers = time.perf_counter(), console or Console(), asked.numbers()
+    started, console, numbers = time.perf_counter(), console or Console(highlight=False), asked.numbers()
     asks, total = [asked.questions[i]["messages"] for i in numbers], len(MODELS) * len(subject.modes) * len(numbers)
     console.print(
         f"{asked.level} evaluation: {total} replies (base and tuned, {' and '.join(map(mode_title, subject.modes))}) of at "

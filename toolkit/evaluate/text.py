@@ -104,8 +104,8 @@ def summary(result: dict) -> dict[str, float]:
 
 def table(result: dict):
     """The same as a rich table."""
-    title = f"{result['level']} evaluation, seed {result['seed']}, paired over questions"
-    return rich_table(score_rows(result), title=title)
+    heading = f"{result['level']} evaluation, seed {result['seed']}, paired over questions"
+    return rich_table(score_rows(result), title=heading)
 
 
 def score_rows(result: dict) -> list[dict]:

@@ -24,6 +24,8 @@ NOT_ROWS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "con
 """What data sets keep beside their rows."""
 BLOCK = 1 << 22
 """Bytes read at a time while lines are indexed: small enough that the comparison stays in the processor's cache."""
+IN_MEMORY = 1 << 24
+"""Bytes up to which a file of lines is held in memory."""
 PEEK = 50
 """Rows looked at to learn a source's fields."""
 ENCODINGS = ("gb18030", "big5", "shift_jis", "cp1252")
@@ -140,7 +142,10 @@ def open_files(path: Path, files: list[Path]) -> Rows:
 
 def json_table(path: Path) -> Table:
     """An array of objects, or one object a line: the content decides, as people name them all."""
-    file = open(path, "rb", buffering=0)  # noqa: SIM115 - rows are read from it as long as they are drawn
+    # Rows are read from it as long as they are drawn. A small file from memory: every system call lets another thread take
+    # the interpreter, and the tokenizers' threads then keep it for 5 ms
+    small = path.stat().st_size <= IN_MEMORY
+    file = io.BytesIO(path.read_bytes()) if small else open(path, "rb", buffering=0)  # noqa: SIM115
     if ending(path) != ".json" and not file.read(BLOCK).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         return line_table(path, file)
     text = decode(path.read_bytes(), path, 1)
