@@ -774,3 +774,76 @@ def test_a_mix_trains_in_plain_trl_on_exactly_its_labels(family, tmp_path):
         length = int(shown.sum())
         assert labels[:length].tolist() == rows[tuple(ids[:length].tolist())]
         assert set(labels[length:].tolist()) <= {-100}
+
+
+# --- counts, limits and names
+
+
+def counted(tmp_path, rows, held=0, **source):
+    """The mix of one file taken by count: no fraction, no budget."""
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    values = {"name": "counts", "data": {"sources": [source | {"path": path + source.pop("count", "")}]}}
+    values["data"] |= {"validation_size": held, "duplicates": "exact"}
+    return mix.compile_mix(recipe.from_dict(values | {"model": {"model_name": "pocket"}}))
+
+
+def test_a_limit_of_rows_repeats_none(tmp_path):
+    found = counted(tmp_path, chat_rows(50), held=4, max_rows=500).report["sources"]["a"]
+    assert (found["rows_kept"] + found["rows_held_out"], found["rows_repeated"]) == (50, 0)
+
+
+@pytest.mark.parametrize("rows", [59, 60, 70])
+def test_a_count_is_filled_by_repeats_whatever_was_dropped(rows, tmp_path):
+    """One row more or less in the file must not decide whether the count is met."""
+    twice = [row for row in chat_rows(30) for _ in range(2)] + chat_rows(10, start=30)
+    found = counted(tmp_path, twice[:rows], count="#60").report["sources"]["a"]
+    assert found["dropped"]["duplicate"] == min(30, rows // 2)
+    assert found["rows_kept"] + found["rows_held_out"] == 60
+
+
+def test_a_count_is_of_examples_also_where_a_conversation_has_several(tmp_path):
+    rows = [
+        {"messages": [{"role": role, "content": f"{role} {i} {turn}"} for turn in range(3) for role in ("user", "assistant")]}
+        for i in range(20)
+    ]  # fmt: skip
+    found = counted(tmp_path, rows, count="#10", turns="each", mode="non_thinking").report["sources"]["a"]
+    assert found["rows_kept"] + found["rows_held_out"] == 10
+
+
+def test_a_source_and_a_question_set_of_one_name_are_told_apart(tmp_path):
+    """train.jsonl and test.jsonl in one folder: an edit of either makes another mix."""
+    (tmp_path / "sums").mkdir()
+    jsonl(tmp_path / "sums" / "train.jsonl", chat_rows(40))
+    questions = [{"problem": f"What is {i} + 1?", "expected_answer": str(i + 1)} for i in range(4)]
+    jsonl(tmp_path / "sums" / "test.jsonl", questions)
+    folder = str(tmp_path / "sums")
+    values = {
+        "name": "names",
+        "data": {"sources": [{"path": folder}], "validation_size": 2},
+        "evaluate": {"questions": [{"path": folder, "split": "test", "format": "question"}]},
+        "model": {"model_name": "pocket"},
+    }
+    before = mix.compile_mix(recipe.from_dict(values))
+    assert set(before.report["fingerprints"]) == {"sums", "questions/sums"}
+    jsonl(tmp_path / "sums" / "train.jsonl", chat_rows(70))
+    assert mix.compile_mix(recipe.from_dict(values)).report["total"]["examples"] > before.report["total"]["examples"]
+
+
+@pytest.mark.parametrize("switched", [0.0, 0.5, 1.0])
+def test_a_typed_switch_hides_neither_an_evaluation_question_nor_a_duplicate(switched, tmp_path):
+    asked = [{"problem": f"What is {i} + 26?", "expected_answer": str(i + 26)} for i in range(10)]
+    same = [{"query": row["problem"] + typed, "response": "x" + row["expected_answer"]}
+            for row in asked for typed in ("", " /no_think")]  # fmt: skip
+    once = chat_rows(20)
+    values = {
+        "name": "switches",
+        "data": {
+            "sources": [{"path": jsonl(tmp_path / "a.jsonl", same + once * 2), "soft_switch": switched}],
+            "validation_size": 0,
+            "duplicates": "exact",
+        },
+        "evaluate": {"questions": [{"path": jsonl(tmp_path / "q.jsonl", asked), "format": "question"}]},
+        "model": {"model_name": "pocket"},
+    }
+    dropped = mix.compile_mix(recipe.from_dict(values)).report["sources"]["a"]["dropped"]
+    assert dropped == {"contaminated": 20, "duplicate": 20}

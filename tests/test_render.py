@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tests import families
 from tests import qwen3 as real
 from tests.label_check import violations
+from toolkit import mix, recipe
 from toolkit.files import POCKET, ToolkitError
 from toolkit.render import chat_of, examples, last_switch, load_chat
 from toolkit.sources import Rejected
@@ -115,7 +116,7 @@ def test_ids_equal_the_hugging_face_tokenizer(model):
     chat, tokenizer = model
     ids = chat.encode(TEXTS)
     assert ids == [tokenizer(t, add_special_tokens=False)["input_ids"] for t in TEXTS]
-    assert ids == chat.encode_reference(TEXTS)
+    assert ids == chat.tokenizers.encode(TEXTS)
 
 
 word = st.text(
@@ -263,7 +264,7 @@ def test_a_chat_made_from_a_loaded_tokenizer_is_the_folders(name, family):
     chat, other = load_chat(str(folder)), chat_of(tokenizer)
     (a,), (b,) = (examples(conversation("multi_turn"), "auto", c) for c in (chat, other))
     assert a == b
-    assert chat.encode(TEXTS) == other.encode(TEXTS) == other.encode_reference(TEXTS)
+    assert chat.encode(TEXTS) == other.encode(TEXTS) == other.tokenizers.encode(TEXTS)
 
 
 def test_the_kind_of_a_model_is_found_by_rendering_its_template(tmp_path):
@@ -323,7 +324,7 @@ def test_the_end_of_turn_is_what_the_template_writes_whatever_eos_token_says(tmp
         ("gemma4", "thinking", "reasoning_lost"),
         ("idefics3", "non_thinking", "text_lost"),
         ("smolvlm", "non_thinking", "text_lost"),
-        ("qwen2_5", "call_without_template", "call_lost"),
+        ("qwen2_5", "call_without_template", "tool_lost"),
     ],
 )
 def test_a_row_whose_text_the_template_drops_is_rejected(name, kind, reason, tmp_path):
@@ -390,5 +391,90 @@ def test_truncation_and_padding_kept_in_tokenizer_json_cut_nothing(tmp_path):
     chat = folder_with(families.trl_template("qwen3"), tmp_path)
     kept.save(str(tmp_path / "tokenizer.json"))
     assert (
-        load_chat(str(tmp_path)).encode(TEXTS) == load_chat(str(tmp_path)).encode_reference(TEXTS) == chat.encode(TEXTS)
+        load_chat(str(tmp_path)).encode(TEXTS)
+        == load_chat(str(tmp_path)).tokenizers.encode(TEXTS)
+        == chat.encode(TEXTS)
     )
+
+
+# --- tokenizers that put a space before every text
+
+
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def sentencepiece(folder, template: str, scheme: str):
+    """A byte-fallback BPE as Llama 2, TinyLlama, Mistral and Phi-3 have one, in both ways to write the space before a text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    if scheme == "Prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    pieces = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<s>", "</s>", *pieces], show_progress=False)
+    tokenizer.train_from_iterator([f"question {i} answer {i} Hello there" for i in range(200)], trainer)
+    file = json.loads(tokenizer.to_str()) | {"added_tokens": []}
+    tokenizer = Tokenizer.from_str(json.dumps(file))
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in ("<unk>", "<s>", "</s>")])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "chat_template.jinja").write_text(template)
+    return tokenizer
+
+
+@pytest.mark.parametrize("scheme", ["Prepend", "Metaspace"])
+@pytest.mark.parametrize("template", [ZEPHYR, MISTRAL], ids=["zephyr", "mistral"])
+def test_no_space_is_put_before_a_reply_that_continues_a_prompt(template, scheme, tmp_path):
+    """A row is what the tokenizer makes of its text as a whole; its completion reads as the template writes it."""
+    tokenizer = sentencepiece(tmp_path, template, scheme)
+    rows = [{"query": f"question {i}", "response": f"Hello there {i}"} for i in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = {"path": str(tmp_path / "rows.jsonl"), "fraction": 1.0}
+    data = {"sources": [source], "unit": "examples", "validation_size": 0}
+    mixed = mix.compile_mix(recipe.from_dict({"name": "sp", "data": data, "model": {"model_name": str(tmp_path)}}))
+    chat = load_chat(str(tmp_path))
+    assert len(mixed.train) == 30
+    for row in mixed.train:
+        number = row.number - 1
+        asked = [{"role": "user", "content": f"question {number}"}]
+        prompt = chat.render(asked)
+        told = [*asked, {"role": "assistant", "content": f"Hello there {number}"}]
+        text = chat.render(told, add_generation_prompt=False).rstrip("\n")
+        assert text.startswith(prompt)
+        taught = tokenizer.decode(row.ids.tolist()[row.prompt_length :], skip_special_tokens=False)
+        assert taught == text.removeprefix(prompt)
+        assert row.ids.tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+        assert row.ids.tolist()[: row.prompt_length] == tokenizer.encode(prompt, add_special_tokens=False).ids
+
+
+def test_tools_and_earlier_calls_that_the_template_leaves_out_are_noticed(tmp_path):
+    """SmolLM2's and Llama 3's templates print neither."""
+    chat = folder_with(CLOSED.replace("END", "<|im_end|>"), tmp_path)
+    asked = {"role": "user", "content": "The weather?"}
+    answer = {"role": "assistant", "content": "Sunny."}
+    with pytest.raises(Rejected, match="tool_lost"):
+        examples({"messages": [asked, answer], "tools": [TOOL]}, "auto", chat)
+    call = {"type": "function", "function": {"name": "sky_now", "arguments": {}}}
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    with pytest.raises(Rejected, match="call_lost"):
+        examples({"messages": [asked, called, {"role": "tool", "content": "{}"}, answer]}, "auto", chat)
+
+
+def test_only_the_last_turn_has_the_expected_answer(model):
+    chat, _ = model
+    turns = [("user", "Think of 15."), ("assistant", "Done."), ("user", "Double it."), ("assistant", "30")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    first, last = examples({"messages": messages, "expected_answer": "30"}, "auto", chat, "each")
+    assert "expected_answer" not in first.conversation
+    assert last.conversation["expected_answer"] == "30"

@@ -21,7 +21,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, models
 
 from tests.pocket_run import Screen, make_run, trained
-from toolkit import recipe, train
+from toolkit import mix, recipe, train
 from toolkit.files import POCKET, ROOT, ToolkitError, outputs, read_json, read_jsonl, write_json
 from toolkit.mix import Row, dataset
 from toolkit.model import check_adapter, load_run, run_folder
@@ -70,7 +70,7 @@ def unfinish(run: Path, steps: int | None = None) -> None:
     """Put a run back to where a kill between its last checkpoint and the end leaves it; with `steps`, a kill after that
     checkpoint."""
     manifest = read_json(run / "manifest.json")
-    kept = {"recipe_sha256", "versions", "gpu", "model", "data", "seeds", "commit", "started"}
+    kept = {"recipe_sha256", "versions", "gpu", "model", "data", "mix", "seeds", "commit", "started"}
     (run / "manifest.json").write_text(json.dumps({k: manifest[k] for k in kept} | {"state": "running"}))
     shutil.rmtree(run / "adapter")
     for checkpoint in train.all_checkpoints(run):
@@ -132,6 +132,33 @@ def test_a_resume_at_the_last_epoch_trains_nothing(elsewhere):
     unfinish(run)
     trained("run", *epochs)
     assert same(run, elsewhere / "whole")
+
+
+def grown(path, rows: int) -> str:
+    """An override that trains on a file of so many rows."""
+    lines = [json.dumps({"query": f"What is {i} plus 1?", "response": f"It is {i + 1}."}) for i in range(rows)]
+    path.write_text("\n".join(lines))
+    source = {"name": "sums", "path": str(path), "mode": "non_thinking", "fraction": 1.0}
+    return f"data.sources={json.dumps([source])}"
+
+
+def test_data_that_changed_are_noticed_by_a_resume_and_by_an_evaluation(elsewhere, tmp_path):
+    """Appended rows make another mix: its held-out rows may have trained, and its record would be of rows nobody saw."""
+    own = grown(tmp_path / "own.jsonl", 300)
+    folder, _ = trained("own", own, "data.budget=500")
+    cache = elsewhere / ".mixes"
+    held = json.loads((folder / "mix.json").read_text())["sources"]["sums"]["rows_held_out"]
+    grown(tmp_path / "own.jsonl", 400)
+    loaded, manifest = recipe.load(folder / "recipe.yaml"), read_json(folder / "manifest.json")
+    assert len(mix.of_run(loaded, manifest).validation) == held  # as it was: the cache still has it
+    shutil.rmtree(cache)
+    with pytest.raises(ToolkitError, match="sums changed since this run began"):
+        mix.of_run(loaded, manifest)
+    unfinish(folder, 2)
+    before = (folder / "manifest.json").read_bytes()
+    with pytest.raises(ToolkitError, match="sums changed since this run began"):
+        trained("own", own, "data.budget=500")
+    assert json.loads((folder / "manifest.json").read_bytes())["data"] == json.loads(before)["data"]
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -582,7 +609,7 @@ def test_the_run_folder_explains_itself(root):
     files = {p.name for p in run.iterdir()}
     assert {"recipe.yaml", "manifest.json", "mix.json", "metrics.jsonl", "samples.jsonl", "run.log", "adapter"} <= files
     manifest = read_json(run / "manifest.json")
-    assert {"recipe_sha256", "versions", "gpu", "model", "data", "seeds", "commit"} <= set(manifest)
+    assert {"recipe_sha256", "versions", "gpu", "model", "data", "mix", "seeds", "commit"} <= set(manifest)
     assert manifest["model"] == {"name": "pocket", "revision": None, "load_in_4bit": True}
     assert manifest["recipe_sha256"] == recipe.sha256(recipe.load(run / "recipe.yaml"))
     assert manifest["state"] == "finished"

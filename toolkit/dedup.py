@@ -27,6 +27,10 @@ CANDIDATES = 32
 """Latest rows of a band that are verified, so that a thousand prompts with one long answer take no quadratic time."""
 
 
+TYPED = re.compile(r"(?:^|\s+)/(?:no_)?think\b")
+"""A soft switch as it stands in decoded text, where the end-of-turn token follows it without a space."""
+
+
 def prompt_key(conversation: dict) -> bytes:
     """16 bytes that are equal for rows that ask the same: all user turns, case, spacing and typed mode switches aside."""
     return _digest(SWITCH.sub("", _asked(conversation)))
@@ -41,7 +45,7 @@ def _digest(text: str) -> bytes:
 
 
 class Duplicates:
-    """Rows whose prompt and completion both repeat an earlier row's, case and spacing aside."""
+    """Rows whose prompt and completion both repeat an earlier row's, case, spacing and typed mode switches aside."""
 
     def __init__(self, decode: Callable[[np.ndarray], str]):
         self._decode = decode
@@ -53,9 +57,12 @@ class Duplicates:
         first = self._asked.setdefault(prompt_key(row.conversation), row)
         if first is row:  # whole texts are compared only where rows ask the same
             return None
-        self._told.setdefault(_digest(self._decode(first.ids)), first)
-        found = self._told.setdefault(_digest(self._decode(row.ids)), row)
+        self._told.setdefault(self._told_by(first), first)
+        found = self._told.setdefault(self._told_by(row), row)
         return None if found is row else found
+
+    def _told_by(self, row) -> bytes:
+        return _digest(TYPED.sub("", self._decode(row.ids)))
 
 
 class NearDuplicates:
@@ -125,13 +132,13 @@ def _bands(signature: np.ndarray | None) -> list[bytes]:
 
 def grams_of(prompts: list[str]) -> set[str]:
     """Word 13-grams of evaluation prompts; a prompt of fewer words is one as a whole."""
-    return {gram for prompt in prompts for gram in _grams(_words(prompt))}
+    return {gram for prompt in prompts for gram in _grams(_words(SWITCH.sub("", prompt)))}
 
 
 def shared_gram(conversation: dict, grams: set[str]) -> str | None:
     """The first of `grams` that a conversation holds; a short one counts where a user says nothing else."""
     for message in conversation["messages"] if grams else ():
-        words = _words(message["content"] + " " + message.get("reasoning_content", ""))
+        words = _words(SWITCH.sub("", message["content"]) + " " + message.get("reasoning_content", ""))
         if message["role"] != "user" and len(words) < WORDS:
             continue
         if hit := next((gram for gram in _grams(words) if gram in grams), None):

@@ -103,7 +103,8 @@ def compile_mix(recipe: Recipe, tokenizer=None, *, fresh: bool = False) -> Mix:
     """
     chat = chat_of(tokenizer) if tokenizer else load_chat(recipe.model.model_name, recipe.model.revision)
     _ = chat.end  # what is wrong with template or tokenizer is said before any source is opened
-    fingerprints = {s.name: fingerprint(s) for s in (*recipe.data.sources, *recipe.evaluate.questions)}
+    fingerprints = {s.name: fingerprint(s) for s in recipe.data.sources}
+    fingerprints |= {f"questions/{q.name}": fingerprint(q) for q in recipe.evaluate.questions}
     folder = outputs() / ".mixes" / _key(recipe, chat, fingerprints)
     with lock(folder, "mix", wait=True):
         mixed = (None if fresh else read(folder)) or _compile(recipe, chat, fingerprints, folder)
@@ -111,6 +112,24 @@ def compile_mix(recipe: Recipe, tokenizer=None, *, fresh: bool = False) -> Mix:
         write_json(folder / "mix.json", mixed.report)  # for people, as quarantine.jsonl: nothing here reads them again
         write_jsonl(folder / "quarantine.jsonl", mixed.quarantine)
     return mixed
+
+
+def of_run(recipe: Recipe, manifest: dict) -> Mix:
+    """The mix that a run was trained on: as it lies in the cache, else compiled again. Raises ToolkitError when the data have
+    changed since."""
+    mixed = read(outputs() / ".mixes" / manifest.get("mix", "")) or compile_mix(recipe)
+    check_data(mixed, manifest)
+    return mixed
+
+
+def check_data(mixed: Mix, manifest: dict) -> None:
+    """Raises ToolkitError where a source is not what it was when the run with this manifest began."""
+    now, then = mixed.report["fingerprints"], manifest.get("data", {})
+    if changed := [name for name in now if then.get(name, now[name]) != now[name]]:
+        raise ToolkitError(
+            f"{', '.join(changed)} changed since this run began ({manifest['started']}): which rows it trained on and held "
+            "out is no longer known. Restore the data, or train under another name (name=...)"
+        )
 
 
 def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> Mix:
@@ -182,11 +201,12 @@ def _render(item: dict | Rejected, source: Source, chat: Chat, switched: bool) -
 def _encode(batch: list[tuple], source: str, chat: Chat, sign: bool) -> list[tuple]:
     """A rendered batch with Rows in place of examples: prompt and completion are tokenized apart, as at inference."""
     flat = [(n, example) for n, found in batch for example in found if isinstance(example, Example)]
-    ids, ends = chat.encode_flat([text for _, e in flat for text in (e.prompt, e.completion)])
-    bounds = zip(ends[:-1:2].tolist(), ends[1::2].tolist(), ends[2::2].tolist(), strict=True)
+    prompts, starts = chat.encode_flat([e.prompt for _, e in flat])
+    completions, ends = chat.encode_flat([e.completion for _, e in flat], following=True)
+    bounds = zip(itertools.pairwise(starts.tolist()), itertools.pairwise(ends.tolist()), strict=True)
     rows = [
-        Row(ids[start:end].copy(), middle - start, source, example.mode, number, example.conversation)
-        for (number, example), (start, middle, end) in zip(flat, bounds, strict=True)
+        Row(np.concatenate([prompts[a:b], completions[c:d]]), b - a, source, example.mode, number, example.conversation)
+        for (number, example), ((a, b), (c, d)) in zip(flat, bounds, strict=True)
     ]
     if sign:
         for row, signature in zip(rows, signatures([r.ids[r.prompt_length :] for r in rows]), strict=True):
@@ -245,14 +265,16 @@ class Draw:
 
     def repeat(self) -> None:
         """Use rows again, in their order, where the source allows it (max_repeats) or asks for more than it has (#N)."""
-        limit = len(self.train) * self.source.max_repeats
-        # fewer rows than `#N`: ms-swift repeats them to N, and so do recipes taken over from it. Where the rows were there
-        # and some were dropped, the count stays short, and the report says why
-        if self.count and self.drawn < self.count:
+        limit, counted = len(self.train) * self.source.max_repeats, self.count and not self.source.max_rows
+        if counted:  # fewer usable rows than `#N`: ms-swift repeats them to N, and so do recipes taken over from it
             limit = max(limit, self.count - len(self.validation))
         again = itertools.cycle(list(self.train))
         while self.train and len(self.train) < limit and self.wants(hold_out=False):
             self.add([next(again)])
+        if (
+            counted and self.source.fraction is None
+        ):  # the last conversation may have had more examples than were wanted
+            del self.train[self.count - len(self.validation) :]
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -266,12 +288,14 @@ class Draw:
         why = ", ".join(f"{reason} {n}" for reason, n in self.dropped.items()) or "none dropped"
         for first in (malformed or self.quarantine)[:1]:
             why += f". First, row {first['row']}: {first['detail']}"
-        if len(malformed) > self.data.max_rejected * self.seen:
+        if len(malformed) > self.data.max_rejected * self.drawn:
             raise ToolkitError(
-                f"{where}: {len(malformed)} of {self.seen} rows rejected, more than data.max_rejected="
+                f"{where}: {len(malformed)} of {self.drawn} rows rejected, more than data.max_rejected="
                 f"{self.data.max_rejected:g} allows: {why}. Fix the rows, or raise data.max_rejected to leave them out"
             )
-        held, advice = len(self.validation), "Raise model.max_seq_length (rows are never truncated), or leave it out"
+        held, advice = len(self.validation), "Leave it out, or add rows"
+        if "too_long" in self.dropped:
+            advice = "Raise model.max_seq_length (rows are never truncated), or leave it out"
         if held:
             tenth = self.data.validation_size * (self.seen // 10) // self.to_hold
             advice = f"Write data.validation_size={tenth} to hold out a tenth, or 0 to train on all"
@@ -438,7 +462,9 @@ def _key(recipe: Recipe, chat: Chat, fingerprints: dict) -> str:
         "data": asdict(recipe.data),
         "questions": [asdict(q) for q in recipe.evaluate.questions],
         "max_seq_length": recipe.model.max_seq_length,
-        "tokenizer": hashlib.sha256(f"{chat.json}{chat.template_text}{chat.tokens}".encode()).hexdigest(),
+        "tokenizer": hashlib.sha256(
+            f"{chat.json}{chat.template_text}{chat.tokens}{chat.switches}".encode()
+        ).hexdigest(),
         "sources": fingerprints,
         "code": hashlib.sha256(b"".join(code)).hexdigest(),
     }

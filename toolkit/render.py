@@ -24,8 +24,10 @@ from toolkit.sources import Rejected
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 """What a template may ask the tokenizer for."""
-COMPARED = 8
-"""Texts of each batch whose ids are compared with the Hugging Face tokenizer's."""
+COMPARED = 4
+"""Texts of each call whose ids are compared with the Hugging Face tokenizer's."""
+SPACE_BEFORE = re.compile(r'("prepend":\s*)"[^"]+"|("prepend_scheme":\s*)"(?:first|always)"')
+"""How a tokenizer.json of SentencePiece's kind (Llama 2, Mistral, Phi-3) says that a space is put before every text."""
 PROBE, REPLY = [{"role": "user", "content": "probe"}], "probe-reply"
 TEMPLATE_ERRORS = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What code in a template can raise: its own raise_exception, and Python's errors on a row it was not written for."""
@@ -58,6 +60,10 @@ class Tokenizers:
         import tokenizers
 
         return _whole(tokenizers.Tokenizer.from_str(self.text))
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text by the Hugging Face tokenizer."""
+        return [e.ids for e in self.reference.encode_batch(texts, add_special_tokens=False)]
 
     @functools.cached_property
     def added(self) -> dict[str, bool]:
@@ -135,13 +141,16 @@ class Chat:
 
         Raises ToolkitError for a template that does not mark where a reply begins or ends, and where the tokenizer lacks
         the token: both make a model that never stops, which is seen only after training."""
-        if self._probe(PROBE) == self._probe(PROBE, add_generation_prompt=False):
+        turn = [*PROBE, {"role": "assistant", "content": REPLY}]
+        whole, prompt = (self._probe(messages, add_generation_prompt=False) for messages in (turn, PROBE))
+        # Mistral's templates have no header of a reply: what closes the question is followed by it
+        headless = whole.removeprefix(prompt).lstrip().startswith(REPLY)
+        if self._probe(PROBE) == prompt and not headless:
             raise ToolkitError(
                 f"{self.name}: its chat template has no generation prompt (add_generation_prompt changes nothing), so "
                 "a reply cannot be told from its header. Use the model's official template: chat_template.jinja"
             )
-        turn = [*PROBE, {"role": "assistant", "content": REPLY}]
-        after = self._probe(turn, add_generation_prompt=False).rpartition(REPLY)[2]
+        after = whole.rpartition(REPLY)[2]
         for known in (self._special, self.tokenizers.added):
             if found := [token for token in known if token in after]:
                 return min(found, key=after.index)
@@ -159,6 +168,13 @@ class Chat:
         """Matches the tokenizer's special tokens, which it reads as structure wherever they stand."""
         return re.compile("|".join(map(re.escape, sorted(self._special, key=len, reverse=True))) or "(?!)")
 
+    @functools.cached_property
+    def following(self) -> Tokenizers:
+        """The tokenizers for text that follows other text, where no space is put before it."""
+        head, mark, tail = self.json.partition('"vocab"')
+        plain = SPACE_BEFORE.sub(lambda found: f'{found[1]}""' if found[1] else f'{found[2]}"never"', head)
+        return self.tokenizers if plain == head else Tokenizers(plain + mark + tail)
+
     @property
     def fast(self):
         """The fast tokenizer; None where it does not know the kind or gave other ids."""
@@ -169,25 +185,23 @@ class Chat:
         ids, ends = self.encode_flat(texts)
         return [ids[a:b].tolist() for a, b in itertools.pairwise(ends.tolist())]
 
-    def encode_flat(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """The same as one int32 array of all ids, and where each text starts and the last one ends in it.
+    def encode_flat(self, texts: list[str], *, following: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """The same as one int32 array of all ids, and where each text starts and the last one ends in it; of texts that
+        begin a conversation, or of texts `following` others.
 
         Every call compares a few texts with the Hugging Face tokenizer; once they differ, that one is used."""
-        if fast := self.fast:
-            ids, ends = map(np.frombuffer, fast.encode_batch_flat(texts), (np.int32, np.int64))
-            sample = range(0, len(texts), len(texts) // COMPARED | 1)  # an odd step meets prompts and completions
-            for i, expected in zip(sample, self.encode_reference([texts[i] for i in sample]), strict=True):
+        tokenizers = self.following if following else self.tokenizers
+        if self.fast:
+            ids, ends = map(np.frombuffer, tokenizers.fast.encode_batch_flat(texts), (np.int32, np.int64))
+            sample = range(0, len(texts), len(texts) // COMPARED + 1)
+            for i, expected in zip(sample, tokenizers.encode([texts[i] for i in sample]), strict=True):
                 if ids[ends[i] : ends[i + 1]].tolist() != expected:
                     self.fallback_reason = f"fastokens gives other ids for {texts[i][:60]!r}"
             if self.fast:
                 return ids, ends
-        found = self.encode_reference(texts)
+        found = tokenizers.encode(texts)
         ids = np.fromiter(itertools.chain.from_iterable(found), np.int32)
         return ids, np.cumsum([0, *map(len, found)], dtype=np.int64)
-
-    def encode_reference(self, texts: list[str]) -> list[list[int]]:
-        """The same by the Hugging Face tokenizer."""
-        return [e.ids for e in self.tokenizers.reference.encode_batch(texts, add_special_tokens=False)]
 
     def decode(self, ids) -> str:
         """Text of token ids, special tokens included."""
@@ -215,7 +229,10 @@ def load_chat(model_name: str, revision: str | None = None) -> Chat:
 def chat_of(tokenizer) -> Chat:
     """The same from a loaded transformers tokenizer, so that a mix is rendered by the very template a model trains with."""
     tokens = {name: getattr(tokenizer, name) for name in TOKENS}
-    return Chat(tokenizer.name_or_path, tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokens)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name
+        template = template["default"]
+    return Chat(tokenizer.name_or_path, tokenizer.backend_tokenizer.to_str(), template, tokens)
 
 
 # --- the label rule --------------------------------------------------------------------------------------------------
@@ -248,7 +265,10 @@ def examples(conversation: dict, mode: str, chat: Chat, turns: str = "last") -> 
     # rendering shows every turn as inference does
     positions = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     supervised = positions[-1:] if turns == "last" else positions
-    return [_example({**conversation, "messages": messages[: i + 1]}, mode, chat) for i in supervised]
+    found = [_example({**conversation, "messages": messages[: i + 1]}, mode, chat) for i in supervised]
+    for example in found[:-1]:  # the expected answer is that of the last turn
+        example.conversation.pop("expected_answer", None)
+    return found
 
 
 def _example(conversation: dict, mode: str, chat: Chat) -> Example:
@@ -262,7 +282,7 @@ def _example(conversation: dict, mode: str, chat: Chat) -> Example:
         at = len(os.path.commonprefix([prompt, full]))  # noqa: RUF071 - it is character by character that is wanted
         shown = f"prompt has {prompt[at : at + 40]!r} where it has {full[at : at + 40]!r}"
         raise Rejected("template_mismatch", f"the reply does not continue the prompt: {shown}")
-    _check_kept(asked, prompt, reply, full[len(prompt) :])
+    _check_kept(asked, tools, prompt, reply, full[len(prompt) :])
     # templates write a line break after the end-of-turn token, which no model is asked to generate
     end = full.rfind(chat.end)
     if end < len(prompt):
@@ -288,9 +308,11 @@ def _turn_mode(message: dict, mode: str, chat: Chat) -> str:
     return "thinking" if reasoned else "non_thinking"
 
 
-def _check_kept(asked: list, prompt: str, reply: dict, completion: str) -> None:
-    """Templates for images drop text that is not a list of parts, others reasoning or calls, and say nothing."""
+def _check_kept(asked: list, tools: list | None, prompt: str, reply: dict, completion: str) -> None:
+    """Templates for images drop text that is not a list of parts, others reasoning, tools or calls, and say nothing."""
     parts = [("text", m["content"], prompt) for m in asked if m["role"] in {"system", "user"}]
+    parts += [("tool", tool["function"]["name"], prompt) for tool in tools or ()]
+    parts += [("call", call["function"]["name"], prompt) for m in asked for call in m.get("tool_calls", ())]
     parts += [("answer", reply["content"], completion), ("reasoning", reply.get("reasoning_content", ""), completion)]
     parts += [("call", call["function"]["name"], completion) for call in reply.get("tool_calls", ())]
     for what, text, rendered in parts:

@@ -98,14 +98,15 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
         if loaded is None:
             with loading(recipe.model, console):
                 loaded = models.load_run(folder)
-        mixed = mix.compile_mix(recipe)
+        manifest = read_json(folder / "manifest.json")
+        mixed = mix.of_run(recipe, manifest)
         level = level or recipe.evaluate.level
         result = evaluation.evaluate(
             *loaded,
             *questions(recipe, mixed),
             validation=from_mix(mixed)["validation"],
             level=level,
-            steps=read_json(folder / "manifest.json").get("steps"),
+            steps=manifest.get("steps"),
             max_new_tokens=min(recipe.evaluate.max_new_tokens, LEVELS[level].max_new_tokens),
             console=console,
         )

@@ -23,7 +23,7 @@ import numpy as np
 from toolkit import fit, tracking
 from toolkit import recipe as recipes
 from toolkit.files import ROOT, ToolkitError, flat, outputs, read_json, write_error, write_json, write_jsonl, write_text
-from toolkit.mix import Mix
+from toolkit.mix import Mix, check_data
 from toolkit.model import adapter_checksums, damaged, has_bf16, out_of_memory, quiet, switched, unsloth
 from toolkit.recipe import Recipe
 
@@ -104,7 +104,9 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) -
 
 
 def begin(recipe: Recipe, mixed: Mix, model, folder: Path) -> None:
-    """Start a run's record: what the mix holds, and manifest.json."""
+    """Start a run's record: what the mix holds, and manifest.json. Raises ToolkitError when checkpoints saw other data."""
+    if all_checkpoints(folder):
+        check_data(mixed, read_manifest(folder))
     write_json(folder / "mix.json", mixed.report)
     write_jsonl(folder / "quarantine.jsonl", mixed.quarantine)
     write_json(folder / "manifest.json", describe(recipe, mixed, model, folder))
@@ -410,6 +412,7 @@ def describe(recipe: Recipe, mixed: Mix, model, folder: Path) -> dict:
             "load_in_4bit": recipe.model.load_in_4bit,
         },
         "data": mixed.report["fingerprints"],
+        "mix": mixed.folder.name,
         "seeds": {"data": recipe.data.seed, "train": recipe.data.seed},
         "commit": commit(),
         "started": read_manifest(folder).get("started") or _now(),
