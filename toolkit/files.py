@@ -86,6 +86,8 @@ def write_error(path: Path, error: OSError) -> ToolkitError:
         advice = f"{existing} is a file, not a folder: choose another output folder (TOOLKIT_OUTPUTS)"
     elif isinstance(error, PermissionError) or not os.access(existing, os.W_OK):
         advice = f"{existing} is not writable: change its permissions, or set TOOLKIT_OUTPUTS to another folder"
+    elif isinstance(error, IsADirectoryError):
+        advice = "it is a folder: name a file"
     else:
         free = shutil.disk_usage(existing).free / 1e9
         advice = (

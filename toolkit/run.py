@@ -261,12 +261,12 @@ def compile_mix(recipe: Recipe, console=None, *, fresh: bool = False, next_comma
 
     console = console or default_console()
     mixed = mix.compile_mix(recipe, fresh=fresh)
-    console.print(show.verdict(mixed.report), style="bold")
+    console.print(show.verdict(mixed.report), style="bold", markup=False)
     if next_command:
         console.print(f"next: {next_command}", markup=False)
     console.print(show.mix_table(mixed.report))
     for note in show.notes(mixed.report):
-        console.print(f"· {note}", style="yellow" if note.startswith("warning") else None)
+        console.print(f"· {note}", style="yellow" if note.startswith("warning") else None, markup=False)
     return mixed
 
 

