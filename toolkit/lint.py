@@ -28,9 +28,9 @@ def _modes(chat: Chat, report: dict):
             "reasoning: they teach it to close the block at once. Use a hybrid model, or leave those sources out"
         )
     if chat.kind == "hybrid" and modes == {"thinking"}:
-        yield "the mix has no non-thinking row: the model may lose that mode. Add chat rows (data.reasoning=0.75)"
+        yield "the mix has no non-thinking row: the model may lose that mode. Add a source of chat rows"
     if chat.kind == "hybrid" and modes == {"non_thinking"}:
-        yield "the mix has no thinking row: the model may lose that mode. Add reasoning rows (data.reasoning=0.25)"
+        yield "the mix has no thinking row: the model may lose that mode. Add a source of reasoning rows"
 
 
 def _rows(report: dict):
