@@ -167,7 +167,9 @@ def load_base(section: Model):
     except (OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         if out_of_memory(error):
-            reason = "no room in GPU memory: `python -m toolkit fit` shows what fits, `doctor` who holds the rest"
+            reason = (
+                "no room in GPU memory: `python -m toolkit fit RECIPE` shows what fits, `doctor` who holds the rest"
+            )
         raise ToolkitError(f"{section.model_name}: cannot be loaded: {reason} (details: {LOG.path})") from error
     if model.device.type == "cuda":
         from unsloth.utils.packing import mark_allow_overlength

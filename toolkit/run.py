@@ -118,8 +118,11 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
     for line in result["verdict"]:
         console.print(line)
     worse = result["verdict"][-1].startswith(("result: WORSE", "result: BROKEN"))
-    following = "evaluate {0} --details" if worse else "chat {0}   or   python -m toolkit export {0}"
-    console.print(f"the run: {folder}\nnext:    python -m toolkit {following.format(folder.name)}")
+    following = "chat {0}   or   python -m toolkit export {0}"
+    if worse:
+        following = "evaluate {0} --level full" if details else "evaluate {0} --details"
+    name = folder.name if folder.parent == outputs() else folder
+    console.print(f"the run: {folder}\nnext:    python -m toolkit {following.format(name)}")
     return result
 
 

@@ -153,7 +153,7 @@ def smaller_batch(settings: dict, steps_done: int, console) -> dict:
     batch, accumulation = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
     if batch == 1 or steps_done:
         raise ToolkitError(
-            f"out of GPU memory after {steps_done} steps at batch size {batch}. `python -m toolkit fit` shows the "
+            f"out of GPU memory after {steps_done} steps at batch size {batch}. `python -m toolkit fit RECIPE` shows the "
             "smallest changes that fit; the same command resumes from the last checkpoint"
         )
     smaller = max(n for n in range(1, batch // 2 + 1) if batch * accumulation % n == 0)
