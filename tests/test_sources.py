@@ -130,6 +130,13 @@ def test_keys_that_arrow_filled_with_nulls_are_gone(tmp_path):
     assert sorted(drawn(write(tmp_path / "a.parquet", rows))) == list(enumerate(rows, start=1))
 
 
+def test_a_parquet_file_replaced_within_the_same_second_gives_its_new_rows(tmp_path):
+    for rows in (ROWS[:5], ROWS[5:]):
+        path = write(tmp_path / "a.parquet", rows)
+        os.utime(path, (1_700_000_000, 1_700_000_000))
+        assert sorted(row["query"] for _, row in drawn(path)) == sorted(row["query"] for row in rows)
+
+
 def refused(path, **source):
     with pytest.raises(ToolkitError) as caught:
         list(conversations(Source(str(path), **source), 1, {}))

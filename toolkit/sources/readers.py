@@ -225,7 +225,8 @@ def parquet_table(path: Path) -> Table:
     try:
         meta = pyarrow.parquet.read_metadata(path)
         refuse_bytes(meta.schema.to_arrow_schema(), path)
-        data = datasets.Dataset.from_parquet(str(path)) if meta.num_rows else []
+        # the cache knows a file by path and time of change only, the configuration's name by its content too
+        data = datasets.Dataset.from_parquet(str(path), config_name=sha256(path)) if meta.num_rows else []
     except ToolkitError:
         raise
     except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, ValueError) as error:
