@@ -294,6 +294,12 @@ def test_cells_with_windows_line_breaks_read_like_others(tmp_path):
     assert drawn(tmp_path / "a.csv") == [(1, {"query": "a", "response": "b\nc"})]
 
 
+@pytest.mark.parametrize("name", ["question, long, or, short", 'a ""b, c, d"" e', "question\n(a, b, c)"])
+def test_commas_inside_a_quoted_header_cell_do_not_separate(tmp_path, name):
+    (tmp_path / "a.csv").write_text(f'id;"{name}";answer\n1;"a, b";c\n', encoding="utf-8")
+    assert drawn(tmp_path / "a.csv") == [(1, {"id": "1", name.replace('""', '"'): "a, b", "answer": "c"})]
+
+
 def test_links_inside_the_folder_are_fine(tmp_path):
     (tmp_path / "data").mkdir()
     write(tmp_path / "data" / "a.jsonl")

@@ -30,6 +30,8 @@ PEEK = 50
 """Rows looked at to learn a source's fields."""
 ENCODINGS = ("gb18030", "big5", "shift_jis", "cp1252")
 """What files that are not UTF-8 are tried in."""
+QUOTED = re.compile(r'(?<![^,;\t])"(?:[^"]|"")*"')
+"""A quoted cell of a CSV header, which may hold other separators and line breaks."""
 NOT_ASCII = re.compile(r".{0,10}(?:[^\x00-\x7f].{0,30}|$)", re.DOTALL)
 JSON_TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
 
@@ -193,12 +195,13 @@ def as_row(value) -> dict | Rejected:
 
 
 def csv_table(path: Path) -> Table:
-    """Cells under a header, separated by what the header has most of: commas, semicolons (Excel in Europe), tabs.
+    """Cells under a header, separated by what the header has most of outside quotes: , ; (Excel in Europe) or tabs.
 
     Quoted cells may hold separators and line breaks (CRLF becomes LF)."""
     text = decode(path.read_bytes(), path, 1).replace("\r\n", "\n")
     csv.field_size_limit(1 << 30)  # the reader's own limit of 128 KiB is below a long reasoning trace
-    delimiter = max(",;\t", key=text.partition("\n")[0].count)
+    unquoted = QUOTED.sub("", text[: 1 << 16])
+    delimiter = max(",;\t", key=unquoted.partition("\n")[0].count)
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         rows, header = list(reader), [name.strip() for name in reader.fieldnames or ()]
