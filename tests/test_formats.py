@@ -63,6 +63,33 @@ def test_any_two_columns_can_be_named():
     assert "blows bubbles" in compiled("question_answer.jsonl", columns=columns)[0]["messages"][1]["content"]
 
 
+QA = {"user": "q", "assistant": "a"}
+
+
+@pytest.mark.parametrize(
+    ("format", "columns", "extra", "reasoning"),
+    [
+        ("columns", QA, {"reasoning": "Because of yeast.", "thinking": "on"}, None),
+        ("columns", {**QA, "reasoning": "cot"}, {"cot": "Yeast.", "thinking": "Other."}, "Yeast."),
+        ("columns", {**QA, "reasoning": "cot"}, {"cot": None, "thinking": "Because of yeast."}, None),
+        ("query_response", {}, {"reasoning": "off", "thinking": True}, None),
+        ("query_response", {}, {"reasoning": "/no_think", "thinking": "Because of yeast."}, "Because of yeast."),
+        ("query_response", {}, {"thinking": "因为酵母产生二氧化碳。"}, "因为酵母产生二氧化碳。"),
+        ("query_response", {}, {"reasoning": "2+4=6"}, "2+4=6"),
+        ("query_response", {}, {"reasoning_content": "Yeast"}, "Yeast"),
+        ("query_response", {}, {"reasoning_content": " \n "}, None),
+    ],
+)
+def test_only_a_named_reasoning_column_or_one_that_is_no_switch_is_reasoning(format, columns, extra, reasoning):
+    row = {"query": "Why?", "response": "So.", "q": "Why?", "a": "So.", **extra}
+    assert canonical(row, format, columns, {})["messages"][1].get("reasoning_content") == reasoning
+
+
+@pytest.mark.parametrize("blank", [" ", "\n \n", "\t"])
+def test_blank_reasoning_is_none(blank):
+    assert chat(ASK, {**TELL, "reasoning_content": blank}) == chat(ASK, TELL)
+
+
 def test_csv_cells_keep_commas_quotes_and_line_breaks():
     first = compiled("general.csv")[0]["messages"]
     assert [m["content"] for m in first] == ["Name a bread, please", 'Rye.\nOr "Roggenbrot", in German.']

@@ -24,6 +24,8 @@ FORMATS = {
 SHARED = {"system": "system", "history": "history", "tools": "tools", "expected_answer": "expected_answer"}
 COLUMN_KEYS = ("user", "assistant", "input", "messages", "reasoning", *SHARED)
 REASONING = ("reasoning_content", "reasoning", "thinking")
+SWITCH = re.compile(r"[\w/.-]{0,15}")
+"""What a `reasoning` or `thinking` column holds that says how to answer: on, off, high, /no_think."""
 USER_WORDS = ("question", "instruction", "prompt", "query", "problem", "input", "user", "human")
 ASSISTANT_WORDS = ("answer", "response", "output", "completion", "solution", "reply", "chosen", "assistant")
 MEDIA = ("images", "image", "videos", "audios")
@@ -48,7 +50,7 @@ def canonical(row: dict, format: str, columns: dict, placeholders: dict, system:
         if row.get(name):
             raise Rejected("not_text", f"{name!r} is not empty: only text is trained on")
     names = columns if format == "columns" else {**SHARED, **FORMATS[format]}
-    messages = _messages(_turns(row, names))
+    messages = _messages(_turns(row, names, () if format == "columns" else REASONING))
     own = _field(row, names.get("system"), default="")
     if (prompt := own if own.strip() else system) and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": prompt})
@@ -73,11 +75,11 @@ def _field(holder: dict, name: str | None, kind: type = str, where: str = "", de
     raise Rejected(reason, f"{where}{name!r} is {json_type(value)}, expected {json_type(kind())}")
 
 
-def _turns(row: dict, names: dict) -> list:
+def _turns(row: dict, names: dict, unnamed: tuple) -> list:
     """The turns of a row, as they are kept, or made of its question and answer after the turns of its history.
 
-    Beside a list of messages a reasoning column counts only when `columns` names it: such sets use one for other things
-    (on/off)."""
+    Of the `unnamed` columns of reasoning none counts beside a list of messages, where sets use one for other things
+    (on/off), and beside an answer the first that is no such switch."""
     user, assistant = names.get("user"), names.get("assistant")
     if "messages" in names:
         turns = _field(row, names["messages"], list)
@@ -86,7 +88,10 @@ def _turns(row: dict, names: dict) -> list:
     else:
         parts = _field(row, user), _field(row, names.get("input"), default="")
         asked = {"role": "user", "content": "\n".join(part for part in parts if part.strip())}
-        answer = {"role": "assistant", "content": _field(row, assistant), **{name: row.get(name) for name in REASONING}}
+        answer = {"role": "assistant", "content": _field(row, assistant)}
+        for name in unnamed:
+            if name == "reasoning_content" or not SWITCH.fullmatch(str(row.get(name)).strip()):
+                answer[name] = row.get(name)
         turns = [*_history(row, names.get("history")), asked, answer]
     if "reasoning" in names and turns and type(turns[-1]) is dict:
         turns = [*turns[:-1], {**turns[-1], "reasoning_content": row.get(names["reasoning"])}]
@@ -147,7 +152,7 @@ def _message(turn: dict, role: str, where: str) -> dict:
     elif match := TOOL_RESPONSE.fullmatch(text):
         role, text = "tool", match[1]
     message = {"role": role, "content": text}
-    if reasoning:
+    if reasoning.strip():
         message["reasoning_content"] = reasoning
     if calls:
         message["tool_calls"] = [_call(call, where) for call in calls]
