@@ -255,6 +255,14 @@ def test_calls_need_no_content_and_end_a_row_well():
     }
 
 
+def test_the_function_call_of_older_openai_sets_is_a_call():
+    call = {"role": "assistant", "content": None, "function_call": CALL["function"]}
+    older = chat(ASK, call, {"role": "function", "name": "oven", "content": "220"}, TELL)
+    assert older == chat(ASK, {"role": "assistant", "content": None, "tool_calls": [CALL]}, RESULT, TELL)
+    assert chat(ASK, {**TELL, "function_call": None}) == chat(ASK, TELL)
+    assert reason({"messages": [ASK, {**TELL, "function_call": "oven"}]}) == "wrong_type"
+
+
 HERMES = "<tool_call>\n{'arguments': {'side': 'left'}, 'name': 'oven'}\n</tool_call>"
 JSON_CALL = '<tool_call>{"name": "oven", "arguments": {"side": "left"}}</tool_call>'
 

@@ -34,7 +34,7 @@ ROLES = {
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt"), "assistant"),
     **dict.fromkeys(("function_call", "tool_call"), "call"),
-    **dict.fromkeys(("tool", "observation", "tool_response"), "tool"),
+    **dict.fromkeys(("tool", "observation", "tool_response", "function"), "tool"),
 }
 TOOL_CALL = re.compile("<tool_call>(.*?)</tool_call>", re.DOTALL)
 TOOL_RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
@@ -129,6 +129,8 @@ def _messages(turns: list) -> list[dict]:
 def _message(turn: dict, role: str, where: str) -> dict:
     """One turn as a message; calls come in `tool_calls`, as a function_call turn's JSON, or in <tool_call> tags."""
     calls = _field(turn, "tool_calls", list, where, default=[])
+    if legacy := _field(turn, "function_call", dict, where, default={}):  # OpenAI's one call, before tool_calls
+        calls = [*calls, legacy]
     key = "value" if turn.get("content") is None and "value" in turn else "content"
     if type(parts := turn.get(key)) is list:  # OpenAI's content parts
         if not all(type(part) is dict and type(part.get("text")) is str for part in parts):
