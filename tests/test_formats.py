@@ -263,6 +263,15 @@ def test_the_function_call_of_older_openai_sets_is_a_call():
     assert reason({"messages": [ASK, {**TELL, "function_call": "oven"}]}) == "wrong_type"
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_a_turn_marked_as_not_to_be_trained_on_rejects_a_row_that_would_train_on_it(mark):
+    earlier = {"messages": [{**ASK, **mark}, {**TELL, **mark}, ASK, {**TELL, "weight": 1, "train": True}]}
+    assert len(canonical(earlier, "messages", {}, {}, turns="last")["messages"]) == 4
+    with pytest.raises(Rejected, match=r"untrained_turn: turn 2 \(assistant\)"):
+        canonical(earlier, "messages", {}, {}, turns="each")
+    assert reason({"messages": [ASK, {**TELL, **mark}]}) == "untrained_turn"
+
+
 HERMES = "<tool_call>\n{'arguments': {'side': 'left'}, 'name': 'oven'}\n</tool_call>"
 JSON_CALL = '<tool_call>{"name": "oven", "arguments": {"side": "left"}}</tool_call>'
 

@@ -52,7 +52,7 @@ def conversations(source: Source, seed: int, placeholders: dict) -> Iterator[tup
         try:
             if isinstance(row, Rejected):
                 raise row
-            yield number, canonical(row, format, source.columns, placeholders, source.system)
+            yield number, canonical(row, format, source.columns, placeholders, source.system, source.turns)
         except Rejected as rejected:
             place = rows.where(number)
             if rejected.reason == "unfilled_placeholder":

@@ -40,17 +40,20 @@ TOOL_CALL = re.compile("<tool_call>(.*?)</tool_call>", re.DOTALL)
 TOOL_RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 
 
-def canonical(row: dict, format: str, columns: dict, placeholders: dict, system: str | None = None) -> dict:
+def canonical(
+    row: dict, format: str, columns: dict, placeholders: dict, system: str | None = None, turns: str = "last"
+) -> dict:
     """One raw row as {"messages": […], "tools": […] if any, "expected_answer": "…" if any}.
 
     Messages hold role, content, and where there is any reasoning_content and tool_calls (arguments as an object).
-    `system` is the system prompt of rows that have none. Raises Rejected with the reason and the field or turn.
+    `system` is the system prompt of rows that have none, `turns` says which are trained on, as in a source. Raises Rejected
+    with the reason and the field or turn.
     """
     for name in MEDIA:
         if row.get(name):
             raise Rejected("not_text", f"{name!r} is not empty: only text is trained on")
     names = columns if format == "columns" else {**SHARED, **FORMATS[format]}
-    messages = _messages(_turns(row, names, () if format == "columns" else REASONING))
+    messages = _messages(_turns(row, names, () if format == "columns" else REASONING), turns == "each")
     own = _field(row, names.get("system"), default="")
     if (prompt := own if own.strip() else system) and messages and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": prompt})
@@ -108,8 +111,10 @@ def _history(row: dict, name: str | None) -> list[dict]:
     return turns
 
 
-def _messages(turns: list) -> list[dict]:
-    """Messages from role/content or from/value turns; a function_call joins the assistant turn before it."""
+def _messages(turns: list, each: bool) -> list[dict]:
+    """Messages from role/content or from/value turns; a function_call joins the assistant turn before it.
+
+    Rejects a turn that the set marks as not to be trained on (weight 0, train false), where it would be."""
     messages = []
     for number, turn in enumerate(turns, start=1):
         if type(turn) is not dict:
@@ -119,6 +124,9 @@ def _messages(turns: list) -> list[dict]:
             reason = "missing_field" if said is None else "unknown_role"
             raise Rejected(reason, f"turn {number}: role {said!r}, expected one of {', '.join(ROLES)}")
         message = _message(turn, ROLES[said], f"turn {number} ({said}): ")
+        trained = message["role"] == "assistant" and (each or number == len(turns))
+        if trained and 0 in (turn.get("weight"), turn.get("train")):
+            raise Rejected("untrained_turn", f"turn {number} ({said}) has weight 0 or train false: set `turns: last`")
         if ROLES[said] == "call" and messages and messages[-1]["role"] == "assistant":
             messages[-1].setdefault("tool_calls", []).extend(message["tool_calls"])
         elif message["role"] != "system" or message["content"].strip():  # an empty system turn says nothing
