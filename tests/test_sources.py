@@ -88,7 +88,7 @@ def test_a_folder_with_splits_gives_the_split_asked_for(tmp_path):
     for split, part in (("train", ROWS[:30]), ("test", ROWS[30:])):
         write(tmp_path / f"{split}-00000-of-00001.jsonl", part)
     assert [len(drawn(tmp_path, split=s)) for s in ("train", "test")] == [30, 10]
-    with pytest.raises(ToolkitError, match="'cot', found test-00000"):
+    with pytest.raises(ToolkitError, match="'cot', found splits test, train"):
         open_rows(Source(str(tmp_path), split="cot"))
 
 
@@ -96,6 +96,59 @@ def test_held_out_files_never_join_the_training_split(tmp_path):
     write(tmp_path / "part1.jsonl", ROWS[:30])
     write(tmp_path / "test.jsonl", ROWS[30:])
     assert len(drawn(tmp_path)) == 30
+
+
+def tree(folder, names):
+    """A file of one row at every path; the row's question is the path."""
+    for name in names.split():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, [{"query": name, "response": "r"}])
+
+
+ULTRA = " ".join(
+    f"data/{split}-0000{i}-of-00002-a1b2.parquet" for split in ("test_sft", "train_gen", "train_sft") for i in (0, 1)
+)
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "expected"),
+    [
+        ("train/0000.parquet test/0000.parquet", "train", "train/0000.parquet"),
+        ("test/a.jsonl train/a.jsonl validation/a.jsonl", "train", "train/a.jsonl"),
+        ("test/a.jsonl train/a.jsonl validation/a.jsonl", "validation", "validation/a.jsonl"),
+        ("my_test.jsonl my_train.jsonl", "train", "my_train.jsonl"),
+        ("my_test.jsonl my_train.jsonl", "test", "my_test.jsonl"),
+        ("training_data/test.jsonl training_data/train.jsonl", "train", "training_data/train.jsonl"),
+        ("eval/train-1.jsonl testing.jsonl training.jsonl", "train", "eval/train-1.jsonl"),
+        ("testing.jsonl training.jsonl", "train", "training.jsonl"),
+        ("latest/contest.jsonl retrain.jsonl", "train", "latest/contest.jsonl retrain.jsonl"),
+        ("train-1/a.jsonl train-2/a.jsonl", "train", "train-1/a.jsonl train-2/a.jsonl"),
+        ("test/part-00000-of-00001.jsonl train/part-00000-of-00001.jsonl", "train", "train/part-00000-of-00001.jsonl"),
+        ("en/a.jsonl zh/a.jsonl", "train", "en/a.jsonl zh/a.jsonl"),
+        ("cot.jsonl train.jsonl", "cot", "cot.jsonl"),
+        (ULTRA, "train_sft", "data/train_sft-00000-of-00002-a1b2.parquet data/train_sft-00001-of-00002-a1b2.parquet"),
+    ],
+)
+def test_folders_and_names_tell_the_splits_apart(tmp_path, names, split, expected):
+    tree(tmp_path, names)
+    assert sorted(row["query"] for _, row in drawn(tmp_path, split=split)) == expected.split()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (ULTRA, "files of the split 'train', found splits test_sft, train_gen, train_sft"),
+        ("my_test.jsonl dev/a.jsonl", "found splits dev, test"),
+        ("notes.md", "found notes.md"),
+        ("main/train-0.jsonl socratic/train-0.jsonl", "main, socratic .*choose one by `subset:`"),
+        ("main/train/a.jsonl socratic/train/a.jsonl main/test/a.jsonl", "main, socratic .*choose one by `subset:`"),
+    ],
+)
+def test_a_folder_without_that_split_or_with_one_in_every_subset_says_what_it_has(tmp_path, names, message):
+    tree(tmp_path, names)
+    assert re.search(message, refused(tmp_path))
+    if "subset" in message:
+        assert len(drawn(tmp_path, subset="main")) == 1
 
 
 def test_few_rows_of_a_long_file_cost_little_memory(tmp_path):

@@ -19,7 +19,9 @@ import numpy as np
 
 from toolkit.files import ToolkitError, sha256
 
-SPLITS = {"train", "validation", "valid", "val", "dev", "test", "eval"}
+SPLITS = ("train", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+SHARD = re.compile(r"(?:data/)?(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
+"""How `datasets` names the files of a split, whatever it is called: data/train_sft-00000-of-00003.parquet."""
 NOT_ROWS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "configuration.json", "state.json"}
 """What data sets keep beside their rows."""
 BLOCK = 1 << 22
@@ -79,9 +81,9 @@ def ending(path: Path) -> str:
 
 
 def data_files(path: Path, split: str) -> list[Path]:
-    """The data files of a path, sorted. In a folder with files named by split (`train-00000.parquet`) that split's.
+    """The data files of a path, sorted. In a folder whose files or folders are named by split, that split's.
 
-    Raises ToolkitError for a path without any.
+    Raises ToolkitError for a path without any and for several folders that each hold the split.
     """
     known = ", ".join(READERS)
     if not path.is_dir():
@@ -91,13 +93,27 @@ def data_files(path: Path, split: str) -> list[Path]:
             )
         return [path]
     found = sorted(f for f in path.rglob("[!.]*") if not f.is_dir() and "/." not in f"/{f.relative_to(path)}")
-    files = {f: re.split("[-_.]", f.name)[0].lower() for f in found if ending(f) and f.name not in NOT_ROWS}
+    names = {f: f.relative_to(path).as_posix() for f in found if ending(f) and f.name not in NOT_ROWS}
+    files = {f: split_of(name, split) for f, name in names.items()}
     # a folder without files of that split has files of no split (data.jsonl); another split's are never taken for it
-    chosen = [f for f in files if files[f] == split] or [f for f in files if files[f] not in SPLITS]
+    chosen = [f for f in files if files[f] == split] or [f for f in files if not files[f]]
     if not chosen:
-        names = ", ".join(f.name for f in found[:5]) or "no files"
-        raise ToolkitError(f"{path}: expected {known} files of the split {split!r}, found {names}")
+        there = ", ".join(sorted(set(files.values())) or [f.name for f in found[:5]])
+        there = f"splits {there}: choose one by `split:`" if files else there or "no files"
+        raise ToolkitError(f"{path}: expected {known} files of the split {split!r}, found {there}")
+    tops = sorted({names[f].partition("/")[0] for f in chosen})
+    if files[chosen[0]] and len(tops) > 1 and not any(top == "data" or split_of(top, split) for top in tops):
+        folders = ", ".join(tops[:8])
+        raise ToolkitError(f"{path}: {folders} each hold files of the split {split!r}: choose one by `subset:`")
     return chosen
+
+
+def split_of(name: str, split: str) -> str | None:
+    """The split a path below its data set is of: a shard's name, else the last word that is `split` or a known one."""
+    if shard := SHARD.match(name):
+        return shard[1]
+    words = re.findall(rf"(?<![^\W\d_])({re.escape(split)}|{'|'.join(SPLITS)})(?![^\W\d_])", name, re.IGNORECASE)
+    return words[-1].lower() if words else None
 
 
 def fingerprint_of(path: Path, files: list[Path]) -> str:
