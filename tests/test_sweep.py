@@ -4,6 +4,7 @@ import collections
 import io
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from tests.test_compare import evaluation, sums
 from toolkit import recipe as recipes
 from toolkit import sweep as sweeps
 from toolkit.files import ROOT, ToolkitError
+from toolkit.mix import compile_mix
 from toolkit.progress import Progress
 from toolkit.sweep import common_steps, plan, rows_per_step, sweep, work
 
@@ -158,6 +160,30 @@ def test_a_source_that_limits_one_ratio_limits_all_of_them_and_is_named(project)
     assert 2000 < min(budgets) < 8000
     assert "talk cannot fill 8,000 at every ratio" in console.export_text()
     assert [run.row["supervised_tokens"] for run in runs] == pytest.approx([min(budgets)] * 5, rel=0.02)
+
+
+def test_a_budget_that_a_part_of_a_row_overshoots_is_lowered_until_every_ratio_reaches_it(project, monkeypatch):
+    dice, said = random.Random(3), "the quick brown fox jumps over lazy dog and then some more words".split()
+
+    def text(shortest, longest):
+        return " ".join(dice.choice(said) for _ in range(dice.randint(shortest, longest)))
+
+    maths = [f"<think>{text(30, 80)}</think>{i}" for i in range(dice.randint(100, 160))]
+    talk = [text(100, 350) for _ in range(dice.randint(400, 500))]
+    for name, answers in (("maths", maths), ("talk", talk)):
+        rows = [{"query": f"{name[0]} {i}", "response": answer} for i, answer in enumerate(answers)]
+        (project / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    compiled = []
+
+    def once(recipe):
+        assert recipe not in compiled, "the same mix is compiled again: the budget stands still"
+        compiled.append(recipe)
+        return compile_mix(recipe)
+
+    monkeypatch.setattr(sweeps, "compile_mix", once)
+    runs = plan(recipes.load(project / "tiny.yaml", ["data.budget=200000"]), [0.3, 0.6], 1, silent())
+    budget = runs[0].recipe.data.budget
+    assert [run.row["supervised_tokens"] for run in runs] == pytest.approx([budget] * 2, rel=0.01)
 
 
 def test_the_mean_row_count_decides_the_steps_when_the_recipe_counts_epochs(project):

@@ -144,15 +144,20 @@ def _same_budget(group: list[Recipe], console) -> list[Planned]:
     """The runs with the largest budget that every one of the mixes can reach, and with equal steps."""
     while True:  # a smaller budget can make another source the one that limits a mix
         reports = [compile_mix(recipe).report for recipe in group]
-        limits = {report["limited_by"] for report in reports} - {None}
-        if not limits:
+        limited = [(report, name) for report in reports if (name := report["limited_by"])]
+        if not limited:
             return _same_steps(group, reports)
-        least = min(report["total"]["supervised_tokens"] for report in reports)
-        budget = least - least % 10 ** max(0, len(str(least)) - 3)  # three digits; rounding down makes it reachable
-        wanted = f"{group[0].data.budget:,}" if group[0].data.budget else "an open budget"
-        console.print(
-            f"{' and '.join(sorted(limits))} cannot fill {wanted} at every ratio: each run gets {budget:,} supervised tokens"
+        # what the exhausted sources can fill; a mix's total may be a part of a row above that
+        least = min(
+            int(report["sources"][name]["supervised_tokens"] / report["planned"][name]) for report, name in limited
         )
+        least = min(least, (group[0].data.budget or math.inf) - 1)  # lower at each turn, so that the turns end
+        budget = least - least % 10 ** max(0, len(str(least)) - 3)  # three digits; rounding down makes it reachable
+        names = " and ".join(sorted({name for _, name in limited}))
+        if not budget:
+            raise ToolkitError(f"{names}: no budget is left that every ratio can reach: add rows")
+        wanted = f"{group[0].data.budget:,}" if group[0].data.budget else "an open budget"
+        console.print(f"{names} cannot fill {wanted} at every ratio: each run gets {budget:,} supervised tokens")
         group = [dataclasses.replace(r, data=dataclasses.replace(r.data, budget=budget)) for r in group]
 
 
