@@ -30,6 +30,7 @@ from toolkit.family import MODES
 from toolkit.files import ROOT, ToolkitError, read_jsonl
 from toolkit.generate import Reply, inference, split_reply
 from toolkit.mix import compile_mix
+from toolkit.run import questions
 
 SUMS = [{"messages": [{"role": "user", "content": f"{a} + 7?"}], "expected_answer": str(a + 7), "set": "sums"}
         for a in range(20)]  # fmt: skip
@@ -529,3 +530,40 @@ def test_without_questions_the_ones_that_ship_are_asked(tokenizer, tmp_path):
     result = evaluate(model, tokenizer, probes=[], steps=1, max_new_tokens=2, console=console, cache=tmp_path)
     assert {m for m in result["tuned"]["thinking"] if "set" in m} == {"accuracy/set/sums", "accuracy/set/chat"}
     assert {len(values) for values in result["per_question"]["thinking"]["tuned"]["accuracy"]} == {16}
+
+
+# --- questions of a recipe
+
+
+def recipe_with(folder, questions: list[dict], rows: list[dict] = (), **data):
+    """A recipe whose training rows and questions lie in files of `folder`."""
+    rows = rows or [{"query": f"Which word is number {i}?", "response": f"Word {i}."} for i in range(30)]
+    for name, content in (("rows", rows), ("asked", questions)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+    source = {"path": str(folder / "rows.jsonl"), "turns": data.pop("turns", "last")}
+    data = {"sources": [source], "validation_size": 3, "duplicates": "keep"} | data
+    asked = {"questions": [{"path": str(folder / "asked.jsonl"), "max_rows": 4}]} if questions else {}
+    values = {"name": "asks", "data": data, "model": {"model_name": "pocket"}, "evaluate": asked}
+    return recipes.from_dict(values)
+
+
+@pytest.fixture
+def outputs(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path / "out"))
+    return tmp_path
+
+
+def test_the_seed_of_a_run_does_not_decide_which_questions_of_a_larger_set_it_is_asked(outputs):
+    asked = [{"problem": f"{i} + 1?", "expected_answer": str(i + 1)} for i in range(50)]
+    rows = [{"query": q["problem"], "response": q["expected_answer"]} for q in asked]
+    found, dropped = [], []
+    for seed in (1, 2):
+        recipe = recipe_with(outputs, asked, rows, seed=seed)
+        mixed = compile_mix(recipe)
+        (chosen, _) = questions(recipe, mixed)
+        found.append(chosen)
+        dropped.append({entry["row"] for entry in mixed.quarantine if entry["reason"] == "contaminated"})
+        held = {row.number for row in mixed.validation}
+        assert dropped[-1] | held >= {int(q["expected_answer"]) for q in chosen}
+    assert found[0] == found[1]
+    assert len(found[0]) == 4

@@ -342,7 +342,7 @@ class Judge:
 
 def _question_prompts(recipe: Recipe) -> list[str]:
     data, questions = recipe.data, recipe.evaluate.questions if recipe.data.decontaminate else ()
-    found = [c for source in questions for _, c in conversations(source, data.seed, data.placeholders)]
+    found = [c for source in questions for _, c in conversations(source, 3407, data.placeholders)]
     return [m["content"] for c in found if isinstance(c, dict) for m in c["messages"] if m["role"] == "user"]
 
 

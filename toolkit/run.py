@@ -290,7 +290,7 @@ def questions(recipe: Recipe, mixed) -> tuple[list[dict] | None, list[dict] | No
         return from_mix(mixed)["questions"], None
     found: tuple[list, list] = ([], [])
     for source in recipe.evaluate.questions:
-        found[source.mode == "non_thinking"].extend(read_questions(source, recipe.data.seed, recipe.data.placeholders))
+        found[source.mode == "non_thinking"].extend(read_questions(source, placeholders=recipe.data.placeholders))
     return found
 
 

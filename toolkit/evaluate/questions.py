@@ -113,8 +113,9 @@ def as_question(conversation: dict, name: str) -> dict:
     return {"messages": messages, "expected_answer": conversation["expected_answer"], "set": name}
 
 
-def read_questions(source: Source, seed: int = 0, placeholders: dict | None = None) -> list[dict]:
-    """The questions of a source; a malformed row is an error, as nobody would miss a question."""
+def read_questions(source: Source, seed: int = 3407, placeholders: dict | None = None) -> list[dict]:
+    """The questions of a source, of `#N` and `max_rows` those that `seed` draws: evaluation's own, not the recipe's, so that
+    runs of several seeds are asked alike. A malformed row is an error, as nobody would miss a question."""
     found = []
     for number, conversation in conversations(source, seed, placeholders or {}):
         if isinstance(conversation, Rejected):
