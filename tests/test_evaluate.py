@@ -31,6 +31,7 @@ from toolkit.files import ROOT, ToolkitError, read_jsonl
 from toolkit.generate import Reply, inference, split_reply
 from toolkit.mix import compile_mix
 from toolkit.run import questions
+from toolkit.sources import Rejected
 
 SUMS = [{"messages": [{"role": "user", "content": f"{a} + 7?"}], "expected_answer": str(a + 7), "set": "sums"}
         for a in range(20)]  # fmt: skip
@@ -279,7 +280,7 @@ def test_a_question_ends_at_its_last_user_turn():
         "expected_answer": "2",
     }
     assert as_question(row, "sums")["messages"] == row["messages"][:1]
-    with pytest.raises(ToolkitError, match="expected_answer"):
+    with pytest.raises(Rejected, match="expected_answer"):
         as_question({"messages": row["messages"]}, "sums")
 
 
@@ -567,3 +568,20 @@ def test_the_seed_of_a_run_does_not_decide_which_questions_of_a_larger_set_it_is
         assert dropped[-1] | held >= {int(q["expected_answer"]) for q in chosen}
     assert found[0] == found[1]
     assert len(found[0]) == 4
+
+
+@pytest.mark.parametrize("decontaminate", [True, False])
+@pytest.mark.parametrize(("row", "why"), [
+    ({"problem": "What is that?", "expected_answer": None}, "'expected_answer' is null"),
+    ({"problem": "", "expected_answer": "5"}, "blank"),
+])  # fmt: skip
+def test_a_malformed_question_is_named_before_anything_trains(outputs, row, why, decontaminate):
+    asked = [{"problem": f"{i}?", "expected_answer": str(i)} for i in range(2)] + [row]
+    with pytest.raises(ToolkitError, match=rf"asked\.jsonl, row 3: .*{why}"):
+        compile_mix(recipe_with(outputs, asked, decontaminate=decontaminate))
+
+
+def test_a_question_without_an_expected_answer_is_named_before_anything_trains(outputs):
+    asked = [{"query": "1?", "response": "one", "expected_answer": answer} for answer in ("1", "")]
+    with pytest.raises(ToolkitError, match=r"asked\.jsonl, row 2: .*expected_answer"):
+        compile_mix(recipe_with(outputs, asked))

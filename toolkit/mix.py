@@ -341,9 +341,33 @@ class Judge:
 
 
 def _question_prompts(recipe: Recipe) -> list[str]:
-    data, questions = recipe.data, recipe.evaluate.questions if recipe.data.decontaminate else ()
-    found = [c for source in questions for _, c in conversations(source, 3407, data.placeholders)]
-    return [m["content"] for c in found if isinstance(c, dict) for m in c["messages"] if m["role"] == "user"]
+    """User turns of the recipe's questions, all read here: a row that cannot be asked is found before training."""
+    data = recipe.data
+    found = [q for source in recipe.evaluate.questions for q in read_questions(source, placeholders=data.placeholders)]
+    return [m["content"] for q in found if data.decontaminate for m in q["messages"] if m["role"] == "user"]
+
+
+def read_questions(source: Source, seed: int = 3407, placeholders: dict | None = None) -> list[dict]:
+    """The questions of a source, of `#N` and `max_rows` those that `seed` draws: evaluation's own, not the recipe's, so that
+    runs of several seeds are asked alike. Raises ToolkitError at a malformed row, as nobody would miss a question."""
+    found = []
+    for number, conversation in conversations(source, seed, placeholders or {}):
+        try:
+            if isinstance(conversation, Rejected):
+                raise conversation
+            found.append(as_question(conversation, source.name))
+        except Rejected as rejected:
+            raise ToolkitError(f"{source.path}, row {number}: {rejected.detail}") from rejected
+    return found
+
+
+def as_question(conversation: dict, name: str) -> dict:
+    """{"messages", "expected_answer", "set"} of a canonical conversation: the messages before its last turn. Raises
+    Rejected where it cannot be asked."""
+    answer = conversation.get("expected_answer", "")
+    if not answer.strip():
+        raise Rejected("no_expected_answer", "a question needs an expected_answer")
+    return {"messages": conversation["messages"][:-1], "expected_answer": answer, "set": name}
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------

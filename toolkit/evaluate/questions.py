@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.files import ToolkitError, read_jsonl
+from toolkit.mix import as_question, read_questions
 from toolkit.recipe import Source
-from toolkit.sources import Rejected, conversations
 
 SHIPPED = (
     Source("data_recipes/samples/heldout_reasoning.jsonl", name="sums", format="openmath"),
@@ -99,29 +99,6 @@ def select(
     kinds = {(probe["category"], probe["language"]) for probe in probes}
     chosen = choose(probes, size.probes * len(kinds), "category", "language")
     return Asked(level, size, rows, chosen, choose(validation, size.validation, "source", "mode"))
-
-
-def as_question(conversation: dict, name: str) -> dict:
-    """A question from a canonical conversation with an expected_answer: the messages before its last assistant turn."""
-    messages = conversation["messages"]
-    while messages and messages[-1]["role"] != "user":
-        messages = messages[:-1]
-    if not messages or not conversation.get("expected_answer"):
-        raise ToolkitError(
-            f"{name}: a question needs a user turn and an expected_answer, found {str(conversation)[:200]}"
-        )
-    return {"messages": messages, "expected_answer": conversation["expected_answer"], "set": name}
-
-
-def read_questions(source: Source, seed: int = 3407, placeholders: dict | None = None) -> list[dict]:
-    """The questions of a source, of `#N` and `max_rows` those that `seed` draws: evaluation's own, not the recipe's, so that
-    runs of several seeds are asked alike. A malformed row is an error, as nobody would miss a question."""
-    found = []
-    for number, conversation in conversations(source, seed, placeholders or {}):
-        if isinstance(conversation, Rejected):
-            raise ToolkitError(f"{source.path}, row {number}: {conversation.detail}")
-        found.append(as_question(conversation, source.name))
-    return found
 
 
 def from_mix(mixed) -> dict:
