@@ -585,3 +585,46 @@ def test_a_question_without_an_expected_answer_is_named_before_anything_trains(o
     asked = [{"query": "1?", "response": "one", "expected_answer": answer} for answer in ("1", "")]
     with pytest.raises(ToolkitError, match=r"asked\.jsonl, row 2: .*expected_answer"):
         compile_mix(recipe_with(outputs, asked))
+
+
+def talk(*contents: str, **more) -> dict:
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(contents)]
+    return {"messages": turns, **more}
+
+
+def test_a_typed_switch_is_no_part_of_a_question_and_training_rows_that_carry_one_still_ask_the_same(outputs):
+    row = talk("/think What is 2 + 2?", "4", "And 3 + 3? /no_think", "6", expected_answer="6")
+    asked = [m["content"] for m in as_question(row, "sums")["messages"]]
+    assert asked == ["What is 2 + 2?", "4", "And 3 + 3?"]
+    rows = [{"query": f"{i} + {i}? /no_think", "response": str(2 * i)} for i in range(30)]
+    mixed = compile_mix(recipe_with(outputs, [{"problem": "7 + 7? /think", "expected_answer": "14"}], rows))
+    assert [(entry["row"], entry["reason"]) for entry in mixed.quarantine] == [(8, "contaminated")]
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "w"}}]}
+TOOLED = [
+    talk("Weather?", "Sunny.", tools=[{"name": "w"}], expected_answer="Sunny"),
+    {"messages": [talk("Weather?")["messages"][0], CALL, {"role": "tool", "content": "5"},
+                  {"role": "assistant", "content": "5."}], "expected_answer": "5"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", TOOLED)
+def test_a_question_that_needs_tools_is_refused_in_a_set_and_left_out_of_those_from_a_mix(outputs, row):
+    with pytest.raises(ToolkitError, match=r"asked\.jsonl, row 1: .*tool"):
+        compile_mix(recipe_with(outputs, [row]))
+    rows = [json.loads(json.dumps(row).replace("Weather?", f"Weather {i}?")) for i in range(20)]
+    assert from_mix(compile_mix(recipe_with(outputs, [], rows)))["questions"] is None
+
+
+def test_only_the_example_that_ends_a_conversation_is_asked_for_its_expected_answer(outputs):
+    rows = [
+        talk(f"Think of {i}.", "Done.", "Double it.", f"It is {2 * i}.", expected_answer=str(2 * i)) for i in range(30)
+    ]
+    mixed = compile_mix(recipe_with(outputs, [], rows, turns="each"))
+    assert (len(mixed.validation), len(from_mix(mixed)["questions"])) == (6, 3)
+    assert {len(question["messages"]) for question in from_mix(mixed)["questions"]} == {3}
+    for row in rows:
+        row["messages"][-1]["content"] += " word" * 5000  # too long, so that only the earlier turn is held out
+    mixed = compile_mix(recipe_with(outputs, [], rows, turns="each"))
+    assert (len(mixed.validation), from_mix(mixed)["questions"]) == (3, None)

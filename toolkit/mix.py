@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.dedup import Duplicates, NearDuplicates, grams_of, prompt_key, shared_gram, signatures
+from toolkit.family import SWITCH
 from toolkit.files import ToolkitError, complete, lock, outputs, write_json, write_jsonl
 from toolkit.lint import lint
 from toolkit.recipe import Data, Recipe, Source
@@ -341,10 +342,12 @@ class Judge:
 
 
 def _question_prompts(recipe: Recipe) -> list[str]:
-    """User turns of the recipe's questions, all read here: a row that cannot be asked is found before training."""
+    """User turns of the recipe's questions, as they are and with the switches that training rows may carry (soft_switch).
+    All are read here: a row that cannot be asked is found before training."""
     data = recipe.data
     found = [q for source in recipe.evaluate.questions for q in read_questions(source, placeholders=data.placeholders)]
-    return [m["content"] for q in found if data.decontaminate for m in q["messages"] if m["role"] == "user"]
+    asked = [m["content"] for q in found if data.decontaminate for m in q["messages"] if m["role"] == "user"]
+    return [text + switch for text in asked for switch in ("", " /think", " /no_think")]
 
 
 def read_questions(source: Source, seed: int = 3407, placeholders: dict | None = None) -> list[dict]:
@@ -362,12 +365,15 @@ def read_questions(source: Source, seed: int = 3407, placeholders: dict | None =
 
 
 def as_question(conversation: dict, name: str) -> dict:
-    """{"messages", "expected_answer", "set"} of a canonical conversation: the messages before its last turn. Raises
-    Rejected where it cannot be asked."""
-    answer = conversation.get("expected_answer", "")
+    """{"messages", "expected_answer", "set"} of a canonical conversation: the messages before its last turn, without
+    typed switches, as it is asked in each mode. Raises Rejected where it cannot be asked."""
+    answer, messages = conversation.get("expected_answer", ""), conversation["messages"]
     if not answer.strip():
         raise Rejected("no_expected_answer", "a question needs an expected_answer")
-    return {"messages": conversation["messages"][:-1], "expected_answer": answer, "set": name}
+    if "tools" in conversation or any("tool_calls" in message for message in messages):
+        raise Rejected("needs_tools", "a question with tools or a tool call cannot be asked: evaluation shows no tools")
+    asked = [m | {"content": SWITCH.sub("", m["content"]).strip()} if m["role"] == "user" else m for m in messages[:-1]]
+    return {"messages": asked, "expected_answer": answer, "set": name}
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------

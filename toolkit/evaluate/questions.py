@@ -3,6 +3,7 @@
 asked = select("quick", steps=200); asked.numbers()
 """
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
@@ -15,6 +16,7 @@ import numpy as np
 from toolkit.files import ToolkitError, read_jsonl
 from toolkit.mix import as_question, read_questions
 from toolkit.recipe import Source
+from toolkit.sources import Rejected
 
 SHIPPED = (
     Source("data_recipes/samples/heldout_reasoning.jsonl", name="sums", format="openmath"),
@@ -102,12 +104,19 @@ def select(
 
 
 def from_mix(mixed) -> dict:
-    """{"questions", "validation"} of a compiled mix: its held-out rows, and those that carry an expected answer (None
-    without any).
+    """{"questions", "validation"} of a compiled mix: its held-out rows, and those that carry an expected answer and need no
+    tools (None without any).
 
     evaluate(model, tokenizer, **from_mix(mixed)) scores a model in anybody's own notebook."""
     rows = mixed.validation
-    questions = [as_question(row.conversation, row.source) for row in rows if row.conversation.get("expected_answer")]
+    # of a conversation with an example for each turn, only the last is asked for the answer, unless it was dropped
+    last = {(row.source, row.number): row for row in rows}
+    for entry in mixed.quarantine:
+        last.pop((entry["source"], entry["row"]), None)
+    questions = []
+    for row in last.values():
+        with contextlib.suppress(Rejected):
+            questions.append(as_question(row.conversation, row.source))
     validation = [
         {"input_ids": row.ids.tolist(), "prompt_length": row.prompt_length, "source": row.source, "mode": row.mode}
         for row in rows
