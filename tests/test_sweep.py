@@ -20,9 +20,12 @@ from rich.console import Console
 from tests.test_compare import evaluation, sums
 from toolkit import recipe as recipes
 from toolkit import sweep as sweeps
+from toolkit.evaluate.questions import SHIPPED, from_mix
 from toolkit.files import ROOT, ToolkitError
 from toolkit.mix import compile_mix
 from toolkit.progress import Progress
+from toolkit.render import load_chat
+from toolkit.run import questions
 from toolkit.sweep import common_steps, plan, rows_per_step, sweep, work
 
 RATIOS = [0, 0.25, 0.5, 0.75, 1]
@@ -260,6 +263,51 @@ def test_the_plan_shows_every_name_and_number_whole(project, width):
 def test_what_cannot_be_compared_fairly_is_refused(project, override, fix):
     with pytest.raises(ToolkitError, match=f"add {fix}"):
         plan(recipes.load(project / "tiny.yaml", [override]), [0, 1], 1, silent())
+
+
+# --- the questions
+
+
+def with_answers(project, name):
+    """Rows of a source that carry an expected answer."""
+    file = project / f"{name}.jsonl"
+    rows = [json.loads(line) | {"expected_answer": str(i)} for i, line in enumerate(file.read_text().splitlines())]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def texts(mixed):
+    chat = load_chat("pocket")
+    return [chat.decode(row.ids[: row.prompt_length]) for row in mixed.train]
+
+
+def test_every_run_is_asked_the_questions_that_the_recipe_as_it_stands_holds_out_and_trains_on_none(project):
+    with_answers(project, "maths")
+    with_answers(project, "talk")
+    base = recipes.load(project / "tiny.yaml", ["data.budget=2000", "data.validation_size=8"])
+    runs = plan(base, [0, 0.5, 1], 2, silent())
+    expected = {q["messages"][-1]["content"] for q in from_mix(compile_mix(base))["questions"]}
+    found = [questions(run.recipe, compile_mix(run.recipe)) for run in runs]
+    assert all(pair == found[0] for pair in found)
+    reasoning, chat = found[0]
+    assert (len(reasoning), len(chat)) == (6, 2)
+    assert {q["messages"][-1]["content"] for q in reasoning + chat} == expected
+    for run in runs:
+        mixed = compile_mix(run.recipe)
+        assert not [text for text in texts(mixed) if any(f"\n{question}<" in text for question in expected)]
+    again = plan(base, [0, 0.5, 1], 2, silent())
+    assert [recipes.to_yaml(run.recipe) for run in again] == [recipes.to_yaml(run.recipe) for run in runs]
+
+
+def test_a_sweep_without_any_expected_answer_asks_the_questions_that_ship(project):
+    runs = plan(recipes.load(project / "tiny.yaml"), [0, 1], 1, silent())
+    assert [run.recipe.evaluate.questions for run in runs] == [SHIPPED] * 2
+
+
+def test_questions_that_a_run_could_train_on_are_refused(project):
+    with_answers(project, "maths")
+    base = recipes.load(project / "tiny.yaml", ["data.decontaminate=false"])
+    with pytest.raises(ToolkitError, match=r"data\.decontaminate=true"):
+        plan(base, [0, 1], 1, silent())
 
 
 # --- doing it

@@ -22,10 +22,11 @@ from pathlib import Path
 
 from toolkit import recipe as recipes
 from toolkit.compare import compare
-from toolkit.files import ToolkitError, did_you_mean, lock, outputs, read_json, write_json, write_text
+from toolkit.evaluate.questions import SHIPPED, from_mix
+from toolkit.files import ToolkitError, did_you_mean, lock, outputs, read_json, write_json, write_jsonl, write_text
 from toolkit.mix import compile_mix
 from toolkit.progress import Progress
-from toolkit.recipe import Recipe
+from toolkit.recipe import Recipe, Source
 from toolkit.report import conclude
 from toolkit.run import default_console, resolve
 from toolkit.show import logged, rich_table
@@ -115,13 +116,38 @@ def plan(base: Recipe, shares: Sequence[float], seeds: int, console, *, of: str 
         raise ToolkitError(
             f"{base.name}: no source has mode thinking: sweep the share of one source (--of {base.data.sources[-1].name})"
         )
-    base, numbers = resolve(base, console), range(base.data.seed, base.data.seed + seeds)
+    base, numbers = _with_questions(resolve(base, console)), range(base.data.seed, base.data.seed + seeds)
     return _same_budget([_recipe(base, of, *chosen) for chosen in itertools.product(shares, numbers)], console)
+
+
+def _with_questions(base: Recipe) -> Recipe:
+    """The recipe with questions that do not depend on the ratio: its own, else those among the rows that it holds out as it
+    stands, kept in the sweep's folder, else those that ship."""
+    if base.evaluate.questions:
+        return base
+    found, sets = from_mix(compile_mix(base))["questions"] or [], []
+    if found and not base.data.decontaminate:
+        raise ToolkitError(f"{base.name}: one ratio would train on what another holds out: add data.decontaminate=true")
+    for source in base.data.sources:
+        rows = [row for row in found if row["set"] == source.name]
+        for row in rows:  # the format wants a reply, which nobody is asked
+            row["messages"].append({"role": "assistant", "content": row["expected_answer"]})
+        # not called as the source: a mix keeps one checksum for each name
+        file = (outputs() / f"{base.name}-sweep" / f"questions-{_word(source.name)}.jsonl").resolve()
+        if rows:
+            write_jsonl(file, rows)
+            sets.append(Source(str(file), format="messages", mode=source.mode))
+    return dataclasses.replace(base, evaluate=dataclasses.replace(base.evaluate, questions=tuple(sets) or SHIPPED))
+
+
+def _word(name: str) -> str:
+    """A name as part of a file's."""
+    return re.sub(r"[^\w.\-]", "_", name)
 
 
 def _recipe(base: Recipe, of: str, share: float, seed: int) -> Recipe:
     """The recipe of one run, named after what is swept: hybrid-r0.25-s3407."""
-    name = re.sub(r"[^\w.\-]", "_", f"{base.name}-{'r' if of == 'reasoning' else of}{share:g}-s{seed}")
+    name = _word(f"{base.name}-{'r' if of == 'reasoning' else of}{share:g}-s{seed}")
     changes = [f"data.reasoning={share}"] if of == "reasoning" else _share_of(of, share, base)
     return recipes.from_dict(
         recipes.to_dict(base), f"sweep of {base.name}", [f"name={name}", f"data.seed={seed}", *changes]
