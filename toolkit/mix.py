@@ -342,12 +342,10 @@ class Judge:
 
 
 def _question_prompts(recipe: Recipe) -> list[str]:
-    """User turns of the recipe's questions, as they are and with the switches that training rows may carry (soft_switch).
-    All are read here: a row that cannot be asked is found before training."""
+    """User turns of the recipe's questions. All are read here: a row that cannot be asked is found before training."""
     data = recipe.data
     found = [q for source in recipe.evaluate.questions for q in read_questions(source, placeholders=data.placeholders)]
-    asked = [m["content"] for q in found if data.decontaminate for m in q["messages"] if m["role"] == "user"]
-    return [text + switch for text in asked for switch in ("", " /think", " /no_think")]
+    return [m["content"] for q in found if data.decontaminate for m in q["messages"] if m["role"] == "user"]
 
 
 def read_questions(source: Source, seed: int = 3407, placeholders: dict | None = None) -> list[dict]:

@@ -132,11 +132,10 @@ def _with_questions(base: Recipe) -> Recipe:
         rows = [row for row in found if row["set"] == source.name]
         for row in rows:  # the format wants a reply, which nobody is asked
             row["messages"].append({"role": "assistant", "content": row["expected_answer"]})
-        # not called as the source: a mix keeps one checksum for each name
         file = (outputs() / f"{base.name}-sweep" / f"questions-{_word(source.name)}.jsonl").resolve()
         if rows:
             write_jsonl(file, rows)
-            sets.append(Source(str(file), format="messages", mode=source.mode))
+            sets.append(Source(str(file), name=source.name, format="messages", mode=source.mode))
     return dataclasses.replace(base, evaluate=dataclasses.replace(base.evaluate, questions=tuple(sets) or SHIPPED))
 
 
