@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import math
 import re
 import sys
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from rich.console import Console
 
 from toolkit.compare import Point, Run, compare, difference_report, simultaneous_margin
 from toolkit.evaluate import is_rate
-from toolkit.evaluate.stats import interval
+from toolkit.evaluate.stats import difference, interval
 from toolkit.files import ROOT, ToolkitError
 from toolkit.report import LOST, conclude, figure, scores, terminal_table, write
 
@@ -128,8 +130,51 @@ def test_values_intervals_and_differences_are_those_of_commit_8b55c9c_to_the_las
         assert {"/".join(key): value for key, value in point.values.items()} == known["values"]
         changes = {"/".join(key): [found["low"], found["high"]] for key, found in point.changes.items()}
         assert {key: changes[key] for key in known["change"]} == known["change"]
+        for key, ends in known["change"].items():
+            members = [run for run in frozen["runs"] if run["name"] in [run.name for run in point.runs]]
+            assert ends == pytest.approx(expanded_percentile(members, *key.split("/", 1)), abs=0.005), key
     assert simultaneous_margin(found.points, found.goal) == expected["margin"]
     assert found.recommended.label == expected["recommended"]
+
+
+def expanded_percentile(runs, section, metric):
+    """Ends of tuned minus base by the definition, without the toolkit: questions drawn by number, percentiles widened by
+    Student's t of 23 degrees of freedom from a printed table, no disagreement at all bounded by 0.025 ** (1 / n)."""
+    drawn = np.random.default_rng([3407, 24]).integers(24, size=(2000, 24))
+    side = {}
+    for model in ("base", "tuned"):
+        counted = [np.array(run["eval"]["per_question"][section][model][metric]) for run in runs]
+        error = np.std([sums.sum() / counts.sum() for sums, counts in counted], ddof=1) / math.sqrt(len(runs))
+        noise = np.random.default_rng([3407, *"".join(sorted(run["name"] for run in runs)).encode()])
+        means = np.mean([sums[drawn].sum(1) / counts[drawn].sum(1) for sums, counts in counted], axis=0)
+        side[model] = means + noise.normal(0, error, 2000)
+    changes = np.sort(side["tuned"] - side["base"])
+    if changes[0] == changes[-1] and metric != "kl":
+        return [changes[0] - (1 - 0.025 ** (1 / 24)), changes[0] + (1 - 0.025 ** (1 / 24))]
+    tail = NormalDist().cdf(-math.sqrt(24 / 23) * 2.0687)
+    return [changes[round(tail * 1999)], changes[round((1 - tail) * 1999)]]
+
+
+def test_a_change_has_the_interval_that_the_evaluation_gave_it(tmp_path):
+    """Eight reasoning questions and five of chat, as a short run is asked: one list of 13, in which each kind counts its
+    own; six right of eight before, two after."""
+    run, counts = make_run(tmp_path, 0.5), [1.0] * 8 + [0.0] * 5
+    content = json.loads((run / "eval.json").read_text())
+    pair = [([1.0] * 6 + [0.0] * 7, counts), ([0.0] * 5 + [1.0] * 2 + [0.0] * 6, counts)]
+    for model, counted in zip(("base", "tuned"), pair, strict=True):
+        content["per_question"]["thinking"][model]["accuracy"] = counted
+        content[model]["thinking"]["accuracy"] = interval(*counted, seed=3407, rate=True)
+    write_json(run / "eval.json", content)
+    expected = difference(*pair, seed=3407, rate=True)
+    change = compare([run]).points[0].changes["thinking", "accuracy"]
+    assert [change[end] for end in ("value", "low", "high")] == [expected[end] for end in ("value", "low", "high")]
+
+
+def test_a_change_without_a_single_question_that_differs_has_the_exact_bound(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "QUESTIONS", 8)
+    run = make_run(tmp_path, 0.5, adherence=1.0)
+    change = compare([run]).points[0].changes["thinking", "adherence"]
+    assert [change["value"], change["low"], change["high"]] == pytest.approx([0, -0.3694, 0.3694], abs=1e-4)
 
 
 def test_equal_ratios_are_rarely_given_a_winner():

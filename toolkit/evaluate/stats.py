@@ -39,11 +39,8 @@ def _estimate(pairs: list, seed: int, least: float | None) -> dict:
     value, *subtracted = (sums.sum() / counts.sum() for sums, counts in table)
     resampled, *resampled_subtracted = (ratios(sums, counts, drawn) for sums, counts in table)
     value -= sum(subtracted)
-    low, high = _quantiles(resampled - sum(resampled_subtracted), n)
-    all_agree = math.isclose(low, high) if subtracted else value in (0.0, 1.0)
-    if least is not None and all_agree:
-        low, high = max(least, value - unanimous(n)), min(1.0, value + unanimous(n))
-    return {"value": float(value), "low": float(low), "high": float(high), "n": n}
+    low, high = ends(resampled - sum(resampled_subtracted), value, n, least)
+    return {"value": float(value), "low": low, "high": high, "n": n}
 
 
 def is_rate(metric: str) -> bool:
@@ -69,12 +66,16 @@ def unanimous(n: int) -> float:
     return 1 - 0.025 ** (1 / n)
 
 
-def _quantiles(resampled: np.ndarray, n: int) -> np.ndarray:
+def ends(resampled: np.ndarray, value: float, n: int, least: float | None) -> tuple[float, float]:
     """The 95% percentile interval, widened for small n as Hesterberg's "expanded percentile" does (The American
-    Statistician 69, 2015, section 4.4): the plain one is too narrow by about sqrt((n-1)/n) and uses z for t."""
+    Statistician 69, 2015, section 4.4): the plain one is too narrow by about sqrt((n-1)/n) and uses z for t. For a rate,
+    which is `least` or more, the exact bound around its value where all questions agree: there is no spread to resample."""
     normal = NormalDist()
     tail = normal.cdf(-math.sqrt(n / (n - 1)) * _t975(n - 1)) if n > 1 else 0.0
-    return np.quantile(resampled, [tail, 1 - tail])
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    if least is not None and math.isclose(low, high):
+        low, high = max(least, value - unanimous(n)), min(1.0, value + unanimous(n))
+    return float(low), float(high)
 
 
 def _t975(freedom: int) -> float:
