@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -311,6 +312,36 @@ def test_where_all_questions_agree_the_interval_is_the_exact_bound_and_not_a_poi
     same = difference(([1] * 20, [1] * 20), ([1] * 20, [1] * 20), seed=0, rate=True)
     assert (same["value"], same["low"]) == (0.0, pytest.approx(-0.1684, abs=1e-4))
     assert interval([], [], seed=0) == {"value": None, "low": None, "high": None, "n": 0}
+
+
+def at_most(right, n, rate):
+    """Chance that at most so many of n independent questions are right."""
+    return sum(math.comb(n, i) * rate**i * (1 - rate) ** (n - i) for i in range(right + 1))
+
+
+@pytest.mark.parametrize(("right", "n"), [(4, 8), (1, 8), (3, 5), (1, 2), (16, 20), (27, 29), (63, 64), (2, 1500)])
+def test_few_questions_or_nearly_unanimous_ones_have_the_exact_interval_of_a_rate(right, n):
+    """Its ends leave what was found a chance of 2.5%; half of 8 right can be neither 6% nor 100%."""
+    found = interval([1] * right + [0] * (n - right), [1] * n, seed=3407, rate=True)
+    assert at_most(right, n, found["high"]) == pytest.approx(0.025, abs=1e-4)
+    assert 1 - at_most(right - 1, n, found["low"]) == pytest.approx(0.025, abs=1e-4)
+    if (right, n) == (4, 8):
+        assert [found["low"], found["high"]] == pytest.approx([0.1570, 0.8430], abs=1e-4)  # printed tables
+
+
+@pytest.mark.parametrize("n", [2, 5, 8, 20])
+def test_intervals_of_few_questions_cover_every_rate(n):
+    """At least 95 of 100 times, summed over all outcomes instead of simulated."""
+    ends = [interval([1] * right + [0] * (n - right), [1] * n, seed=3407, rate=True) for right in range(n + 1)]
+    for rate in np.linspace(0.01, 0.99, 99):
+        chances = [math.comb(n, i) * rate**i * (1 - rate) ** (n - i) for i in range(n + 1)]
+        assert sum(c for c, end in zip(chances, ends, strict=True) if end["low"] <= rate <= end["high"]) >= 0.95
+
+
+def test_questions_with_several_samples_are_resampled_whole():
+    """Half of 8 questions right in both samples, as one question each: the exact interval of 16 would be too narrow."""
+    twice = interval([2] * 4 + [0] * 4, [2] * 8, seed=3407, rate=True)
+    assert twice["high"] - twice["low"] > 0.8430 - 0.1570
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 interval(right, asked, seed=3407)  # {"value": 0.71, "low": 0.63, "high": 0.79, "n": 120}
 """
 
+import bisect
 import functools
 import math
 from statistics import NormalDist
@@ -17,7 +18,7 @@ def interval(sums, counts, *, seed: int, rate: bool = False) -> dict:
 
     `sums` and `counts` hold what several samples of a question add up to, so that its samples stay together (a cluster).
     `rate` says that the number lies between 0 and 1: where all questions agree, the bootstrap sees no spread at all, and
-    the exact binomial bound takes its place. Questions with a count of 0 are left out; `n` counts those that remain."""
+    the exact binomial bound takes its place; so does the exact interval for few questions with one sample each. Questions with a count of 0 are left out; `n` counts those that remain."""
     return _estimate([(sums, counts)], seed, least=0.0 if rate else None)
 
 
@@ -40,6 +41,11 @@ def _estimate(pairs: list, seed: int, least: float | None) -> dict:
     resampled, *resampled_subtracted = (ratios(sums, counts, drawn) for sums, counts in table)
     value -= sum(subtracted)
     low, high = ends(resampled - sum(resampled_subtracted), value, n, least)
+    once = least == 0 and np.isin(table, (0, 1)).all()
+    # resamples of a few questions take few values, and an end of 0 or 1 is impossible where not all agree
+    if once and 0 < value < 1 and (n < 30 or low == 0 or high == 1):
+        right = int(table[0, 0].sum())
+        low, high = _rate(0.975, right - 1, n), _rate(0.025, right, n)
     return {"value": float(value), "low": low, "high": high, "n": n}
 
 
@@ -64,6 +70,19 @@ def ratios(sums: np.ndarray, counts: np.ndarray, drawn: np.ndarray) -> np.ndarra
 def unanimous(n: int) -> float:
     """Share that n questions, none of which shows it, leave possible at 97.5%: the Clopper-Pearson bound."""
     return 1 - 0.025 ** (1 / n)
+
+
+def _rate(chance: float, right: int, n: int) -> float:
+    """The rate at which at most `right` of n questions are right with that chance: with 2.5%, and for one less
+    with 97.5%, the ends of the exact interval (Clopper and Pearson, Biometrika 26, 1934)."""
+    if 2 * right > n:  # the same said of the wrong ones, which are few: binomials of half of n overflow
+        return 1 - _rate(1 - chance, n - right - 1, n)
+
+    def more(step: int) -> float:
+        rate = step / 10**9
+        return -sum(math.comb(n, i) * rate**i * (1 - rate) ** (n - i) for i in range(right + 1))
+
+    return bisect.bisect(range(10**9), -chance, key=more) / 10**9
 
 
 def ends(resampled: np.ndarray, value: float, n: int, least: float | None) -> tuple[float, float]:
