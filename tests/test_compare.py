@@ -388,12 +388,32 @@ def test_runs_evaluated_differently_or_unfinished_are_named_and_left_out(tmp_pat
     found = compare([*runs, tmp_path / "damaged"])
     reasons = found.left_out
     assert [run.name for point in found.points for run in point.runs] == [run.name for run in runs[:3]]
-    assert "level full (the others: quick)" in reasons[runs[3].name]
-    assert "questions q2 (the others: q1)" in reasons[runs[4].name]
+    assert reasons[runs[3].name] == "evaluated differently: level full instead of quick"
+    assert reasons[runs[4].name] == "evaluated differently: other questions"
+    assert any("`python -m toolkit evaluate NAME --level full` for each" in note for note in found.notes)
     assert f"no eval.json; `python -m toolkit evaluate {runs[5].name}`" in reasons[runs[5].name]
     assert "mix.json: expected a JSON file" in reasons["damaged"]
     page = write(found, tmp_path / "report")["html"].read_text()
     assert all(name in page for name in reasons)
+
+
+def test_the_largest_group_evaluated_alike_is_compared_and_not_a_mixture_that_no_run_has(tmp_path):
+    """Of two runs, one has the first level by name, the other the first questions: neither has both."""
+    runs = [make_run(tmp_path, 0.25, level="full", questions="q9"), make_run(tmp_path, 0.75, questions="q3", name="b")]
+    found = compare(runs)
+    assert [run.name for point in found.points for run in point.runs] == ["b"]  # the first by name
+    assert found.left_out == {runs[0].name: "evaluated differently: level full instead of quick; other questions"}
+    pair = [make_run(tmp_path, s, level="full", questions="q4") for s in (0.5, 1.0)]
+    found = compare([*runs, *pair])
+    assert {run.name for point in found.points for run in point.runs} == {run.name for run in pair}
+
+
+def test_of_groups_of_equal_size_the_one_with_more_questions_is_compared(tmp_path, monkeypatch):
+    many = make_run(tmp_path, 0.25, name="more", questions="q2")
+    monkeypatch.setattr(sys.modules[__name__], "QUESTIONS", 8)
+    few = make_run(tmp_path, 0.75, name="few")
+    found = compare([few, many])
+    assert found.left_out == {"few": "evaluated differently: other questions"}
 
 
 def test_no_run_at_all_is_an_error_that_says_why(tmp_path):
@@ -525,5 +545,7 @@ def test_the_difference_of_two_runs_is_said_in_words_with_paired_intervals(tmp_p
 
 
 def test_runs_that_were_asked_differently_are_not_called_different_in_score(tmp_path):
-    lines = difference_report(make_run(tmp_path, 0.25), make_run(tmp_path, 0.75, level="full", questions="q2"))
-    assert lines[-1] == "not comparable: the evaluations differ in level, fingerprints.questions"
+    first, second = make_run(tmp_path, 0.25, name="a"), make_run(tmp_path, 0.75, name="b", level="full", questions="q2")
+    *_, verdict, remedy = difference_report(first, second)
+    assert verdict == "not comparable: b was evaluated differently: level full instead of quick; other questions"
+    assert "`python -m toolkit evaluate NAME --level full` for each" in remedy

@@ -31,11 +31,23 @@ GOALS = (("thinking", "accuracy"), ("non_thinking", "accuracy"), CHAT, ("thinkin
 of the other kind of data are asked only."""
 GUARDS = (("thinking", "adherence"), ("non_thinking", "adherence"), CHAT)
 METRICS = tuple((section, metric) for metric in TITLES for section in (*MODES, "forgetting"))
-CONDITIONS = (
-    "level", "seed", "fingerprints.questions", "fingerprints.probes", "budget.max_new_tokens", "budget.samples",
-    "model.name", "model.revision", "model.load_in_4bit",
-)  # fmt: skip
-"""What must be equal for two evaluations to be comparable; held-out rows may differ with the mix."""
+CONDITIONS = {
+    "level": "level {} instead of {}",
+    "seed": "evaluation seed {} instead of {}",
+    "fingerprints.questions": "other questions",
+    "fingerprints.probes": "other probes",
+    "budget.max_new_tokens": "a limit of {} tokens instead of {}",
+    "budget.samples": "{} samples instead of {}",
+    "model.name": "base model {} instead of {}",
+    "model.revision": "revision {} of the base model instead of {}",
+    "model.load_in_4bit": "load_in_4bit {} instead of {}",
+}
+"""What must be equal for two evaluations to be comparable, and how a difference is said; held-out rows may differ with
+the mix."""
+REMEDY = (
+    "Runs of one base are comparable after `python -m toolkit evaluate NAME --level full` for each of them: a quick "
+    "evaluation is sized by the run's steps, so quick runs of different length are not."
+)
 MARGIN = 0.05
 """Loss against the base, as a share of replies, beyond which a point breaks a guard or fell below the base."""
 NOT_TRAINED = re.compile(
@@ -140,7 +152,8 @@ class Comparison:
 
 
 def compare(folders: Iterable[Path]) -> Comparison:
-    """Compare evaluated runs. Those that are incomplete or were evaluated otherwise than most are left out and named.
+    """Compare the largest group of runs that were evaluated alike; of equally large ones that with the most questions, or
+    else with the first name. All others are left out and named.
 
     Raises ToolkitError when no run is left."""
     runs, left_out = [], {}
@@ -150,26 +163,29 @@ def compare(folders: Iterable[Path]) -> Comparison:
         except ToolkitError as error:
             left_out[folder.name] = str(error)
     goal = max(GOALS, key=lambda goal: sum(run.found("tuned", goal) is not None for run in runs))
-    # what most were asked is the yardstick; the others would have to be evaluated again
-    usual = pd.DataFrame([run.conditions for run in runs]).mode()
-    for run in runs:
-        odd = [
-            f"{key} {value} (the others: {usual[key][0]})"
-            for key, value in run.conditions.items()
-            if value != usual[key][0]
-        ]
-        if odd:
-            left_out[run.name] = f"evaluated differently: {'; '.join(odd)}"
-        elif not run.found("tuned", goal):
+    alike = defaultdict(list)
+    for run in sorted(runs, key=lambda run: run.name):
+        if run.found("tuned", goal):
+            alike[tuple(run.conditions.values())].append(run)
+        else:
             left_out[run.name] = f"no {' '.join(goal)}: no question has an expected answer, or every reply was cut"
-    runs = sorted((run for run in runs if run.name not in left_out), key=lambda run: run.name)
-    if not runs:
+    if not alike:
         reasons = "; ".join(f"{name}: {why}" for name, why in left_out.items()) or "no folder was given"
         raise ToolkitError(f"no run to compare: {reasons}")
+    runs = max(alike.values(), key=lambda same: (len(same), same[0].found("tuned", goal)["n"]))
+    odd = {run.name: how for same in alike.values() for run in same if (how := otherwise(run, runs[0]))}
     axis, points, notes = group(runs)
     base = Point("base", [], {key: found for key in METRICS if (found := runs[0].found("base", key))}, {})
     recommended, verdict, reasons = decide(points, goal, axis)
-    return Comparison(axis, goal, base, points, recommended, verdict, notes + reasons, left_out)
+    notes += [*reasons, *[REMEDY] * bool(odd)]
+    return Comparison(axis, goal, base, points, recommended, verdict, notes, left_out | odd)
+
+
+def otherwise(run: Run, usual: Run) -> str:
+    """How a run was evaluated otherwise than another, in words; empty where it was not."""
+    pairs = {key: (value, usual.conditions[key]) for key, value in run.conditions.items()}
+    how = "; ".join(CONDITIONS[key].format(*pair) for key, pair in pairs.items() if pair[0] != pair[1])
+    return how and f"evaluated differently: {how}"
 
 
 def read_run(folder: Path) -> Run:
@@ -366,8 +382,8 @@ def difference_report(first: Path, second: Path) -> list[str]:
     ]
     lines = [f"{key}: {old.get(key, '-')} → {new.get(key, '-')}" for key in changed(facts)]
     lines = [f"{a.name} → {b.name}", *(lines or ["no recipe key, version, data fingerprint or share differs"])]
-    if uneven := changed([run.conditions for run in runs]):
-        return [*lines, f"not comparable: the evaluations differ in {', '.join(uneven)}"]
+    if how := otherwise(b, a):
+        return [*lines, f"not comparable: {b.name} was {how}", REMEDY]
     lines.append("scores (difference with its 95% interval, paired over questions):")
     for key in METRICS:
         if found := difference(key, ([a], "tuned"), ([b], "tuned")):
