@@ -281,6 +281,22 @@ def test_a_ratio_that_fell_far_below_the_base_is_named(tmp_path):
     assert found.verdict[1].startswith("Below the base: 0% reasoning (-50 points")
 
 
+@pytest.mark.parametrize("others", [0, 1])
+def test_where_one_run_is_left_nothing_is_said_about_chance_between_runs(tmp_path, others):
+    runs = [make_run(tmp_path, 0.5), *[make_run(tmp_path, 1.0, thinking=0.6, direct=0.3)] * others]
+    found = compare(runs)
+    assert found.verdict[1] == f"There is no other {'ratio' if others else 'run'} to choose from."
+
+
+def test_the_next_command_can_be_pasted_and_what_to_do_with_it_stands_before_it(tmp_path):
+    first, second, command = compare([make_run(tmp_path, s) for s in (0.25, 0.75)]).verdict
+    assert command == "next: python -m toolkit evaluate r0.25-s1quickq1 --level full"
+    assert first.startswith("No ratio is recommended")
+    assert second.endswith(
+        " are chance (95%): it ties with 75% reasoning. Evaluate each run at level full, then compare again."
+    )
+
+
 def test_small_differences_are_called_noise(tmp_path):
     rng = np.random.default_rng(3)
     runs = []

@@ -434,6 +434,13 @@ def test_a_model_without_a_thinking_mode_keeps_to_its_mode_when_it_answers_witho
     assert values(run(always_thinks, modes=("non_thinking",)), "non_thinking")["adherence"] == 0.0
 
 
+def test_a_held_out_loss_reads_as_one_item_of_a_list():
+    rows = [{"source": s, "mode": "thinking", "extra": 1.0} for s in ("a", "b") for _ in range(8)]
+    learned = [{"tokens": 10, "base": 5.0 + i % 3, "tuned": 1.0, "kl": 0.1} for i in range(len(PROBES) + len(rows))]
+    last = run(perfect, validation=rows, divergence=lambda asked: learned[: len(asked)])["verdict"][-1]
+    assert last.startswith("result: better than the base in loss on a (thinking), loss on b (thinking); nothing")
+
+
 def without_answers(_conversation, _mode):
     return reply(THOUGHT + "I do not know")
 

@@ -331,10 +331,10 @@ def decide(points: list[Point], goal: Key, axis: str) -> tuple[Point | None, lis
     best = None if why else min(better, key=lambda point: point.cost(axis))  # at equal cost the highest
     top, noun = best or whole[0], "ratio" if axis else "run"
     lead = "Recommended:" if best else f"No {noun} is recommended: {why}. Highest is"
-    command = f"export {top.runs[0].name}"
-    if not best:
-        command = f"evaluate {top.runs[0].name} --level full   (each run; then compare again)"
-    chance = f"Up to {100 * margin:.0f} points between {len(whole)} {noun}s are chance (95%)"
+    command = f"export {top.runs[0].name}" if best else f"evaluate {top.runs[0].name} --level full"
+    chance = f"There is no other {noun} to choose from"
+    if len(whole) > 1:
+        chance = f"Up to {100 * margin:.0f} points between {len(whole)} {noun}s are chance (95%)"
     if others := ", ".join(point.label for point in tied if point is not top):
         chance += f": it ties with {others}"
     fell = [f"{p.label} ({gain(goal, p.changes[goal])})" for p in points if p.lost(goal)]
@@ -342,6 +342,8 @@ def decide(points: list[Point], goal: Key, axis: str) -> tuple[Point | None, lis
     verdict = [f"{lead} {top.label}: {change_text(top, goal)}.", f"{chance}.", f"next: python -m toolkit {command}"]
     if fell:
         notes, verdict[1] = [*notes, verdict[1]], f"Below the base: {', '.join(fell)}."
+    if not best and len(points) > 1:
+        verdict[1] += " Evaluate each run at level full, then compare again."
     return best, verdict, notes
 
 

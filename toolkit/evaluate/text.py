@@ -126,7 +126,7 @@ def title(section: str, metric: str, sections: Collection[str]) -> str:
     """`sums with thinking`; without the mode where only one of the modes is among `sections`, or the metric has none."""
     if metric.startswith("loss/"):
         source, _, mode = metric.removeprefix("loss/").rpartition("/")
-        return f"loss, {source} ({mode_title(mode)})"
+        return f"loss on {source} ({mode_title(mode)})"
     how = {"thinking": " with thinking", "non_thinking": " without thinking"} if set(MODES) <= set(sections) else {}
     return TITLES.get(metric, metric.removeprefix(SET).replace("kl/", "KL, ")) + how.get(section, "")
 
