@@ -128,6 +128,23 @@ def test_replies_of_two_kinds_never_share_a_file(run, prompts, whole, loaded, tm
     assert file.read_bytes() == whole
 
 
+@pytest.mark.parametrize("text", ['{"a": 1}', "notes", '{"row": 1, "cells": 2}', "[1, 2]\n", "one\ntwo"])
+def test_a_file_that_holds_no_replies_is_named_and_stays_as_it_is(run, prompts, tmp_path, text):
+    file = tmp_path / "settings.json"
+    file.write_text(text)
+    with pytest.raises(ToolkitError, match=r"settings.json, line [12]: "):
+        answer_file(run, prompts, file, loaded=None, **OPTIONS)
+    assert file.read_text() == text
+
+
+def test_replies_followed_by_something_else_are_not_cut(run, prompts, whole, tmp_path):
+    file = tmp_path / "replies.jsonl"
+    file.write_bytes(whole[: whole.index(b"\n") + 1] + b"my notes")
+    with pytest.raises(ToolkitError, match=r"replies.jsonl, line 2"):
+        answer_file(run, prompts, file, loaded=None, **OPTIONS)
+    assert file.read_bytes().endswith(b"my notes")
+
+
 def test_prompts_are_the_same_from_every_kind_of_file(tmp_path):
     wanted = [{"messages": [{"role": "user", "content": text}]} for text in ("Hi, you", "2 + 2?")]
     texts = [w["messages"][0]["content"] for w in wanted]

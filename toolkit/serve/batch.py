@@ -17,6 +17,8 @@ from toolkit.render import load_chat
 from toolkit.sources import Rejected, canonical, open_rows
 from toolkit.sources.formats import FORMATS
 
+MOVE = "name another file, or move this one away"
+
 
 def answer_file(
     run: str | Path, prompts_file: str | Path, replies_file: str | Path, mode: str = "both", *,
@@ -129,19 +131,21 @@ def _prompt(row: dict | Rejected) -> dict:
 def read_replies(path: Path, asked: dict[int, dict], settings: dict) -> set[tuple[int, str]]:
     """(row number, mode) of the replies in a file, after cutting off a last line that a kill left unfinished.
 
-    Raises ToolkitError for replies to other prompts or with other settings."""
+    Raises ToolkitError, and leaves the file as it is, when it holds anything else, or replies to other prompts or with
+    other settings."""
     if not path.is_file():
         return set()
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    there = set()
+    *lines, rest = path.read_bytes().split(b"\n")
+    begin = b'{"row": '
+    if rest[: len(begin)] != begin[: len(rest)]:
+        raise ToolkitError(f"{path}, line {len(lines) + 1}: not the beginning of a reply: {MOVE}")
     for number, row in enumerate(read_jsonl(path), start=1):
+        row = row if isinstance(row, dict) else {}
         expected = settings | {"messages": asked.get(row.get("row"), {}).get("messages")}
         if other := [name for name, value in expected.items() if row.get(name) != value]:
-            raise ToolkitError(
-                f"{path}, line {number}: a reply to other {', '.join(other)}: name another file, or move this one away"
-            )
-        there.add((row["row"], row["mode"]))
-    return there
+            raise ToolkitError(f"{path}, line {number}: a reply to other {', '.join(other)}: {MOVE}")
+    os.truncate(path, path.stat().st_size - len(rest))  # only now is it known to be a file of replies
+    return {(row["row"], row["mode"]) for row in read_jsonl(path)}
 
 
 def _check_lengths(asked: dict[int, dict], modes, model, tokenizer, path) -> None:
