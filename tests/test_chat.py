@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import sys
 import threading
 import time
@@ -14,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from tests.pocket_run import make_run
-from toolkit.files import ROOT
+from toolkit.files import ROOT, ToolkitError
 from toolkit.serve import chat as chatting
 from toolkit.serve.chat import chat
 from toolkit.sources.formats import canonical
@@ -23,7 +22,10 @@ CHAT = "from toolkit.serve.chat import chat; import sys; chat('tuned', url=sys.a
 
 
 class Echo(BaseHTTPRequestHandler):
-    """An API as OpenAI's that answers with mode, model and question; replies to "forever" never end by themselves."""
+    """An API as vLLM's that answers with mode, model and question; replies to "forever" never end by themselves."""
+
+    def do_GET(self):
+        self._send(200, json.dumps({"data": [{"id": name, "owned_by": "vllm"} for name in self.server.models]}))
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -62,6 +64,7 @@ class Echo(BaseHTTPRequestHandler):
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
     server.asked, server.delay, server.reasoning = [], 0, "reasoning_content"
+    server.models = ["base", "other", "tuned"]
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -102,7 +105,8 @@ def test_switches_reach_the_model(talk):
         ("one", True, "tuned"), ("two", False, "tuned"), ("three", False, "base"), ("four", True, "tuned"),
         ("five", False, "tuned"),
     ]  # fmt: skip
-    assert [b["lora"] for b in asked[1:3]] == [[{"id": 0, "scale": 1.0}], [{"id": 0, "scale": 0.0}]]
+    scales = [[lora["scale"] for lora in b["lora"]] for b in asked]
+    assert scales == [[0, 1], [0, 1], [0, 0], [0, 1], [0, 1]], "it is the second LoRA of the server"
 
 
 def test_reasoning_is_read_where_vllm_puts_it(talk, server):
@@ -131,11 +135,17 @@ def test_an_instruct_model_has_one_mode(monkeypatch, tmp_path, server, family):
     assert server.asked[0]["chat_template_kwargs"] == {"enable_thinking": False}
 
 
-def test_a_server_that_is_not_there_is_named(monkeypatch, tmp_path):
-    run, out = make_run(tmp_path / "tuned"), io.StringIO()
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
-    chat(run, url="http://127.0.0.1:9", console=Console(file=out, width=200))
-    assert re.search("error: http://127.0.0.1:9: .*is the server running", out.getvalue())
+def test_a_server_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ToolkitError, match=r"http://127.0.0.1:9: .*is the server running"):
+        chat(make_run(tmp_path / "tuned"), url="http://127.0.0.1:9")
+
+
+@pytest.mark.parametrize(("models", "served"), [(["base", "other"], "other"), (["base"], "a base alone")])
+def test_a_server_of_other_runs_is_refused_with_what_it_serves(talk, server, models, served):
+    server.models = models
+    with pytest.raises(ToolkitError, match=f"serves {served}, not tuned"):
+        talk("Hello")
+    assert not server.asked
 
 
 def test_quit_leaves_and_so_does_the_end_of_input(talk):

@@ -16,7 +16,7 @@ import pytest
 from tests.pocket_run import make_gguf, make_run
 from toolkit.files import POCKET, ROOT, ToolkitError
 from toolkit.serve import vllm_command, welcome
-from toolkit.serve.engine import BASE, check, exported_gguf, start
+from toolkit.serve.engine import BASE, check, connect, exported_gguf, start
 
 SUM = [{"role": "user", "content": "What is 17 + 25?"}]
 QUIET = {"chat_template_kwargs": {"enable_thinking": False}}
@@ -148,17 +148,26 @@ def test_several_runs_and_their_base_are_answered_apart_and_at_the_same_time(eng
     assert crowd == [alone[names[i % 3]] for i in range(24)]
 
 
+def test_a_server_says_which_runs_it_serves_in_the_order_of_their_loras(engine):
+    assert connect(f"{engine.url}/", "other.v2").runs == engine.runs == ("tuned", "other.v2")
+    with pytest.raises(ToolkitError, match=r"serves tuned, other.v2, not another"):
+        connect(engine.url, "another")
+
+
 def test_the_base_alone_can_be_served_for_tools_that_cannot_ask_for_it(runs, engine):
     served = start(runs[:1], base=True)
     assert first_logprobs(served, {}) == first_logprobs(engine, engine.lora(BASE))
     assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["id"] == "base"
     assert served.runs == ()
+    with pytest.raises(ToolkitError, match="serves a base alone, not tuned"):
+        connect(served.url, "tuned")
 
 
 def test_the_exported_file_is_served(runs):
     make_gguf(runs[0])
     served = start(runs[:1], source="merged-gguf", quant="q8_0")
     assert served.call("/v1/chat/completions", {"messages": SUM, "max_tokens": 8})["choices"][0]["message"]
+    assert connect(served.url, "tuned").runs == ()
 
 
 # --- what clients get ------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ class Engine:
 def _named(url: str) -> Iterator[None]:
     try:
         yield
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, json.JSONDecodeError) as error:
         raise ToolkitError(f"{url}: does not answer ({error}): is the server running?") from error
 
 

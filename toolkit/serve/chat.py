@@ -13,7 +13,7 @@ from toolkit.family import KINDS, mode_title
 from toolkit.files import ToolkitError, append_rows, outputs
 from toolkit.model import run_folder
 from toolkit.render import load_chat
-from toolkit.serve.engine import BASE, start
+from toolkit.serve.engine import BASE, connect, start
 
 COMMANDS = {
     "/think": "reason before answering",
@@ -37,7 +37,9 @@ class Talk:
 
     engine: Engine
     console: object
+    run: str
     name: str
+    """The run's, or `base`: who answers."""
     modes: tuple[str, ...]
     mode: str
     max_tokens: int
@@ -58,8 +60,8 @@ def chat(run: str | Path, *, mode: str | None = None, max_tokens: int = 2048, ur
     console = console or Console(highlight=False, soft_wrap=True)
     folder = run_folder(run).resolve()
     modes = KINDS[load_chat(str(folder / "adapter")).kind] or ("non_thinking",)
-    engine = Engine(url.rstrip("/"), key, (folder.name,)) if url else start([folder], say=console.print, **options)
-    talk = Talk(engine, console, folder.name, modes, mode if mode in modes else modes[0], max_tokens)
+    engine = connect(url, folder.name, key) if url else start([folder], say=console.print, **options)
+    talk = Talk(engine, console, folder.name, folder.name, modes, mode if mode in modes else modes[0], max_tokens)
     talk.note(f"{talk.name}, {mode_title(talk.mode)}. /help lists the commands")
     for line in _lines():
         try:
@@ -113,7 +115,7 @@ def _turn(talk: Talk, line: str) -> bool:
         case "/base" | "/tuned":
             if not talk.engine.runs:
                 raise ToolkitError(f"{command}: this server has one set of weights: chat without --from has both")
-            talk.name = BASE if command == "/base" else talk.engine.runs[0]
+            talk.name = BASE if command == "/base" else talk.run
             talk.note(f"({talk.name})")
         case _ if command.startswith("/") and not rest:
             raise ToolkitError(f"{command}: no such command. /help lists them")

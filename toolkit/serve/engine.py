@@ -66,6 +66,20 @@ def start(
     return engine
 
 
+def connect(url: str, run: str, key: str | None = None) -> Engine:
+    """The server that `serve` started at `url`, by llama.cpp or vLLM. Raises ToolkitError when it does not serve `run`."""
+    engine = Engine(url.rstrip("/"), key)
+    models = engine.call("/v1/models")["data"]
+    served = engine.runs = tuple(model["id"] for model in models if model["id"] != BASE)
+    if any(model.get("owned_by") == "llamacpp" for model in models):  # which names its first run only
+        loras = engine.call("/lora-adapters")  # in the order of their ids
+        engine.runs = tuple(Path(lora["path"]).name.rpartition("-")[0] for lora in loras)
+        served = engine.runs or served
+    if run not in served:
+        raise ToolkitError(f"{url}: serves {', '.join(served) or 'a base alone'}, not {run}")
+    return engine
+
+
 def _check_port(host: str, port: int) -> None:
     """A port that is taken is known before a model is loaded."""
     try:
