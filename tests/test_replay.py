@@ -160,6 +160,11 @@ def test_an_instruct_model_rehearses_its_one_mode(recipe, tmp_path):
     assert "thinking," not in console.export_text().replace("non-thinking", "")
 
 
+def test_a_second_replay_rewrites_the_file(recipe):
+    for count in (4, 2):
+        assert len(rows_of(replay(recipe, count=count, answer=well, console=quiet()))) == count
+
+
 def test_two_replays_do_not_write_one_file_at_the_same_time(recipe, tmp_path):
     def answer(prompts, mode, seed):
         code = (
@@ -167,7 +172,7 @@ def test_two_replays_do_not_write_one_file_at_the_same_time(recipe, tmp_path):
             "try: lock(pathlib.Path(sys.argv[1]), 'replay').__enter__()\n"
             "except ToolkitError as error: print(error)"
         )
-        words = [sys.executable, "-c", code, str(tmp_path / "out/tiny-replay.jsonl")]
+        words = [sys.executable, "-c", code, str(tmp_path / "out/tiny-replay")]
         other.append(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
         return well(prompts, mode, seed)
 

@@ -44,7 +44,7 @@ def replay(
     console = console or default_console()
     recipe = resolve(recipe, console)
     path = outputs() / f"{recipe.name}-replay.jsonl"
-    with lock(path, "replay"), Progress(console, "verified rows", total=count) as progress:
+    with lock(path.with_suffix(""), "replay"), Progress(console, "verified rows", total=count) as progress:
         mixed, chat = compile_mix(recipe, console), load_chat(recipe.model.model_name, recipe.model.revision)
         sources = [Source(str(prompts))] if prompts else recipe.data.sources
         asked = list(islice(unused(sources, recipe, mixed), MAX_PROMPTS_PER_ROW * count))
