@@ -42,6 +42,10 @@ def broken(*path_and_value):
     return values
 
 
+def test_a_quantization_may_be_written_as_export_takes_it():
+    assert from_dict(broken("export", "quantization_method", ["F16"])).export.quantization_method == ("F16",)
+
+
 def test_recipes_ship():
     assert len(RECIPES) >= 4
 
@@ -99,6 +103,11 @@ def test_the_resolved_recipe_alone_gives_the_same_recipe_back():
         (broken("model", "model_name", None), "model.model_name is missing"),
         (broken("name", "a/b"), "name: 'a/b' becomes a folder"),
         (broken("name", "n" * 4000), "name: 'nnn.*up to 100 letters"),
+        (broken("train", "max_steps", 0), "train.max_steps: expected a whole number >= 1, or -1 for no limit, found 0"),
+        (
+            broken("export", "quantization_method", ["q8_0", "q9_9"]),
+            "export.quantization_method: expected some of f16, bf16, .*q4_k_m, found 'q9_9'",
+        ),
         (["name"], "expected keys"),
         (broken(7, "x"), "unknown key 7. Known"),
         (broken("data", "validation_size", -1), "data.validation_size: expected a whole number >= 0, found -1"),

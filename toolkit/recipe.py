@@ -26,6 +26,8 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(gt=0)]
 Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]  # what numpy and torch accept
 AboveZero = Annotated[float, msgspec.Meta(gt=0)]
+QUANTS = {"f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q6_k": "Q6_K", "q5_k_m": "Q5_K", "q4_k_m": "Q4_K"}
+"""GGUF file type, by llama.cpp's name → the type of most of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Export:
     """What `export` makes unless told otherwise."""
 
     quantization_method: tuple[str, ...] = ("q8_0",)
-    """llama.cpp's names: f16, bf16, q8_0, q4_k_m …"""
+    """Some of QUANTS."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,12 @@ def from_dict(values: dict, where: str = "recipe", overrides: Sequence[str] = ()
     if not re.fullmatch(r"\w[\w.\-]{0,99}", built.name):
         raise ToolkitError(
             f"{where}: name: {built.name!r:.100} becomes a folder: use up to 100 letters, digits, '-', '_' and '.'"
+        )
+    if built.train.max_steps == 0:
+        raise ToolkitError(f"{where}: train.max_steps: expected a whole number >= 1, or -1 for no limit, found 0")
+    if other := [q for q in built.export.quantization_method if q.lower() not in QUANTS]:
+        raise ToolkitError(
+            f"{where}: export.quantization_method: expected some of {', '.join(QUANTS)}, found {other[0]!r}"
         )
     fill = {name.replace("AUTHOER", "AUTHOR"): value for name, value in built.data.placeholders.items()}
     sources = _with_fractions(built.data, where)

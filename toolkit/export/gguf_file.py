@@ -20,7 +20,7 @@ from toolkit.export.merge import Adapter, Merged, filled, generation_config, loa
 from toolkit.family import family_of, mode_title, sampling_of
 from toolkit.files import ToolkitError, complete, read_json
 from toolkit.generate import closing_token, modes_of
-from toolkit.recipe import load
+from toolkit.recipe import QUANTS, load
 from toolkit.render import load_chat
 
 OLLAMA = "0.30.0"
@@ -31,8 +31,6 @@ CHUNK = 1 << 22
 
 # llama.cpp, src/llama-quant.cpp: llama_tensor_get_type. Compared with llama_model_quantize itself on 28- and 36-layer
 # shapes, tied and untied: data_recipes/measured/gguf_parity.json.
-QUANTS = {"f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q6_k": "Q6_K", "q5_k_m": "Q5_K", "q4_k_m": "Q4_K"}
-"""File type → the type of most of its tensors."""
 MORE_BITS = {"Q5_K": "Q6_K", "Q4_K": "Q6_K"}
 """What output.weight gets (or the embedding where it is the head too), and attn_v and ffn_down in some layers."""
 PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
