@@ -103,6 +103,7 @@ def test_the_resolved_recipe_alone_gives_the_same_recipe_back():
         (broken("model", "model_name", None), "model.model_name is missing"),
         (broken("name", "a/b"), "name: 'a/b' becomes a folder"),
         (broken("name", "n" * 4000), "name: 'nnn.*up to 100 letters"),
+        (broken("name", "base"), "name: 'base' becomes a folder: .*and not `base`"),
         (broken("train", "max_steps", 0), "train.max_steps: expected a whole number >= 1, or -1 for no limit, found 0"),
         (
             broken("export", "quantization_method", ["q8_0", "q9_9"]),

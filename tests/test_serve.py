@@ -316,7 +316,7 @@ def test_the_quantization_is_the_one_asked_for_or_the_smallest_that_is_exact(tmp
 
 def test_what_cannot_be_served_is_refused_before_anything_is_loaded(runs, outputs, family):
     other = make_run(outputs / "of_another_base", 1, NOISE, family("qwen2.5"))
-    named = make_run(outputs / "base", 1)
+    named = make_run(outputs / "called", 1).rename(outputs / "base")
     busy = socket.create_server(("127.0.0.1", 0))
     cases = [
         ([*runs, other], {}, "trained on different bases"),

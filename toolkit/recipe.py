@@ -231,9 +231,10 @@ def from_dict(values: dict, where: str = "recipe", overrides: Sequence[str] = ()
         built = msgspec.convert(values, Recipe)
     except msgspec.ValidationError as error:
         raise ToolkitError(f"{where}: {_explain(str(error), values)}") from error
-    if not re.fullmatch(r"\w[\w.\-]{0,99}", built.name):
+    if not re.fullmatch(r"(?!base$)\w[\w.\-]{0,99}", built.name):
         raise ToolkitError(
-            f"{where}: name: {built.name!r:.100} becomes a folder: use up to 100 letters, digits, '-', '_' and '.'"
+            f"{where}: name: {built.name!r:.100} becomes a folder: use up to 100 letters, digits, '-', '_' and '.', "
+            "and not `base`, which serve and chat call the model that a run was trained on"
         )
     if built.train.max_steps == 0:
         raise ToolkitError(f"{where}: train.max_steps: expected a whole number >= 1, or -1 for no limit, found 0")
