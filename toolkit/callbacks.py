@@ -84,7 +84,7 @@ class Record(TrainerCallback, ExportableState):
     def _stop(self, finding: str) -> None:
         step, totals = self.trainer.state.global_step + 1, self.totals
         cause = (
-            "It is the first step, so look at these rows (`python -m toolkit mix --show`) and at train.learning_rate"
+            "It is the first step: look at rows (`python -m toolkit mix RECIPE --show 3`) and at train.learning_rate"
         )
         if totals["steps"]:
             mean = totals["loss"] / totals["steps"]

@@ -161,8 +161,8 @@ class Train:
 OWNED = {
     "train.output_dir": "a run is written to outputs/<name>: set `name`",
     "train.max_length": "set model.max_seq_length; rows are never truncated",
-    "train.assistant_only_loss": "labels follow the label rule (README, “What is trained on”)",
-    "train.completion_only_loss": "labels follow the label rule (README, “What is trained on”)",
+    "train.assistant_only_loss": "labels follow the label rule (README, “How it works”)",
+    "train.completion_only_loss": "labels follow the label rule (README, “How it works”)",
     "train.seed": "set data.seed: one seed decides rows and training",
     "train.run_name": "set `name`",
 }
