@@ -82,6 +82,21 @@ def test_a_mistyped_name_is_an_error_with_a_suggestion(line, said, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "mix --show -1", "sweep --seeds 0", "replay --count -3", "chat R --max-new-tokens 0", "chat R --context 0",
+        "generate R P F --batch-size 0", "generate R P F --max-new-tokens many", "generate R P F --seed -1",
+    ],
+)  # fmt: skip
+def test_a_number_that_cannot_work_is_refused_before_anything_is_done(line, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(line.split())
+    *_, option, value = line.split()
+    least = 0 if option == "--seed" else 1
+    assert f"{option}: expected a whole number >= {least}, found '{value}'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_end_a_verb_in_order_and_say_how_to_resume(name, tmp_path):
     process = start("try: time.sleep(60)\n    finally: print('closed', flush=True)", tmp_path)

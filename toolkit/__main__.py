@@ -161,6 +161,13 @@ def _folder(run: str) -> Path:
     return Path(run) if Path(run).is_dir() else outputs() / run
 
 
+def whole(text: str, least: int = 1) -> int:
+    """An argument's type: a whole number that is not below `least`. Raises what argparse shows as the option's error."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= {least}, found {text!r}")
+    return int(text)
+
+
 RECIPE = (
     arg("recipe", nargs="?", help="a YAML file or a name in data_recipes/; default: hybrid on a GPU, else pocket"),
     arg("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=10 data.reasoning=0.5"),
@@ -172,7 +179,7 @@ WEIGHTS = (
     arg("--from", dest="source", choices=("adapter", "merged-gguf"), default="adapter",
         help="default: the adapter beside its base; merged-gguf is the file that `export` wrote"),
     arg("--quant", help="of the base, default q8_0; with merged-gguf which file, default the most exact small one"),
-    arg("--context", type=int, default=8192, metavar="N", help="tokens of prompt and reply together; default 8192"),
+    arg("--context", type=whole, default=8192, metavar="N", help="tokens of prompt and reply together; default 8192"),
 )  # fmt: skip
 
 
@@ -208,7 +215,7 @@ def doctor(gpu, cpu_rehearsal):
     *RECIPE,
     FRESH,
     arg("--dry-run", action="store_true", help="only the plan"),
-    arg("--show", type=int, default=0, metavar="N", help="print N rows per source, supervised tokens coloured"),
+    arg("--show", type=whole, default=0, metavar="N", help="print N rows per source, supervised tokens coloured"),
 )
 def mix(recipe, overrides, fresh, dry_run, show):
     """Compile a recipe's mix and show it: plan, achieved shares, drops, lengths."""
@@ -268,7 +275,7 @@ def fit(recipe, overrides, model, vram, table):
     RECIPE[1],
     arg("--reasoning", "--shares", dest="shares", nargs="+", type=float, metavar="SHARE", help="default: 0 0.25 0.5 0.75 1"),
     arg("--of", default="reasoning", metavar="SOURCE", help="whose share; default: all thinking sources together"),
-    arg("--seeds", type=int, default=1, help="runs per share, seeds counted up from data.seed"),
+    arg("--seeds", type=whole, default=1, help="runs per share, seeds counted up from data.seed"),
 )  # fmt: skip
 def sweep(recipe, overrides, shares, **options):
     """Train every reasoning share at one budget, compare, recommend; the same command resumes it."""
@@ -310,7 +317,7 @@ def reproduce(run):
 @verb(
     *RECIPE,
     arg("--prompts", metavar="FILE", help="rows to answer; default: the recipe's own that it does not train on"),
-    arg("--count", type=int, default=100, help="rows to keep, half of them in each mode"),
+    arg("--count", type=whole, default=100, help="rows to keep, half of them in each mode"),
 )
 def replay(recipe, overrides, **options):
     """Write the base model's own verified answers as a source that keeps what training would make it forget."""
@@ -355,7 +362,7 @@ def verify(run):
     RUN,
     *WEIGHTS,
     arg("--no-think", action="store_true", help="begin in non-thinking mode"),
-    arg("--max-new-tokens", dest="max_tokens", type=int, default=2048, metavar="N", help="of one reply; default 2048"),
+    arg("--max-new-tokens", dest="max_tokens", type=whole, default=2048, metavar="N", help="of a reply; default 2048"),
     arg("--url", help="a server that `serve` started; default: an engine in this process"),
     arg("--api-key", dest="key", help="of that server"),
 )
@@ -389,9 +396,9 @@ def serve(runs, **options):
     arg("prompts", type=Path, help=".txt (one a line), .jsonl, .json, .csv or .parquet"),
     arg("replies", type=Path, help="a .jsonl, new or to be continued"),
     arg("--mode", choices=("both", "thinking", "non_thinking"), default="both"),
-    arg("--max-new-tokens", type=int, default=1024, metavar="N"),
-    arg("--batch-size", type=int, default=16, metavar="N"),
-    arg("--seed", type=int, default=3407),
+    arg("--max-new-tokens", type=whole, default=1024, metavar="N"),
+    arg("--batch-size", type=whole, default=16, metavar="N"),
+    arg("--seed", type=functools.partial(whole, least=0), default=3407),
 )
 def generate(run, prompts, replies, **options):
     """Answer a file of prompts in one mode or both; the same command resumes it."""
