@@ -1,6 +1,7 @@
 """The command line: options leave overrides alone, mistakes get a suggestion, failures say where the log is."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -95,6 +96,14 @@ def test_a_number_that_cannot_work_is_refused_before_anything_is_done(line, caps
     *_, option, value = line.split()
     least = 0 if option == "--seed" else 1
     assert f"{option}: expected a whole number >= {least}, found '{value}'" in capsys.readouterr().err
+
+
+def test_the_command_that_mix_names_next_can_be_pasted_into_a_shell(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
+    words = ["pocket", "data.budget=3000", "evaluate.prompts=[What's new]"]
+    assert cli.main(["mix", *words]) == 0
+    found = capsys.readouterr().out.split("next:")[1].splitlines()[0]
+    assert shlex.split(found) == ["python", "-m", "toolkit", "train", *words]
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])

@@ -8,6 +8,7 @@ import functools
 import itertools
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -227,8 +228,8 @@ def mix(recipe, overrides, fresh, dry_run, show):
         out.print(showing.plan_table(mix.plan(loaded.data)))
         return
     loaded = run.resolve(loaded, out)
-    words = ["python -m toolkit train", recipe or loaded.name, *overrides]
-    mixed = run.compile_mix(loaded, out, fresh=fresh, next_command=" ".join(words))
+    words = ["python", "-m", "toolkit", "train", recipe or loaded.name, *overrides]
+    mixed = run.compile_mix(loaded, out, fresh=fresh, next_command=shlex.join(words))
     if show:
         chat = render.load_chat(loaded.model.model_name, loaded.model.revision)
         out.print(showing.coloured(mixed, chat, show))
