@@ -76,11 +76,15 @@ def test_every_verb_says_what_it_does():
         ("train hybird", "Did you mean 'hybrid'?"),
         ("train pocket max_steps", "override 'max_steps': expected key=value"),
         ("evaluate no-such-run-at-all", "no such run"),
+        ("diff tuend tuned", "tuend: no such run in {outputs}. Did you mean 'tuned'?"),
+        ("compare nowhere", "nowhere: no such run in {outputs}. Known: tuned"),
     ],
 )
-def test_a_mistyped_name_is_an_error_with_a_suggestion(line, said, capsys):
+def test_a_mistyped_name_is_an_error_with_a_suggestion(line, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
+    make_run(tmp_path / "tuned")
     assert cli.main(line.split()) == 2
-    assert said in capsys.readouterr().err
+    assert said.format(outputs=tmp_path) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -158,8 +158,11 @@ def _recipe(path: str | None, overrides: list[str]):
 
 
 def _folder(run: str) -> Path:
-    """A run's folder by its path, else by its name under outputs/."""
-    return Path(run) if Path(run).is_dir() else outputs() / run
+    """A run's folder by its path, else by its name under outputs/, finished or not. Raises ToolkitError."""
+    from toolkit import model
+
+    found = Path(run) if Path(run).is_dir() else outputs() / run
+    return found if found.is_dir() else model.run_folder(run)  # which says that there is none
 
 
 def whole(text: str, least: int = 1) -> int:
@@ -286,23 +289,23 @@ def sweep(recipe, overrides, shares, **options):
 
 
 @verb(
-    arg("runs", nargs="*", type=_folder, help="run folders or names; without any, every scored run"),
+    arg("runs", nargs="*", help="run folders or names; without any, every scored run"),
     arg("--out", type=Path, help="where table, picture and page go; default: outputs/comparison"),
 )
 def compare(runs, out):
     """Several runs: one table, one picture, one recommendation."""
     from toolkit import compare, report
 
-    found = runs or sorted(p.parent for p in outputs().glob("*/eval.json"))
+    found = [_folder(run) for run in runs] or sorted(p.parent for p in outputs().glob("*/eval.json"))
     report.conclude(compare.compare(found), out or outputs() / "comparison", console())
 
 
-@verb(arg("first", type=_folder, help="a run's folder, or its name under outputs/"), arg("second", type=_folder))
+@verb(arg("first", help="a run's folder, or its name under outputs/"), arg("second"))
 def diff(first, second):
     """Two runs: in words, what differed between them and what it did to the scores."""
     from toolkit import compare
 
-    console().print("\n".join(compare.difference_report(first, second)), markup=False)
+    console().print("\n".join(compare.difference_report(_folder(first), _folder(second))), markup=False)
 
 
 @verb(RUN)
