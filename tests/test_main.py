@@ -102,6 +102,18 @@ def test_a_number_that_cannot_work_is_refused_before_anything_is_done(line, caps
     assert f"{option}: expected a whole number >= {least}, found '{value}'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("export tuned --to merged --quant q4_k_m", "--quant is for GGUF files, which --to leaves out"),
+        ("export tuned --really-push", "--really-push: to which repository? Add --push REPO"),
+    ],
+)
+def test_an_option_without_an_effect_is_refused(line, said, capsys):
+    assert cli.main(line.split()) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_the_command_that_mix_names_next_can_be_pasted_into_a_shell(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
     words = ["pocket", "data.budget=3000", "evaluate.prompts=[What's new]"]

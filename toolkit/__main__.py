@@ -343,6 +343,10 @@ def export(run, to, quant, push, really_push, **options):
     """Write merged weights and GGUF files and prove that they are the run: certificate.json."""
     from toolkit import export, model, recipe
 
+    if quant and "gguf" not in to:
+        raise ToolkitError("--quant is for GGUF files, which --to leaves out: add gguf to --to, or leave out --quant")
+    if really_push and not push:
+        raise ToolkitError("--really-push: to which repository? Add --push REPO")
     folder, say = model.run_folder(run), functools.partial(console().print, markup=False)
     quants = quant or recipe.load(folder / "recipe.yaml").export.quantization_method
     export.export(folder, quants if "gguf" in to else (), say=say, **options)
