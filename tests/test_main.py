@@ -122,6 +122,15 @@ def test_the_command_that_mix_names_next_can_be_pasted_into_a_shell(capsys, tmp_
     assert shlex.split(found) == ["python", "-m", "toolkit", "train", *words]
 
 
+def test_a_model_of_fit_s_advice_replaces_the_one_of_its_option(capsys):
+    assert cli.main("fit pocket --model Qwen3-8B --vram 8".split()) == 0
+    advice = capsys.readouterr().out.rpartition("it fits with ")[2].split(":")[0]
+    assert "model.model_name=" in advice
+    assert cli.main(["fit", "pocket", "--model", "Qwen3-8B", "--vram", "8", *advice.split()]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"{advice.rpartition('=')[2]} fits:")
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_signals_end_a_verb_in_order_and_say_how_to_resume(name, tmp_path):
     process = start("try: time.sleep(60)\n    finally: print('closed', flush=True)", tmp_path)

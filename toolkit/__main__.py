@@ -270,8 +270,8 @@ def fit(recipe, overrides, model, vram, table):
     if table:
         fit.show_table(console())
         return
-    usable = notebook.vram(vram)
-    fit.show(fit.forecast(_recipe(recipe, overrides), model, vram=usable), usable, console())
+    usable, chosen = notebook.vram(vram), [f"model.model_name={model}"] if model else []
+    fit.show(fit.forecast(_recipe(recipe, [*chosen, *overrides]), vram=usable), usable, console())
 
 
 @verb(
