@@ -15,7 +15,7 @@ import pytest
 
 from tests.pocket_run import make_gguf, make_run
 from toolkit.files import POCKET, ROOT, ToolkitError
-from toolkit.serve import vllm_command, welcome
+from toolkit.serve import serve, vllm_command, welcome
 from toolkit.serve.engine import BASE, check, connect, exported_gguf, start
 
 SUM = [{"role": "user", "content": "What is 17 + 25?"}]
@@ -399,9 +399,15 @@ def test_vllm_gets_runs_and_base_by_name_with_parsers_template_and_precision(run
     for part in (
         "--served-model-name base --enable-lora", "--reasoning-parser qwen3", "--quantization bitsandbytes",
         "--enable-auto-tool-choice --tool-call-parser hermes", f"--chat-template {runs[0]}/adapter/chat_template.jinja",
-        "--host 127.0.0.1 --port 8000", "--api-key secret", "--max-model-len 4096",
+        "--host 127.0.0.1 --port 8000", "--api-key secret", "--max-model-len 2048",  # the model ends there
     ):  # fmt: skip
         assert part in text
+
+
+@pytest.mark.parametrize("option", [{"base": True}, {"checked": True}, {"source": "merged-gguf"}, {"quant": "q8_0"}])
+def test_an_option_without_an_effect_on_vllm_is_refused(runs, option):
+    with pytest.raises(ToolkitError, match="leave out --base, --check, --from and --quant"):
+        serve(runs, engine="vllm", **option)
 
 
 @pytest.mark.parametrize(("name", "parser"), [("qwen2.5", "hermes"), ("llama3", "llama3_json"), ("gemma3", None)])

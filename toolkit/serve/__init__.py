@@ -15,7 +15,7 @@ from pathlib import Path
 from toolkit import recipe
 from toolkit.export.llama import Engine
 from toolkit.family import family_of
-from toolkit.files import read_json
+from toolkit.files import ToolkitError, read_json
 from toolkit.model import checkpoint_file, checkpoint_path, run_folder
 from toolkit.render import load_chat
 from toolkit.serve.engine import BASE, CONTEXT, check, start
@@ -32,6 +32,8 @@ def serve(runs: Sequence[str | Path], *, engine: str = "llama.cpp", host: str = 
     if host not in LOOPBACK and key is None:
         key = secrets.token_urlsafe(24)
     if engine == "vllm":
+        if checked or options.get("base") or options.get("quant") or options.get("source", "adapter") != "adapter":
+            raise ToolkitError("vLLM serves adapters beside their base: leave out --base, --check, --from and --quant")
         command = vllm_command(runs, host=host, port=port, key=key, context=options.get("context", CONTEXT))
         if shutil.which("vllm") is None:
             say(f"vLLM is not installed here. Where it is (pip install vllm), run:\n\n{shlex.join(command)}")
@@ -80,7 +82,7 @@ def vllm_command(runs: Sequence[str | Path], *, host: str, port: int, key: str |
         "enable-lora": True,
         "lora-modules": [f"{folder.name}={folder / 'adapter'}" for folder in folders],
         "max-lora-rank": next(most for most in VLLM_RANKS if most >= rank),
-        "max-model-len": context,
+        "max-model-len": min(context, config.get("text_config", config).get("max_position_embeddings", context)),
         "chat-template": template if template.is_file() else None,
         "revision": model.revision,
         "quantization": "bitsandbytes" if nf4 else None,
