@@ -384,7 +384,7 @@ def _with_fractions(data: Data, where: str) -> tuple[Source, ...]:
     if without and (shared or len(without) < len(sources)):
         raise ToolkitError(
             f"{where}: data.sources.{without[0]}.fraction ({sources[without[0]].name}): expected a number from 0 to 1, found "
-            f"none; write e.g. `fraction: {1 / len(sources):.2g}`, so that all fractions sum to 1 (or leave out every "
+            f"none; write e.g. `fraction: {1 / len(sources):.10g}`, so that all fractions sum to 1 (or leave out every "
             "fraction, data.budget and data.reasoning: `path#500` then takes 500 examples, a plain path all there are)"
         )
     if without:
