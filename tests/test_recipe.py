@@ -126,7 +126,7 @@ def test_the_resolved_recipe_alone_gives_the_same_recipe_back():
         (broken("train", "learning_rate", float("nan")), "expected text, finite numbers"),
         (
             broken("data", "sources", 1, "fraction", None),
-            r"data.sources.1.fraction \(b\): .*found none; write e.g. `fraction: 0.33`",
+            r"data.sources.1.fraction \(b\): .*found none; write e.g. `fraction: 0.3333333333`",
         ),
     ],
 )
