@@ -27,6 +27,7 @@ class Progress:
             self.bar = progress.Progress(
                 *columns, progress.TimeRemainingColumn(), console=self.console, transient=True,
                 redirect_stdout=False, redirect_stderr=False,  # what libraries print meanwhile goes to the log
+                refresh_per_second=2,  # a notebook gets a message each time: ten a second of a sweep were minutes behind
             )  # fmt: skip
             self.task = self.bar.add_task(self.title, total=self.total)
             self.bar.start()
