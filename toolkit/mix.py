@@ -162,8 +162,8 @@ def _draw(draws: list["Draw"], recipe: Recipe, chat: Chat) -> None:
     """Hold out and draw every source's rows. All hold out first, so that none trains on another's validation prompt."""
     judge = Judge(recipe.data, recipe.model.max_seq_length, chat, _question_prompts(recipe))
     with ThreadPoolExecutor(1) as encoder:
-        # Loads while the first rows are rendered, and alone: the reference would hold the interpreter meanwhile
-        encoder.submit(getattr, chat, "fast")
+        encoder.submit(getattr, chat, "fast")  # loads while the reference does, and the first rows are rendered
+        _ = chat.tokenizers.reference
         streams = [_stream(draw, recipe.data, chat, encoder) for draw in draws]
         for hold_out in (True, False):
             for draw, stream in zip(draws, streams, strict=True):
