@@ -8,6 +8,7 @@ from rich.console import Console
 
 from tests.test_mix import CHAT, THINKING, cache, chat_rows, compiled, jsonl  # noqa: F401 - cache is a fixture
 from toolkit import mix, notebook, show
+from toolkit.progress import Progress
 from toolkit.render import load_chat
 
 ALIKE = "a_very_long_name_of_a_source_that_goes_on_and_on_and_ends_in_"
@@ -124,3 +125,14 @@ def test_trl_masking_and_the_label_rule_agree_where_there_is_no_think_block(name
     (shown, taught), (shown_here, taught_here) = show.trl_masking(said, chat), show.label_rule(said, chat)
     assert shown == shown_here
     assert taught.strip() == taught_here.strip()
+
+
+def test_progress_of_which_nothing_is_done_yet_tells_no_time_left(monkeypatch):
+    """All replies of a base may lie in the cache: they are skipped before the first one is generated."""
+    monkeypatch.setattr(Progress, "PLAIN_EVERY", 0)
+    out = io.StringIO()
+    with Progress(Console(file=out), "evaluating", total=4) as progress:
+        progress.skip(2)
+        assert out.getvalue() == ""
+        progress.advance(1)
+    assert out.getvalue().startswith("evaluating: 1 of 2")

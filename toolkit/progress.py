@@ -43,7 +43,7 @@ class Progress:
         now = time.monotonic()
         if self.bar:
             self.bar.update(self.task, description=self.title, completed=self.done, total=self.total)
-        elif now - self.printed >= self.PLAIN_EVERY and self.done < self.total:
+        elif now - self.printed >= self.PLAIN_EVERY and 0 < self.done < self.total:
             self.printed = now
             left = (now - self.started) / self.done * (self.total - self.done)
             self.console.print(f"{self.title}: {self.done} of {self.total}, about {left:.0f} s left")
