@@ -424,9 +424,8 @@ def suggestions(planned: Forecast, vram: int) -> list[tuple[list[str], Forecast]
     words, plan = [], planned
     for override, change in CHEAPER.items():
         changed = plan.changed(**change)
-        if any(
-            changed.total(phase) < plan.total(phase) for phase in plan.phases
-        ):  # one that helps nowhere is no advice
+        # one that helps nowhere is no advice
+        if any(changed.total(phase) < plan.total(phase) for phase in plan.phases):
             words, plan = [*words, override], changed
     longest, validation = plan.settings.longest, plan.settings.longest_validation
     rows = [

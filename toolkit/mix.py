@@ -140,8 +140,8 @@ def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> Mi
         _draw(draws, recipe, chat)
         limited_by = _balance(draws, data)
         slow = None if chat.fast else chat.fallback_reason or "fastokens does not know this kind of tokenizer"
-        more = {"fingerprints": fingerprints, "slow_tokenizer": slow}
-        report = _report(recipe, draws, planned, limited_by) | more
+        report = _report(recipe, draws, planned, limited_by)
+        report |= {"fingerprints": fingerprints, "slow_tokenizer": slow}
         _check_shares(report, data)
     except ToolkitError as error:
         if dropped := [entry for draw in draws for entry in draw.quarantine]:
@@ -177,7 +177,7 @@ def _draw(draws: list["Draw"], recipe: Recipe, chat: Chat) -> None:
 def _stream(draw: "Draw", data: Data, chat: Chat, encoder: ThreadPoolExecutor) -> Iterator[tuple]:
     """(number, its Rows, or one Rejected) of a source in seeded order.
 
-    They are rendered here while the encoder's threads tokenize the batches before."""
+    They are rendered here while the encoder's one thread tokenizes the batch before."""
     source, dice, waiting = draw.source, random.Random(f"{data.seed} {draw.source.name}"), deque()
     rows = conversations(draw.pool, data.seed, data.placeholders)
     for batch in iter(lambda: [*itertools.islice(rows, BATCH)], []):
@@ -272,9 +272,8 @@ class Draw:
         again = itertools.cycle(list(self.train))
         while self.train and len(self.train) < limit and self.wants(hold_out=False):
             self.add([next(again)])
-        if (
-            counted and self.source.fraction is None
-        ):  # the last conversation may have had more examples than were wanted
+        # the last conversation may have had more examples than were wanted
+        if counted and self.source.fraction is None:
             del self.train[self.count - len(self.validation) :]
 
     @property

@@ -18,7 +18,8 @@ def interval(sums, counts, *, seed: int, rate: bool = False) -> dict:
 
     `sums` and `counts` hold what several samples of a question add up to, so that its samples stay together (a cluster).
     `rate` says that the number lies between 0 and 1: where all questions agree, the bootstrap sees no spread at all, and
-    the exact binomial bound takes its place; so does the exact interval for few questions with one sample each. Questions with a count of 0 are left out; `n` counts those that remain."""
+    the exact binomial bound takes its place; so does the exact interval for few questions with one sample each. Questions
+    with a count of 0 are left out; `n` counts those that remain."""
     return _estimate([(sums, counts)], seed, least=0.0 if rate else None)
 
 

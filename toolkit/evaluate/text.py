@@ -103,9 +103,10 @@ def summary(result: dict) -> dict[str, float]:
 
 
 def table(result: dict):
-    """The same as a rich table."""
-    heading = f"{result['level']} evaluation, seed {result['seed']}, paired over questions"
-    return rich_table(score_rows(result), title=heading)
+    """`score_rows` as a rich table."""
+    return rich_table(
+        score_rows(result), title=f"{result['level']} evaluation, seed {result['seed']}, paired over questions"
+    )
 
 
 def score_rows(result: dict) -> list[dict]:

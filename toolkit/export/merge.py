@@ -320,12 +320,9 @@ def filled(name: str, values: dict) -> str:
     """A file of templates/ (the model card, the certificate's page, the Modelfile) with its values."""
     import jinja2
 
-    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
-    return (
-        jinja2.Environment(loader=loader, keep_trailing_newline=True, trim_blocks=True)
-        .get_template(name)
-        .render(values)
-    )
+    folder = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
+    environment = jinja2.Environment(loader=folder, keep_trailing_newline=True, trim_blocks=True)
+    return environment.get_template(name).render(values)
 
 
 def load_tokenizer(folder: Path):

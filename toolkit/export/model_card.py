@@ -44,10 +44,8 @@ def _render(run: Path, repo: str, base: str, revision: str | None, family, certi
     sources = load(run / "recipe.yaml").data.sources if (run / "recipe.yaml").is_file() else ()
     notices = [_notice(path) for path in dict.fromkeys(source.path for source in sources)]
     facts = {"repo": repo, "name": repo.split("/")[-1], "base": base, "revision": revision, "licence": family.licence}
-    scores = score_rows(told["eval"]) if told["eval"] else None
-    return filled(
-        "model_card.md", facts | {"mix": told["mix"], "scores": scores, "certificate": certificate, "notices": notices}
-    )
+    told["scores"] = score_rows(told["eval"]) if told["eval"] else None
+    return filled("model_card.md", facts | told | {"certificate": certificate, "notices": notices})
 
 
 def _notice(path: str) -> str:

@@ -24,7 +24,7 @@ FORMATS = {
 SHARED = {"system": "system", "history": "history", "tools": "tools", "expected_answer": "expected_answer"}
 COLUMN_KEYS = ("user", "assistant", "input", "messages", "reasoning", *SHARED)
 REASONING = ("reasoning_content", "reasoning", "thinking")
-SWITCH = re.compile(r"[\w/.-]{0,15}")
+SETTING = re.compile(r"[\w/.-]{0,15}")
 """What a `reasoning` or `thinking` column holds that says how to answer: on, off, high, /no_think."""
 USER_WORDS = ("question", "instruction", "prompt", "query", "problem", "input", "user", "human")
 ASSISTANT_WORDS = ("answer", "response", "output", "completion", "solution", "reply", "chosen", "assistant")
@@ -82,7 +82,7 @@ def _turns(row: dict, names: dict, unnamed: tuple) -> list:
     """The turns of a row, as they are kept, or made of its question and answer after the turns of its history.
 
     Of the `unnamed` columns of reasoning none counts beside a list of messages, where sets use one for other things
-    (on/off), and beside an answer the first that is no such switch."""
+    (on/off), and beside an answer the first that is no such setting."""
     user, assistant = names.get("user"), names.get("assistant")
     if "messages" in names:
         turns = _field(row, names["messages"], list)
@@ -93,7 +93,7 @@ def _turns(row: dict, names: dict, unnamed: tuple) -> list:
         asked = {"role": "user", "content": "\n".join(part for part in parts if part.strip())}
         answer = {"role": "assistant", "content": _field(row, assistant)}
         for name in unnamed:
-            if name == "reasoning_content" or not SWITCH.fullmatch(str(row.get(name)).strip()):
+            if name == "reasoning_content" or not SETTING.fullmatch(str(row.get(name)).strip()):
                 answer[name] = row.get(name)
         turns = [*_history(row, names.get("history")), asked, answer]
     if "reasoning" in names and turns and type(turns[-1]) is dict:

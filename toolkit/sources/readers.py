@@ -166,7 +166,8 @@ def json_table(path: Path) -> Table:
     file = io.BytesIO(path.read_bytes()) if small else open(path, "rb", buffering=0)  # noqa: SIM115
     if ending(path) != ".json" and not file.read(BLOCK).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         return line_table(path, file)
-    text = decode(path.read_bytes(), path, 1)
+    file.seek(0)
+    text = decode(file.read(), path, 1)
     try:
         rows = json.loads(text.strip() or "[]")
     except (ValueError, RecursionError) as error:
