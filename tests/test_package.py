@@ -119,8 +119,8 @@ def test_the_usage_line_of_every_module_runs(path, monkeypatch):
         bind(function, call)
 
 
-GOAL, TODAY = (7_000, 36_000), (10_815, 53_620)
-"""Lines, and expressions and statements: what a small package has, and what this one has on 2026-11-25. TODAY rises only in a commit that says what for."""
+GOAL, TODAY = (7_000, 36_000), (10_920, 53_620)
+"""Lines, and expressions and statements: what a small package has, and what this one has on 2026-11-26. TODAY rises only in a commit that says what for."""
 
 
 def size() -> tuple[int, int]:

@@ -48,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     args = argparse.Namespace()  # filled as far as parsing comes
     try:
         _catch_signals()
+        # argparse's own message would list the verbs, but not the nearest one
         if words[0] not in VERBS and not words[0].startswith("-"):
             raise ToolkitError(f"{words[0]}: no such verb{did_you_mean(words[0], VERBS)}")
         words, overrides = take_overrides(words)
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         if verb not in ("setup", "doctor"):
             from toolkit import doctor
 
+            # before torch is imported, which numbers the cards once
             doctor.use_largest_card(print)
         return VERBS[verb][0](**options) or 0
     except KeyboardInterrupt as stop:

@@ -163,6 +163,7 @@ def compare(folders: Iterable[Path]) -> Comparison:
         except ToolkitError as error:
             left_out[folder.name] = str(error)
     goal = max(GOALS, key=lambda goal: sum(run.found("tuned", goal) is not None for run in runs))
+    # only what was asked the same way can be ranked
     alike = defaultdict(list)
     for run in sorted(runs, key=lambda run: run.name):
         if run.found("tuned", goal):
@@ -202,6 +203,7 @@ def read_run(folder: Path) -> Run:
         shares = {name: round(share, 3) for name, share in mix["planned"].items()}
         # a source of which nothing was wanted is planned but has no entry
         thinking = [shares[name] for name, source in mix["sources"].items() if source["mode"] == "thinking"]
+        # fsum: the same number whatever the order of the sources
         shares["reasoning"] = round(math.fsum(thinking), 3)
         return Run(
             folder.name,
@@ -255,6 +257,7 @@ def average(metric: str, found: list[dict | None]) -> dict | None:
         return None
     each = [f["value"] for f in found]
     value, scatter = float(np.mean(each)), 1.96 * seed_error(each)
+    # two independent errors, question and seed: their squares add up
     low, high = (math.hypot(np.mean([abs(f["value"] - f[end]) for f in found]), scatter) for end in ("low", "high"))
     low, high = (max(0.0, value - low), min(1.0, value + high)) if is_rate(metric) else (value - low, value + high)
     return {"value": value, "low": low, "high": high, "n": min(f["n"] for f in found), "each": each}

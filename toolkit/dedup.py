@@ -81,6 +81,7 @@ class NearDuplicates:
         """The earlier row that this one nearly repeats, or None."""
         near = [earlier for band in _bands(row.signature) for earlier in self._buckets.get(band, ())[-CANDIDATES:]]
         for earlier in dict.fromkeys(near):
+            # the share of equal MinHash values estimates the Jaccard similarity of the two sets of 5-grams
             if (earlier.signature == row.signature).mean() >= SIMILAR and self._asks_the_same(row, earlier):
                 return earlier
         return None
@@ -93,6 +94,7 @@ class NearDuplicates:
     def _asks_the_same(self, row, earlier) -> bool:
         changed = self._changed(row.ids[: row.prompt_length], earlier.ids[: earlier.prompt_length])
         asked = _words(_asked(row.conversation))
+        # however long the prompt, another number makes another task
         if changed.total() > REWORDED * len(asked) or any(c.isdigit() for word in changed for c in word):
             return False
         return not changed & self._changed(row.ids[row.prompt_length :], earlier.ids[earlier.prompt_length :])
@@ -139,6 +141,7 @@ def shared_gram(conversation: dict, grams: set[str]) -> str | None:
     """The first of `grams` that a conversation holds; a short one counts where a user says nothing else."""
     for message in conversation["messages"] if grams else ():
         words = _words(SWITCH.sub("", message["content"]) + " " + message.get("reasoning_content", ""))
+        # a short question is one gram as a whole, which an answer may hold by chance
         if message["role"] != "user" and len(words) < WORDS:
             continue
         if hit := next((gram for gram in _grams(words) if gram in grams), None):

@@ -157,11 +157,13 @@ def _unreachable(m: Machine) -> tuple[str, str]:
         return f"none: {os.cpu_count()} CPU cores: the pocket model trains, larger ones are slow", ""
     name = m.cards[0].name if m.cards else "an NVIDIA driver"
     driver, needed = (int((version or "0").split(".")[0]) for version in (m.driver_cuda, m.torch_cuda))
+    # the likeliest reason first: the variable that hides a card is set by hand
     if m.visible is not None:
         fix = f"unset it to train on the card; cards are numbered 0 to {max(0, len(m.cards) - 1)}"
         return f"{name} is hidden: CUDA_VISIBLE_DEVICES={m.visible!r} names no card", fix
     if not needed:
         return f"{name} is here, but this torch has no CUDA", f"pip install a build of torch with CUDA; {ON_CPU}"
+    # a driver runs programs built for its CUDA or an older one
     if 0 < driver < needed:
         state = f"{name}: its driver supports CUDA {m.driver_cuda}, this torch needs {m.torch_cuda}"
         return state, f"update the driver, or install a build of torch for CUDA {driver}; {ON_CPU}"

@@ -102,6 +102,7 @@ def family_of(model_type: str) -> Family:
 def kind_of(render: Callable[..., str]) -> str:
     """hybrid, thinking_only or instruct, found by rendering: `render(messages, enable_thinking=…)` → prompt text."""
     probe = [{"role": "user", "content": "probe"}]
+    # by behaviour, since names say little: Qwen3-4B-Instruct-2507 has no thinking mode, Qwen3-4B has
     on, off = (render(probe, enable_thinking=value) for value in (True, False))
     if on != off:
         return "hybrid"

@@ -69,6 +69,7 @@ def complete(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield partial
+        # without fsync a power cut can leave the new name on an empty file
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)

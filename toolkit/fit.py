@@ -101,6 +101,7 @@ def shipped(name: str) -> Shape | None:
     if match is None:
         return None
     known = SHIPPED[match[1].upper()]
+    # Unsloth's own checkpoints keep some layers in 16-bit, plain bnb-4bit ones none
     plain = re.search("(?<!-unsloth)-bnb-4bit$", name, re.IGNORECASE)  # not Unsloth's dynamic quantization
     return dataclasses.replace(known, name=name, kept=0 if plain else known.kept)
 
@@ -115,6 +116,7 @@ def shape_of(config, name: str = "") -> Shape:
 
     text, name = config.get_text_config(), name or config.name_or_path
     try:
+        # modules without memory: a 32B is counted in a second
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)
         heads, hidden = text.num_attention_heads, text.hidden_size
@@ -288,6 +290,7 @@ def _evaluation(s: Settings, m: Shape, dequantized: float) -> list[tuple]:
     in steps of 512 tokens, fill (unsloth/models/_decode_graphs.py)."""
     scored = _forward(m, 1, s.longest_validation), 28 * min(128, s.longest_validation) * m.vocab_size, 0
     logits = 26 * m.vocab_size  # 16-bit and float32 copies of sampling and sorting
+    # keys and values in 16-bit: two times two bytes
     cache = 4 * m.num_hidden_layers * m.kv_dim * (2 * PROMPT + max(s.max_new_tokens, 512))
     replied = _forward(m, 1, PROMPT), logits, cache
     return [(dequantized + activations, *rest) for activations, *rest in (scored, replied)]
@@ -399,6 +402,7 @@ def choose_model(vram: int, run: Recipe | Settings | None = None) -> str:
     """
     plan = settings(run) if isinstance(run, Recipe) else run or Settings()
     for name in reversed(QWEN3):
+        # 16-bit training starts from the checkpoint that is not quantized
         name = name if plan.load_in_4bit else name.removesuffix("-unsloth-bnb-4bit")
         found = forecast(plan, shipped(name))
         if found.fits(vram):

@@ -28,6 +28,7 @@ def setup() -> None:
     if not differing():
         return
     torch = installed("torch")
+    # Colab's torch is built for its driver, and replacing it takes minutes
     if torch_fits(torch):
         print(f"keeping torch {torch}")
         steps = [[f"{name}=={version}" for name, version in pins().items() if name not in {"torch", *NO_DEPS}]]

@@ -41,6 +41,7 @@ def _rows(report: dict):
                 f"{name}: {repeated} of {row['rows_seen']} rows repeat the prompt and the reply of another; quarantine.jsonl "
                 "lists the pairs. To keep them: data.duplicates=keep, or exact to drop only equal ones"
             )
+        # with a budget most of a source stays undrawn: what is held out is small beside the rest
         if row["rows_held_out"] > (0.5 if report["budget"] else 0.2) * (row["rows_held_out"] + row["rows_kept"]):
             yield f"{name}: {row['rows_held_out']} rows are held out, {row['rows_kept']} train: lower data.validation_size"
 

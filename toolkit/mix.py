@@ -109,6 +109,7 @@ def compile_mix(recipe: Recipe, tokenizer=None, *, fresh: bool = False) -> Mix:
     folder = outputs() / ".mixes" / _key(recipe, chat, fingerprints)
     with lock(folder, "mix", wait=True):
         mixed = (None if fresh else read(folder)) or _compile(recipe, chat, fingerprints, folder)
+        # not in the cache: the settings of adapter and trainer decide the warnings, but no row
         mixed.report["warnings"] = lint(chat, mixed.report, recipe.lora, recipe.train)
         write_json(folder / "mix.json", mixed.report)  # for people, as quarantine.jsonl: nothing here reads them again
         write_jsonl(folder / "quarantine.jsonl", mixed.quarantine)
@@ -135,6 +136,7 @@ def check_data(mixed: Mix, manifest: dict) -> None:
 
 def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> Mix:
     data, planned = recipe.data, plan(recipe.data)
+    # a source with fraction 0, as at the ends of a sweep, is not opened
     draws = [Draw(s, planned[s.name]["validation"], data) for s in data.sources if s.fraction != 0]
     try:
         _draw(draws, recipe, chat)
@@ -144,6 +146,7 @@ def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> Mi
         report |= {"fingerprints": fingerprints, "slow_tokenizer": slow}
         _check_shares(report, data)
     except ToolkitError as error:
+        # without a mix, too, people want to see which rows were dropped and why
         if dropped := [entry for draw in draws for entry in draw.quarantine]:
             write_jsonl(folder / "quarantine.jsonl", dropped)
             raise ToolkitError(f"{error}. Every dropped row: {folder / 'quarantine.jsonl'}") from error
@@ -160,6 +163,7 @@ def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> Mi
 
 def _draw(draws: list["Draw"], recipe: Recipe, chat: Chat) -> None:
     """Hold out and draw every source's rows. All hold out first, so that none trains on another's validation prompt."""
+    # one for all sources, so that a row which repeats another source's is found
     judge = Judge(recipe.data, recipe.model.max_seq_length, chat, _question_prompts(recipe))
     with ThreadPoolExecutor(1) as encoder:
         encoder.submit(getattr, chat, "fast")  # loads while the reference does, and the first rows are rendered
@@ -246,6 +250,7 @@ class Draw:
                 self.quarantine.append(entry)
             else:
                 kept.append(row)
+        # conversations; `seen` counts their examples, of which `turns: each` makes several
         self.drawn += 1
         self.seen += len(found)
         if hold_out:  # whole conversations, so that no turn of one trains while another is held out
@@ -266,6 +271,7 @@ class Draw:
 
     def repeat(self) -> None:
         """Use rows again, in their order, where the source allows it (max_repeats) or asks for more than it has (#N)."""
+        # in their drawn order, so that every row is used n times before one is used n + 1 times
         limit, counted = len(self.train) * self.source.max_repeats, self.count and not self.source.max_rows
         if counted:  # fewer usable rows than `#N`: ms-swift repeats them to N, and so do recipes taken over from it
             limit = max(limit, self.count - len(self.validation))
@@ -320,6 +326,7 @@ class Judge:
 
     def reason(self, row: Row, hold_out: bool) -> Rejected | None:
         """What keeps an example from being held out, or from training; None where nothing does."""
+        # cheap checks first; what concerns validation comes before duplicates, since it is the graver reason
         if len(row.ids) > self.max_seq_length:
             return Rejected("too_long", f"{len(row.ids)} tokens > max_seq_length {self.max_seq_length}")
         if prompt_key(row.conversation) in self.held:
@@ -416,6 +423,7 @@ def _balance(draws: list[Draw], data: Data) -> str | None:
 
 def _trim(rows: list[Row], target: float, unit: str) -> list[Row]:
     """The first rows, in drawn order, whose sum is nearest to `target`, but at least one."""
+    # the row that crosses the target stays only where the sum is nearer with it
     sums = np.cumsum([row.size(unit) for row in rows])
     return rows[: int(np.abs(sums - target).argmin()) + 1]
 
@@ -501,6 +509,7 @@ def _key(recipe: Recipe, chat: Chat, fingerprints: dict) -> str:
 def write(mixed: Mix) -> None:
     """mix.npz: rows, report, dropped rows and held-out conversations. The caller holds the lock."""
     rows, held = mixed.train + mixed.validation, [row.conversation for row in mixed.validation]
+    # one file, so that a kill leaves a whole mix or none; zip keeps a checksum of each part
     told = json.dumps({"report": mixed.report, "quarantine": mixed.quarantine, "held": held})
     with complete(mixed.folder / "mix.npz") as partial, open(partial, "wb") as file:
         np.savez(
@@ -522,6 +531,7 @@ def read(folder: Path) -> Mix | None:
             arrays = dict(file)
     except Exception:  # missing, or damaged: zipfile and numpy have many kinds of error for that
         return None
+    # views of one array, no copies
     parts = np.split(arrays["ids"], arrays["ends"][:-1])
     described = zip(parts, arrays["numbers"].tolist(), arrays["names"].tolist(), strict=True)
     rows = [Row(ids, length, *names, number) for ids, (length, number), names in described]

@@ -47,6 +47,7 @@ def quiet() -> Iterator[None]:
         return
     screens = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
     loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+    # a handler keeps the stream of the moment it was made, whatever sys.stderr is now
     handlers = [(h, h.stream) for x in loggers for h in x.handlers if vars(h).get("stream") in screens]
     with contextlib.redirect_stdout(LOG), contextlib.redirect_stderr(LOG), warnings.catch_warnings():
         for handler, _ in handlers:
@@ -210,6 +211,7 @@ def attach(model, lora: Lora, *, seed: int, use_gradient_checkpointing="unsloth"
     """The model with a fresh LoRA adapter; on a GPU with Unsloth's offloaded checkpointing unless told otherwise."""
     import torch
 
+    # "unsloth" moves activations to main memory, which needs a card to move them from
     checkpointing = use_gradient_checkpointing if torch.cuda.is_available() else False
     options = {"use_gradient_checkpointing": checkpointing, "random_state": seed, "bias": "none", **lora.extra}
     with quiet():
@@ -252,6 +254,7 @@ def run_folder(folder: str | Path) -> Path:
     if found is None:
         runs = [p.parent.name for p in outputs().glob("*/recipe.yaml")]
         raise ToolkitError(f"{folder}: no such run in {outputs()}{did_you_mean(str(folder), runs)}")
+    # written by the last step of a training
     if not (found / "adapter" / "adapter_config.json").is_file():
         raise ToolkitError(f"{found}: this run has no adapter yet: finish it with the `train` command that began it")
     return found

@@ -127,6 +127,7 @@ def live(recipe: Recipe):
         while not over.wait(REFRESH):
             draw()
 
+    # daemon: a kernel that is shut down does not wait for it
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()
     try:

@@ -223,11 +223,13 @@ def from_dict(values: dict, where: str = "recipe", overrides: Sequence[str] = ()
     """Build a checked recipe from plain values, as read from YAML. Raises ToolkitError."""
     if not isinstance(values, dict):
         raise ToolkitError(f"{where}: expected keys like `name:`, `data:`, `model:`, found {type(values).__name__}")
+    # a copy: the caller's dict stays as it is
     values = _plain(values, where)
     for override in overrides:
         apply_override(values, override)
     _check_keys(values, Recipe, where)
     try:
+        # types, ranges and choices: as the classes above declare them
         built = msgspec.convert(values, Recipe)
     except msgspec.ValidationError as error:
         raise ToolkitError(f"{where}: {_explain(str(error), values)}") from error
@@ -236,6 +238,7 @@ def from_dict(values: dict, where: str = "recipe", overrides: Sequence[str] = ()
             f"{where}: name: {built.name!r:.100} becomes a folder: use up to 100 letters, digits, '-', '_' and '.', "
             "and not `base`, which serve and chat call the model that a run was trained on"
         )
+    # transformers reads 0 as `no limit is set`
     if built.train.max_steps == 0:
         raise ToolkitError(f"{where}: train.max_steps: expected a whole number >= 1, or -1 for no limit, found 0")
     if other := [q for q in built.export.quantization_method if q.lower() not in QUANTS]:
@@ -362,6 +365,7 @@ def _explain(error: str, values: dict) -> str:
 
 def _named(sources: tuple[Source, ...]) -> tuple[Source, ...]:
     """Sources with a name each: that of the file; where two are equal also its folder's, then a number."""
+    # rows.jsonl.gz#500 is called rows
     paths = [re.sub(r"(\.(jsonl?|csv|tsv|parquet|gz))*(#\d+)?$", "", s.path.rstrip("/")).split("/") for s in sources]
     names = [s.name or path[-1] or s.path for s, path in zip(sources, paths, strict=True)]
     names = [
@@ -378,6 +382,7 @@ def _with_fractions(data: Data, where: str) -> tuple[Source, ...]:
     sources, shared = list(_named(data.sources)), data.budget is not None or data.reasoning is not None
     if len({s.name for s in sources}) < max(1, len(sources)):
         raise ToolkitError(f"{where}: data.sources: expected at least one source, and names that differ")
+    # a lone source is all of the mix, unless it asks for a number of rows
     if len(sources) == 1 and sources[0].fraction is None and (shared or "#" not in sources[0].path):
         sources = [dataclasses.replace(sources[0], fraction=1.0)]
     without = [i for i, s in enumerate(sources) if s.fraction is None]
@@ -392,6 +397,7 @@ def _with_fractions(data: Data, where: str) -> tuple[Source, ...]:
     if data.reasoning is not None:
         sources = _rescale(sources, data.reasoning, where)
     total = sum(s.fraction for s in sources)
+    # written as decimals, thirds do not sum to exactly 1
     if abs(total - 1) > 1e-6:
         parts = " + ".join(f"{s.fraction:g} ({s.name})" for s in sources)
         raise ToolkitError(f"{where}: data.sources: fractions must sum to 1, found {parts} = {total:g}")

@@ -214,6 +214,7 @@ def load_chat(model_name: str, revision: str | None = None) -> Chat:
     missing = [name for name in FILES[:2] if not (folder / name).is_file()]
     if missing:
         raise ToolkitError(f"{model_name}: {' and '.join(missing)} not found: expected a model folder or a Hub name")
+    # newer checkpoints keep the template in a file of its own, older ones in their settings
     tokenizer, settings_file, template_file, config = (folder / name for name in FILES)
     settings = read_json(settings_file)
     template = template_file.read_text(encoding="utf-8") if template_file.is_file() else settings.get("chat_template")
@@ -278,6 +279,7 @@ def _example(conversation: dict, mode: str, chat: Chat) -> Example:
     thinking = mode == "thinking" or (chat.switches and last_switch(asked) == "no_think")
     prompt = chat.render(asked, tools, thinking)
     full = chat.render(conversation["messages"], tools, thinking, add_generation_prompt=False)
+    # templates that rewrite earlier turns, e.g. drop their reasoning, once a reply follows
     if not full.startswith(prompt):
         at = len(os.path.commonprefix([prompt, full]))  # noqa: RUF071 - it is character by character that is wanted
         shown = f"prompt has {prompt[at : at + 40]!r} where it has {full[at : at + 40]!r}"

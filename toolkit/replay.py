@@ -50,6 +50,7 @@ def replay(
         asked = list(islice(unused(sources, recipe, mixed), MAX_PROMPTS_PER_ROW * count))
         answer, modes, rows, dropped = answer or base_answers(recipe), KINDS[chat.kind], [], Counter()
         for i, mode in enumerate(modes):
+            # an odd count gives the first mode one more
             wanted, before = (count + len(modes) - 1 - i) // len(modes), len(rows)
             kept = verified(asked, answer, mode, recipe.data.seed, dropped, hybrid=len(modes) > 1)
             for row in islice(kept, wanted):
@@ -75,6 +76,7 @@ def unused(sources: Sequence[Source], recipe: Recipe, mixed: Mix) -> Iterator[di
         if (name, number) in used or isinstance(row, Rejected) or row.get("tools"):  # only its tool could verify a call
             continue
         messages = [{k: v for k, v in m.items() if k != "reasoning_content"} for m in row["messages"]]
+        # the row's own answer is what the base shall give instead
         while messages and messages[-1]["role"] != "user":
             messages.pop()
         key = prompt_key({"messages": messages})
@@ -91,6 +93,7 @@ def verified(
     with Judge() as judge:
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
+            # seed + start: otherwise the nth prompt of every batch would draw the same numbers
             replies = answer([prompt["messages"] for prompt in batch], mode, seed + start)
             for prompt, reply in zip(batch, replies, strict=True):
                 if why := rejection(reply, mode, prompt.get("expected_answer"), judge, hybrid=hybrid):

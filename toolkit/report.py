@@ -36,6 +36,7 @@ def conclude(comparison: Comparison, folder: Path, console) -> None:
     console.print(terminal_table(comparison))
     for note in notes(comparison):
         console.print(f"· {note}", markup=False)
+    # the runs say whether their owner wants wandb: the comparison has no recipe of its own
     if any("wandb" in tracking.trackers(run.recipe["train"]) for point in comparison.points for run in point.runs):
         rows = comparison.table().astype(object).replace({np.nan: None}).to_dict("records")
         tracking.comparison(folder, rows, " ".join(comparison.verdict[:2]), console)
@@ -56,6 +57,7 @@ def write(comparison: Comparison, folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     paths = {kind: folder / f"comparison.{kind}" for kind in ("csv", "png", "html")}
     comparison.table().to_csv(paths["csv"], index=False)
+    # without matplotlib's version the same comparison gives the same bytes
     figure(comparison).savefig(paths["png"], dpi=150, metadata={"Software": None})
     paths["html"].write_text(page(comparison, paths["png"].read_bytes()), encoding="utf-8")
     return paths
@@ -78,6 +80,7 @@ def texts(comparison: Comparison, keys: Sequence[Key]) -> pd.DataFrame:
 def terminal_table(comparison: Comparison):
     """A rich table of what decides, whole at 80 columns: only the goal has its interval."""
     everyone, table = comparison.everyone(), texts(comparison, deciding(comparison))
+    # `70% [59, 81]` becomes `70%`: four intervals do not fit 80 columns
     for column in table.columns[1:]:
         table[column] = table[column].str.partition(" ")[0]
     best = [i for i, point in enumerate(everyone) if point is comparison.recommended]
@@ -109,6 +112,7 @@ def figure(comparison: Comparison):
     """What decides as bars with intervals, the base first, the recommended dark; and what is gained against what is
     kept. Runs that differ in more than a share are numbered."""
     keys, everyone, run = deciding(comparison), comparison.everyone(), comparison.points[0].runs[0]
+    # `25% reasoning` fits below a bar as `25%`, a run's name does not
     names = [point.label.split()[0] if comparison.axis else str(i) for i, point in enumerate(comparison.points, 1)]
     shades = [show.TUNED if point is comparison.recommended else show.PALETTE[0] for point in comparison.points]
     names, colours = ["base", *names], [show.BASE, *shades]

@@ -42,12 +42,16 @@ def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = Tr
     console.quiet = console.quiet or not training.is_main()
     folder = outputs() / recipe.name
     if training.is_main():
+        # before minutes of loading: a tracker's package that is missing, a network that is away
         tracking.check(recipe.train, folder, console.print)
     recipe = resolve(recipe, console)
+    # not at the export, after hours of training
     check_gguf(recipe, console)
+    # only the first process takes the lock, since the others work in the same folder with it
     with lock(folder, "train") if training.is_main() else contextlib.nullcontext(), recorded(folder):
         with training.main_first():
             folder, state = training.claim(recipe, fresh=fresh and training.is_main())
+            # the first process compiles the mix, the others then read it from the cache
             if state != "finished":
                 mixed = compile_mix(recipe, console)
         if state == "finished" and (not score or scored(folder)):
@@ -99,12 +103,14 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
             with loading(recipe.model, console):
                 loaded = models.load_run(folder)
         manifest = read_json(folder / "manifest.json")
+        # the rows of the training itself: held-out rows of another mix may be among those it trained on
         mixed = mix.of_run(recipe, manifest)
         level = level or recipe.evaluate.level
         result = evaluation.evaluate(
             *loaded,
             *questions(recipe, mixed),
             validation=from_mix(mixed)["validation"],
+            # the questions depend on it, so it is written into the result and compared by `compare`
             level=level,
             steps=manifest.get("steps"),
             max_new_tokens=min(recipe.evaluate.max_new_tokens, LEVELS[level].max_new_tokens),
@@ -117,6 +123,7 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
         console.print(evaluation.table(result))
     for line in result["verdict"]:
         console.print(line)
+    # a run that lost something is looked at before it is exported
     worse = result["verdict"][-1].startswith(("result: WORSE", "result: BROKEN"))
     following = "chat {0}   or   python -m toolkit export {0}"
     if worse:
@@ -131,6 +138,7 @@ def check_gguf(recipe: Recipe, console) -> None:
     from toolkit.export.gguf_file import convertible
     from toolkit.model import checkpoint_file
 
+    # a few kB, before the weights are downloaded
     config = checkpoint_file(recipe.model, "config.json")
     asked = recipe.export.quantization_method
     if not config or not asked:
@@ -169,6 +177,7 @@ def hub_answers(seconds: float = 3.0) -> bool:
 
     if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}:
         return False
+    # any answer will do, an error page too: the question is whether there is a network
     with contextlib.suppress(requests.RequestException):
         requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds)
         return True

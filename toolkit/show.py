@@ -232,6 +232,7 @@ def curves(folder: Path):
     """Training loss by step, and validation loss per source and mode."""
     import pandas
 
+    # a step has a line for the loss and one for each validation; `last` takes each column's value
     lines = pandas.DataFrame(logged(folder)).groupby("step").last()
     figure, (left, right) = panels(10, 3.4, 2)
     loss = lines["loss"].dropna()

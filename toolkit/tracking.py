@@ -208,6 +208,7 @@ def finish(recipe: Recipe, folder: Path, summary: dict, replies: list[dict], con
     """
     global _say
     _say = console.print
+    # a mark by content: an evaluation that is repeated at another level is sent again
     logged, digest = folder / "wandb" / "evaluation.sha256", sha256(folder / "eval.json")
     sent = _run is None and logged.is_file() and logged.read_text() == digest
     if sent or "wandb" not in trackers(recipe.train):
@@ -248,6 +249,7 @@ def _start(recipe: Recipe, report: dict, folder: Path) -> None:
     thinking = {unit: shares.get("thinking", 0.0) for unit, shares in report["achieved_modes"].items()}
     shares = {f"mix/reasoning_share_{unit}": share for unit, share in thinking.items()}
     config = {"recipe": recipes.to_dict(recipe), **shares, "mix/achieved": report["achieved"]}
+    # wandb refuses tags of more than 64 characters
     tags = [Path(recipe.model.model_name).name, f"{100 * thinking[report['unit']]:.0f}% reasoning"]
     name, group = recipe.name, os.environ.get("TOOLKIT_SWEEP") or recipe.name
     _open(folder, name=name, id=f"{name}-{recipes.sha256(recipe)[:8]}", group=group, job_type="train",

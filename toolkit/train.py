@@ -60,6 +60,7 @@ def claim(recipe: Recipe, *, fresh: bool = False) -> tuple[Path, str]:
     """
     folder = outputs() / recipe.name
     written = folder / "recipe.yaml"
+    # moved, not deleted: --fresh may have been typed too early
     if fresh and folder.exists():
         aside = outputs() / ".old" / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         aside.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +75,7 @@ def claim(recipe: Recipe, *, fresh: bool = False) -> tuple[Path, str]:
             "Runs are never overwritten: choose another name (name=...), or pass --fresh to move the old run aside"
         )
     made = read_manifest(folder)
+    # a damaged adapter is written again from its checkpoint, without training
     finished = "finished" in made and damaged(folder / "adapter", made.get("adapter", {})) is None
     return folder, "finished" if finished else "unfinished"
 
@@ -234,6 +236,7 @@ def sft_arguments(recipe: Recipe, folder: Path, validates: bool) -> dict:
     settings, half = recipe.train, on_cuda()
     bf16 = half and has_bf16()
     packing = bool(settings.get("packing"))
+    # the recipe may change these three values, and none of those below
     values = {"bf16": bf16, "fp16": half and not bf16, "save_strategy": settings["eval_strategy"], **settings}
     values |= {
         "report_to": [name for name in tracking.trackers(recipe.train) if name != "wandb"],  # that is ours
@@ -340,6 +343,7 @@ def finish(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) 
     chosen = best_checkpoint(folder, state["log_history"], console) if best else last
     totals = state["stateful_callbacks"]["Record"]["attributes"]["totals"]
     write_metrics(folder / "metrics.jsonl", state["log_history"])
+    # the best checkpoint's weights, which the model does not hold when it is not the last
     checksums = write_adapter(chosen, model, tokenizer, folder / "adapter")
     sample_replies(recipe, model, tokenizer, folder)
     manifest = read_json(folder / "manifest.json") | {
@@ -374,6 +378,7 @@ def sample_replies(recipe: Recipe, model, tokenizer, folder: Path) -> None:
     asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
     options = {"max_new_tokens": min(256, recipe.evaluate.max_new_tokens), "seed": recipe.data.seed}
     for when in ("before", "after"):
+        # base and run in one process, on one card
         with switched(model, when == "after"):
             replies = [(mode, generate(model, tokenizer, asked, mode, **options)) for mode in modes_of(tokenizer)]
         for mode, found in replies:

@@ -82,6 +82,7 @@ def score(subject, asked: Asked, console=None) -> dict:
             mode: {name: subject.reply(asks, mode, name == "tuned", progress) for name in MODELS}
             for mode in subject.modes
         }
+        # after all replies, since a direct answer is measured by the length of the base's
         rows = [*answer_rows(replies, asked), *forgetting_rows(subject, asked, progress)]
     result = {
         "level": asked.level,
@@ -117,6 +118,7 @@ def forgetting_rows(subject, asked: Asked, progress) -> Iterator[tuple]:
             pooled = probe["category"] not in MAY_CHANGE
             for model, kl in (("base", 0.0), ("tuned", sums["kl"])):
                 yield "forgetting", model, f"kl/{probe['category']}", i, kl, sums["tokens"]
+                # weight 0 leaves a probe out of the pooled number
                 yield "forgetting", model, "kl", i, pooled * kl, pooled * sums["tokens"]
                 yield "forgetting", model, "nll", i, pooled * sums[model], pooled * sums["tokens"]
     for i, (row, sums) in enumerate(zip(asked.validation, subject.divergence(asked.validation), strict=True)):

@@ -128,6 +128,7 @@ def choose(rows: Sequence[dict], limit: int, *keys: str) -> list[dict]:
     """At most `limit` rows, in turn from each group that shares `keys`. Which ones is decided by their content alone: every
     run of a sweep asks the same, whatever order its seed read them in."""
     ranked, seen = [], Counter()
+    # a hash orders them by content and at random; then one of each group in turn
     for row in sorted(rows, key=lambda row: fingerprint([row])):
         group = tuple(row[key] for key in keys)
         ranked.append((seen[group], group, row))

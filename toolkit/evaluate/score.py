@@ -37,6 +37,7 @@ def marks(
     have, None for a model with one mode.
 
     A reply that the limit cut counts nothing for accuracy (weight 0), so that its share stands in `cut` alone."""
+    # a cut reply may hold the right number on its way to another
     right = reply.finished and judge.right(reply.answer, question["expected_answer"])
     yield f"accuracy/set/{question['set']}", right, int(reply.finished)
     yield "accuracy/chat" if question["chat"] else "accuracy", right, int(reply.finished)
@@ -58,6 +59,7 @@ def longest_answers(numbers: Sequence[int], base: Sequence[Reply]) -> dict[int, 
     lengths = defaultdict(list)
     for number, reply in zip(numbers, base, strict=True):
         lengths[number].append(reply.answer_tokens)
+    # where the base answers a question in three words, a sentence is no leak
     typical = median(map(mean, lengths.values()))
     return {number: LENGTH_FACTOR * max(mean(tokens), typical, 1) for number, tokens in lengths.items()}
 

@@ -37,6 +37,7 @@ def _estimate(pairs: list, seed: int, least: float | None) -> dict:
     n = table.shape[2]
     if not n:
         return {"value": None, "low": None, "high": None, "n": 0}
+    # the same draws for all metrics over n questions, so that their differences are paired too
     drawn = draws(n, seed)
     value, *subtracted = (sums.sum() / counts.sum() for sums, counts in table)
     resampled, *resampled_subtracted = (ratios(sums, counts, drawn) for sums, counts in table)

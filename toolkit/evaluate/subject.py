@@ -53,6 +53,7 @@ class LoadedRun:
     def reply(self, conversations: list[list[dict]], mode: str, adapter: bool, progress, **settings) -> list[Reply]:
         """A reply to each conversation; the base's are kept for the next evaluation. `progress` is a toolkit.progress."""
         settings = {"max_new_tokens": self.max_new_tokens, "seed": self.seed, "greedy": False} | settings
+        # only the base's are kept: tuned replies belong to one run and are asked once
         file = None if adapter else self.cache / f"{self.key(conversations, mode, settings)}.json"
         if file and (known := stored(file)):
             progress.skip(len(known))

@@ -35,6 +35,7 @@ def verdict(result: dict) -> list[str]:
     whether the run is better or worse than its base. "certain": the 95% interval of the difference excludes zero."""
     lines, better, worse = [], [], []
     for name, section, metric in _judged(result):
+        # only what the interval is sure of counts for or against a run
         rises = _direction(result["difference"][section][metric])
         if is_rate(metric):
             lines.append(f"{name}: {_change(result, section, metric)}")

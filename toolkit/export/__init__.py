@@ -44,6 +44,7 @@ def export(
     run, quants = Path(run), list(dict.fromkeys(quant.lower() for quant in quants))
     for quant in quants:
         check_quant(quant)
+    # all that can be refused is refused before gigabytes are written
     check_run(run)
     with lock(run, "export"):
         check_adapter(run)
@@ -131,6 +132,7 @@ def push(
     run = Path(run)
     if not (run / "certificate.json").is_file() or not read_json(run / "certificate.json")["passed"]:
         raise ToolkitError(f"{run}: no certificate has passed, so it is not pushed: python -m toolkit export {run}")
+    # one commit: a push that breaks off leaves the repository as it was
     files = [CommitOperationAdd("README.md", model_card(run, repo).encode())]
     files += [CommitOperationAdd(name.removeprefix("merged/"), str(run / name)) for name in _pushed(run)]
     listing = [{"path": file.path_in_repo, "bytes": file.upload_info.size} for file in files]

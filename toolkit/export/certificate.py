@@ -151,6 +151,7 @@ def _merge_checks(run: Path, merged: Merged, own: Tokens, sequences: list, repor
     _same_tokens("merged", Tokens(run / "merged"), own, report)
     report.gate("merged: worst tensor (relative error)", _merged_error(stored, merged), MERGED_ERROR)
     tuned, base = log_probs(merged, "adapter", sequences), log_probs(merged, "base", sequences)
+    # the folder as it was written to the disk, read anew
     reference, effect = log_probs(stored, "merged", sequences), float(divergence(tuned, base).mean())
     gate = merge_limit(effect)
     report.gate("merged against base + adapter (mean KL)", divergence(tuned, reference).mean(), gate)
@@ -208,9 +209,11 @@ def _file_checks(
     name, size, free = path.name, path.stat().st_size, psutil.virtual_memory().available
     try:
         _content_checks(path, run, merged, report)
+        # a file that does not fit is read and compared, but not served: the machine would swap for hours
         if size > free:
             report.note(f"{name}: not served", None, f"needs {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free")
             return
+        # the header may say what it likes: only a running file shows how it tokenizes, stops and predicts
         engine, end, plain = launch(path), closing_token(own.tokenizer), own.encode("a")[0]
         _same_tokens(name, ServedTokens(engine), own, report)
         # the end-of-turn token is made certain: a file that lists another one to stop at talks on
@@ -236,6 +239,7 @@ def _content_checks(path: Path, run: Path, merged: Merged, report: Report) -> No
     report.gate(f"{path.name}: header values that differ{': ' if keys else ''}{', '.join(keys)}", len(keys), 0)
     stored, worst, wrong = Checkpoint(run / "merged"), 0.0, 0
     for tensor in plan_tensors(stored, quant):
+        # what is left over at the end is in the file and in no plan
         there = file.tensors.pop(tensor.name, None)
         if there is None or there.tensor_type.name != tensor.kind:
             wrong += 1

@@ -106,6 +106,7 @@ def use_more_bits(layer: int, layers: int) -> bool:
 
 def tensor_type(name: str, shape: tuple[int, ...], quant: str, layers: int, tied: bool) -> str:
     """The type llama.cpp would store a tensor in (`name` is GGUF's, `shape` PyTorch's)."""
+    # norms and biases, as in every file of llama.cpp
     if len(shape) == 1:
         return "F32"
     kind, part = QUANTS[quant], re.fullmatch(r"blk\.(\d+)\.(?:attn_v|ffn_down)\.weight", name)
@@ -202,6 +203,7 @@ def write_gguf(
     import gguf
 
     check_supported(model)
+    # the header first: GGUF states names, types and places of all tensors before the first of them
     writer, plan = header(model, tokenizer or model.folder, quant, name, path), plan_tensors(model, quant)
     for tensor in plan:
         kind = gguf.GGMLQuantizationType[tensor.kind]
@@ -241,6 +243,7 @@ def write_lora_gguf(lora: Adapter, config: dict, path: Path) -> None:
 def _encode_whole(tensor, kind: str, pool: ThreadPoolExecutor) -> np.ndarray:
     """The tensor's bytes in GGML type `kind`, a few rows at a time: (rows, bytes of a row)."""
     rows = tensor.reshape(-1, tensor.shape[-1])
+    # in parts: float32 copies of a whole embedding would take gigabytes
     step = max(1, CHUNK // rows.shape[1])
     parts = pool.map(lambda start: encode(rows[start : start + step], kind), range(0, len(rows), step))
     return np.concatenate(list(parts))
@@ -358,7 +361,9 @@ def _vocabulary(writer, folder: Path, size: int) -> None:
     pre = pre_tokenizer(tokenizer)
     if pre is None:
         raise ToolkitError(f"{folder / 'tokenizer.json'}: llama.cpp is not known to have its pre-tokenizer. {WAY_OUT}")
+    # SentencePiece's layout: whole pieces with scores in place of bytes with merges
     pieces = pre == "default"
+    # the embedding of most models has more rows than the tokenizer has tokens
     tokens, types = [f"[PAD{i}]" for i in range(size)], [gguf.TokenType.UNUSED] * size
     for token, i in tokenizer["model"]["vocab"].items():
         byte = pieces and re.fullmatch(r"<0x[0-9A-F]{2}>", token)
@@ -400,8 +405,10 @@ def _special(folder: Path, size: int, merges: bool):
 
     special = gguf.SpecialVocab(folder, load_merges=merges, n_vocab=size)
     special.chat_template = chat_template(folder)
+    # llama.cpp adds one where the header is silent, and the prompt would begin otherwise than in training
     special.add_special_token = {"bos": False} | special.add_special_token
     end = closing_token(load_tokenizer(folder))
+    # both end generation in llama.cpp
     if special.special_token_ids.get("eos") != end:
         special.special_token_ids["eot"] = end
     return special

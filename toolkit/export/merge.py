@@ -60,6 +60,7 @@ def find_base(model: dict, onto: str, *, local_only: bool = False) -> Base:
         raise ToolkitError(f"onto: expected 16bit or 4bit, got {onto!r}")
     name, revision = model["name"], model.get("revision")
     folder = POCKET if name == "pocket" else find(name)
+    # unsloth/Qwen3-4B-unsloth-bnb-4bit was made from unsloth/Qwen3-4B
     if onto == "16bit" and FOUR_BIT_NAME.search(name) and (folder is None or _is_four_bit(folder)):
         name, revision = FOUR_BIT_NAME.sub("", name), None  # a revision of the 4-bit repository
         folder = find(name)
@@ -91,6 +92,7 @@ class Checkpoint:
             with open_weights(folder / file) as weights:
                 for name in weights.keys():  # noqa: SIM118 - safe_open is no dict and cannot be iterated
                     self.files[name], shapes[name] = folder / file, tuple(weights.get_slice(name).get_shape())
+        # packed 4-bit weights are stored as a column of bytes; their real shape is in this entry
         for name in [name for name in self.files if name.endswith(NF4_STATE)]:
             shapes[name.removesuffix(NF4_STATE)] = tuple(json.loads(bytes(self._stored(name)))["shape"])
         self.tied = bool(self.config.get("tie_word_embeddings")) or HEAD not in self.files
@@ -154,12 +156,14 @@ class Merged(Checkpoint):
     def __init__(self, base: Base, adapter: Adapter):
         super().__init__(base.folder)
         self.base, self.adapter = base, adapter
+        # left out without a word, a factor would make an export that differs from its run
         if stray := sorted(adapter.factors.keys() - self.shapes):
             raise ToolkitError(
                 f"the adapter holds {stray[0]} ({len(stray)} such), which belongs to no weight of the base: it was "
                 "trained on another model, or on the head of one that shares it with the embedding"
             )
         self.quantized = self.config.pop("quantization_config", None) is not None
+        # the name of `dtype` before transformers 5
         self.config.pop("torch_dtype", None)
         self.config |= {"dtype": "bfloat16", "tie_word_embeddings": self.tied}
 

@@ -29,6 +29,7 @@ def serve(runs: Sequence[str | Path], *, engine: str = "llama.cpp", host: str = 
           key: str | None = None, checked: bool = False, say=print, **options) -> None:  # fmt: skip
     """Serve until Ctrl-C. `options` are those of `engine.start`. A host other than this machine needs an API key, and
     gets one when none is given. `checked` first holds what is served against the run. Raises ToolkitError."""
+    # whoever reaches the port could use the card
     if host not in LOOPBACK and key is None:
         key = secrets.token_urlsafe(24)
     if engine == "vllm":
@@ -95,6 +96,7 @@ def vllm_command(runs: Sequence[str | Path], *, host: str, port: int, key: str |
     }
     words = ["vllm", "serve", checkpoint_path(model)]
     for flag, value in options.items():
+        # false, empty and None: a flag that is left out
         if value:
             words += [f"--{flag}", *([] if value is True else value if isinstance(value, list) else [str(value)])]
     return words

@@ -45,6 +45,7 @@ def answer_file(
     batches = [(m, batch) for m, rows in missing for batch in _batches(rows, batch_size)]
     if not batches:
         return counts
+    # only now: a file that is finished is known without loading a model
     model, tokenizer = loaded or load_run(folder)
     _check_lengths(asked, modes, model, tokenizer, prompts_file)
     total = sum(len(batch) for _, batch in batches)
@@ -63,6 +64,7 @@ def answer_file(
 
 def _batches(asked: dict[int, dict], size: int) -> list[list[int]]:
     """Row numbers of prompts that are generated together: those that offer the same tools."""
+    # `generate` takes one set of tools for all of its prompts
     groups: dict[str, list[int]] = {}
     for number, prompt in asked.items():
         groups.setdefault(json.dumps(prompt.get("tools")), []).append(number)

@@ -113,10 +113,12 @@ def _turn(talk: Talk, line: str) -> bool:
             talk.mode = mode
             talk.note(f"({mode_title(mode)})")
         case "/base" | "/tuned":
+            # an exported file holds base and adapter as one
             if not talk.engine.runs:
                 raise ToolkitError(f"{command}: this server has one set of weights: chat without --from has both")
             talk.name = BASE if command == "/base" else talk.run
             talk.note(f"({talk.name})")
+        # a mistyped command; `/usr/bin is …` with more words after it is a question
         case _ if command.startswith("/") and not rest:
             raise ToolkitError(f"{command}: no such command. /help lists them")
         case _:

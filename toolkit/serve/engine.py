@@ -53,6 +53,7 @@ def start(
     else:
         weights, loras = exported_gguf(folders[0], quant), []
         facts = _facts_of_file(weights)
+    # they are converted all the same, so that the next start has both
     loras = [] if base else loras
     chat = load_chat(str(folders[0] / "adapter"))
     context = min(context, facts["max_position_embeddings"])
@@ -118,6 +119,7 @@ def _converted(folders: list[Path], quant: str, say) -> tuple[Path, list[Path], 
     place, base = outputs() / ".gguf" / places.pop(), merged[0].base
     checkpoint = Checkpoint(base.folder)
     weights, loras = place / f"{quant}.gguf", []
+    # a second server on the same base waits for the file and uses it
     with lock(place, "serve", wait=True):
         if not weights.is_file():
             say(f"converting {base.label} to {quant}, once for all runs on it")

@@ -55,6 +55,7 @@ def conversations(source: Source, seed: int, placeholders: dict) -> Iterator[tup
             yield number, canonical(row, format, source.columns, placeholders, source.system, source.turns)
         except Rejected as rejected:
             place = rows.where(number)
+            # every row of the set has it, and one line of the recipe mends them all
             if rejected.reason == "unfilled_placeholder":
                 raise ToolkitError(f"{place}: {rejected.detail}") from rejected
             yield number, Rejected(rejected.reason, f"{place}: {rejected.detail}")
@@ -81,6 +82,7 @@ def open_rows(source: Source) -> Rows:
 def split_count(source: Source) -> tuple[Source, int | None]:
     """A source without its limit, and the limit: N of `path#N` or `max_rows`."""
     limit = source.max_rows
+    # a file may really be called notes#1.jsonl
     if not find(source.path) and (match := re.fullmatch(r"(.+)#([1-9]\d*)", source.path)):
         source, limit = replace(source, path=match[1]), min(int(match[2]), limit or int(match[2]))
     return replace(source, max_rows=None), limit
@@ -95,6 +97,7 @@ def fingerprint(source: Source) -> str:
 def _located(source: Source) -> tuple[Source, tuple[Path, list[Path]] | None]:
     """The source with `:subset` taken off its path, and, unless it is on the Hub, (path, its data files)."""
     path = source.path
+    # a path that exists is taken as it is, a colon in it too (C:\data)
     if not find(path) and (match := re.fullmatch(r"(.+[^:/]):([\w.\-]+)", path)):
         path = match[1]
         source = replace(source, path=path, subset=match[2])
@@ -177,6 +180,7 @@ def stream_rows(source: Source, stream, revision: str) -> Rows:
 
     if stream.features:
         refuse_bytes(stream.features.arrow_schema, where)
+    # a stream has no length
     first = next(rows(stream.take(1)), None)
     if first is None:
         raise ToolkitError(f"{where}: is empty: expected at least one row")

@@ -31,6 +31,7 @@ NEXT = {
 def checked(conversation: dict, placeholders: dict) -> dict:
     """{"messages", "tools" if any} with placeholders filled and reasoning split off. Raises Rejected."""
     _check_order(conversation["messages"])
+    # joined: one search in a long text is quicker than one in each of its parts
     texts = "\n".join(_strings(conversation, []))
     if PLACEHOLDER.search(texts):  # before the checks: a name is text of the row like any other
         conversation = _filled(conversation, placeholders, "zh" if CJK.search(texts) else "en")
@@ -38,6 +39,7 @@ def checked(conversation: dict, placeholders: dict) -> dict:
     _check_text(texts)
     for turn, message in enumerate(conversation["messages"], start=1):
         _finish(message, f"turn {turn} ({message['role']})")
+    # _finish took every well-formed block away: a tag that is left is out of place
     if THINK_TAG.search(texts) and (tag := next(filter(THINK_TAG.search, _strings(conversation, [])), None)):
         raise Rejected("control_token", f"a think tag, which the model reads as structure, in {tag[:60]!r}")
     return conversation
@@ -129,4 +131,5 @@ def _filled(conversation: dict, placeholders: dict, language: str) -> dict:
             raise Rejected("unfilled_placeholder", f"{match[0]} is not filled: set data.placeholders.{key}")
         return json.dumps(text)[1:-1]
 
+    # through JSON text, so that tools and nested arguments are filled too
     return json.loads(PLACEHOLDER.sub(given, json.dumps(conversation)))

@@ -52,6 +52,7 @@ def canonical(
     for name in MEDIA:
         if row.get(name):
             raise Rejected("not_text", f"{name!r} is not empty: only text is trained on")
+    # columns that the recipe names are taken at their word: no other column counts
     names = columns if format == "columns" else {**SHARED, **FORMATS[format]}
     messages = _messages(_turns(row, names, () if format == "columns" else REASONING), turns == "each")
     own = _field(row, names.get("system"), default="")
@@ -62,6 +63,7 @@ def canonical(
         conversation["tools"] = tools
     answer = row.get(names.get("expected_answer"))
     if answer not in (None, ""):
+        # JSON files keep answers as numbers, CSV files as text
         number = type(answer) in (int, float)
         conversation["expected_answer"] = str(answer) if number else _field(row, names["expected_answer"])
     return checked(conversation, placeholders)
@@ -139,6 +141,7 @@ def _message(turn: dict, role: str, where: str) -> dict:
     calls = _field(turn, "tool_calls", list, where, default=[])
     if legacy := _field(turn, "function_call", dict, where, default={}):  # OpenAI's one call, before tool_calls
         calls = [*calls, legacy]
+    # ShareGPT's turns are from/value, but some sets mix both spellings
     key = "value" if turn.get("content") is None and "value" in turn else "content"
     if type(parts := turn.get(key)) is list:  # OpenAI's content parts
         if not all(type(part) is dict and type(part.get("text")) is str for part in parts):

@@ -92,6 +92,7 @@ def data_files(path: Path, split: str) -> list[Path]:
                 f"{path}: unknown kind of file: expected {known}: save a spreadsheet as CSV UTF-8, unpack an archive"
             )
         return [path]
+    # hidden files are caches, among them half-finished downloads of the Hub's client
     found = sorted(f for f in path.rglob("[!.]*") if not f.is_dir() and "/." not in f"/{f.relative_to(path)}")
     names = {f: f.relative_to(path).as_posix() for f in found if ending(f) and f.name not in NOT_ROWS}
     files = {f: split_of(name, split) for f, name in names.items()}
@@ -101,6 +102,7 @@ def data_files(path: Path, split: str) -> list[Path]:
         there = ", ".join(sorted(set(files.values())) or [f.name for f in found[:5]])
         there = f"splits {there}: choose one by `split:`" if files else there or "no files"
         raise ToolkitError(f"{path}: expected {known} files of the split {split!r}, found {there}")
+    # several folders that each hold the split are subsets or languages, kept apart by their author
     tops = sorted({names[f].partition("/")[0] for f in chosen})
     if files[chosen[0]] and len(tops) > 1 and not any(top == "data" or split_of(top, split) for top in tops):
         folders = ", ".join(tops[:8])
@@ -219,6 +221,7 @@ def csv_table(path: Path) -> Table:
     csv.field_size_limit(1 << 30)  # the reader's own limit of 128 KiB is below a long reasoning trace
     unquoted = QUOTED.sub("", text[: 1 << 16])
     delimiter = max(",;\t", key=unquoted.partition("\n")[0].count)
+    # strict: otherwise a quote left open swallows all rows after it without an error
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         rows, header = list(reader), [name.strip() for name in reader.fieldnames or ()]
@@ -286,6 +289,7 @@ def decode(raw: bytes, path: Path, line: int) -> str:
     except UnicodeDecodeError as error:
         bad = raw[raw.rfind(b"\n", 0, error.start) + 1 :].partition(b"\n")[0]
         where = f"{path} line {line + raw[: error.start].count(10)}: not UTF-8"
+    # only a person can tell which reading is right, so the line is shown in each encoding that fits
     readings = []
     for name in ("utf-16",) if bad.startswith((b"\xff\xfe", b"\xfe\xff")) else ENCODINGS:
         with contextlib.suppress(UnicodeDecodeError):
