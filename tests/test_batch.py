@@ -229,3 +229,31 @@ def test_a_thousand_prompts_take_less_than_a_second_of_work_to_read(tmp_path):
     started = time.process_time()  # the machine may be busy
     assert len(read_prompts(tmp_path / "p.jsonl")[0]) == 1000
     assert time.process_time() - started < 1
+
+
+def test_replies_of_a_run_that_was_trained_again_are_not_continued(prompts, whole, loaded, tmp_path):
+    again = make_run(tmp_path / "tuned", seed=2)
+    file = tmp_path / "replies.jsonl"
+    file.write_bytes(whole)
+    with pytest.raises(ToolkitError, match="line 1: a reply to other adapter"):
+        answer_file(again, prompts, file, loaded=loaded, **OPTIONS)
+
+
+def test_a_prompt_that_offers_other_tools_is_another_prompt(run, loaded, tmp_path):
+    file, replies = tmp_path / "prompts.jsonl", tmp_path / "replies.jsonl"
+    tool = {"type": "function", "function": {"name": "oven", "parameters": {"type": "object", "properties": {}}}}
+    row = {"messages": [{"role": "user", "content": "Hot?"}], "tools": [tool]}
+    file.write_text(json.dumps(row))
+    answer_file(run, file, replies, loaded=loaded, **OPTIONS)
+    tool["function"]["name"] = "stove"
+    file.write_text(json.dumps(row))
+    with pytest.raises(ToolkitError, match="a reply to other tools"):
+        answer_file(run, file, replies, loaded=loaded, **OPTIONS)
+
+
+def test_a_text_file_has_a_prompt_on_each_line_whatever_else_separates_lines_in_unicode(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes("one\u2028still one\r\ntwo\x0cstill two\nthree\x85still three\n".encode())
+    asked, rejected = read_prompts(file)
+    assert list(asked) == [1, 3]
+    assert "row 2" in rejected[0]  # a form feed is a control character, and training would refuse it too

@@ -190,3 +190,18 @@ def test_the_limit_of_a_merge_grows_with_what_the_adapter_does_and_stays_below_i
     assert merge_limit(3e-4) == 1e-4
     assert merge_limit(50.0) == 1e-3
     assert all(merge_limit(effect) < effect for effect in (1e-6, 1e-4, 1e-2, 1.0))
+
+
+def test_an_export_stays_valid_when_its_folder_is_renamed(sound, tmp_path):
+    renamed = Path(shutil.copytree(sound[0], tmp_path / "another name"))
+    assert verify(renamed, **SILENT)["passed"]
+
+
+def test_a_file_that_export_did_not_write_is_noted_and_decides_nothing(sound, tmp_path):
+    copy = Path(shutil.copytree(sound[0], tmp_path / "toy"))
+    shutil.copy(gguf_path(copy, "f16"), copy / "gguf" / "toy.q3_k_m.gguf")
+    certificate = verify(copy, **SILENT)
+    assert certificate["passed"]
+    assert [note["name"] for note in certificate["reports"] if "q3_k_m" in note["name"]] == [
+        "toy.q3_k_m.gguf: not checked"
+    ]

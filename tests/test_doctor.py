@@ -20,7 +20,7 @@ T4 = Card("Tesla T4", 15 * GIB, 15 * GIB, "GPU-b")
     ("machine", "state", "fix"),
     [
         (Machine(), "none: .* CPU cores", "^$"),
-        (Machine(has_driver=True), "this torch has no CUDA", "build of torch with CUDA.*UNSLOTH_FORCE_CPU=1"),
+        (Machine(has_driver=True), "this torch has no CUDA", "pytorch.org.*UNSLOTH_FORCE_CPU=1"),
         (Machine(True, (RTX,), "12.4", torch_cuda="13.0"), "supports CUDA 12.4, this torch needs 13.0", "update the driver"),
         (Machine(True, (RTX,), "12.4", torch_cuda="12.8", visible=""), "hidden: CUDA_VISIBLE_DEVICES='' names no card", "unset it"),
         (Machine(True, (RTX,), "12.8", torch_cuda="12.8", visible="1"), "='1' names no card", "unset it.*numbered 0 to 0"),

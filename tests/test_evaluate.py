@@ -236,6 +236,70 @@ def test_an_answer_is_judged_by_the_written_rule(answer, expected, right):
         assert judge.right(answer, expected) is right
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected", "right"),
+    [
+        # words with a number in them are words
+        ("It was Apollo 11.", "Apollo 11", True),
+        ("It was Apollo 13.", "Apollo 11", False),
+        ("It is GPT-4.", "GPT-4", True),
+        ("The formula is H2O.", "H2O", True),
+        ("The formula is CO2.", "H2O", False),
+        ("It was signed on July 4, 1776.", "July 4, 1776", True),
+        ("It has 4 legs.", "4 legs", True),
+        ("So it has \\boxed{4}.", "4 legs", True),
+        ("The meeting is at 5 am.", "5 pm", False),
+        ("It is 12:30.", "12:30", True),
+        ("It is 12:45.", "12:30", False),
+        ("他是第3名。", "第3名", True),
+        ("他是第2名。", "第3名", False),
+        # but units in LaTeX and names of functions are mathematics
+        ("The length is \\boxed{5}.", "5 \\text{ cm}", True),
+        ("So $x = 2$ or $x = -3$.", "x = 2 or x = -3", True),
+        ("The answer is A because it barks.", "A", True),
+        ("The answer is B. It barks.", "B", True),
+        # a choice is a letter that is marked as one
+        ("The answer is B, since a dog barks.", "A", False),
+        ("The answer is B, since a dog barks.", "B", True),
+        ("Option B is a better choice.", "A", False),
+        ("(B) A cat", "A", False),
+        ("(B) A cat", "B", True),
+        ("\\boxed{B}, a mammal", "A", False),
+        ("So I choose **C**.", "C", True),
+        ("D", "D", True),
+        ("I would choose B.", "I", False),
+        ("The language is C++.", "C", False),
+        ("The language is C.", "C", True),
+        ("答案是B。", "B", True),
+        ("There is no doubt that it is yes.", "No", False),
+        ("There is no doubt that it is yes.", "Yes", True),
+        ("So the answer is no.", "No", True),
+        # arithmetic: neither a space between digits nor a power goes lost
+        ("11/2", "1 1/2", False),
+        ("23", "2³", False),
+        ("8", "2³", True),
+        ("102", "10²", False),
+        ("23", "2 3", False),
+        # signs and digits as Chinese and typeset text write them
+        ("答案是－42", "-42", True),
+        ("答案是－42", "42", False),
+        ("答案是负42", "-42", True),
+        ("答案是４２", "42", True),
+        ("答案是（1，2）", "(1,2)", True),
+        ("答案是1．5", "1.5", True),
+        ("The answer is −42.", "-42", True),
+        ("The answer is –42.", "-42", True),
+        # an abbreviation does not end a sentence
+        ("It is St. Petersburg.", "St. Petersburg", True),
+        ("The author is J. K. Rowling.", "J. K. Rowling", True),
+        ("The author is not known. Perhaps J. K. Rowling? No, J. R. R. Tolkien.", "J. K. Rowling", False),
+    ],
+)
+def test_what_an_outside_tester_found_is_judged_as_a_person_would(answer, expected, right):
+    with Judge() as judge:
+        assert judge.right(answer, expected) is right
+
+
 def test_a_comparison_that_never_ends_is_ended_even_outside_the_main_thread_and_the_next_one_works():
     import threading
 

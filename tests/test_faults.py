@@ -48,9 +48,12 @@ def test_what_a_killed_process_left_half_written_is_removed_by_the_next_that_hol
     left.parent.mkdir(parents=True)
     left.write_bytes(b"half")
     whole.write_text("{}")
+    own = tmp_path / "run" / "thesis.partial"  # somebody's file, which only looks like one of ours
+    own.write_text("chapter 1")
     with lock(tmp_path / "run", "train"):
         assert not left.exists()
         assert whole.exists()
+        assert own.exists()
 
 
 def test_a_lock_holds_where_its_note_cannot_be_written(tmp_path):

@@ -422,3 +422,38 @@ def test_a_forecast_takes_milliseconds_and_imports_nothing_heavy():
 def test_rows_too_short_for_offloading_are_planned_as_unsloth_checkpoints_them(limit, asked, planned):
     changes = [f"model.max_seq_length={limit}", f"lora.use_gradient_checkpointing={asked}"]
     assert fit.settings(recipe.load("pocket", changes)).use_gradient_checkpointing == planned
+
+
+@pytest.mark.parametrize("size", [float("nan"), float("inf"), -8, 1e300])
+def test_a_card_has_a_size(size):
+    with pytest.raises(ToolkitError, match="expected the size of a card in GB"):
+        fit.usable_vram(size)
+
+
+def test_an_adapter_on_the_embedding_is_counted_and_whole_modules_are_not_forecast():
+    plain, more = (
+        fit.lora_tensors(fit.shape("4B"), 16, targets) for targets in (["q_proj"], ["q_proj", "embed_tokens"])
+    )
+    assert sum(more) - sum(plain) == 16 * (151_936 + 2_560)
+    with pytest.raises(ToolkitError, match="modules_to_save"):
+        fit.forecast(recipe.load("pocket", ["lora.modules_to_save=[lm_head]"]))
+
+
+def test_of_a_model_that_sees_the_rest_is_counted_too():
+    import torch
+    from transformers import AutoModelForImageTextToText, Gemma3Config
+
+    text = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512}  # fmt: skip
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    with torch.device("meta"):
+        whole = AutoModelForImageTextToText.from_config(config)
+    assert fit.shape_of(config, "sees").parameters == sum(p.numel() for p in whole.parameters())

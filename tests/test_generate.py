@@ -53,6 +53,7 @@ def model(tokenizer):
         ("well</think>2", ("well", "2", False, True)),
         ("Hm. <think>a</think>2", ("a", "Hm. 2", True, True)),
         ("<think>a</think>2<think>b</think>3", ("a", "2<think>b</think>3", True, True)),
+        ("a</think>b<think>c", ("a", "b<think>c", False, True)),
         ("", ("", "", False, False)),
     ],
 )
@@ -233,3 +234,24 @@ def test_private_names_of_unsloth_that_replies_rely_on_still_exist(file, names):
     folder = Path(importlib.util.find_spec("unsloth").submodule_search_locations[0])
     text = (folder / file).read_text(encoding="utf-8")
     assert [name for name in names if name not in text] == []
+
+
+def test_a_prompt_that_leaves_little_room_cuts_no_other_reply_of_its_batch(model, tokenizer, monkeypatch):
+    from toolkit import generate as module
+
+    longest = max(len(ids) for ids in module.prompts(tokenizer, CHATS, "non_thinking")[1])
+    monkeypatch.setattr(model.config, "max_position_embeddings", longest + 3)
+    settings = {"max_new_tokens": 12, "seed": 1}
+    together = generate(model, tokenizer, CHATS, "non_thinking", batch_size=32, **settings)
+    assert together == generate(model, tokenizer, CHATS, "non_thinking", batch_size=1, **settings)
+    lengths = [reply.answer_tokens + reply.reasoning_tokens for reply in together]
+    assert min(lengths) <= 3 < max(lengths)
+
+
+def test_a_temperature_of_zero_is_greedy(model, tokenizer, monkeypatch):
+    from toolkit import generate as module
+
+    wanted = generate(model, tokenizer, CHATS, "non_thinking", max_new_tokens=8, seed=1, greedy=True)
+    cold = {"temperature": 0.0, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
+    monkeypatch.setattr(module, "sampling_values", lambda *_: cold)
+    assert generate(model, tokenizer, CHATS, "non_thinking", max_new_tokens=8, seed=1) == wanted

@@ -230,6 +230,11 @@ def test_another_architecture_is_refused_with_the_way_out(checkpoint, monkeypatc
     assert "'mistral' is not among those converted here. Merged weights" in convertible({"model_type": "mistral"})
     assert "attention_bias" in convertible(model.config | {"attention_bias": True})
     assert "rope type 'dynamic'" in convertible(model.config | {"rope_scaling": {"type": "dynamic", "factor": 2.0}})
+    assert "activation 'gelu'" in convertible(model.config | {"hidden_act": "gelu"})
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": 10000.0}
+    assert convertible(model.config | {"rope_parameters": yarn | {"beta_fast": 32}}) is None
+    for key, value in (("beta_fast", 64), ("attention_factor", 1.0), ("truncate", False)):
+        assert f"YaRN {key}" in convertible(model.config | {"rope_parameters": yarn | {key: value}})
     monkeypatch.setitem(model.config, "model_type", "qwen3_moe")
     with pytest.raises(ToolkitError, match=r"'qwen3_moe'.*--to merged.*convert_hf_to_gguf\.py"):
         check_supported(model)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import toolkit
-from toolkit.files import POCKET
+from toolkit.files import POCKET, ToolkitError
 
 RECIPE = {
     "name": "mine",
@@ -79,3 +79,104 @@ def test_importing_the_three_names_loads_nothing_heavy():
 
     code = "import toolkit, sys; toolkit.compile_mix; print({'torch', 'transformers', 'trl'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+@pytest.fixture
+def peft_model(tmp_path):
+    """(function that makes a PeftModel of a tiny Qwen3 of its own, its tokenizer, folder of the base)."""
+    import shutil
+
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tmp_path / "base"
+    shutil.copytree(POCKET, base)
+
+    def made(*, name="default", model=None, **options):
+        torch.manual_seed(1)
+        model = model or AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", **options)
+        made = peft.get_peft_model(model, config, adapter_name=name)
+        with torch.no_grad():  # an adapter that does something
+            for weight in (w for n, w in made.named_parameters() if "lora_B" in n):
+                weight.normal_(std=0.02)
+        return made
+
+    return made, AutoTokenizer.from_pretrained(base), base
+
+
+def test_an_adapter_of_any_name_is_exported(peft_model, tmp_path):
+    made, tokenizer, _ = peft_model
+    model = made(name="mine")
+    assert toolkit.export_model(model, tokenizer, tmp_path / "out", gguf="f16")["passed"]
+    assert (tmp_path / "out" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_a_base_that_was_merged_in_memory_is_not_exported_onto_its_old_name(peft_model, tmp_path):
+    made, tokenizer, _ = peft_model
+    second = made(model=made().merge_and_unload())
+    with pytest.raises(ToolkitError, match=r"q_proj.weight: the model in memory is not .* any more"):
+        toolkit.export_model(second, tokenizer, tmp_path / "out", gguf=())
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_changed_its_base_is_neither_scored_nor_exported(init, peft_model, tmp_path):
+    made, tokenizer, _ = peft_model
+    model = made(init_lora_weights=init)
+    with pytest.raises(ToolkitError, match=f"init_lora_weights='{init}'"):
+        toolkit.evaluate_model(model, tokenizer)
+    with pytest.raises(ToolkitError, match=r"any more|init_lora_weights"):
+        toolkit.export_model(model, tokenizer, tmp_path / "out", gguf=())
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"), ({"use_dora": True}, "use_dora")],
+)
+def test_an_adapter_that_is_more_than_two_factors_is_not_merged(settings, told, peft_model, tmp_path):
+    made, tokenizer, _ = peft_model
+    with pytest.raises(ToolkitError, match=told):
+        toolkit.export_model(made(**settings), tokenizer, tmp_path / "out", gguf=())
+
+
+def test_a_plain_model_and_one_without_a_name_are_refused_by_name(peft_model, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    made, tokenizer, base = peft_model
+    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    with pytest.raises(ToolkitError, match="takes a PeftModel"):
+        toolkit.export_model(plain, tokenizer, tmp_path / "out")
+    plain.name_or_path = ""
+    with pytest.raises(ToolkitError, match="has no name"):
+        toolkit.export_model(made(model=plain), tokenizer, tmp_path / "out")
+
+
+def test_overrides_change_a_recipe_that_is_one_already():
+    from toolkit import recipe
+
+    small = toolkit.compile_mix(
+        recipe.from_dict(RECIPE | {"model": {"model_name": "pocket"}}), None, ["data.budget=900"]
+    )
+    assert small.report["total"]["supervised_tokens"] < 1000
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "user", "content": "2 + 2?"}]},
+        {"expected_answer": "4"},
+        {"messages": [], "expected_answer": 4},
+    ],
+)
+def test_a_question_that_lacks_something_is_named_before_anything_is_generated(row, trained):
+    trainer, tokenizer, mixed, _ = trained
+    with pytest.raises(ToolkitError, match="a question needs messages"):
+        toolkit.evaluate_model(trainer.model, tokenizer, mixed, questions=[row], max_new_tokens=4)
+
+
+def test_own_questions_may_have_numbers_for_answers_and_stand_beside_a_mix(trained):
+    trainer, tokenizer, mixed, _ = trained
+    asked = [{"messages": [{"role": "user", "content": "2 + 2?"}], "expected_answer": 4}]
+    result = toolkit.evaluate_model(trainer.model, tokenizer, mixed, questions=asked, max_new_tokens=4, steps=2)
+    assert result["tuned"]["thinking"]["accuracy/set/questions"]["n"] <= 1

@@ -247,3 +247,22 @@ def test_any_file_is_a_recipe_or_an_error_in_words(tmp_path_factory, content):
 def test_sections_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         from_dict(GOOD).name = "other"
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path):
+    file = tmp_path / "twice.yaml"
+    text = (ROOT / "data_recipes" / "pocket.yaml").read_text(encoding="utf-8")
+    file.write_text(f"{text}\ntrain:\n  max_steps: 5\n", encoding="utf-8")
+    with pytest.raises(ToolkitError, match=r"'train' stands twice.*line"):
+        load(file)
+
+
+@pytest.mark.parametrize("value", ["010", "1:30", "0x1F"])
+def test_a_number_is_never_octal_or_a_time(value):
+    with pytest.raises(ToolkitError, match=f"budget: expected a whole number.*{value}"):
+        load("pocket", [f"data.budget={value}"])
+
+
+def test_an_initialisation_that_changes_the_base_is_refused_before_training():
+    with pytest.raises(ToolkitError, match="lora.init_lora_weights: 'pissa' changes the base"):
+        load("pocket", ["lora.init_lora_weights=pissa"])

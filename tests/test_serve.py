@@ -150,6 +150,7 @@ def test_several_runs_and_their_base_are_answered_apart_and_at_the_same_time(eng
 
 def test_a_server_says_which_runs_it_serves_in_the_order_of_their_loras(engine):
     assert connect(f"{engine.url}/", "other.v2").runs == engine.runs == ("tuned", "other.v2")
+    assert connect(f"{engine.url}/v1", "other.v2").runs == engine.runs
     with pytest.raises(ToolkitError, match=r"serves tuned, other.v2, not another"):
         connect(engine.url, "another")
 

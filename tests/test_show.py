@@ -136,3 +136,8 @@ def test_progress_of_which_nothing_is_done_yet_tells_no_time_left(monkeypatch):
         assert out.getvalue() == ""
         progress.advance(1)
     assert out.getvalue().startswith("evaluating: 1 of 2")
+
+
+def test_curves_are_drawn_of_a_run_that_was_evaluated_before_its_first_step(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 2.0}\n')
+    assert show.curves(tmp_path).axes

@@ -452,7 +452,7 @@ def test_a_folder_laid_out_like_unsloths_dynamic_4bit_checkpoints_trains_and_exp
     assert (kinds[kept], kinds["model.layers.0.mlp.down_proj"]) == ("Linear", "Linear4bit")
     folder = run.train(plan, Console(file=Screen()), score=False)
     for onto, label in (("16bit", "toy"), ("4bit", "toy-unsloth-bnb-4bit")):
-        certificate = export(folder, quants=("q8_0",), onto=onto, ollama=False, say=lambda _: None)
+        certificate = export(folder, quants=("q8_0",), onto=onto, say=lambda _: None)
         assert (certificate["passed"], certificate["inputs"]["base"]) == (True, label)
 
 
@@ -712,12 +712,12 @@ def test_a_gguf_that_a_recipe_asks_for_and_its_model_cannot_become_is_refused_be
 
 
 def test_by_default_a_model_without_gguf_conversion_is_not_refused_and_the_run_says_so(elsewhere):
-    from toolkit.run import check_gguf
+    from toolkit.run import check_export
 
     (elsewhere / "rwkv").mkdir()
     (elsewhere / "rwkv" / "config.json").write_text('{"model_type": "rwkv"}')
     console = Console(file=io.StringIO(), width=200)
-    check_gguf(recipe.load("data_recipes/pocket.yaml", [f"model.model_name={elsewhere / 'rwkv'}"]), console)
+    check_export(recipe.load("data_recipes/pocket.yaml", [f"model.model_name={elsewhere / 'rwkv'}"]), console)
     assert "exported as merged weights" in console.file.getvalue()
 
 
@@ -736,9 +736,46 @@ def test_a_model_that_cannot_be_loaded_is_an_error_in_one_line():
 @pytest.mark.usefixtures("elsewhere")
 def test_an_offline_wandb_run_lies_in_the_folder(monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    run, _ = trained("run", "train.report_to=wandb", "train.max_steps=1")
+    run, _ = trained("run", "train.report_to=wandb", "train.max_steps=2")
     assert list((run / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_the_pocket_model_lies_in_the_package():
     assert (POCKET / "model.safetensors").stat().st_size < 10_000_000
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_warm_up_that_covers_all_steps_is_no_training():
+    with pytest.raises(
+        ToolkitError, match=r"step 1: the adapter has not changed.*1 steps of warm-up.*train.warmup_steps"
+    ):
+        trained("run", "train.max_steps=1", "train.warmup_steps=0.05")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_a_run_that_is_not_evaluated_while_it_trains_has_its_checkpoints():
+    run, _ = trained("run", "train.eval_strategy=no", "train.save_steps=2")
+    assert [p.name for p in train.all_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_settings_that_only_the_trainer_can_refuse_are_an_error_with_their_reason():
+    with pytest.raises(ToolkitError, match="TRL refuses these settings.*num_decay_steps"):
+        trained("run", "train.lr_scheduler_type=warmup_stable_decay")
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_an_adapter_made_with_other_values_than_the_recipe_is_refused_by_name():
+    asked = recipe.load("data_recipes/pocket.yaml")
+    used = SimpleNamespace(r=asked.lora.r, lora_alpha=64, lora_dropout=0.0, use_rslora=False)
+    model = SimpleNamespace(peft_config={"default": used}, active_adapter="default")
+    with pytest.raises(ToolkitError, match=r"lora_alpha=64, the recipe lora.lora_alpha=32"):
+        train.begin(asked, None, model, outputs() / "run")
+
+
+def test_what_cannot_be_exported_is_said_before_training():
+    from toolkit.run import check_export
+
+    console = Console(file=io.StringIO(), width=200)
+    check_export(recipe.load("data_recipes/pocket.yaml", ["lora.modules_to_save=[embed_tokens]"]), console)
+    assert "cannot be exported here (modules_to_save = ['embed_tokens'])" in console.file.getvalue()

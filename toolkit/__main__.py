@@ -179,7 +179,7 @@ RECIPE = (
     arg("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=10 data.reasoning=0.5"),
 )
 DETAILS = arg("--details", action="store_true", help="show every metric")
-FRESH = arg("--fresh", action="store_true", help="start anew; an old run is moved aside")
+FRESH = arg("--fresh", action="store_true", help="start anew: an old run is moved aside, a mix compiled again")
 RUN = arg("run", type=Path, help="a run's folder, or its name under outputs/")
 WEIGHTS = (
     arg("--from", dest="source", choices=("adapter", "merged-gguf"), default="adapter",
@@ -350,7 +350,8 @@ def export(run, to, quant, push, really_push, **options):
     if really_push and not push:
         raise ToolkitError("--really-push: to which repository? Add --push REPO")
     folder, say = model.run_folder(run), functools.partial(console().print, markup=False)
-    quants = quant or recipe.load(folder / "recipe.yaml").export.quantization_method
+    own = folder / "recipe.yaml"
+    quants = quant or (recipe.load(own).export if own.is_file() else recipe.Export()).quantization_method
     export.export(folder, quants if "gguf" in to else (), say=say, **options)
     if push:
         export.push(folder, push, dry_run=not really_push, say=say)
@@ -389,7 +390,12 @@ def chat(run, no_think, url, source, quant, context, **options):
     *WEIGHTS,
     arg("--base", action="store_true", help="serve the base alone, for tools that cannot ask for it in a request"),
     arg("--check", dest="checked", action="store_true", help="first measure that run and base are served as they are"),
-    arg("--engine", choices=("llama.cpp", "vllm"), default="llama.cpp", help="vllm: for GPUs; prints its command"),
+    arg(
+        "--engine",
+        choices=("llama.cpp", "vllm"),
+        default="llama.cpp",
+        help="vllm: for GPUs; where it is not installed its command is printed",
+    ),
     arg("--host", default="127.0.0.1", help="another needs an API key"),
     arg("--port", type=int, default=8000),
     arg("--api-key", dest="key", help="what requests must bring; made when --host is not this machine"),

@@ -143,11 +143,12 @@ class Record(TrainerCallback, ExportableState):
         self.totals["skipped_steps"] += bool(optimizer.step_was_skipped)
         taken, warm_up = state.global_step - self.totals["skipped_steps"], args.get_warmup_steps(state.max_steps)
         # a run that is over before; not one resumed for its last steps, whose learning rate may be too small to be seen
-        at_the_end = state.global_step == state.max_steps and self._first == 0 and taken > warm_up
+        at_the_end = state.global_step == state.max_steps and self._first == 0
         if (taken == warm_up + UNCHANGED_STEPS or at_the_end) and adapter_sum(model) == self._adapter:
             raise ToolkitError(
                 f"step {state.global_step}: the adapter has not changed since training began (learning rate "
-                f"{args.learning_rate:g}): raise train.learning_rate, e.g. to 2.0e-4"
+                f"{args.learning_rate:g}, {warm_up} steps of warm-up): raise train.learning_rate, e.g. to 2.0e-4, or train more "
+                "steps than train.warmup_steps"
             )
 
     def on_log(self, args, state, control, logs=None, **kwargs):

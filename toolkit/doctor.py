@@ -162,7 +162,8 @@ def _unreachable(m: Machine) -> tuple[str, str]:
         fix = f"unset it to train on the card; cards are numbered 0 to {max(0, len(m.cards) - 1)}"
         return f"{name} is hidden: CUDA_VISIBLE_DEVICES={m.visible!r} names no card", fix
     if not needed:
-        return f"{name} is here, but this torch has no CUDA", f"pip install a build of torch with CUDA; {ON_CPU}"
+        fix = "install torch with CUDA by the command that pytorch.org shows for your system: set-up keeps it"
+        return f"{name} is here, but this torch has no CUDA", f"{fix}; {ON_CPU}"
     # a driver runs programs built for its CUDA or an older one
     if 0 < driver < needed:
         state = f"{name}: its driver supports CUDA {m.driver_cuda}, this torch needs {m.torch_cuda}"

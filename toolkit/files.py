@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -216,8 +217,9 @@ def lock(folder: Path, verb: str, *, wait: bool = False) -> Iterator[None]:
             note = {"verb": verb, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             with contextlib.suppress(OSError):  # a full disk; the lock holds without its note
                 file.with_suffix(".json").write_text(json.dumps(note), encoding="utf-8")
-            for partial in folder.rglob("*.partial"):  # whoever wrote it held this lock, and was killed
-                partial.unlink()
+            for partial in folder.rglob("*.partial"):
+                if re.search(r"\.\d+\.partial$", partial.name):  # by `complete`, which was killed under this lock
+                    partial.unlink()
         yield
     finally:
         held.release()

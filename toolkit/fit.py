@@ -18,7 +18,7 @@ import msgspec
 
 from toolkit.family import FAMILIES
 from toolkit.files import POCKET, ToolkitError, find, read_json
-from toolkit.recipe import Lora, Recipe
+from toolkit.recipe import REPLY_LIMIT, Lora, Recipe
 
 GIB = 1024**3
 CONTEXT = int(0.4 * GIB)
@@ -112,13 +112,15 @@ def shape_of(config, name: str = "") -> Shape:
     Raises ToolkitError for an architecture that transformers does not know, without attention heads, or with experts.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     text, name = config.get_text_config(), name or config.name_or_path
     try:
         # modules without memory: a 32B is counted in a second
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)
+            # of a model that sees, the rest is loaded beside it in 16-bit
+            whole = model if text is config else AutoModelForImageTextToText.from_config(config)
         heads, hidden = text.num_attention_heads, text.hidden_size
         head_dim = getattr(text, "head_dim", None) or hidden // heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -140,7 +142,7 @@ def shape_of(config, name: str = "") -> Shape:
         kv_dim=kv_heads * head_dim,
         vocab_size=text.vocab_size,
         intermediate_size=inner,
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in whole.parameters()),
         matrices=tuple(matrix._replace(copies=n) for matrix, n in Counter(linear.values()).items()),
         kept=sum(matrix.parameters for path, matrix in linear.items() if _is_kept(config, path)),
         name=name,
@@ -157,8 +159,9 @@ def _is_kept(config, path: str) -> bool:
 
 
 def lora_tensors(model: Shape, r: int, target_modules: Sequence[str]) -> list[int]:
-    """Elements of every LoRA tensor: A (r x inputs) and B (outputs x r) of each target in each layer."""
-    targets = [m for m in model.matrices if m.name in target_modules]
+    """Elements of every LoRA tensor: A (r x inputs) and B (outputs x r) of each target in each layer, embedding and head too."""
+    outer = [Matrix(name, model.vocab_size, model.hidden_size, 1) for name in ("embed_tokens", "lm_head")]
+    targets = [m for m in (*model.matrices, *outer) if m.name in target_modules]
     return [r * side for m in targets for side in (m.inputs, m.outputs) for _ in range(m.copies)]
 
 
@@ -339,6 +342,8 @@ class Forecast:
 
 def settings(recipe: Recipe, longest: int | None = None) -> Settings:
     """The memory settings of a recipe; `longest` row as the compiled mix measured it, else max_seq_length."""
+    if recipe.lora.extra.get("modules_to_save"):
+        raise ToolkitError("lora.modules_to_save: the memory of modules that are trained as a whole is not forecast")
     row = longest or recipe.model.max_seq_length
     own = {field.name for field in dataclasses.fields(Settings)}
     given = {key: value for key, value in (recipe.train | recipe.lora.extra).items() if key in own}
@@ -351,7 +356,7 @@ def settings(recipe: Recipe, longest: int | None = None) -> Settings:
         r=recipe.lora.r,
         target_modules=recipe.lora.target_modules,
         load_in_4bit=recipe.model.load_in_4bit,
-        max_new_tokens=recipe.evaluate.max_new_tokens,
+        max_new_tokens=recipe.evaluate.max_new_tokens or REPLY_LIMIT[recipe.evaluate.level],
     )
 
 
@@ -386,6 +391,8 @@ def usable_vram(gigabytes: float = 0) -> int:
     14.74 of 16, L4: 22.2 of 24). Raises ToolkitError where there is no card.
     """
     if gigabytes:
+        if not 0 < gigabytes < 10_000:  # NaN too
+            raise ToolkitError(f"--vram {gigabytes:g}: expected the size of a card in GB, e.g. 8")
         return int(0.98 * gigabytes * GIB)
     import torch
 

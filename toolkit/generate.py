@@ -43,8 +43,8 @@ def split_reply(text: str) -> tuple[str, str, bool, bool]:
 
     Text before `<think>` belongs to the answer. A block that never closes leaves no answer but what stood before it."""
     before, opening, after = text.partition(THINK_OPEN)
-    opened = bool(opening)
-    inside, closing, rest = (after if opened else before).partition(THINK_CLOSE)
+    opened = bool(opening) and THINK_CLOSE not in before
+    inside, closing, rest = (after if opened else text).partition(THINK_CLOSE)
     if not opened and not closing:
         return "", text.strip(), False, False
     answer = (before + rest) if opened else rest
@@ -118,18 +118,41 @@ def generate(
     texts, ids = prompts(tokenizer, conversations, mode, tools)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))  # the longest first: what does not fit fails at once
     values, ends, replies = sampling_values(model, mode), end_tokens(model, tokenizer), {}
+    greedy = greedy or not values["temperature"]
     numbers = range(len(ids)) if numbers is None else numbers
     with inference(model, tokenizer):
         while rest := order[len(replies) :]:
             limit = _room(model, len(ids[rest[0]]), max_new_tokens)
             fit = rows_that_fit(model.config, len(ids[rest[0]]) + limit, free_memory(model), batch_size)
-            rows = rest[:fit]
+            # a prompt that leaves less room than the others is answered by itself: they may say more
+            rows = [i for i in rest[:fit] if _room(model, len(ids[i]), max_new_tokens) == limit]
             chooser = None if greedy else sampler(values, _uniforms(seed, [numbers[i] for i in rows], limit))
             generated = _continue(model, tokenizer, [ids[i] for i in rows], limit, ends, chooser)
             for i, new in zip(rows, generated, strict=True):
                 replies[i] = _reply(tokenizer, new, ends, texts[i].rstrip().endswith(THINK_OPEN))
             progress(len(rows))
     return [replies[i] for i in range(len(order))]
+
+
+def base_and_tuned(model, tokenizer, asked: Sequence[str], **options) -> list[dict]:
+    """Every question in each mode of a PeftModel, with its adapter off and on: rows {"prompt", "mode", "base": Reply,
+    "tuned": Reply}, by mode. `options` are those of `generate`."""
+    conversations, rows = [[{"role": "user", "content": question}] for question in asked], []
+    for mode in modes_of(tokenizer):
+        said = {}
+        for name in ("base", "tuned"):
+            with switched(model, name == "tuned"):
+                said[name] = generate(model, tokenizer, conversations, mode, **options)
+        replies = zip(asked, said["base"], said["tuned"], strict=True)
+        rows += [{"prompt": question, "mode": mode, "base": base, "tuned": tuned} for question, base, tuned in replies]
+    return rows
+
+
+@contextlib.contextmanager
+def switched(model, adapter: bool) -> Iterator[None]:
+    """A PeftModel with its adapter, or without: its base."""
+    with contextlib.nullcontext() if adapter else model.disable_adapter():
+        yield
 
 
 @contextlib.contextmanager

@@ -9,34 +9,43 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from toolkit import recipe as recipes
-from toolkit.files import write_json
+from toolkit.files import ToolkitError, write_json
+
+SAME_WEIGHT = 0.01
+"""Relative difference that rounding to another 16-bit type, or quantizing on another device, may make in a weight."""
 
 
 def compile_mix(recipe: str | Path | dict | recipes.Recipe, tokenizer=None, overrides: Sequence[str] = ()):
     """A recipe's mix for a loaded tokenizer: `.train_dataset` and `.validation_dataset` hold input_ids and labels.
 
     `recipe` is a file, a dict with its keys, or a Recipe; of its model only `max_seq_length` counts when a tokenizer is
-    given. Pass both data sets to SFTTrainer with SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, max_length=None).
+    given. Pass both data sets to SFTTrainer with SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, max_length=None):
+    without these two, TRL cuts every row at 1,024 tokens.
     Raises ToolkitError on a recipe or row that cannot be used, and when the achieved shares are off their plan.
     """
-    from toolkit import mix
+    from toolkit import mix, run
 
     if isinstance(recipe, dict):
         recipe = recipes.from_dict(recipe, overrides=overrides)
     elif not isinstance(recipe, recipes.Recipe):
         recipe = recipes.load(recipe, overrides)
+    elif overrides:
+        recipe = recipes.from_dict(recipes.to_dict(recipe), overrides=overrides)
+    if tokenizer is None:
+        recipe = run.resolve(recipe, run.default_console())
     return mix.compile_mix(recipe, tokenizer)
 
 
 def evaluate_model(model, tokenizer, mixed=None, **options) -> dict:
     """Score a PeftModel against its own base (adapter on and off) in every mode its template has, with intervals.
 
-    Questions are the mix's held-out rows with an expected answer, otherwise the ones that ship. Further `options` are
-    those of `toolkit.evaluate.evaluate`. Prints the verdict; returns what a run keeps as eval.json.
+    Reasoning questions are the mix's held-out rows with an expected answer, otherwise those that ship; chat questions are
+    those that ship. `questions=` and `chat_questions=` are your own; further `options` as in `toolkit.evaluate.evaluate`. Prints the verdict; returns what a run keeps as eval.json.
     """
     from toolkit import evaluate as evaluation
 
-    result = evaluation.evaluate(model, tokenizer, **(evaluation.from_mix(mixed) if mixed else {}), **options)
+    asked = evaluation.from_mix(mixed) if mixed else {}
+    result = evaluation.evaluate(model, tokenizer, **(asked | options))
     print("\n".join(evaluation.verdict(result)))
     return result
 
@@ -44,25 +53,56 @@ def evaluate_model(model, tokenizer, mixed=None, **options) -> dict:
 def export_model(model, tokenizer, folder: str | Path, gguf: Sequence[str] = ("q8_0",), **options) -> dict:
     """Save the adapter into `folder`, merge it, write GGUF files and verify them; returns the certificate.
 
-    `gguf` names quantizations (none: merged weights only). The base is found again by the name the model was loaded from.
+    `gguf` names quantizations (none: merged weights only). The base is found again by the name the model was loaded from, and
+    compared with the one in memory.
     Further `options` are those of `toolkit.export.export`. Raises ToolkitError when a check fails.
     """
     from toolkit import export as exporting
     from toolkit.model import adapter_checksums
 
-    folder, adapter = Path(folder), Path(folder) / "adapter"
-    model.save_pretrained(str(adapter))
+    if not hasattr(model, "peft_config"):
+        raise ToolkitError(
+            "export_model takes a PeftModel: merged and GGUF files are made from its adapter and its base"
+        )
+    folder, adapter, name = Path(folder), Path(folder) / "adapter", model.active_adapter
+    base = model.get_base_model()
+    loaded = {
+        "name": model.peft_config[name].base_model_name_or_path or "",
+        "revision": vars(base.config).get("_commit_hash"),
+        "load_in_4bit": bool(getattr(base, "is_loaded_in_4bit", False)),  # transformers sets it on 4-bit models only
+    }
+    check_base(base, loaded)
+    model.save_pretrained(str(adapter), selected_adapters=[name])
+    if name != "default":  # PEFT puts it into a folder of that name
+        for file in (adapter / name).iterdir():
+            file.replace(adapter / file.name)
+        (adapter / name).rmdir()
     tokenizer.save_pretrained(str(adapter))
-    name = model.peft_config[model.active_adapter].base_model_name_or_path
-    revision = vars(model.get_base_model().config).get("_commit_hash")
-    four_bit = bool(
-        getattr(model.get_base_model(), "is_loaded_in_4bit", False)
-    )  # transformers sets it on 4-bit models only
-    write_json(
-        folder / "manifest.json",
-        {
-            "model": {"name": name, "revision": revision, "load_in_4bit": four_bit},
-            "adapter": adapter_checksums(adapter),
-        },
-    )
-    return exporting.export(folder, tuple(gguf), **options)
+    write_json(folder / "manifest.json", {"model": loaded, "adapter": adapter_checksums(adapter)})
+    return exporting.export(folder, (gguf,) if isinstance(gguf, str) else tuple(gguf), **options)
+
+
+def check_base(base, loaded: dict) -> None:
+    """Raises ToolkitError where a model in memory, its adapter aside, is not what lies under its name: it was merged or trained
+    before, and an export onto that name would be another model."""
+    from toolkit.export.merge import Checkpoint, find_base, nf4_round_trip
+
+    if not loaded["name"]:
+        raise ToolkitError("the model has no name: save it with save_pretrained and load it from that folder")
+    stored = Checkpoint(find_base(loaded, "4bit" if loaded["load_in_4bit"] else "16bit").folder)
+    for path, module in base.named_modules():
+        name = path.replace(".base_layer", "") + ".weight"
+        if name not in stored.shapes or getattr(module, "weight", None) is None or hasattr(module, "base_layer"):
+            continue
+        expected, weight = stored.tensor(name), module.weight.detach()
+        if state := getattr(module.weight, "quant_state", None):
+            from bitsandbytes.functional import dequantize_4bit
+
+            weight = dequantize_4bit(weight, state)
+            expected = expected if stored.is_quantized(name) else nf4_round_trip(expected.to(weight.dtype))
+        expected, weight = expected.float(), weight.float().cpu()
+        if weight.shape != expected.shape or (weight - expected).norm() > SAME_WEIGHT * expected.norm():
+            raise ToolkitError(
+                f"{name}: the model in memory is not {loaded['name']} any more: it was merged or trained before this adapter. "
+                "Save it with save_pretrained, load it from that folder, and train the adapter on that"
+            )

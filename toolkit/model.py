@@ -241,16 +241,11 @@ def load_run(folder: str | Path):
     return model, tokenizer
 
 
-@contextlib.contextmanager
-def switched(model, adapter: bool) -> Iterator[None]:
-    """A PeftModel with its adapter, or without: its base."""
-    with contextlib.nullcontext() if adapter else model.disable_adapter():
-        yield
-
-
 def run_folder(folder: str | Path) -> Path:
-    """A run's folder by path or by name under outputs/. Raises ToolkitError when there is no finished run."""
-    found = next((p for p in (Path(folder), outputs() / folder) if (p / "recipe.yaml").is_file()), None)
+    """A run's folder by path or by name under outputs/, or one that `export_model` wrote, which has no recipe. Raises
+    ToolkitError when there is no finished run."""
+    places, begun = (Path(folder), outputs() / folder), ("recipe.yaml", "manifest.json")
+    found = next((p for p in places if any((p / name).is_file() for name in begun)), None)
     if found is None:
         runs = [p.parent.name for p in outputs().glob("*/recipe.yaml")]
         raise ToolkitError(f"{folder}: no such run in {outputs()}{did_you_mean(str(folder), runs)}")
@@ -262,7 +257,7 @@ def run_folder(folder: str | Path) -> Path:
 
 def adapter_checksums(adapter: Path) -> dict[str, str]:
     """{file: SHA-256} of an adapter's folder, but for the card, which is rewritten with the scores."""
-    return {file.name: sha256(file) for file in sorted(adapter.iterdir()) if file.suffix != ".md"}
+    return {file.name: sha256(file) for file in sorted(adapter.iterdir()) if file.is_file() and file.suffix != ".md"}
 
 
 def damaged(folder: Path, checksums: dict[str, str]) -> str | None:

@@ -120,8 +120,9 @@ def live(recipe: Recipe):
     handle = display(HTML("<i>the curves appear with the first logged steps</i>"), display_id=True)
 
     def draw() -> None:
-        if show.logged(folder):
-            handle.update(Image(png(show.curves(folder))))
+        with contextlib.suppress(Exception):  # a picture that fails must hide neither the training nor its error
+            if show.logged(folder):
+                handle.update(Image(png(show.curves(folder))))
 
     def follow() -> None:
         while not over.wait(REFRESH):
@@ -148,23 +149,13 @@ def ask(folder: Path, prompts: Sequence[str], *, max_new_tokens: int = 512, gree
     """Every prompt in each mode of the model, to the base and to the tuned model: rows for `side_by_side`."""
     import torch
 
-    from toolkit.generate import generate, modes_of
-    from toolkit.model import load_run, switched
+    from toolkit.generate import base_and_tuned
+    from toolkit.model import load_run
 
     gc.collect()  # models that nothing refers to any more: a card rarely holds two
     torch.cuda.empty_cache()
-    model, tokenizer = load_run(folder)
-    asked, rows = [[{"role": "user", "content": prompt}] for prompt in prompts], []
-    settings = {"max_new_tokens": max_new_tokens, "greedy": greedy}
-    settings["seed"] = recipes.load(folder / "recipe.yaml").data.seed
-    for mode in modes_of(tokenizer):
-        said = {}
-        for name in ("base", "tuned"):
-            with switched(model, name == "tuned"):
-                said[name] = generate(model, tokenizer, asked, mode, **settings)
-        replies = zip(prompts, said["base"], said["tuned"], strict=True)
-        rows += [{"prompt": prompt, "mode": mode, "base": base, "tuned": tuned} for prompt, base, tuned in replies]
-    return rows
+    seed = recipes.load(folder / "recipe.yaml").data.seed
+    return base_and_tuned(*load_run(folder), prompts, max_new_tokens=max_new_tokens, seed=seed, greedy=greedy)
 
 
 def ask_gguf(folder: Path, rows: Sequence[dict], *, max_new_tokens: int = 512) -> list[dict]:

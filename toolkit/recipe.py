@@ -99,6 +99,11 @@ class Model:
     extra: dict = field(default_factory=dict)
 
 
+INITS = (True, False, "gaussian", "orthogonal", "eva")
+"""Values of PEFT's init_lora_weights that leave the base as it is. PiSSA, OLoRA and others change it: with the adapter switched
+off, the model is then not the base any more, and base plus adapter is not the run."""
+
+
 @dataclass(frozen=True)
 class Lora:
     """The adapter; further keys are arguments of Unsloth's `FastLanguageModel.get_peft_model`."""
@@ -111,16 +116,22 @@ class Lora:
     extra: dict = field(default_factory=dict)
 
 
+REPLY_LIMIT = {"quick": 1024, "full": 8192}
+"""Longest reply in tokens by level, unless a recipe sets another."""
+
+
 @dataclass(frozen=True)
 class Evaluate:
     """How a run is scored."""
 
     level: Literal["quick", "full"] = "quick"
     questions: tuple[Source, ...] = ()
-    """Held-out sets with an expected answer; without any, validation rows that carry one are used."""
+    """Held-out sets with an expected answer. Without any: reasoning questions are the validation rows that carry one, or
+    else those that ship; chat questions are those that ship."""
     prompts: tuple[str, ...] = ("Who are you?", "What is 17 + 25?")
     """Answered without the adapter and with it, in both modes, when a run ends."""
-    max_new_tokens: Positive = 1024
+    max_new_tokens: Positive | None = None
+    """Longest reply; what it does not say is REPLY_LIMIT's. The table of `prompts` before and after stops at 256."""
     early_stopping_patience: Positive | None = None
     """Stop after so many evaluations without a better validation loss."""
 
@@ -183,18 +194,26 @@ class Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 as people write it: 2e-4 is a number; `no`, as in `eval_strategy: no`, is a word."""
+    """YAML 1.2 as people write it: 2e-4 is a number; `no`, as in `eval_strategy: no`, is a word, and so are 010 and 1:30.
+    A key that stands twice is an error."""
 
     yaml_implicit_resolvers: typing.ClassVar = {
-        first: [(tag, pattern) for tag, pattern in known if first in "tTfF" or not tag.endswith(":bool")]
+        first: [(tag, pattern) for tag, pattern in known if first in "tTfF" or not tag.endswith((":bool", ":int"))]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"the key {twice[0]!r} stands twice{node.start_mark}")
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes a text that _Loader would read as a number."""
 
 
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9]\d*)$"), [*"-+0123456789"])
 for _class in (_Loader, _Dumper):
     _class.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), [*"-+0123456789"]
@@ -241,6 +260,10 @@ def from_dict(values: dict, where: str = "recipe", overrides: Sequence[str] = ()
     # transformers reads 0 as `no limit is set`
     if built.train.max_steps == 0:
         raise ToolkitError(f"{where}: train.max_steps: expected a whole number >= 1, or -1 for no limit, found 0")
+    if (init := built.lora.extra.get("init_lora_weights", True)) not in INITS:
+        raise ToolkitError(
+            f"{where}: lora.init_lora_weights: {init!r} changes the base: expected one of {', '.join(map(str, INITS))}"
+        )
     if other := [q for q in built.export.quantization_method if q.lower() not in QUANTS]:
         raise ToolkitError(
             f"{where}: export.quantization_method: expected some of {', '.join(QUANTS)}, found {other[0]!r}"

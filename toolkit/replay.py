@@ -18,7 +18,7 @@ from toolkit.files import ToolkitError, lock, outputs, write_jsonl
 from toolkit.generate import Reply
 from toolkit.mix import Mix, prompt_key
 from toolkit.progress import Progress
-from toolkit.recipe import Recipe, Source
+from toolkit.recipe import REPLY_LIMIT, Recipe, Source
 from toolkit.render import Chat, examples, load_chat
 from toolkit.run import compile_mix, default_console, resolve
 from toolkit.sources import Rejected, conversations
@@ -122,7 +122,7 @@ def base_answers(recipe: Recipe) -> Answer:
     from toolkit.model import load_base
 
     model, tokenizer = load_base(recipe.model)
-    limit = recipe.evaluate.max_new_tokens
+    limit = recipe.evaluate.max_new_tokens or REPLY_LIMIT["quick"]
     return lambda prompts, mode, seed: generate(model, tokenizer, prompts, mode, max_new_tokens=limit, seed=seed)
 
 

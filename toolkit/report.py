@@ -23,7 +23,7 @@ from toolkit.files import read_json
 SCORES = (
     ("thinking", "accuracy"), ("thinking", "adherence"), ("non_thinking", "accuracy"), CHAT, ("non_thinking", "adherence"), KL
 )  # fmt: skip
-LOST = (KL, CHAT, ("thinking", "adherence"))
+LOST = (KL, CHAT, ("non_thinking", "cut"), ("thinking", "adherence"))
 """What training may cost."""
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:1120px;margin:2em auto;padding:0 1em}img{width:100%}
 table{border-collapse:collapse;font-size:.8em}th,td{padding:.3em .6em;border-bottom:1px solid #ddd;text-align:right}

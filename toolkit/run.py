@@ -46,7 +46,7 @@ def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = Tr
         tracking.check(recipe.train, folder, console.print)
     recipe = resolve(recipe, console)
     # not at the export, after hours of training
-    check_gguf(recipe, console)
+    check_export(recipe, console)
     # only the first process takes the lock, since the others work in the same folder with it
     with lock(folder, "train") if training.is_main() else contextlib.nullcontext(), recorded(folder):
         with training.main_first():
@@ -92,7 +92,7 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
     from toolkit import evaluate as evaluation
     from toolkit import mix
     from toolkit import model as models
-    from toolkit.evaluate.questions import LEVELS, from_mix
+    from toolkit.evaluate.questions import from_mix
 
     console = console or default_console()
     console.file = console.file
@@ -113,7 +113,7 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
             # the questions depend on it, so it is written into the result and compared by `compare`
             level=level,
             steps=manifest.get("steps"),
-            max_new_tokens=min(recipe.evaluate.max_new_tokens, LEVELS[level].max_new_tokens),
+            max_new_tokens=recipe.evaluate.max_new_tokens,
             console=console,
         )
         write_json(folder / "eval.json", result)
@@ -133,11 +133,18 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
     return result
 
 
-def check_gguf(recipe: Recipe, console) -> None:
-    """Say before training that the model cannot become a GGUF; refuse it when the recipe asks for one by itself."""
+def check_export(recipe: Recipe, console) -> None:
+    """Say before training that the run cannot be merged, or not become a GGUF; refuse it when the recipe asks for one by itself."""
     from toolkit.export.gguf_file import convertible
+    from toolkit.export.merge import unmergeable
     from toolkit.model import checkpoint_file
 
+    of_peft = {key: recipe.lora.extra.get(key) for key in ("bias", "modules_to_save", "target_parameters")}
+    if setting := unmergeable(of_peft | {"target_modules": recipe.lora.target_modules}):
+        console.print(
+            f"· this run cannot be exported here ({setting}): merge it with PEFT's merge_and_unload", markup=False
+        )
+        return
     # a few kB, before the weights are downloaded
     config = checkpoint_file(recipe.model, "config.json")
     asked = recipe.export.quantization_method

@@ -151,19 +151,26 @@ def label_rule(conversation: dict, chat: Chat) -> tuple[str, str]:
 
 
 def trl_masking(conversation: dict, chat: Chat) -> tuple[str, str]:
-    """(shown, taught) as TRL's assistant_only_loss and Unsloth's train_on_responses_only mask a row: everything after
-    the last assistant header is taught, so a direct answer teaches the empty think block that Qwen3's template writes."""
+    """(shown, taught) as TRL's assistant_only_loss and Unsloth's train_on_responses_only mask a row of one turn: all that
+    stands after the assistant header, so a direct answer teaches the empty think block that Qwen3's template writes.
+    (Unsloth leaves out the last line break. Of a longer conversation both teach every assistant turn.)"""
     messages, tools = conversation["messages"], conversation.get("tools")
     whole = chat.render(messages, tools, add_generation_prompt=False)
     header = len(chat.render(messages[:-1], tools))  # without a mode, Qwen3's generation prompt has no think block
     return whole[:header], whole[header:]
 
 
+def single_turns(mixed: Mix) -> list:
+    """The held-out rows with one assistant turn, of which both ways of masking teach the same turn."""
+    turns = [Counter(m["role"] for m in row.conversation["messages"])["assistant"] for row in mixed.validation]
+    return [row for row, n in zip(mixed.validation, turns, strict=True) if n == 1]
+
+
 def compared(mixed: Mix, chat: Chat):
-    """One held-out row of each source and mode: what is taught here, and what TRL / Unsloth masking would teach."""
+    """A held-out row of each source and mode: what is taught here, and what TRL / Unsloth masking would teach."""
     from rich.table import Table
 
-    rows = {(row.source, row.mode): row.conversation for row in reversed(mixed.validation)}
+    rows = {(row.source, row.mode): row.conversation for row in reversed(single_turns(mixed))}
     table = Table("row", "here", "TRL / Unsloth masking", show_lines=True)
     for (source, mode), row in sorted(rows.items()):
         table.add_row(
@@ -235,7 +242,9 @@ def curves(folder: Path):
     # a step has a line for the loss and one for each validation; `last` takes each column's value
     lines = pandas.DataFrame(logged(folder)).groupby("step").last()
     figure, (left, right) = panels(10, 3.4, 2)
-    loss = lines["loss"].dropna()
+    loss = lines.get(
+        "loss", pandas.Series(dtype=float)
+    ).dropna()  # none yet, where it is evaluated before the first step
     left.plot(loss, color=BASE, linewidth=1, label="each step")
     left.plot(loss.ewm(alpha=1 - SMOOTH).mean(), color=TUNED, linewidth=2, label="smoothed")
     left.set(title="training loss", xlabel="optimizer step", ylabel="nats per supervised token", ylim=(0, None))

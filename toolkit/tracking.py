@@ -60,6 +60,8 @@ FINISH_SECONDS = 60
 
 _run = None
 """The open wandb run of this process."""
+_offline = False
+"""Whether `check` found that nothing can be uploaded now."""
 _failed = False
 """Whether an error of the open run was said already."""
 _say: Callable[[str], None] = print
@@ -88,8 +90,10 @@ def check(train: dict, folder: Path, say: Callable[[str], None] = print) -> None
         if name in BELOW and (found := version.parse(importlib.metadata.version(name))) >= version.parse(BELOW[name]):
             raise ToolkitError(f"train.report_to: {name} {found} is too new here: {advice}")
     os.environ["SWANLAB_LOG_DIR"] = SWANLAB_FOLDER or str(folder / "swanlog")
+    global _offline
+    _offline = False
     if reason := "wandb" in trackers(train) and _offline_reason():
-        os.environ["WANDB_MODE"] = "offline"
+        _offline = True
         say(f"wandb: {reason}; this run is kept offline in {folder / 'wandb'}, and training continues")
 
 
@@ -234,14 +238,15 @@ def comparison(folder: Path, rows: list[dict], sentences: str, console) -> None:
 
 
 def _conclude(folder: Path, summary: dict, key: str, rows: list[dict], console) -> bool:
-    """Add a summary and a table to the open run and close it; whether there was one."""
+    """Add a summary and a table to the open run and close it; whether they went anywhere."""
     global _run
-    if opened := _run is not None:
+    sent = _run is not None and not _run.disabled
+    if _run:
         _attempt("logging the summary", _run.summary.update, scrub(summary))
         log_table(key, rows)
         _attempt("closing the run", _close, folder, console)
     _run = None
-    return opened
+    return sent
 
 
 def _start(recipe: Recipe, report: dict, folder: Path) -> None:
@@ -265,8 +270,9 @@ def _open(folder: Path, **values) -> None:
     _run, _failed = None, False
     os.environ.setdefault("WANDB_PROJECT", "qwen3-both-modes")
     os.environ.setdefault("WANDB_SILENT", "true")  # its lines would break the progress display; ours says what matters
-    if not has_account():
-        os.environ.setdefault("WANDB_MODE", "offline")
+    # in the call, as wandb reads the variable once and what is set there outlasts this run; None is online
+    wanted = os.environ.get("WANDB_MODE") or ("online" if has_account() else "offline")
+    mode = "offline" if _offline else None if wanted == "online" else wanted
     settings = wandb.Settings(
         silent=True, console="off", init_timeout=20, finish_timeout=FINISH_SECONDS, disable_git=True, disable_code=True,
         # what wandb records by itself names the machine, the user and the program's path
@@ -275,7 +281,7 @@ def _open(folder: Path, **values) -> None:
     )  # fmt: skip
     joined = "WANDB_SERVICE" in os.environ
     try:
-        _run = wandb.init(dir=str(folder), settings=settings, resume="allow", **values)
+        _run = wandb.init(dir=str(folder), settings=settings, resume="allow", mode=mode, **values)
     except wandb.errors.CommError as error:
         _say(f"wandb: no connection ({str(error).splitlines()[0]}); this run is kept offline")
         _run = wandb.init(dir=str(folder), settings=settings, resume="allow", mode="offline", **values)
@@ -286,7 +292,8 @@ def _open(folder: Path, **values) -> None:
 def _close(folder: Path, console) -> None:
     """Finish the run and say where it can be seen, or which command uploads it."""
     offline = f"kept offline; upload with `wandb sync {folder / 'wandb'}/offline-run-*`"
-    console.print(f"wandb: {_run.url or offline}", soft_wrap=True)
+    if not _run.disabled:
+        console.print(f"wandb: {_run.url or offline}", soft_wrap=True)
     logs = Path(_run.settings.sync_dir) / "logs"
     _run.finish()
     shutil.rmtree(logs, ignore_errors=True)  # wandb's own debug logs hold absolute paths

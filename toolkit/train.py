@@ -24,7 +24,7 @@ from toolkit import fit, tracking
 from toolkit import recipe as recipes
 from toolkit.files import ROOT, ToolkitError, flat, outputs, read_json, write_error, write_json, write_jsonl, write_text
 from toolkit.mix import Mix, check_data
-from toolkit.model import adapter_checksums, damaged, has_bf16, out_of_memory, quiet, switched, unsloth
+from toolkit.model import adapter_checksums, damaged, has_bf16, out_of_memory, quiet, unsloth
 from toolkit.recipe import Recipe
 
 WRITE_ERRORS = {
@@ -106,7 +106,16 @@ def train(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) -
 
 
 def begin(recipe: Recipe, mixed: Mix, model, folder: Path) -> None:
-    """Start a run's record: what the mix holds, and manifest.json. Raises ToolkitError when checkpoints saw other data."""
+    """Start a run's record: what the mix holds, and manifest.json. Raises ToolkitError when checkpoints saw other data, or
+    when the model's adapter is not the recipe's."""
+    config = model.peft_config[model.active_adapter]
+    for name in ("r", "lora_alpha", "lora_dropout", "use_rslora"):
+        used, asked = getattr(config, name), getattr(recipe.lora, name)
+        if used != asked:
+            raise ToolkitError(
+                f"the adapter has {name}={used}, the recipe lora.{name}={asked}: change it in the recipe, which names and "
+                f"records the run (lora.{name}={used})"
+            )
     if all_checkpoints(folder):
         check_data(mixed, read_manifest(folder))
     write_json(folder / "mix.json", mixed.report)
@@ -129,6 +138,11 @@ def fit_adapter(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, chec
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ToolkitError) or trainer.state.global_step:
+                raise
+            # values that SFTConfig takes and the trainer cannot begin with: a scheduler without its arguments
+            raise ToolkitError(f"train: TRL refuses these settings: {error}") from error
         finally:
             record.close()
             steps = trainer.state.global_step
@@ -237,7 +251,8 @@ def sft_arguments(recipe: Recipe, folder: Path, validates: bool) -> dict:
     bf16 = half and has_bf16()
     packing = bool(settings.get("packing"))
     # the recipe may change these three values, and none of those below
-    values = {"bf16": bf16, "fp16": half and not bf16, "save_strategy": settings["eval_strategy"], **settings}
+    saves = "steps" if settings["eval_strategy"] == "no" else settings["eval_strategy"]
+    values = {"bf16": bf16, "fp16": half and not bf16, "save_strategy": saves, **settings}
     values |= {
         "report_to": [name for name in tracking.trackers(recipe.train) if name != "wandb"],  # that is ours
         "output_dir": str(folder / "checkpoints"),
@@ -248,7 +263,7 @@ def sft_arguments(recipe: Recipe, folder: Path, validates: bool) -> dict:
         "max_length": recipe.model.max_seq_length if packing else None,
         "dataset_kwargs": None if packing else {"skip_prepare_dataset": True},
     }
-    if not validates:
+    if not validates or settings["eval_strategy"] == "no":
         values |= {"eval_strategy": "no", "load_best_model_at_end": False}
     elif values["load_best_model_at_end"]:
         values |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
@@ -372,20 +387,16 @@ def finish(recipe: Recipe, mixed: Mix, model, tokenizer, folder: Path, console) 
 
 def sample_replies(recipe: Recipe, model, tokenizer, folder: Path) -> None:
     """The recipe's fixed prompts answered without the adapter and with it, in each mode: samples.jsonl, and a wandb table."""
-    from toolkit.generate import generate, modes_of
+    from toolkit.generate import base_and_tuned
 
-    prompts, rows = recipe.evaluate.prompts, []
-    asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    options = {"max_new_tokens": min(256, recipe.evaluate.max_new_tokens), "seed": recipe.data.seed}
-    for when in ("before", "after"):
-        # base and run in one process, on one card
-        with switched(model, when == "after"):
-            replies = [(mode, generate(model, tokenizer, asked, mode, **options)) for mode in modes_of(tokenizer)]
-        for mode, found in replies:
-            rows += [
-                {"when": when, "prompt": prompt, "mode": mode, "reasoning": r.reasoning, "answer": r.answer, "finished": r.finished}
-                for prompt, r in zip(prompts, found, strict=True)
-            ]  # fmt: skip
+    options = {"max_new_tokens": min(256, recipe.evaluate.max_new_tokens or 256), "seed": recipe.data.seed}
+    asked = base_and_tuned(model, tokenizer, recipe.evaluate.prompts, **options)
+    rows = [
+        {"when": when, "prompt": row["prompt"], "mode": row["mode"], "reasoning": row[name].reasoning,
+         "answer": row[name].answer, "finished": row[name].finished}
+        for name, when in (("base", "before"), ("tuned", "after"))
+        for row in asked
+    ]  # fmt: skip
     write_jsonl(folder / "samples.jsonl", rows)
     tracking.log_table("samples", rows)
 

@@ -111,9 +111,11 @@ def audit(work: Path) -> dict:
     problems = {m[0]["content"] for m in mix_ways.messages(work)[: mix_rows.TRACES]}
     mixed, raw = compiled(work)
     picked = random.Random(mix_ways.SEED).sample(mixed.train, mix_ways.SAMPLE)
-    broken = [r for r in picked if violations(tokenizer, r.ids.tolist(), r.prompt_length, raw[r.source][r.number])]
+    # ours is checked in every row; the others' sample is for comparison
+    broken = [r for r in mixed.train if violations(tokenizer, r.ids.tolist(), r.prompt_length, raw[r.source][r.number])]
     found = {"ours": _audit([[r.ids.tolist(), r.labels.tolist()] for r in picked], tokenizer, problems)}
     found["ours"] |= {
+        "label_rule_rows": len(mixed.train),
         "label_rule_broken": len(broken),
         "refused": {k: v["dropped"] for k, v in mixed.report["sources"].items()},
     }

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from toolkit.evaluate.questions import LEVELS, Asked, fingerprint, from_mix, select, spread
+from toolkit.evaluate.questions import Asked, fingerprint, from_mix, select, spread
 from toolkit.evaluate.score import Judge, longest_answers, marks
 from toolkit.evaluate.stats import difference, interval, is_rate
 from toolkit.evaluate.subject import LoadedRun
@@ -62,9 +62,9 @@ def evaluate(
     (questions.sized). `seed` is evaluation's own, not the recipe's: runs that differ in their training seed must be asked
     alike. The base's replies are kept in `cache` (default: .base_replies under the outputs) for the next evaluation.
     `console` is a rich one that shows progress. Raises ToolkitError for a model without an adapter or a chat template."""
-    limit, cache = max_new_tokens or LEVELS[level].max_new_tokens, cache or outputs() / ".base_replies"
-    subject = LoadedRun(model, tokenizer, cache, seed, limit, batch_size)
-    return score(subject, select(level, steps, questions, chat_questions, probes, validation), console)
+    asked = select(level, steps, questions, chat_questions, probes, validation)
+    limit, cache = max_new_tokens or asked.size.max_new_tokens, cache or outputs() / ".base_replies"
+    return score(LoadedRun(model, tokenizer, cache, seed, limit, batch_size), asked, console)
 
 
 def score(subject, asked: Asked, console=None) -> dict:

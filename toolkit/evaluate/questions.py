@@ -15,7 +15,7 @@ import numpy as np
 
 from toolkit.files import ToolkitError, read_jsonl
 from toolkit.mix import as_question, read_questions
-from toolkit.recipe import Source
+from toolkit.recipe import REPLY_LIMIT, Source
 from toolkit.sources import Rejected
 
 SHIPPED = (
@@ -46,8 +46,12 @@ class Level:
 
 
 LEVELS = {
-    "quick": Level(questions=64, samples=1, probes=2, probe_tokens=48, validation=64, max_new_tokens=1024),
-    "full": Level(questions=500, samples=4, probes=6, probe_tokens=256, validation=500, max_new_tokens=8192),
+    "quick": Level(
+        questions=64, samples=1, probes=2, probe_tokens=48, validation=64, max_new_tokens=REPLY_LIMIT["quick"]
+    ),
+    "full": Level(
+        questions=500, samples=4, probes=6, probe_tokens=256, validation=500, max_new_tokens=REPLY_LIMIT["full"]
+    ),
 }
 
 
@@ -56,6 +60,8 @@ def sized(level: str, steps: int | None = None) -> Level:
 
     It goes by steps and not by measured time: every run of a sweep takes the same number of steps, so all are asked the
     same questions and can be compared, on whatever machine each of them ran."""
+    if level not in LEVELS:
+        raise ToolkitError(f"level {level!r}: expected {' or '.join(LEVELS)}")
     size = LEVELS[level]
     if level != "quick" or steps is None:
         return size
@@ -91,7 +97,7 @@ def select(
     size = sized(level, steps)
     rows = []
     for chat, (given, shipped) in enumerate(zip((questions, chat_questions), SHIPPED, strict=True)):
-        found = read_questions(shipped) if given is None else given
+        found = read_questions(shipped) if given is None else [checked(row) for row in given]
         rows += [{**row, "chat": bool(chat)} for row in choose(found, size.questions, "set")]
     if not rows:
         raise ToolkitError(
@@ -101,6 +107,14 @@ def select(
     kinds = {(probe["category"], probe["language"]) for probe in probes}
     chosen = choose(probes, size.probes * len(kinds), "category", "language")
     return Asked(level, size, rows, chosen, choose(validation, size.validation, "source", "mode"))
+
+
+def checked(row: dict) -> dict:
+    """A question of somebody's own, with its answer as text and a set. Raises ToolkitError naming what it lacks."""
+    asked, answer = row.get("messages"), str(row.get("expected_answer", "")).strip()
+    if not asked or asked[-1].get("role") != "user" or not answer:
+        raise ToolkitError(f"a question needs messages up to a user turn, and an expected_answer; found {row!r:.200}")
+    return {"set": "questions", **row, "expected_answer": answer}
 
 
 def from_mix(mixed) -> dict:

@@ -87,20 +87,63 @@ def is_mathematics(expected: str) -> bool:
     return bool(re.search(r"\d|\\[a-zA-Z]|(?<!\w)\w\s*[=+*/^<>]\s*\w(?!\w)", expected))
 
 
+LATEX = re.compile(r"\\(?:text|mathrm|mbox)\{[^{}]*\}|\\[a-zA-Z]+")
+OPERATOR = re.compile(r"[=+*/^<>]|(?<![^\W\d_])-")
+NAMED = re.compile(r"[\u3400-\u9fff]|(?<!\w)[^\W\d_]{2,}(?!\w)|(?<!\w)[A-Z][A-Za-z]*\d\w*|\d+(?::\d+)+")
+MATHEMATICAL_WORDS = frozenset("and or ln log sin cos tan mod".split())
+
+
+def named(expected: str) -> tuple[set[str], str]:
+    """(words, rest) of an expected answer that is a number with a name, where both count: `Apollo 11`, `5 pm`, `第3名`, `H2O`,
+    `12:30`. No words in a formula, where letters are variables, nor for units in LaTeX."""
+    bare = LATEX.sub(" ", expected)
+    found = set() if OPERATOR.search(bare) else {w.casefold() for w in NAMED.findall(bare)} - MATHEMATICAL_WORDS
+    return found, NAMED.sub(" ", bare) if found else expected
+
+
+def plain(text: str) -> str:
+    """Signs and digits as a keyboard has them: full-width forms, typographic minus signs, 负 before a number, powers."""
+    text = text.translate(
+        {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys((0x2212, 0x2013), "-")
+    )
+    text = re.sub(r"负(?=\s*\d)", "-", text)
+    return re.sub("[⁰¹²³⁴-⁹]+", lambda power: "^{" + unicodedata.normalize("NFKC", power[0]) + "}", text)
+
+
 def words(text: str) -> list[str]:
     """Lower-case words without punctuation or markup; each Chinese character counts as a word."""
     text = unicodedata.normalize("NFKC", text).casefold()
     return re.findall(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+", text)
 
 
+def sentences(text: str) -> list[str]:
+    """Those that hold a word."""
+    return [s for s in re.split(r"(?<=[.!?])\s+|[。！？\n]+", text) if words(s)]
+
+
 def same_words(answer: str, expected: str) -> bool:
     """The answer is the expected words, or its last sentence contains them in a row ("The capital is Paris.").
 
-    Only the last sentence: an answer that lists the candidates and then decides is judged by its decision."""
-    sentences = [s for s in re.split(r"(?<=[.!?])\s+|[。！？\n]+", answer) if words(s)]
-    wanted, last = words(expected), words(sentences[-1]) if sentences else []
+    Only the last sentence: an answer that lists the candidates and then decides is judged by its decision. (As many as the
+    expected answer seems to have: `St. Petersburg` looks like two.)"""
+    wanted, last = words(expected), words(" ".join(sentences(answer)[-len(sentences(expected)) :]))
     runs = [last[i : i + len(wanted)] for i in range(len(last) - len(wanted) + 1)]
     return bool(wanted) and (words(answer) == wanted or wanted in runs)
+
+
+MARKED = re.compile(r"\\boxed\{\W*([A-Z])\W*\}|\(([A-Z])\)|\*\*([A-Z])\*\*")
+LONE = re.compile(r"(?<![\w'’-])(?!I\s+[a-z]|I['’])([A-Z])(?![\w'’+#-])", re.ASCII)
+OPPOSITES = frozenset({"yes", "no"}), frozenset({"true", "false"})
+
+
+def chosen(answer: str) -> set[str]:
+    """The letters that an answer to a multiple-choice question names, in its last sentence that names any: those marked as
+    \\boxed{B}, (B) or **B**, else those that stand alone, an article or a pronoun aside."""
+    for sentence in reversed(sentences(answer)):
+        marked = {letter for groups in MARKED.findall(sentence) for letter in groups if letter}
+        if found := marked or set(LONE.findall(re.sub(r"^\W*A\s+(?=[a-z])", "", sentence))):
+            return found
+    return set()
 
 
 class Judge(contextlib.AbstractContextManager):
@@ -117,15 +160,26 @@ class Judge(contextlib.AbstractContextManager):
 
     def right(self, answer: str, expected: str) -> bool:
         """Whether the answer is the expected one: as mathematics if that is mathematics, else as words."""
+        answer, expected = plain(answer), plain(expected)
+        if letter := re.fullmatch(r"\W*([A-Z])\W*", expected):
+            return chosen(answer) == {letter[1]}
+        for pair in OPPOSITES:
+            if set(words(expected)) < pair:  # the last one said: no doubt that it is yes
+                return [word for word in words(answer) if word in pair][-1:] == words(expected)
         if not is_mathematics(expected):
             return same_words(answer, expected)
-        same = bool(words(answer)) and _squeezed(answer) == _squeezed(expected)
-        return same or self._verified(answer, expected)
+        if words(answer) and _squeezed(answer) == _squeezed(expected):
+            return True
+        names, rest = named(expected)
+        if not names:
+            return self._verified(answer, expected)
+        said = "\\boxed" in answer or names <= set(words(answer))
+        return same_words(answer, expected) or (said and self._verified(answer, rest))
 
     def _verified(self, answer: str, expected: str) -> bool:
         self.process = self.process or _start(self.seconds)
         # math-verify finds no number that touches Chinese text: 答案是42。
-        apart = re.sub(r"[\u3000-\u9fff\uff00-\uffef]+", " ", answer)
+        apart = re.sub(r"[\u3000-\u9fff]+", " ", answer)
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps([apart, expected]) + "\n")
             self.process.stdin.flush()
@@ -176,4 +230,5 @@ for line in sys.stdin:
 
 
 def _squeezed(text: str) -> str:
-    return re.sub(r"[\s$]|\\boxed\{(.*)\}|\.$", r"\1", unicodedata.normalize("NFKC", text).strip())
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text.strip())  # between two digits a space means something: 1 1/2
+    return re.sub(r"\$|\\boxed\{(.*)\}|\.$", r"\1", text)

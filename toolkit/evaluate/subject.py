@@ -15,14 +15,16 @@ from toolkit.files import ToolkitError, read_json, write_json
 from toolkit.generate import (
     Reply,
     closing_token,
+    end_tokens,
     free_memory,
     generate,
     inference,
     modes_of,
     prompts,
     sampling_values,
+    switched,
 )
-from toolkit.model import switched
+from toolkit.recipe import INITS
 
 LOGITS = 1 << 28
 """Logits held at a time (512 MB in 16 bits, twice: base and tuned); a row with more is read again for each part."""
@@ -47,6 +49,11 @@ class LoadedRun:
     def __post_init__(self):
         if not hasattr(self.model, "disable_adapter"):
             raise ToolkitError("evaluation needs a PeftModel: its base is the model with the adapter switched off")
+        init = self.model.peft_config[self.model.active_adapter].init_lora_weights
+        if init not in INITS:
+            raise ToolkitError(
+                f"the adapter was made with init_lora_weights={init!r}: without it the model is not the base"
+            )
         self.modes = modes_of(self.tokenizer)
         self.weights = checksum(self.model)
 
@@ -70,12 +77,13 @@ class LoadedRun:
         """Identity of everything that decides the base's replies. Not the batch size: that decides rounding alone."""
         import torch
 
-        cuda = self.model.device.type == "cuda"
+        cuda, text = self.model.device.type == "cuda", self.model.config.get_text_config()
         decides = {
             **settings,
             "weights": self.weights,
             "prompts": prompts(self.tokenizer, conversations, mode)[1],
-            "positions": self.model.config.get_text_config().to_dict().get("rope_parameters"),
+            "positions": [text.to_dict().get("rope_parameters"), text.max_position_embeddings],
+            "ends": sorted(end_tokens(self.model, self.tokenizer)),
             "sampling": sampling_values(self.model, mode),
             "device": torch.cuda.get_device_name(self.model.device) if cuda else "cpu",
             "versions": [version("torch"), version("transformers")],

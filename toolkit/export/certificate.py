@@ -81,8 +81,11 @@ def verify(run: str | Path, *, say: Callable[[str], None] = print, details: bool
         sequences = probe_sequences(own)
         reference = _merge_checks(run, merged, own, sequences, report)
         for path in sorted((run / "gguf").glob("*.gguf")):
-            say(f"verifying {path.name}")
-            _file_checks(path, run, merged, own, sequences, reference, report)
+            if f"gguf/{path.name}" in record["files"]:
+                say(f"verifying {path.name}")
+                _file_checks(path, run, merged, own, sequences, reference, report)
+            else:
+                report.note(f"{path.name}: not checked", None, "`export` did not write it")
         if written := _text(run / "gguf" / "Modelfile"):
             differ = set(written.splitlines()) ^ set(modelfile(run, merged, own.tokenizer).splitlines())
             report.gate("Modelfile: lines that are not as expected", len(differ), 0)
@@ -231,8 +234,8 @@ def _content_checks(path: Path, run: Path, merged: Merged, report: Report) -> No
     """Every value of the header and every tensor, against the base's config.json and the run's tokenizer.
 
     `file` is freed before the file is served: a vocabulary read back takes a gigabyte."""
-    file, quant = GgufFile(path), path.name.split(".")[-2]
-    written = header(merged, run / "adapter", quant, run.resolve().name).kv_data[0]
+    file, (name, quant, _) = GgufFile(path), path.name.rsplit(".", 2)  # the folder may have been renamed since
+    written = header(merged, run / "adapter", quant, name).kv_data[0]
     expected = {key: _in_32_bits(value.value) for key, value in written.items() if not key.startswith("GGUF.")}
     found = {key: file.value(key) for key in file.fields if not key.startswith("GGUF.")}
     keys = sorted(key for key in expected | found if expected.get(key) != found.get(key))

@@ -37,6 +37,15 @@ PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """GGML types that PyTorch has too."""
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+YARN = {
+    "attention_factor": None,
+    "mscale": None,
+    "mscale_all_dim": None,
+    "truncate": True,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
+"""Settings of YaRN that llama.cpp does not read, and the values that it computes with."""
 NOT_COMPUTED = ("attention_bias", "mlp_bias", "use_sliding_window", "attn_logit_softcapping")
 WAY_OUT = (
     "Merged weights (--to merged) work; for a GGUF have llama.cpp (github.com/ggml-org/llama.cpp) in a folder and run "
@@ -83,9 +92,12 @@ def _full_config(config: dict):
 def _unsupported(config) -> str | None:
     """What llama.cpp's graph of this architecture does not compute."""
     found = {key: getattr(config, key, None) for key in NOT_COMPUTED}
-    kind = _rope(config)["rope_type"]
-    if kind not in ROPE_TYPES:
-        found["rope type"] = kind
+    rope, activation = _rope(config), getattr(config, "hidden_activation", None) or config.hidden_act
+    if rope["rope_type"] not in ROPE_TYPES:
+        found["rope type"] = rope["rope_type"]
+    if activation != ("gelu_pytorch_tanh" if config.model_type == "gemma3_text" else "silu"):
+        found["activation"] = activation
+    found |= {f"YaRN {key}": str(rope[key]) for key, usual in YARN.items() if rope.get(key, usual) not in (usual, None)}
     if config.model_type == "gemma3_text":
         # llama.cpp derives the scale from the head size, in its 62-layer model (27B) from the hidden size
         shared = config.hidden_size / config.num_attention_heads
@@ -364,6 +376,11 @@ def _vocabulary(writer, folder: Path, size: int) -> None:
     # SentencePiece's layout: whole pieces with scores in place of bytes with merges
     pieces = pre == "default"
     # the embedding of most models has more rows than the tokenizer has tokens
+    if (last := max([*tokenizer["model"]["vocab"].values(), *(t["id"] for t in tokenizer["added_tokens"])])) >= size:
+        raise ToolkitError(
+            f"{folder / 'tokenizer.json'}: has a token {last}, the model's embedding {size} rows: tokens were added without "
+            "resize_token_embeddings"
+        )
     tokens, types = [f"[PAD{i}]" for i in range(size)], [gguf.TokenType.UNUSED] * size
     for token, i in tokenizer["model"]["vocab"].items():
         byte = pieces and re.fullmatch(r"<0x[0-9A-F]{2}>", token)
@@ -449,10 +466,12 @@ def modelfile(run: Path, merged: Merged, tokenizer) -> str:
     recipe, generation = run / "recipe.yaml", generation_config(merged, tokenizer)
     wanted = load(recipe).model.max_seq_length if recipe.is_file() else 8192
     family = family_of(merged.config["model_type"])
+    known = [path for path in (run / "gguf").glob("*.gguf") if path.name.split(".")[-2] in QUANTS]
+    smallest = min(known, key=lambda path: path.stat().st_size)
     values = {
         "ollama": OLLAMA,
-        "name": run.resolve().name,
-        "smallest": min((run / "gguf").glob("*.gguf"), key=lambda path: path.stat().st_size).name,
+        "name": smallest.name.rsplit(".", 2)[0],  # not the folder's, which may be renamed
+        "smallest": smallest.name,
         "stops": map(tokenizer.decode, sorted({*stop_tokens(generation, merged.config), closing_token(tokenizer)})),
         "context": min(merged.config["max_position_embeddings"], max(4096, wanted)),
         "penalty": generation.get("repetition_penalty"),

@@ -14,17 +14,20 @@ from pathlib import Path
 
 from toolkit.files import POCKET, ToolkitError, complete, describe, download, find, read_json, write_json, write_text
 from toolkit.generate import closing_token
+from toolkit.recipe import INITS
 
 FAILED = "EXPORT_FAILED.txt"
 SHARD_BYTES = 2 * 10**9
 FOUR_BIT_NAME = re.compile(r"(-unsloth)?-bnb-4bit/?$")
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-PLAIN_LORA = {"peft_type": "LORA", "bias": "none"} | dict.fromkeys(
-    """modules_to_save fan_in_fan_out use_dora lora_bias rank_pattern alpha_pattern layer_replication
-    trainable_token_indices target_parameters""".split()
+PLAIN_LORA = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": INITS}
+"""PEFT settings under which a weight is simply base + B·A·scaling; others that are not in HARMLESS must be empty."""
+HARMLESS = frozenset(
+    """task_type auto_mapping peft_version base_model_name_or_path revision inference_mode r target_modules exclude_modules
+    lora_alpha lora_dropout use_rslora layers_to_transform layers_pattern megatron_core qalora_group_size runtime_config
+    eva_config ensure_weight_tying""".split()
 )
-"""PEFT settings under which a weight is simply base + B·A·scaling."""
 TOKENIZER_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json added_tokens.json
 vocab.json merges.txt tokenizer.model""".split()
 RUN_FILES = """manifest.json adapter/adapter_config.json adapter/adapter_model.safetensors adapter/tokenizer.json
@@ -105,9 +108,12 @@ class Checkpoint:
         with open_weights(self.files[name]) as weights:
             return weights.get_tensor(name)
 
+    def is_quantized(self, name: str) -> bool:
+        return name + NF4_STATE in self.files
+
     def tensor(self, name: str):
         """The stored tensor; a stored 4-bit one is dequantized to the type it was trained in."""
-        if name + NF4_STATE not in self.files:
+        if not self.is_quantized(name):
             return self._stored(name)
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
@@ -127,24 +133,35 @@ def open_weights(file: Path):
         ) from error
 
 
+def unmergeable(config: dict) -> str | None:
+    """The first setting of an adapter_config.json (or of a recipe's `lora`) by which a weight is more than base + B·A·scaling."""
+    if "embed_tokens" in (config.get("target_modules") or ()):
+        return "target_modules with embed_tokens"
+    settings = ((key, value) for key, value in config.items() if key not in HARMLESS and value)
+    return next((f"{key} = {value!r}" for key, value in settings if value not in PLAIN_LORA.get(key, ())), None)
+
+
 class Adapter:
     """A LoRA as PEFT saves it, in fp32."""
 
     def __init__(self, folder: Path):
         self.config = read_json(folder / "adapter_config.json")
-        for key, plain in PLAIN_LORA.items():
-            if (self.config.get(key) or plain) != plain:
-                raise ToolkitError(
-                    f"{folder / 'adapter_config.json'}: {key} = {self.config[key]!r} cannot be merged here; "
-                    "merge it with PEFT's merge_and_unload"
-                )
+        if setting := unmergeable(self.config):
+            raise ToolkitError(
+                f"{folder / 'adapter_config.json'}: {setting} cannot be merged here; merge it with PEFT's merge_and_unload"
+            )
         rank = self.config["r"]
         self.scaling = self.config["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
         halves: dict[str, dict] = {}
         with open_weights(folder / "adapter_model.safetensors") as weights:
             for stored in weights.keys():  # noqa: SIM118 - safe_open is no dict and cannot be iterated
                 weight, _, half = stored.removeprefix("base_model.model.").partition(".lora_")
-                if not weight.endswith(".base_layer.weight"):  # an unchanged copy, where the head is a target
+                if not half and not weight.endswith(".base_layer.weight"):
+                    raise ToolkitError(
+                        f"{folder}: holds {weight} as a whole, as PEFT saves embeddings that were resized or trained: merge it "
+                        "with PEFT's merge_and_unload"
+                    )
+                if half:  # else an unchanged copy, where the head is a target
                     halves.setdefault(f"{weight}.weight", {})[half] = weights.get_tensor(stored).float()
         self.factors = {name: (half.get("A.weight"), half.get("B.weight")) for name, half in halves.items()}
         """{weight: (A, B)}."""

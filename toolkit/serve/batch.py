@@ -5,11 +5,12 @@ answer_file("pocket", "prompts.txt", "replies.jsonl", mode="non_thinking")
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 from toolkit.family import KINDS, MODES
-from toolkit.files import ToolkitError, append_rows, read_jsonl
+from toolkit.files import ToolkitError, append_rows, read_jsonl, sha256
 from toolkit.generate import generate, prompts
 from toolkit.model import load_run, run_folder
 from toolkit.recipe import Source
@@ -38,7 +39,8 @@ def answer_file(
         raise ToolkitError(f"{replies}: is the file of prompts; name another for the replies")
     modes = KINDS[load_chat(str(folder / "adapter")).kind] if mode == "both" else (mode,)
     asked, rejected = read_prompts(prompts_file)
-    settings = {"run": folder.name, "seed": seed, "max_new_tokens": max_new_tokens}
+    adapter = sha256(folder / "adapter" / "adapter_model.safetensors")[:8]  # the same name may have been trained again
+    settings = {"run": folder.name, "adapter": adapter, "seed": seed, "max_new_tokens": max_new_tokens}
     there = read_replies(replies, asked, settings)
     counts = {"prompts": len(asked), "rejected": rejected, "there": len(there), "answered": 0, "unfinished": 0}
     missing = [(m, {n: prompt for n, prompt in asked.items() if (n, m) not in there}) for m in modes]
@@ -55,7 +57,7 @@ def answer_file(
             max_new_tokens=max_new_tokens, seed=seed, numbers=batch, batch_size=len(batch),
         )  # fmt: skip
         answers = zip(batch, made, strict=True)
-        append_rows(replies, [_row(n, asked[n]["messages"], m, reply, settings) for n, reply in answers])
+        append_rows(replies, [_row(n, asked[n], m, reply, settings) for n, reply in answers])
         counts["answered"] += len(batch)
         counts["unfinished"] += sum(not reply.finished for reply in made)
         progress(counts["answered"], total)
@@ -71,10 +73,10 @@ def _batches(asked: dict[int, dict], size: int) -> list[list[int]]:
     return [rows[i : i + size] for rows in groups.values() for i in range(0, len(rows), size)]
 
 
-def _row(number: int, messages: list[dict], mode: str, reply, settings: dict) -> dict:
+def _row(number: int, prompt: dict, mode: str, reply, settings: dict) -> dict:
     tokens = {"tokens": reply.reasoning_tokens + reply.answer_tokens, "reasoning_tokens": reply.reasoning_tokens}
     said = {"reasoning": reply.reasoning, "answer": reply.answer, **tokens, "finished": reply.finished}
-    return {"row": number, "prompt": messages[-1]["content"], "mode": mode, **said, "messages": messages, **settings}
+    return {"row": number, "prompt": prompt["messages"][-1]["content"], "mode": mode, **said, **prompt, **settings}
 
 
 def read_prompts(path: str | Path) -> tuple[dict[int, dict], list[str]]:
@@ -100,7 +102,8 @@ def read_prompts(path: str | Path) -> tuple[dict[int, dict], list[str]]:
 
 def _lines(path: Path) -> list[tuple[int, dict]]:
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # not splitlines(), which also splits at form feeds and at line separators inside a text
+        lines = re.split(r"\r\n|\r|\n", path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ToolkitError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from error
     return [(number, {"prompt": line.strip()}) for number, line in enumerate(lines, start=1) if line.strip()]
@@ -143,7 +146,8 @@ def read_replies(path: Path, asked: dict[int, dict], settings: dict) -> set[tupl
         raise ToolkitError(f"{path}, line {len(lines) + 1}: not the beginning of a reply: {MOVE}")
     for number, row in enumerate(read_jsonl(path), start=1):
         row = row if isinstance(row, dict) else {}
-        expected = settings | {"messages": asked.get(row.get("row"), {}).get("messages")}
+        prompt = asked.get(row.get("row"), {})
+        expected = settings | {key: prompt.get(key) for key in ("messages", "tools")}
         if other := [name for name, value in expected.items() if row.get(name) != value]:
             raise ToolkitError(f"{path}, line {number}: a reply to other {', '.join(other)}: {MOVE}")
     os.truncate(path, path.stat().st_size - len(rest))  # only now is it known to be a file of replies

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from toolkit.export.certificate import LIMITS
-from toolkit.export.gguf_file import GgufFile, chat_template, check_quant, gguf_path, write_gguf, write_lora_gguf
+from toolkit.export.gguf_file import GgufFile, chat_template, check_quant, write_gguf, write_lora_gguf
 from toolkit.export.llama import Engine, launch
 from toolkit.export.merge import Checkpoint, Merged, open_merged
 from toolkit.export.parity import Tokens, file_divergence, log_probs, probe_sequences
@@ -22,13 +22,14 @@ from toolkit.render import load_chat
 BASE = "base"
 """The name by which clients and messages call a run's base."""
 QUANT = "q8_0"
-"""What a base is converted to unless asked otherwise: half the size of F16, half a thousandth of KL from it."""
+"""What a base is converted to unless asked otherwise: half the size of F16, at a KL of 0.004 to 0.008 from it
+(data_recipes/measured/smollm2.json, export_limits.json)."""
 SLOTS = 4
 """Replies generated at once (llama.cpp's own default)."""
 CONTEXT = 8192
 """Tokens of prompt and reply together unless asked otherwise, or fewer where the model ends before."""
 BEST_FIRST = ("q8_0", "f16", "bf16", "q6_k", "q5_k_m", "q4_k_m")
-"""Which exported GGUF is taken when several lie there: Q8_0 has half the size of F16 at a KL of 0.0005 to it."""
+"""Which exported GGUF is taken when several lie there."""
 
 
 def start(
@@ -49,7 +50,7 @@ def start(
     if source == "adapter":
         for folder in folders:
             check_adapter(folder)
-        weights, loras, facts = _converted(folders, quant or QUANT, say)
+        weights, loras, facts = _converted(folders, (quant or QUANT).lower(), say)
     else:
         weights, loras = exported_gguf(folders[0], quant), []
         facts = _facts_of_file(weights)
@@ -69,7 +70,7 @@ def start(
 
 def connect(url: str, run: str, key: str | None = None) -> Engine:
     """The server that `serve` started at `url`, by llama.cpp or vLLM. Raises ToolkitError when it does not serve `run`."""
-    engine = Engine(url.rstrip("/"), key)
+    engine = Engine(url.rstrip("/").removesuffix("/v1"), key)
     models = engine.call("/v1/models")["data"]
     served = engine.runs = tuple(model["id"] for model in models if model["id"] != BASE)
     if any(model.get("owned_by") == "llamacpp" for model in models):  # which names its first run only
@@ -155,8 +156,8 @@ def _base_key(run: Path, merged: Merged) -> str:
 def exported_gguf(folder: Path, quant: str | None = None) -> Path:
     """The GGUF file that `export` wrote: the quantization asked for, else the first of BEST_FIRST that is there."""
     for name in [quant.lower()] if quant else BEST_FIRST:
-        if gguf_path(folder, name).is_file():
-            return gguf_path(folder, name)
+        if found := sorted(folder.glob(f"gguf/*.{name}.gguf")):
+            return found[0]
     there = ", ".join(sorted(path.name for path in folder.glob("gguf/*.gguf"))) or "nothing"
     raise ToolkitError(
         f"{folder}/gguf: no {quant or 'GGUF file'}, there is {there}: python -m toolkit export {folder.name}"

@@ -63,15 +63,18 @@ def canonical(
         conversation["tools"] = tools
     answer = row.get(names.get("expected_answer"))
     if answer not in (None, ""):
-        # JSON files keep answers as numbers, CSV files as text
-        number = type(answer) in (int, float)
-        conversation["expected_answer"] = str(answer) if number else _field(row, names["expected_answer"])
+        conversation["expected_answer"] = _field(row, names["expected_answer"])
     return checked(conversation, placeholders)
 
 
 def _field(holder: dict, name: str | None, kind: type = str, where: str = "", default=None):
     """The value of a field, which must be a text (or list); `default`, where given, for null and for a missing one."""
     value = holder.get(name)
+    if name == "expected_answer" and type(value) in (
+        int,
+        float,
+    ):  # JSON files keep answers as numbers, CSV files as text
+        return str(value)
     if value is None and default is not None:
         return default
     if type(value) is kind:
