@@ -11,7 +11,7 @@ from pathlib import Path
 from toolkit import recipe as recipes
 from toolkit.files import ToolkitError, write_json
 
-SAME_WEIGHT = 0.01
+SAME_WEIGHT = 0.003
 """Relative difference that rounding to another 16-bit type, or quantizing on another device, may make in a weight."""
 
 

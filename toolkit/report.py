@@ -138,7 +138,7 @@ def scores(runs: Mapping[str, Path], keys: Sequence[Key] = SCORES):
     found = {key: [side.get(key[0], {}).get(key[1]) for side in sides.values()] for key in keys}
     shown = [key for key, values in found.items() if values[-1] and values[-1]["value"] is not None]
     picture, axes = show.panels(max(5, 2.6 * len(shown)), 3.4, len(shown))
-    names = [name.replace(" + ", " +\n") for name in sides]
+    names = [textwrap.fill(name, 9) for name in sides]
     for one, key in zip(axes, shown, strict=True):
         _bars(one, key, names, found[key], (show.BASE, *show.PALETTE), sides["base"])
     return picture
@@ -153,7 +153,7 @@ def _bars(axes, key: Key, names: list[str], found: list[dict | None], colours: S
     error = [(ends["value"] - ends[end]).abs() for end in ("low", "high")]
     drawn = axes.bar(ends.index, ends["value"], 0.6, yerr=error, capsize=4, color=[colours[i] for i in ends.index])
     axes.bar_label(drawn, fmt="%.3g", label_type="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), names, fontsize=9)
     axes.set_ylim(0, 112 if scale == 100 else None)
     axes.set_title(textwrap.fill(title(*key, sections) + (", %" if scale == 100 else ""), 24), fontsize=10)
 
