@@ -3,10 +3,12 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -257,3 +259,12 @@ def test_a_text_file_has_a_prompt_on_each_line_whatever_else_separates_lines_in_
     asked, rejected = read_prompts(file)
     assert list(asked) == [1, 3]
     assert "row 2" in rejected[0]  # a form feed is a control character, and training would refuse it too
+
+
+def test_a_missing_adapter_is_named(run, prompts, tmp_path):
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    made = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps(made | {"adapter": {"adapter_model.safetensors": "0"}}))
+    (copy / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(ToolkitError, match="missing or damaged"):
+        answer_file(copy, prompts, tmp_path / "replies.jsonl", **OPTIONS)

@@ -15,6 +15,7 @@ from toolkit.export.gguf_file import GgufFile, write_gguf
 from toolkit.export.merge import Adapter, Checkpoint, Merged, find_base
 from toolkit.export.parity import divergence, log_probs
 from toolkit.files import ToolkitError, read_json
+from toolkit.serve.engine import exported_gguf
 
 SILENT = {"say": lambda _: None}
 
@@ -200,8 +201,14 @@ def test_an_export_stays_valid_when_its_folder_is_renamed(sound, tmp_path):
 def test_a_file_that_export_did_not_write_is_noted_and_decides_nothing(sound, tmp_path):
     copy = Path(shutil.copytree(sound[0], tmp_path / "toy"))
     shutil.copy(gguf_path(copy, "f16"), copy / "gguf" / "toy.q3_k_m.gguf")
+    (copy / "gguf" / "aaa.q4_k_m.gguf").write_bytes(b"a fragment, smaller than any")
     certificate = verify(copy, **SILENT)
     assert certificate["passed"]
-    assert [note["name"] for note in certificate["reports"] if "q3_k_m" in note["name"]] == [
-        "toy.q3_k_m.gguf: not checked"
-    ]
+    names = [note["name"] for note in certificate["reports"] if "not checked" in note["name"]]
+    assert names == ["aaa.q4_k_m.gguf: not checked", "toy.q3_k_m.gguf: not checked"]
+    assert exported_gguf(copy, "q4_k_m").name == "toy.q4_k_m.gguf"
+
+
+def test_a_gguf_that_was_given_another_name_is_missing(copy):
+    gguf_path(copy, "f16").rename(copy / "gguf" / "mine.gguf")
+    assert "changed or missing" in failed(copy)

@@ -266,3 +266,15 @@ def test_a_number_is_never_octal_or_a_time(value):
 def test_an_initialisation_that_changes_the_base_is_refused_before_training():
     with pytest.raises(ToolkitError, match="lora.init_lora_weights: 'pissa' changes the base"):
         load("pocket", ["lora.init_lora_weights=pissa"])
+
+
+def test_merged_anchors_are_no_repeated_keys():
+    from toolkit.recipe import _yaml
+
+    text = "b0: &b {x: 0}\nbase: {inner: &a {<<: *b, x: 1}}\nc: {<<: *a}"
+    assert _yaml(text, "here")["c"] == {"x": 1}
+
+
+def test_a_folder_without_a_recipe_says_what_works_with_it(tmp_path):
+    with pytest.raises(ToolkitError, match="export_model has no recipe: verify, export, chat and serve work"):
+        load(tmp_path / "recipe.yaml")

@@ -745,11 +745,9 @@ def test_the_pocket_model_lies_in_the_package():
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_a_warm_up_that_covers_all_steps_is_no_training():
-    with pytest.raises(
-        ToolkitError, match=r"step 1: the adapter has not changed.*1 steps of warm-up.*train.warmup_steps"
-    ):
-        trained("run", "train.max_steps=1", "train.warmup_steps=0.05")
+def test_a_run_that_was_nothing_but_warm_up_says_so():
+    _, said = trained("run", "train.max_steps=1", "train.warmup_steps=0.05")
+    assert "nothing was learned: all 1 steps that counted were warm-up" in said
 
 
 @pytest.mark.usefixtures("elsewhere")

@@ -145,10 +145,14 @@ class Record(TrainerCallback, ExportableState):
         # a run that is over before; not one resumed for its last steps, whose learning rate may be too small to be seen
         at_the_end = state.global_step == state.max_steps and self._first == 0
         if (taken == warm_up + UNCHANGED_STEPS or at_the_end) and adapter_sum(model) == self._adapter:
+            if taken <= warm_up:
+                self.console.print(
+                    f"· nothing was learned: all {taken} steps that counted were warm-up: train more, or with train.warmup_steps=0"
+                )
+                return
             raise ToolkitError(
                 f"step {state.global_step}: the adapter has not changed since training began (learning rate "
-                f"{args.learning_rate:g}, {warm_up} steps of warm-up): raise train.learning_rate, e.g. to 2.0e-4, or train more "
-                "steps than train.warmup_steps"
+                f"{args.learning_rate:g}): raise train.learning_rate, e.g. to 2.0e-4"
             )
 
     def on_log(self, args, state, control, logs=None, **kwargs):

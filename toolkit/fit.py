@@ -5,6 +5,7 @@ from toolkit import fit, recipe; fit.show(fit.forecast(recipe.load("pocket"), vr
 Sizes are bytes on the GPU. Each formula's source is in the comment beside it. RAM and disk are not forecast.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -119,8 +120,9 @@ def shape_of(config, name: str = "") -> Shape:
         # modules without memory: a 32B is counted in a second
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)
-            # of a model that sees, the rest is loaded beside it in 16-bit
-            whole = model if text is config else AutoModelForImageTextToText.from_config(config)
+            whole = model
+            with contextlib.suppress(ImportError):  # of a model that sees, the rest is loaded beside it in 16-bit
+                whole = model if text is config else AutoModelForImageTextToText.from_config(config)
         heads, hidden = text.num_attention_heads, text.hidden_size
         head_dim = getattr(text, "head_dim", None) or hidden // heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -159,9 +161,8 @@ def _is_kept(config, path: str) -> bool:
 
 
 def lora_tensors(model: Shape, r: int, target_modules: Sequence[str]) -> list[int]:
-    """Elements of every LoRA tensor: A (r x inputs) and B (outputs x r) of each target in each layer, embedding and head too."""
-    outer = [Matrix(name, model.vocab_size, model.hidden_size, 1) for name in ("embed_tokens", "lm_head")]
-    targets = [m for m in (*model.matrices, *outer) if m.name in target_modules]
+    """Elements of every LoRA tensor: A (r x inputs) and B (outputs x r) of each target in each layer."""
+    targets = [m for m in model.matrices if m.name in target_modules]
     return [r * side for m in targets for side in (m.inputs, m.outputs) for _ in range(m.copies)]
 
 
@@ -342,8 +343,10 @@ class Forecast:
 
 def settings(recipe: Recipe, longest: int | None = None) -> Settings:
     """The memory settings of a recipe; `longest` row as the compiled mix measured it, else max_seq_length."""
-    if recipe.lora.extra.get("modules_to_save"):
-        raise ToolkitError("lora.modules_to_save: the memory of modules that are trained as a whole is not forecast")
+    if whole := recipe.lora.trained_whole:
+        raise ToolkitError(
+            f"lora: {', '.join(whole)}: the memory of modules that are trained as a whole is not forecast"
+        )
     row = longest or recipe.model.max_seq_length
     own = {field.name for field in dataclasses.fields(Settings)}
     given = {key: value for key, value in (recipe.train | recipe.lora.extra).items() if key in own}

@@ -11,8 +11,8 @@ from pathlib import Path
 from toolkit import recipe as recipes
 from toolkit.files import ToolkitError, write_json
 
-SAME_WEIGHT = 0.003
-"""Relative difference that rounding to another 16-bit type, or quantizing on another device, may make in a weight."""
+SAME_WEIGHT = 0.002, 0.01
+"""Relative difference that may lie in a weight: rounding to another 16-bit type; 4-bit, quantizing on another device."""
 
 
 def compile_mix(recipe: str | Path | dict | recipes.Recipe, tokenizer=None, overrides: Sequence[str] = ()):
@@ -85,7 +85,9 @@ def export_model(model, tokenizer, folder: str | Path, gguf: Sequence[str] = ("q
 def check_base(base, loaded: dict) -> None:
     """Raises ToolkitError where a model in memory, its adapter aside, is not what lies under its name: it was merged or trained
     before, and an export onto that name would be another model."""
-    from toolkit.export.merge import Checkpoint, find_base, nf4_round_trip
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from toolkit.export.merge import Checkpoint, find_base
 
     if not loaded["name"]:
         raise ToolkitError("the model has no name: save it with save_pretrained and load it from that folder")
@@ -95,13 +97,23 @@ def check_base(base, loaded: dict) -> None:
         if name not in stored.shapes or getattr(module, "weight", None) is None or hasattr(module, "base_layer"):
             continue
         expected, weight = stored.tensor(name), module.weight.detach()
+        if not weight.is_floating_point() and not hasattr(module.weight, "quant_state"):
+            continue  # 8-bit: what is merged onto is the 16-bit base
         if state := getattr(module.weight, "quant_state", None):
-            from bitsandbytes.functional import dequantize_4bit
-
             weight = dequantize_4bit(weight, state)
-            expected = expected if stored.is_quantized(name) else nf4_round_trip(expected.to(weight.dtype))
+            if not stored.is_quantized(name):
+                way = {
+                    "blocksize": state.blocksize,
+                    "compress_statistics": state.nested,
+                    "quant_type": state.quant_type,
+                }
+                expected = dequantize_4bit(*quantize_4bit(expected.to(weight.dtype).contiguous(), **way))
         expected, weight = expected.float(), weight.float().cpu()
-        if weight.shape != expected.shape or (weight - expected).norm() > SAME_WEIGHT * expected.norm():
+        if weight.shape != expected.shape:
+            raise ToolkitError(
+                f"{name}: resized in memory: save the model and load it before an adapter is trained on it"
+            )
+        if not (weight - expected).norm() <= SAME_WEIGHT[bool(state)] * expected.norm():  # NaN too
             raise ToolkitError(
                 f"{name}: the model in memory is not {loaded['name']} any more: it was merged or trained before this adapter. "
                 "Save it with save_pretrained, load it from that folder, and train the adapter on that"

@@ -115,6 +115,12 @@ class Lora:
     use_rslora: bool = False
     extra: dict = field(default_factory=dict)
 
+    @property
+    def trained_whole(self) -> list[str]:
+        """Modules that train as a whole instead of by an adapter; Unsloth does that with embedding and head as targets."""
+        outer = [name for name in self.target_modules if name in ("embed_tokens", "lm_head")]
+        return [*outer, *(self.extra.get("modules_to_save") or ())]
+
 
 REPLY_LIMIT = {"quick": 1024, "full": 8192}
 """Longest reply in tokens by level, unless a recipe sets another."""
@@ -202,11 +208,12 @@ class _Loader(yaml.SafeLoader):
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def construct_mapping(self, node, deep=False):
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
         keys = [key.value for key, _ in node.value]
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.YAMLError(f"the key {twice[0]!r} stands twice{node.start_mark}")
-        return super().construct_mapping(node, deep)
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
@@ -226,6 +233,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises ToolkitError naming the file and the key, with the nearest known key where one was mistyped.
     """
     found = next((f for f in (find(path), find(f"data_recipes/{path}.yaml")) if f and f.is_file()), None)
+    if found is None and Path(path).name == "recipe.yaml" and Path(path).parent.is_dir():
+        raise ToolkitError(
+            f"{path}: not found. A folder of export_model has no recipe: verify, export, chat and serve work with it"
+        )
     if found is None:
         known = [p.stem for p in (ROOT / "data_recipes").glob("*.yaml")]
         raise ToolkitError(

@@ -139,8 +139,8 @@ def check_export(recipe: Recipe, console) -> None:
     from toolkit.export.merge import unmergeable
     from toolkit.model import checkpoint_file
 
-    of_peft = {key: recipe.lora.extra.get(key) for key in ("bias", "modules_to_save", "target_parameters")}
-    if setting := unmergeable(of_peft | {"target_modules": recipe.lora.target_modules}):
+    settings = {key: recipe.lora.extra.get(key) for key in ("bias", "target_parameters")}
+    if setting := unmergeable(settings | {"modules_to_save": recipe.lora.trained_whole}):
         console.print(
             f"· this run cannot be exported here ({setting}): merge it with PEFT's merge_and_unload", markup=False
         )

@@ -111,10 +111,11 @@ def select(
 
 def checked(row: dict) -> dict:
     """A question of somebody's own, with its answer as text and a set. Raises ToolkitError naming what it lacks."""
-    asked, answer = row.get("messages"), str(row.get("expected_answer", "")).strip()
-    if not asked or asked[-1].get("role") != "user" or not answer:
+    asked, answer = (row.get(key) if isinstance(row, dict) else None for key in ("messages", "expected_answer"))
+    roles = [m.get("role") for m in asked if isinstance(m, dict)] if isinstance(asked, list) else []
+    if roles[-1:] != ["user"] or type(answer) not in (str, int, float) or str(answer).strip() in ("", "nan"):
         raise ToolkitError(f"a question needs messages up to a user turn, and an expected_answer; found {row!r:.200}")
-    return {"set": "questions", **row, "expected_answer": answer}
+    return {"set": "questions", **row, "expected_answer": str(answer)}
 
 
 def from_mix(mixed) -> dict:

@@ -89,24 +89,28 @@ def is_mathematics(expected: str) -> bool:
 
 LATEX = re.compile(r"\\(?:text|mathrm|mbox)\{[^{}]*\}|\\[a-zA-Z]+")
 OPERATOR = re.compile(r"[=+*/^<>]|(?<![^\W\d_])-")
-NAMED = re.compile(r"[\u3400-\u9fff]|(?<!\w)[^\W\d_]{2,}(?!\w)|(?<!\w)[A-Z][A-Za-z]*\d\w*|\d+(?::\d+)+")
+NAME = re.compile(r"[\u3400-\u9fff]|(?<!\w)[^\W\d_]{2,}(?!\w)|(?<!\w)[A-Z][A-Za-z]*\d\w*|\d+(?::\d+)+")
 MATHEMATICAL_WORDS = frozenset("and or ln log sin cos tan mod".split())
 
 
 def named(expected: str) -> tuple[set[str], str]:
-    """(words, rest) of an expected answer that is a number with a name, where both count: `Apollo 11`, `5 pm`, `第3名`, `H2O`,
-    `12:30`. No words in a formula, where letters are variables, nor for units in LaTeX."""
+    """(words, rest) of an expected answer that is a number with words: those that stand before it or in one with it must be said
+    (`Apollo 11`, `第3名`, `5 pm`, `H2O`, `12:30`); a unit after it (`5 km`, `42 apples`, `3元`) may be left out. No words in a
+    formula, where letters are variables."""
     bare = LATEX.sub(" ", expected)
-    found = set() if OPERATOR.search(bare) else {w.casefold() for w in NAMED.findall(bare)} - MATHEMATICAL_WORDS
-    return found, NAMED.sub(" ", bare) if found else expected
+    if OPERATOR.search(bare) or not NAME.search(bare):
+        return set(), expected
+    first = re.search(r"\d|$", bare).start()
+    said = [m[0].casefold() for m in NAME.finditer(bare) if m.start() < first or re.search(r"\d|^[ap]m$", m[0], re.I)]
+    return set(said) - MATHEMATICAL_WORDS, NAME.sub(" ", bare)
 
 
 def plain(text: str) -> str:
-    """Signs and digits as a keyboard has them: full-width forms, typographic minus signs, 负 before a number, powers."""
-    text = text.translate(
-        {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys((0x2212, 0x2013), "-")
-    )
+    """Signs and digits as a keyboard has them: full-width forms, typographic minus signs, 负 before a number, powers, p.m."""
+    ascii_forms = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+    text = text.translate(ascii_forms | dict.fromkeys((0x2212, 0x2013), "-"))
     text = re.sub(r"负(?=\s*\d)", "-", text)
+    text = re.sub(r"\b([ap])\.m\.?", r"\1m", text, flags=re.I)
     return re.sub("[⁰¹²³⁴-⁹]+", lambda power: "^{" + unicodedata.normalize("NFKC", power[0]) + "}", text)
 
 
@@ -131,19 +135,47 @@ def same_words(answer: str, expected: str) -> bool:
     return bool(wanted) and (words(answer) == wanted or wanted in runs)
 
 
-MARKED = re.compile(r"\\boxed\{\W*([A-Z])\W*\}|\(([A-Z])\)|\*\*([A-Z])\*\*")
+LETTER = r"([A-Z](?![\w'’+#-])|[a-z](?=\W*$))"
+"""A choice: a capital that stands alone, or a small letter that ends the answer."""
+CHOICES = (
+    re.compile(r"^\W*([A-Za-z])\W*$"),
+    re.compile(r"\\boxed\{\W*(?:\\text\{\W*)?([A-Za-z])\W*\}"),
+    re.compile(rf"(?i:answer|option|choice|choose|select)(?i:\s+is)?[\s:*(_]*{LETTER}", re.ASCII),
+    re.compile(rf"(?:答案|选项|选择|选)[是为]?[\s:*(]*(?:选项)?{LETTER}", re.ASCII),
+    re.compile(r"(?<![\w'’-])([A-Z]) is (?:the )?(?:correct|right|better|best)", re.ASCII),
+    re.compile(r"\(([A-Z])\)|\*\*([A-Z])\*\*"),
+)
+"""How people name their choice, the clearest way first."""
 LONE = re.compile(r"(?<![\w'’-])(?!I\s+[a-z]|I['’])([A-Z])(?![\w'’+#-])", re.ASCII)
+DECISIONS = (
+    re.compile(r"\\boxed\{\s*(?:\\text\{\s*)?(\w+)"),
+    re.compile(r"\*\*(\w+)\W*\*\*"),
+    re.compile(r"^\W*(\w+)"),
+    re.compile(r"\b(?:answer|claim|statement|it)\s+is\W+(\w+)", re.IGNORECASE),
+    re.compile(r"(\w+)"),
+)
 OPPOSITES = frozenset({"yes", "no"}), frozenset({"true", "false"})
 
 
 def chosen(answer: str) -> set[str]:
-    """The letters that an answer to a multiple-choice question names, in its last sentence that names any: those marked as
-    \\boxed{B}, (B) or **B**, else those that stand alone, an article or a pronoun aside."""
+    """The letter that an answer to a multiple-choice question names; several where it only mentions some."""
+    answer = re.sub(r"(?<!\w)['\"‘“_`]([A-Z])['\"’”_`](?!\w)", r"\1", answer)
+    for way in CHOICES:
+        if found := way.findall(answer):
+            return {"".join(found[-1]).upper()}
     for sentence in reversed(sentences(answer)):
-        marked = {letter for groups in MARKED.findall(sentence) for letter in groups if letter}
-        if found := marked or set(LONE.findall(re.sub(r"^\W*A\s+(?=[a-z])", "", sentence))):
-            return found
+        if found := LONE.findall(re.sub(r"^\W*A\s+(?=[a-z])", "", sentence)):  # an article
+            return set(found)
     return set()
+
+
+def decided(answer: str, pair: frozenset) -> str:
+    """Which of two opposites an answer says: boxed or bold, at its beginning, after "the answer is", or last."""
+    answer = re.sub(
+        r"\bnot (true|false)\b", lambda m: "false" if m[1].lower() == "true" else "true", answer, flags=re.I
+    )
+    ways = ([word.casefold() for word in way.findall(answer)] for way in DECISIONS)
+    return next((hits[-1] for way in ways if (hits := [word for word in way if word in pair])), "")
 
 
 class Judge(contextlib.AbstractContextManager):
@@ -161,25 +193,25 @@ class Judge(contextlib.AbstractContextManager):
     def right(self, answer: str, expected: str) -> bool:
         """Whether the answer is the expected one: as mathematics if that is mathematics, else as words."""
         answer, expected = plain(answer), plain(expected)
-        if letter := re.fullmatch(r"\W*([A-Z])\W*", expected):
+        wanted, same = words(expected), _squeezed(answer) == _squeezed(expected)
+        if same or not wanted:  # signs and emojis have no words
+            return same and bool(expected.strip())
+        if letter := re.fullmatch(r"\W*(?:\\text\{\W*)?([A-Z])\W*", expected):
             return chosen(answer) == {letter[1]}
         for pair in OPPOSITES:
-            if set(words(expected)) < pair:  # the last one said: no doubt that it is yes
-                return [word for word in words(answer) if word in pair][-1:] == words(expected)
+            if set(wanted) < pair:
+                return decided(answer, pair) == wanted[0]
         if not is_mathematics(expected):
             return same_words(answer, expected)
-        if words(answer) and _squeezed(answer) == _squeezed(expected):
-            return True
         names, rest = named(expected)
-        if not names:
+        if rest == expected:
             return self._verified(answer, expected)
-        said = "\\boxed" in answer or names <= set(words(answer))
-        return same_words(answer, expected) or (said and self._verified(answer, rest))
+        return same_words(answer, expected) or (names <= set(words(answer)) and self._verified(answer, rest))
 
     def _verified(self, answer: str, expected: str) -> bool:
         self.process = self.process or _start(self.seconds)
         # math-verify finds no number that touches Chinese text: 答案是42。
-        apart = re.sub(r"[\u3000-\u9fff]+", " ", answer)
+        apart = re.sub(r"\(?[\u3000-\u9fff]+[:)]?", " ", answer)
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps([apart, expected]) + "\n")
             self.process.stdin.flush()
@@ -230,5 +262,6 @@ for line in sys.stdin:
 
 
 def _squeezed(text: str) -> str:
-    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text.strip())  # between two digits a space means something: 1 1/2
+    text = re.sub(r"(?<=\d)\s(?=\d{3}(?!\d))", "", text.strip())  # 1 000 000
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)  # between two other digits a space means something: 1 1/2
     return re.sub(r"\$|\\boxed\{(.*)\}|\.$", r"\1", text)

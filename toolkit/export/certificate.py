@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from toolkit.export.gguf_file import GgufFile, header, modelfile, plan_tensors
+from toolkit.export.gguf_file import GgufFile, header, modelfile, plan_tensors, written_files
 from toolkit.export.llama import launch
 from toolkit.export.merge import (
     FAILED,
@@ -80,13 +80,14 @@ def verify(run: str | Path, *, say: Callable[[str], None] = print, details: bool
         merged, own = open_merged(run, record["inputs"]["onto"], local_only=True), Tokens(run / "adapter")
         sequences = probe_sequences(own)
         reference = _merge_checks(run, merged, own, sequences, report)
+        known = written_files(run)
         for path in sorted((run / "gguf").glob("*.gguf")):
-            if f"gguf/{path.name}" in record["files"]:
+            if path in known:
                 say(f"verifying {path.name}")
                 _file_checks(path, run, merged, own, sequences, reference, report)
             else:
                 report.note(f"{path.name}: not checked", None, "`export` did not write it")
-        if written := _text(run / "gguf" / "Modelfile"):
+        if known and (written := _text(run / "gguf" / "Modelfile")):
             differ = set(written.splitlines()) ^ set(modelfile(run, merged, own.tokenizer).splitlines())
             report.gate("Modelfile: lines that are not as expected", len(differ), 0)
         certificate = {

@@ -461,13 +461,21 @@ def gguf_path(run: Path, quant: str) -> Path:
     return run / "gguf" / f"{run.resolve().name}.{quant}.gguf"
 
 
+def written_files(run: Path) -> list[Path]:
+    """The GGUF files that `export` wrote and that are still there, whatever else lies beside them; the folder may have been
+    renamed since. All there are where it left no record."""
+    if not (run / "export.json").is_file():
+        return sorted((run / "gguf").glob("*.gguf"))
+    names = read_json(run / "export.json")["files"]
+    return [run / name for name in names if name.endswith(".gguf") and (run / name).is_file()]
+
+
 def modelfile(run: Path, merged: Merged, tokenizer) -> str:
     """An Ollama Modelfile for the smallest GGUF of a run: stop tokens, context, and the family's sampling by mode."""
     recipe, generation = run / "recipe.yaml", generation_config(merged, tokenizer)
     wanted = load(recipe).model.max_seq_length if recipe.is_file() else 8192
     family = family_of(merged.config["model_type"])
-    known = [path for path in (run / "gguf").glob("*.gguf") if path.name.split(".")[-2] in QUANTS]
-    smallest = min(known, key=lambda path: path.stat().st_size)
+    smallest = min(written_files(run), key=lambda path: path.stat().st_size)
     values = {
         "ollama": OLLAMA,
         "name": smallest.name.rsplit(".", 2)[0],  # not the folder's, which may be renamed

@@ -12,7 +12,7 @@ from pathlib import Path
 from toolkit.family import KINDS, MODES
 from toolkit.files import ToolkitError, append_rows, read_jsonl, sha256
 from toolkit.generate import generate, prompts
-from toolkit.model import load_run, run_folder
+from toolkit.model import check_adapter, load_run, run_folder
 from toolkit.recipe import Source
 from toolkit.render import load_chat
 from toolkit.sources import Rejected, canonical, open_rows
@@ -39,6 +39,7 @@ def answer_file(
         raise ToolkitError(f"{replies}: is the file of prompts; name another for the replies")
     modes = KINDS[load_chat(str(folder / "adapter")).kind] if mode == "both" else (mode,)
     asked, rejected = read_prompts(prompts_file)
+    check_adapter(folder)
     adapter = sha256(folder / "adapter" / "adapter_model.safetensors")[:8]  # the same name may have been trained again
     settings = {"run": folder.name, "adapter": adapter, "seed": seed, "max_new_tokens": max_new_tokens}
     there = read_replies(replies, asked, settings)

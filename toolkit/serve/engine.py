@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from toolkit.export.certificate import LIMITS
-from toolkit.export.gguf_file import GgufFile, chat_template, check_quant, write_gguf, write_lora_gguf
+from toolkit.export.gguf_file import GgufFile, chat_template, check_quant, write_gguf, write_lora_gguf, written_files
 from toolkit.export.llama import Engine, launch
 from toolkit.export.merge import Checkpoint, Merged, open_merged
 from toolkit.export.parity import Tokens, file_divergence, log_probs, probe_sequences
@@ -156,8 +156,8 @@ def _base_key(run: Path, merged: Merged) -> str:
 def exported_gguf(folder: Path, quant: str | None = None) -> Path:
     """The GGUF file that `export` wrote: the quantization asked for, else the first of BEST_FIRST that is there."""
     for name in [quant.lower()] if quant else BEST_FIRST:
-        if found := sorted(folder.glob(f"gguf/*.{name}.gguf")):
-            return found[0]
+        if found := [path for path in written_files(folder) if path.name.endswith(f".{name}.gguf")]:
+            return found[-1]
     there = ", ".join(sorted(path.name for path in folder.glob("gguf/*.gguf"))) or "nothing"
     raise ToolkitError(
         f"{folder}/gguf: no {quant or 'GGUF file'}, there is {there}: python -m toolkit export {folder.name}"
