@@ -238,7 +238,7 @@ def _audited(result: dict) -> list[str]:
     return [
         *lines,
         "",
-        f"Ours breaks the label rule on {ours['label_rule_broken']} of 200 rows and lists what it refuses: {ours['refused']}",
+        f"Ours breaks the label rule on {ours['label_rule_broken']} of {ours['label_rule_rows']:,} rows and lists what it refuses: {ours['refused']}",
     ]
 
 
