@@ -119,7 +119,7 @@ def test_the_usage_line_of_every_module_runs(path, monkeypatch):
         bind(function, call)
 
 
-GOAL, TODAY = (7_000, 36_000), (11_240, 55_345)
+GOAL, TODAY = (7_000, 36_000), (11_280, 55_400)
 """Lines, and expressions and statements: what a small package has, and what this one has on 2026-11-26. TODAY rises only in a commit that says what for."""
 
 

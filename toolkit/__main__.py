@@ -233,6 +233,7 @@ def mix(recipe, overrides, fresh, dry_run, show):
         out.print(showing.plan_table(mix.plan(loaded.data)))
         return
     loaded = run.resolve(loaded, out)
+    # what the reader would type next, with the changes of this command
     words = ["python", "-m", "toolkit", "train", recipe or loaded.name, *overrides]
     mixed = run.compile_mix(loaded, out, fresh=fresh, next_command=shlex.join(words))
     if show:
@@ -298,6 +299,7 @@ def compare(runs, out):
     """Several runs: one table, one picture, one recommendation."""
     from toolkit import compare, report
 
+    # runs without an evaluation have nothing to compare
     found = [_folder(run) for run in runs] or sorted(p.parent for p in outputs().glob("*/eval.json"))
     report.conclude(compare.compare(found), out or outputs() / "comparison", console())
 
@@ -381,6 +383,7 @@ def chat(run, no_think, url, source, quant, context, **options):
     """Talk to a run in the terminal, in every mode it has, and to its base."""
     from toolkit.serve.chat import chat
 
+    # a server has chosen its weights and context already
     engine = {} if url else {"source": source, "quant": quant, "context": context}
     chat(run, mode="non_thinking" if no_think else None, url=url, **engine, **options)
 
@@ -426,6 +429,7 @@ def generate(run, prompts, replies, **options):
         task = bar.add_task("answering", total=None)
         counts = answer_file(run, prompts, replies, **options,
                              progress=lambda done, total: bar.update(task, completed=done, total=total))  # fmt: skip
+    # three show what is wrong; the count is in the line below
     for reason in counts["rejected"][:3]:
         console().print(f"left out: {reason}", style="yellow", markup=False)
     console().print(f"{counts['prompts']} prompts, {len(counts['rejected'])} rows left out; {replies}: "

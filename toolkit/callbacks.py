@@ -134,6 +134,7 @@ class Record(TrainerCallback, ExportableState):
         self._step_began = time.monotonic()
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        # no token was supervised, or the adapter is cut off from the loss
         if self._step_loss == 0:
             self._stop("the loss is exactly 0")
         self.totals["loss"] += self._step_loss

@@ -156,6 +156,7 @@ def compare(folders: Iterable[Path]) -> Comparison:
     else with the first name. All others are left out and named.
 
     Raises ToolkitError when no run is left."""
+    # one run that cannot be read must not hide the others
     runs, left_out = [], {}
     for folder in dict.fromkeys(Path(f).resolve() for f in folders):
         try:
@@ -224,6 +225,7 @@ def group(runs: list[Run]) -> tuple[str, list[Point], list[str]]:
     Where runs differ in shares alone, the axis is the last share that varies and points are named after it: the reasoning
     share, or the source listed last, as recipes name the rows to be learned first and general data last. Otherwise they
     are compared by name."""
+    # what does not differ between them cannot explain a difference in scores
     differing = changed([run.trained for run in runs])
     by_share = all(key.startswith(SHARE) for key in differing)
     axis = differing[-1].removeprefix(SHARE) if differing and by_share else ""

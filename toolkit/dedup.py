@@ -2,7 +2,7 @@
 
 from toolkit.dedup import NearDuplicates, signatures; row.signature, = signatures([ids]); NearDuplicates(decode).find(row)
 
-Rows are mix.Row: `ids`, of which `prompt_length` are the prompt, `conversation`, `signature`.
+Rows are mix.Row: `ids`, of which `prompt_length` are the prompt, `conversation`, `signature`, `bands`.
 """
 
 import hashlib
@@ -79,7 +79,7 @@ class NearDuplicates:
 
     def find(self, row):
         """The earlier row that this one nearly repeats, or None."""
-        near = [earlier for band in _bands(row.signature) for earlier in self._buckets.get(band, ())[-CANDIDATES:]]
+        near = [earlier for band in _bands(row) for earlier in self._buckets.get(band, ())[-CANDIDATES:]]
         for earlier in dict.fromkeys(near):
             # the share of equal MinHash values estimates the Jaccard similarity of the two sets of 5-grams
             if (earlier.signature == row.signature).mean() >= SIMILAR and self._asks_the_same(row, earlier):
@@ -88,7 +88,7 @@ class NearDuplicates:
 
     def add(self, row) -> None:
         """Remember a row for later calls of `find`."""
-        for band in _bands(row.signature):
+        for band in _bands(row):
             self._buckets.setdefault(band, []).append(row)
 
     def _asks_the_same(self, row, earlier) -> bool:
@@ -127,9 +127,11 @@ def _shingles(ids: np.ndarray) -> np.ndarray:
     return hashes
 
 
-def _bands(signature: np.ndarray | None) -> list[bytes]:
-    parts = () if signature is None else signature.reshape(BANDS, -1)
-    return [bytes([i]) + part.tobytes() for i, part in enumerate(parts)]
+def _bands(row) -> list[bytes]:
+    if row.bands is None:  # asked for up to three times
+        parts = () if row.signature is None else row.signature.reshape(BANDS, -1)
+        row.bands = [bytes([i]) + part.tobytes() for i, part in enumerate(parts)]
+    return row.bands
 
 
 def grams_of(prompts: list[str]) -> set[str]:

@@ -144,6 +144,7 @@ def gpu(m: Machine) -> Iterator[Finding]:
     part = ", a MIG slice: the rest of the card is not yours" if " MIG " in first.name else ""
     small = "only Qwen3-0.6B and 1.7B fit: see `python -m toolkit fit --table`" if first.total < 5 * GIB else ""
     yield Finding("gpu", f"{first.name}{part}, {total} GiB, {m.half}; CUDA {m.torch_cuda}{count}", small)
+    # torch numbers the fastest first, which need not be the largest
     if max(card.total for card in m.seen) > first.total:
         yield Finding("cards", "a larger card is there", "unset CUDA_VISIBLE_DEVICES: the largest is then chosen")
     if (held := first.total - first.free - CONTEXT) > first.total / 8:  # CUDA's own, for this process, is no one else's

@@ -115,6 +115,7 @@ def sampling_of(family: Family, mode: str, generation_config: dict) -> dict:
     A hybrid family's own table goes first, since generation_config.json holds one set for both modes; otherwise the
     checkpoint's file, and what it leaves open from the family.
     """
+    # a mode that a family does not have gets the values of plain chat
     usual = family.sampling.get(mode) or family.sampling["non_thinking"]
     if len(family.sampling) > 1:
         return dict(usual)

@@ -136,6 +136,7 @@ def check(console: Console, *, rehearsal: bool = False) -> int:
     machine, done = doctor.look(), []
     doctor.show(doctor.gpu(machine), console)
     table = Table("step", "", "seconds", "what", title="the CUDA path on random weights", title_justify="left")
+    # left over from an earlier check, they would count as finished
     for name in (WEIGHTS, PLAIN, PACKED):
         shutil.rmtree(outputs() / name, ignore_errors=True)
     write(machine, done)

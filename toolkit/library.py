@@ -71,6 +71,7 @@ def export_model(model, tokenizer, folder: str | Path, gguf: Sequence[str] = ("q
         "revision": vars(base.config).get("_commit_hash"),
         "load_in_4bit": bool(getattr(base, "is_loaded_in_4bit", False)),  # transformers sets it on 4-bit models only
     }
+    # before anything is written
     check_base(base, loaded)
     model.save_pretrained(str(adapter), selected_adapters=[name])
     if name != "default":  # PEFT puts it into a folder of that name
@@ -92,6 +93,7 @@ def check_base(base, loaded: dict) -> None:
     if not loaded["name"]:
         raise ToolkitError("the model has no name: save it with save_pretrained and load it from that folder")
     stored = Checkpoint(find_base(loaded, "4bit" if loaded["load_in_4bit"] else "16bit").folder)
+    # PEFT wraps a trained layer and keeps the old one inside it as base_layer
     for path, module in base.named_modules():
         name = path.replace(".base_layer", "") + ".weight"
         if name not in stored.shapes or getattr(module, "weight", None) is None or hasattr(module, "base_layer"):

@@ -24,8 +24,8 @@ from toolkit.sources import Rejected
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 """What a template may ask the tokenizer for."""
-COMPARED = 4
-"""Texts of each call whose ids are compared with the Hugging Face tokenizer's."""
+COMPARED = 2
+"""Texts of each call whose ids are compared with the Hugging Face tokenizer's: of 5M tokens, four took a tenth of the time."""
 SPACE_BEFORE = re.compile(r'("prepend":\s*)"[^"]+"|("prepend_scheme":\s*)"(?:first|always)"')
 """How a tokenizer.json of SentencePiece's kind (Llama 2, Mistral, Phi-3) says that a space is put before every text."""
 PROBE, REPLY = [{"role": "user", "content": "probe"}], "probe-reply"
@@ -345,6 +345,7 @@ def with_switch(conversation: dict, chat: Chat) -> dict:
 
 # --- Jinja as transformers sets it up (transformers/utils/chat_template_utils.py) --------------------------------------
 
+DICT = frozenset(dir(dict))
 PLAIN = (str, jinja2.runtime.LoopContext, jinja2.utils.Namespace)
 GENERATION = re.compile(r"({%[-+]?\s*)(end)?generation\b")
 """`{% generation %}` marks assistant text for trainers; when rendering it means nothing."""
@@ -353,7 +354,12 @@ GENERATION = re.compile(r"({%[-+]?\s*)(end)?generation\b")
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Jinja's sandbox, which of the kinds in PLAIN refuses what begins with an underscore and nothing else.
 
-    It asks eleven questions about every attribute to find that out; rendering took half as long again."""
+    It asks eleven questions about every attribute to find that out, and looks for an attribute before it looks for a key, so
+    that each key of a message costs an exception; rendering took three quarters as long again."""
+
+    def getattr(self, obj, attribute: str):
+        key = type(obj) is dict and attribute in obj and attribute not in DICT
+        return obj[attribute] if key else super().getattr(obj, attribute)
 
     def is_safe_attribute(self, obj, attr: str, value) -> bool:
         return not attr.startswith("_") if type(obj) in PLAIN else super().is_safe_attribute(obj, attr, value)

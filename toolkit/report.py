@@ -120,6 +120,7 @@ def figure(comparison: Comparison):
     for one, key in zip(axes, keys, strict=False):
         _bars(one, key, names, [point.values.get(key) for point in everyone], colours, run.eval["tuned"])
     _gained_and_kept(axes[len(keys)], comparison, names, colours)
+    # the grid has six places
     for unused in axes[len(keys) + 1 :]:
         unused.remove()
     numbered = [f"{i}  {point.label}" for i, point in enumerate(comparison.points, 1)]
@@ -150,6 +151,7 @@ def _bars(axes, key: Key, names: list[str], found: list[dict | None], colours: S
     ends = (
         pd.DataFrame([value or {} for value in found], columns=["value", "low", "high"], dtype=float).dropna() * scale
     )
+    # matplotlib wants the lengths of both arms, not the ends
     error = [(ends["value"] - ends[end]).abs() for end in ("low", "high")]
     drawn = axes.bar(ends.index, ends["value"], 0.6, yerr=error, capsize=4, color=[colours[i] for i in ends.index])
     axes.bar_label(drawn, fmt="%.3g", label_type="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})

@@ -210,6 +210,7 @@ def resolve(recipe: Recipe, console) -> Recipe:
         name = "pocket"
         console.print("model: pocket (no CUDA card for a larger one)")
     else:
+        # what is free now, since a display or another program may hold some of the card
         memory = fit.usable_vram()
         name = fit.choose_model(memory, recipe)
         console.print(f"model: {name} (the largest Qwen3 that fits {memory / 2**30:.1f} GiB with this recipe)")

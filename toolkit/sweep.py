@@ -116,6 +116,7 @@ def plan(base: Recipe, shares: Sequence[float], seeds: int, console, *, of: str 
         raise ToolkitError(
             f"{base.name}: no source has mode thinking: sweep the share of one source (--of {base.data.sources[-1].name})"
         )
+    # the questions first, since every ratio must be asked the same
     base, numbers = _with_questions(resolve(base, console)), range(base.data.seed, base.data.seed + seeds)
     return _same_budget([_recipe(base, of, *chosen) for chosen in itertools.product(shares, numbers)], console)
 

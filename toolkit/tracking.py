@@ -230,6 +230,7 @@ def comparison(folder: Path, rows: list[dict], sentences: str, console) -> None:
     global _say
     _say = console.print
     name, runs = f"{folder.name}-comparison", " ".join(sorted(row["runs"] for row in rows))
+    # a hash of the runs, so that the same comparison is one wandb run and another is another
     key = f"{name}-{hashlib.sha256(runs.encode()).hexdigest()[:8]}"
     _attempt("starting a run", _open, folder, name=name, id=key, group=folder.name, job_type="comparison")
     if _run:

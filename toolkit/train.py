@@ -240,6 +240,7 @@ def record_of(recipe: Recipe, mixed: Mix, folder: Path, console):
     from toolkit.callbacks import Record
 
     achieved = mixed.report["achieved"][recipe.data.unit]
+    # above 0, since the mean of the losses divides by their sum
     weights = {f"{row.source}/{row.mode}": max(achieved[row.source], 1e-6) for row in mixed.validation}
     limit, patience = recipe.train.get("save_total_limit"), recipe.evaluate.early_stopping_patience
     return Record([*mixed.train, *mixed.validation], weights, folder, console, limit=limit, patience=patience)

@@ -160,6 +160,7 @@ OPPOSITES = frozenset({"yes", "no"}), frozenset({"true", "false"})
 def chosen(answer: str) -> set[str]:
     """The letter that an answer to a multiple-choice question names; several where it only mentions some."""
     answer = re.sub(r"(?<!\w)['\"‘“_`]([A-Z])['\"’”_`](?!\w)", r"\1", answer)
+    # the last match of the clearest way: a reply may weigh the choices before it decides
     for way in CHOICES:
         if found := way.findall(answer):
             return {"".join(found[-1]).upper()}
@@ -192,6 +193,7 @@ class Judge(contextlib.AbstractContextManager):
 
     def right(self, answer: str, expected: str) -> bool:
         """Whether the answer is the expected one: as mathematics if that is mathematics, else as words."""
+        # from the most to the least particular kind of answer: the first that fits decides
         answer, expected = plain(answer), plain(expected)
         wanted, same = words(expected), _squeezed(answer) == _squeezed(expected)
         if same or not wanted:  # signs and emojis have no words
@@ -204,6 +206,7 @@ class Judge(contextlib.AbstractContextManager):
         if not is_mathematics(expected):
             return same_words(answer, expected)
         names, rest = named(expected)
+        # a formula: what stands in it are variables, not words
         if rest == expected:
             return self._verified(answer, expected)
         return same_words(answer, expected) or (names <= set(words(answer)) and self._verified(answer, rest))

@@ -108,6 +108,7 @@ def launch(
         raise ToolkitError(
             f"{weights}: llama.cpp cannot load it ({error}): too little memory, or a damaged file: delete it and try again"
         ) from error
+    # 0.0.0.0 is where it listens, no address that can be asked
     here = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
     url = f"http://{here}:{server.listening_address.rpartition(':')[2]}"
     engine = Engine(url, key, context=context, server=server)

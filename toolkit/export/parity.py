@@ -211,5 +211,6 @@ def file_divergence(engine: Engine, reference: np.ndarray, sequences: list[list[
 
 
 def _bucketed(ours: np.ndarray, theirs: np.ndarray) -> float:
+    # what lies outside the 512, at least a billionth: the logarithm of 0 is no number
     rest, other = max(1 - np.exp(ours).sum(), 1e-9), max(1 - np.exp(theirs).sum(), 1e-9)
     return float(np.sum(np.exp(ours) * (ours - theirs)) + rest * np.log(rest / other))

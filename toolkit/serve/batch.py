@@ -35,6 +35,7 @@ def answer_file(
     folder, replies = run_folder(run).resolve(), Path(replies_file)
     if mode not in ("both", *MODES):
         raise ToolkitError(f"mode {mode!r}: expected both, {' or '.join(MODES)}")
+    # replies are appended: the prompts would grow by them
     if replies.resolve() == Path(prompts_file).resolve():
         raise ToolkitError(f"{replies}: is the file of prompts; name another for the replies")
     modes = KINDS[load_chat(str(folder / "adapter")).kind] if mode == "both" else (mode,)
@@ -91,6 +92,7 @@ def read_prompts(path: str | Path) -> tuple[dict[int, dict], list[str]]:
             f"{path}: no such file: expected prompts as .txt (one a line), .jsonl, .json, .csv, .parquet"
         )
     drawn = _lines(path) if path.suffix == ".txt" else open_rows(Source(str(path))).draw(0)
+    # drawn rows come shuffled; people expect the file's order
     for number, row in sorted(drawn, key=lambda numbered: numbered[0]):
         try:
             found[number] = _prompt(row)

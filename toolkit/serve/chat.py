@@ -141,6 +141,7 @@ def _reply(talk: Talk, line: str) -> None:
     said, tokens, cut = {"reasoning_content": "", "content": ""}, 0, ""
     try:
         for chunk in talk.engine.stream(body):
+            # the last chunk counts the tokens of the whole reply
             tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
             for choice in chunk["choices"]:
                 _show(talk.console, choice["delta"], said)
