@@ -180,3 +180,21 @@ def test_own_questions_may_have_numbers_for_answers_and_stand_beside_a_mix(train
     asked = [{"messages": [{"role": "user", "content": "2 + 2?"}], "expected_answer": 4}]
     result = toolkit.evaluate_model(trainer.model, tokenizer, mixed, questions=asked, max_new_tokens=4, steps=2)
     assert result["tuned"]["thinking"]["accuracy/set/questions"]["n"] <= 1
+
+
+def test_tokens_that_the_embedding_lacks_are_named(peft_model, tmp_path):
+    made, tokenizer, _ = peft_model
+    model = made()
+    tokenizer.add_tokens([f"<new{i}>" for i in range(model.config.vocab_size)])
+    with pytest.raises(ToolkitError, match="without resize_token_embeddings"):
+        toolkit.export_model(model, tokenizer, tmp_path / "out", gguf="f16")
+
+
+def test_an_embedding_that_was_resized_in_memory_is_named(peft_model, tmp_path):
+    made, tokenizer, base = peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(model.config.vocab_size + 64)
+    with pytest.raises(ToolkitError, match="embed_tokens.weight: resized in memory"):
+        toolkit.export_model(made(model=model), tokenizer, tmp_path / "out", gguf=())

@@ -326,3 +326,15 @@ def _closed():
         with contextlib.suppress(Exception):  # a test may have broken it on purpose
             tracking._run.finish()
         tracking._run = None
+
+
+def test_a_network_that_was_away_once_is_asked_again_by_the_next_training(tiny, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    lines = []
+    tracking.check(tiny[0].train, tiny[2], lines.append)
+    assert len(lines) == 1
+    assert os.environ["WANDB_MODE"] == "online"  # a variable would hold for the whole kernel
+    monkeypatch.setattr(tracking, "_offline_reason", str)
+    tracking.check(tiny[0].train, tiny[2], lines.append)
+    assert not tracking._offline
