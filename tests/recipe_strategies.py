@@ -84,7 +84,7 @@ def cases():
     return st.tuples(recipe_values(), overrides())
 
 
-def check_recipe(case: tuple[dict, list[str]]) -> None:
+def assert_recipe(case: tuple[dict, list[str]]) -> None:
     """It is refused in words that name the file or the override, or is read and written back equal."""
     values, words = case
     try:

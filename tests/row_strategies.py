@@ -188,13 +188,13 @@ def files(draw) -> tuple[str, bytes]:
     return f"a{ending}", raw
 
 
-def check_sound(case: tuple) -> None:
+def assert_sound(case: tuple) -> None:
     """A sound row compiles to the conversation it was made from."""
     row, format, columns, wanted = case
     assert canonical(row, format, columns, {}) == wanted
 
 
-def check_broken(case: tuple) -> None:
+def assert_broken(case: tuple) -> None:
     """A broken row is rejected, or compiles to a well-formed conversation without a text that is not in the row."""
     row, format, columns = case
     names = {"NAME": "Wheat", "AUTHOR": "us"}
@@ -237,7 +237,7 @@ def _texts(value):
         yield from _texts(item)
 
 
-def check_file(case: tuple, folder: Path) -> None:
+def assert_file(case: tuple, folder: Path) -> None:
     """A file gives conversations and Rejected rows, or a ToolkitError that names it."""
     name, raw = case
     path = folder / name

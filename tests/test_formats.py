@@ -138,13 +138,13 @@ def test_every_bad_file_is_tried():
 @settings(max_examples=120, deadline=None)
 @given(row_strategies.sound_rows())
 def test_a_sound_row_of_any_format_compiles_to_the_conversation_it_was_made_from(case):
-    row_strategies.check_sound(case)
+    row_strategies.assert_sound(case)
 
 
 @settings(max_examples=120, deadline=None)
 @given(row_strategies.broken_rows())
 def test_a_broken_row_is_rejected_or_a_well_formed_conversation_of_its_own_text(case):
-    row_strategies.check_broken(case)
+    row_strategies.assert_broken(case)
 
 
 @pytest.mark.parametrize("format", ["alpaca", "query_response"])

@@ -232,7 +232,7 @@ def test_a_path_of_4000_characters_is_no_such_recipe():
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(recipe_strategies.cases())
 def test_any_recipe_is_read_and_written_back_equal_or_refused_in_words(case):
-    recipe_strategies.check_recipe(case)
+    recipe_strategies.assert_recipe(case)
 
 
 @settings(max_examples=100, deadline=None)

@@ -346,7 +346,7 @@ def test_numbers_are_line_numbers(tmp_path):
 @settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=row_strategies.files())
 def test_a_file_of_any_bytes_gives_rows_or_an_error_that_names_it(case, tmp_path):
-    row_strategies.check_file(case, tmp_path)
+    row_strategies.assert_file(case, tmp_path)
 
 
 def test_cells_with_windows_line_breaks_read_like_others(tmp_path):

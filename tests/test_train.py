@@ -361,15 +361,17 @@ def test_an_adapter_that_does_not_change_stops_the_run(steps):
 
 
 @pytest.mark.usefixtures("elsewhere")
-def test_a_negative_learning_rate_is_refused():
-    with pytest.raises(ToolkitError, match="learning_rate"):
-        trained("run", "train.learning_rate=-1")
-
-
-@pytest.mark.usefixtures("elsewhere")
-def test_keys_of_the_trainer_that_contradict_each_other_are_named():
-    with pytest.raises(ToolkitError, match="save_steps|save steps|saving steps"):
-        trained("run", "train.eval_steps=3", "train.save_steps=2")
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["train.learning_rate=-1"], "learning_rate"),
+        (["train.eval_steps=3", "train.save_steps=2"], "save_steps|save steps|saving steps"),
+        (["train.lr_scheduler_type=warmup_stable_decay"], "TRL refuses these settings.*num_decay_steps"),
+    ],
+)
+def test_settings_that_nobody_can_train_with_are_an_error_with_their_reason(settings, told):
+    with pytest.raises(ToolkitError, match=told):
+        trained("run", *settings)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -754,12 +756,6 @@ def test_a_run_that_was_nothing_but_warm_up_says_so():
 def test_a_run_that_is_not_evaluated_while_it_trains_has_its_checkpoints():
     run, _ = trained("run", "train.eval_strategy=no", "train.save_steps=2")
     assert [p.name for p in train.all_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
-
-
-@pytest.mark.usefixtures("elsewhere")
-def test_settings_that_only_the_trainer_can_refuse_are_an_error_with_their_reason():
-    with pytest.raises(ToolkitError, match="TRL refuses these settings.*num_decay_steps"):
-        trained("run", "train.lr_scheduler_type=warmup_stable_decay")
 
 
 @pytest.mark.usefixtures("elsewhere")

@@ -103,7 +103,7 @@ def shipped(name: str) -> Shape | None:
         return None
     known = SHIPPED[match[1].upper()]
     # Unsloth's own checkpoints keep some layers in 16-bit, plain bnb-4bit ones none
-    plain = re.search("(?<!-unsloth)-bnb-4bit$", name, re.IGNORECASE)  # not Unsloth's dynamic quantization
+    plain = re.search("(?<!-unsloth)-bnb-4bit$", name, re.IGNORECASE)
     return dataclasses.replace(known, name=name, kept=0 if plain else known.kept)
 
 
@@ -121,8 +121,9 @@ def shape_of(config, name: str = "") -> Shape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)
             whole = model
-            with contextlib.suppress(ImportError):  # of a model that sees, the rest is loaded beside it in 16-bit
-                whole = model if text is config else AutoModelForImageTextToText.from_config(config)
+            if text is not config:  # of a model that sees, the rest is loaded beside it in 16-bit
+                with contextlib.suppress(ImportError):
+                    whole = AutoModelForImageTextToText.from_config(config)
         heads, hidden = text.num_attention_heads, text.hidden_size
         head_dim = getattr(text, "head_dim", None) or hidden // heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads

@@ -11,8 +11,8 @@ from pathlib import Path
 from toolkit import recipe as recipes
 from toolkit.files import ToolkitError, write_json
 
-SAME_WEIGHT = 0.002, 0.01
-"""Relative difference that may lie in a weight: rounding to another 16-bit type; 4-bit, quantizing on another device."""
+SAME_16_BIT, SAME_4_BIT = 0.002, 0.01
+"""Relative difference that rounding to another 16-bit type, or quantizing on another device, makes in a weight."""
 
 
 def compile_mix(recipe: str | Path | dict | recipes.Recipe, tokenizer=None, overrides: Sequence[str] = ()):
@@ -40,7 +40,8 @@ def evaluate_model(model, tokenizer, mixed=None, **options) -> dict:
     """Score a PeftModel against its own base (adapter on and off) in every mode its template has, with intervals.
 
     Reasoning questions are the mix's held-out rows with an expected answer, otherwise those that ship; chat questions are
-    those that ship. `questions=` and `chat_questions=` are your own; further `options` as in `toolkit.evaluate.evaluate`. Prints the verdict; returns what a run keeps as eval.json.
+    those that ship. `questions=` and `chat_questions=` are your own; further `options` as in `toolkit.evaluate.evaluate`.
+    Prints the verdict; returns what a run keeps as eval.json.
     """
     from toolkit import evaluate as evaluation
 
@@ -86,8 +87,6 @@ def export_model(model, tokenizer, folder: str | Path, gguf: Sequence[str] = ("q
 def check_base(base, loaded: dict) -> None:
     """Raises ToolkitError where a model in memory, its adapter aside, is not what lies under its name: it was merged or trained
     before, and an export onto that name would be another model."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
     from toolkit.export.merge import Checkpoint, find_base
 
     if not loaded["name"]:
@@ -96,27 +95,28 @@ def check_base(base, loaded: dict) -> None:
     # PEFT wraps a trained layer and keeps the old one inside it as base_layer
     for path, module in base.named_modules():
         name = path.replace(".base_layer", "") + ".weight"
-        if name not in stored.shapes or getattr(module, "weight", None) is None or hasattr(module, "base_layer"):
-            continue
-        expected, weight = stored.tensor(name), module.weight.detach()
-        if not weight.is_floating_point() and not hasattr(module.weight, "quant_state"):
-            continue  # 8-bit: what is merged onto is the 16-bit base
-        if state := getattr(module.weight, "quant_state", None):
-            weight = dequantize_4bit(weight, state)
-            if not stored.is_quantized(name):
-                way = {
-                    "blocksize": state.blocksize,
-                    "compress_statistics": state.nested,
-                    "quant_type": state.quant_type,
-                }
-                expected = dequantize_4bit(*quantize_4bit(expected.to(weight.dtype).contiguous(), **way))
-        expected, weight = expected.float(), weight.float().cpu()
-        if weight.shape != expected.shape:
-            raise ToolkitError(
-                f"{name}: resized in memory: save the model and load it before an adapter is trained on it"
-            )
-        if not (weight - expected).norm() <= SAME_WEIGHT[bool(state)] * expected.norm():  # NaN too
-            raise ToolkitError(
-                f"{name}: the model in memory is not {loaded['name']} any more: it was merged or trained before this adapter. "
-                "Save it with save_pretrained, load it from that folder, and train the adapter on that"
-            )
+        if name in stored.shapes and getattr(module, "weight", None) is not None and not hasattr(module, "base_layer"):
+            _check_weight(name, module.weight, stored, loaded["name"])
+
+
+def _check_weight(name: str, weight, stored, model: str) -> None:
+    """Compare a weight in memory with the stored one, both dequantized."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    from toolkit.export.merge import four_bit_round_trip
+
+    expected, limit = stored.tensor(name), SAME_16_BIT
+    if state := getattr(weight, "quant_state", None):
+        weight, limit = dequantize_4bit(weight, state), SAME_4_BIT
+        if not stored.is_quantized(name):  # quantized when it was loaded
+            expected = four_bit_round_trip(expected.to(weight.dtype), state.blocksize, state.nested, state.quant_type)
+    elif not weight.is_floating_point():
+        return  # 8-bit: what is merged onto is the 16-bit base
+    expected, weight = expected.float(), weight.detach().float().cpu()
+    if weight.shape != expected.shape:
+        raise ToolkitError(f"{name}: resized in memory: save the model and load it before an adapter is trained on it")
+    if not (weight - expected).norm() <= limit * expected.norm():  # NaN too
+        raise ToolkitError(
+            f"{name}: the model in memory is not {model} any more: it was merged or trained before this adapter. "
+            "Save it with save_pretrained, load it from that folder, and train the adapter on that"
+        )

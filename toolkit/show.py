@@ -162,8 +162,7 @@ def trl_masking(conversation: dict, chat: Chat) -> tuple[str, str]:
 
 def single_turns(mixed: Mix) -> list:
     """The held-out rows with one assistant turn, of which both ways of masking teach the same turn."""
-    turns = [Counter(m["role"] for m in row.conversation["messages"])["assistant"] for row in mixed.validation]
-    return [row for row, n in zip(mixed.validation, turns, strict=True) if n == 1]
+    return [r for r in mixed.validation if [m["role"] for m in r.conversation["messages"]].count("assistant") == 1]
 
 
 def compared(mixed: Mix, chat: Chat):
@@ -242,9 +241,8 @@ def curves(folder: Path):
     # a step has a line for the loss and one for each validation; `last` takes each column's value
     lines = pandas.DataFrame(logged(folder)).groupby("step").last()
     figure, (left, right) = panels(10, 3.4, 2)
-    loss = lines.get(
-        "loss", pandas.Series(dtype=float)
-    ).dropna()  # none yet, where it is evaluated before the first step
+    # no loss yet, where it is evaluated before the first step
+    loss = lines.get("loss", pandas.Series(dtype=float)).dropna()
     left.plot(loss, color=BASE, linewidth=1, label="each step")
     left.plot(loss.ewm(alpha=1 - SMOOTH).mean(), color=TUNED, linewidth=2, label="smoothed")
     left.set(title="training loss", xlabel="optimizer step", ylabel="nats per supervised token", ylim=(0, None))

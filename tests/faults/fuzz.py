@@ -15,10 +15,10 @@ from tests import recipe_strategies, row_strategies
 from tests.faults.__main__ import RECORD
 
 KINDS = {
-    "sound rows": (row_strategies.sound_rows(), row_strategies.check_sound),
-    "broken rows": (row_strategies.broken_rows(), row_strategies.check_broken),
-    "files": (row_strategies.files(), row_strategies.check_file),
-    "recipes with overrides": (recipe_strategies.cases(), recipe_strategies.check_recipe),
+    "sound rows": (row_strategies.sound_rows(), row_strategies.assert_sound),
+    "broken rows": (row_strategies.broken_rows(), row_strategies.assert_broken),
+    "files": (row_strategies.files(), row_strategies.assert_file),
+    "recipes with overrides": (recipe_strategies.cases(), recipe_strategies.assert_recipe),
 }
 
 

@@ -97,7 +97,7 @@ def select(
     size = sized(level, steps)
     rows = []
     for chat, (given, shipped) in enumerate(zip((questions, chat_questions), SHIPPED, strict=True)):
-        found = read_questions(shipped) if given is None else [checked(row) for row in given]
+        found = read_questions(shipped) if given is None else [checked_question(row) for row in given]
         rows += [{**row, "chat": bool(chat)} for row in choose(found, size.questions, "set")]
     if not rows:
         raise ToolkitError(
@@ -109,7 +109,7 @@ def select(
     return Asked(level, size, rows, chosen, choose(validation, size.validation, "source", "mode"))
 
 
-def checked(row: dict) -> dict:
+def checked_question(row: dict) -> dict:
     """A question of somebody's own, with its answer as text and a set. Raises ToolkitError naming what it lacks."""
     asked, answer = (row.get(key) if isinstance(row, dict) else None for key in ("messages", "expected_answer"))
     roles = [m.get("role") for m in asked if isinstance(m, dict)] if isinstance(asked, list) else []

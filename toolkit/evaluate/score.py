@@ -93,7 +93,7 @@ NAME = re.compile(r"[\u3400-\u9fff]|(?<!\w)[^\W\d_]{2,}(?!\w)|(?<!\w)[A-Z][A-Za-
 MATHEMATICAL_WORDS = frozenset("and or ln log sin cos tan mod".split())
 
 
-def named(expected: str) -> tuple[set[str], str]:
+def required_words(expected: str) -> tuple[set[str], str]:
     """(words, rest) of an expected answer that is a number with words: those that stand before it or in one with it must be said
     (`Apollo 11`, `第3名`, `5 pm`, `H2O`, `12:30`); a unit after it (`5 km`, `42 apples`, `3元`) may be left out. No words in a
     formula, where letters are variables."""
@@ -105,10 +105,13 @@ def named(expected: str) -> tuple[set[str], str]:
     return set(said) - MATHEMATICAL_WORDS, NAME.sub(" ", bare)
 
 
-def plain(text: str) -> str:
+KEYBOARD = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys((0x2212, 0x2013), "-")
+"""Full-width forms → ASCII, minus sign and en dash → hyphen."""
+
+
+def normalized(text: str) -> str:
     """Signs and digits as a keyboard has them: full-width forms, typographic minus signs, 负 before a number, powers, p.m."""
-    ascii_forms = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
-    text = text.translate(ascii_forms | dict.fromkeys((0x2212, 0x2013), "-"))
+    text = text.translate(KEYBOARD)
     text = re.sub(r"负(?=\s*\d)", "-", text)
     text = re.sub(r"\b([ap])\.m\.?", r"\1m", text, flags=re.I)
     return re.sub("[⁰¹²³⁴-⁹]+", lambda power: "^{" + unicodedata.normalize("NFKC", power[0]) + "}", text)
@@ -157,7 +160,7 @@ DECISIONS = (
 OPPOSITES = frozenset({"yes", "no"}), frozenset({"true", "false"})
 
 
-def chosen(answer: str) -> set[str]:
+def chosen_letters(answer: str) -> set[str]:
     """The letter that an answer to a multiple-choice question names; several where it only mentions some."""
     answer = re.sub(r"(?<!\w)['\"‘“_`]([A-Z])['\"’”_`](?!\w)", r"\1", answer)
     # the last match of the clearest way: a reply may weigh the choices before it decides
@@ -170,7 +173,7 @@ def chosen(answer: str) -> set[str]:
     return set()
 
 
-def decided(answer: str, pair: frozenset) -> str:
+def chosen_opposite(answer: str, pair: frozenset) -> str:
     """Which of two opposites an answer says: boxed or bold, at its beginning, after "the answer is", or last."""
     answer = re.sub(
         r"\bnot (true|false)\b", lambda m: "false" if m[1].lower() == "true" else "true", answer, flags=re.I
@@ -194,22 +197,22 @@ class Judge(contextlib.AbstractContextManager):
     def right(self, answer: str, expected: str) -> bool:
         """Whether the answer is the expected one: as mathematics if that is mathematics, else as words."""
         # from the most to the least particular kind of answer: the first that fits decides
-        answer, expected = plain(answer), plain(expected)
+        answer, expected = normalized(answer), normalized(expected)
         wanted, same = words(expected), _squeezed(answer) == _squeezed(expected)
         if same or not wanted:  # signs and emojis have no words
             return same and bool(expected.strip())
         if letter := re.fullmatch(r"\W*(?:\\text\{\W*)?([A-Z])\W*", expected):
-            return chosen(answer) == {letter[1]}
+            return chosen_letters(answer) == {letter[1]}
         for pair in OPPOSITES:
             if set(wanted) < pair:
-                return decided(answer, pair) == wanted[0]
+                return chosen_opposite(answer, pair) == wanted[0]
         if not is_mathematics(expected):
             return same_words(answer, expected)
-        names, rest = named(expected)
+        required, rest = required_words(expected)
         # a formula: what stands in it are variables, not words
         if rest == expected:
             return self._verified(answer, expected)
-        return same_words(answer, expected) or (names <= set(words(answer)) and self._verified(answer, rest))
+        return same_words(answer, expected) or (required <= set(words(answer)) and self._verified(answer, rest))
 
     def _verified(self, answer: str, expected: str) -> bool:
         self.process = self.process or _start(self.seconds)

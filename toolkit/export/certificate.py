@@ -81,12 +81,11 @@ def verify(run: str | Path, *, say: Callable[[str], None] = print, details: bool
         sequences = probe_sequences(own)
         reference = _merge_checks(run, merged, own, sequences, report)
         known = written_files(run)
-        for path in sorted((run / "gguf").glob("*.gguf")):
-            if path in known:
-                say(f"verifying {path.name}")
-                _file_checks(path, run, merged, own, sequences, reference, report)
-            else:
-                report.note(f"{path.name}: not checked", None, "`export` did not write it")
+        for path in sorted(known):
+            say(f"verifying {path.name}")
+            _file_checks(path, run, merged, own, sequences, reference, report)
+        for path in sorted({*(run / "gguf").glob("*.gguf")} - {*known}):
+            report.note(f"{path.name}: not checked", None, "`export` did not write it")
         if known and (written := _text(run / "gguf" / "Modelfile")):
             differ = set(written.splitlines()) ^ set(modelfile(run, merged, own.tokenizer).splitlines())
             report.gate("Modelfile: lines that are not as expected", len(differ), 0)

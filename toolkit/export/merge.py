@@ -191,7 +191,7 @@ class Merged(Checkpoint):
         weight = super().tensor(name).to(torch.bfloat16)
         # what bitsandbytes quantizes: the linear layers of the decoder, not embedding and head
         on_load = self.base.four_bit and not self.quantized and name.endswith("_proj.weight")
-        return nf4_round_trip(weight) if on_load else weight
+        return four_bit_round_trip(weight) if on_load else weight
 
     def tensor(self, name: str):
         """The merged weight: delta in fp32 as PEFT computes it, added in fp32, then rounded to bf16 once."""
@@ -204,12 +204,13 @@ class Merged(Checkpoint):
         return weight
 
 
-def nf4_round_trip(weight):
-    """bitsandbytes' own NF4: blocks of 64 and double quantization, the settings Unsloth loads with."""
+def four_bit_round_trip(weight, blocksize=64, compress_statistics=True, quant_type="nf4"):
+    """A weight as bitsandbytes stores it in 4-bit and reads it back; by default as Unsloth loads a model: NF4 in blocks of 64
+    with double quantization."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    packed, state = quantize_4bit(weight.contiguous(), blocksize=64, compress_statistics=True, quant_type="nf4")
-    return dequantize_4bit(packed, state)
+    settings = {"blocksize": blocksize, "compress_statistics": compress_statistics, "quant_type": quant_type}
+    return dequantize_4bit(*quantize_4bit(weight.contiguous(), **settings))
 
 
 def check_run(run: Path) -> None:

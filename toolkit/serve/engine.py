@@ -155,8 +155,9 @@ def _base_key(run: Path, merged: Merged) -> str:
 
 def exported_gguf(folder: Path, quant: str | None = None) -> Path:
     """The GGUF file that `export` wrote: the quantization asked for, else the first of BEST_FIRST that is there."""
+    files = written_files(folder)
     for name in [quant.lower()] if quant else BEST_FIRST:
-        if found := [path for path in written_files(folder) if path.name.endswith(f".{name}.gguf")]:
+        if found := [path for path in files if path.name.endswith(f".{name}.gguf")]:
             return found[-1]
     there = ", ".join(sorted(path.name for path in folder.glob("gguf/*.gguf"))) or "nothing"
     raise ToolkitError(

@@ -55,7 +55,7 @@ def conversations(source: Source, seed: int, placeholders: dict) -> Iterator[tup
             yield number, canonical(row, format, source.columns, placeholders, source.system, source.turns)
         except Rejected as rejected:
             place = rows.where(number)
-            # every row of the set has it, and one line of the recipe mends them all
+            # usually in every row, and one recipe key fixes them all
             if rejected.reason == "unfilled_placeholder":
                 raise ToolkitError(f"{place}: {rejected.detail}") from rejected
             yield number, Rejected(rejected.reason, f"{place}: {rejected.detail}")

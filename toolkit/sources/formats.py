@@ -70,10 +70,8 @@ def canonical(
 def _field(holder: dict, name: str | None, kind: type = str, where: str = "", default=None):
     """The value of a field, which must be a text (or list); `default`, where given, for null and for a missing one."""
     value = holder.get(name)
-    if name == "expected_answer" and type(value) in (
-        int,
-        float,
-    ):  # JSON files keep answers as numbers, CSV files as text
+    # JSON files keep answers as numbers, CSV files as text
+    if name == "expected_answer" and type(value) in (int, float):
         return str(value)
     if value is None and default is not None:
         return default
