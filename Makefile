@@ -62,16 +62,16 @@ serve: setup  ## API and chat page on 127.0.0.1:8000; RUN=name
 	@$(PY) -m toolkit serve $(RUN) $(ARGS)
 
 bench: setup  ## how long a start takes; on a GPU, speed and memory beside other ways
-	@$(PY) -m tests.bench $(ARGS)
+	@$(PY) -m tests.tools.bench $(ARGS)
 
 faults: setup  ## kills, full disks, damage, two at once: what is lost (an hour); ARGS="--quick"
-	@$(PY) -m tests.faults --record $(ARGS)
+	@$(PY) -m tests.tools.faults --record $(ARGS)
 
 bench-mix: setup  ## time and audit the data stage beside the usual ways (a quarter of an hour)
-	@$(PY) -m tests.bench.mix $(ARGS)
+	@$(PY) -m tests.tools.bench.mix $(ARGS)
 
 notebooks: setup  ## execute every notebook and write its outputs
-	@$(PY) -m tests.run_notebooks $(ARGS)
+	@$(PY) -m tests.tools.run_notebooks $(ARGS)
 
 lab: setup  ## JupyterLab on the notebooks
 	@$(PY) -m jupyterlab notebooks $(ARGS)

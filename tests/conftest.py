@@ -24,16 +24,16 @@ def pytest_configure(config):
 @pytest.fixture(scope="session")
 def qwen3(tmp_path_factory):
     """A folder with the real Qwen3 tokenizer and chat template."""
-    from tests import qwen3
+    from tests.support import qwen3
 
     return qwen3.build(tmp_path_factory.mktemp("qwen3"))
 
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory):
-    """family("llama3") is a folder with a tiny random model of that family, built once a session (tests/families.py)."""
+    """family("llama3") is a folder with a tiny random model of that family, built once a session (tests/support/families.py)."""
     import functools
 
-    from tests import families
+    from tests.support import families
 
     return functools.cache(lambda name: families.build(name, tmp_path_factory.mktemp(name)))

@@ -8,8 +8,9 @@ import os
 
 import pytest
 
-from tests.bench import cards, ways
-from toolkit import fit, recipe
+from tests.tools.bench import cards, ways
+from toolkit import recipe
+from toolkit.machine import fit
 
 ROWS = {"max_length": 2048, "steps": 2, "warm_up": 1}
 SLACK = 150 * 2**20
@@ -21,7 +22,7 @@ def card():
     """Skips where torch cannot use a card, and says why."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
         pytest.skip("the card is hidden: name this file alone, python -m pytest tests/test_gpu.py")
-    from toolkit import doctor
+    from toolkit.machine import doctor
 
     machine = doctor.look()
     if not machine.seen:
@@ -37,7 +38,7 @@ def work(tmp_path_factory):
 
 
 def test_a_random_qwen3_trains_and_its_export_is_the_run(tmp_path, monkeypatch):
-    from tests.export_fixtures import base_model
+    from tests.support.export_fixtures import base_model
     from toolkit import run
     from toolkit.export import export
 
@@ -49,7 +50,8 @@ def test_a_random_qwen3_trains_and_its_export_is_the_run(tmp_path, monkeypatch):
 
 
 def test_doctor_passes_every_step_within_four_gigabytes(tmp_path, monkeypatch):
-    from toolkit import gpu_check, run
+    from toolkit import run
+    from toolkit.machine import gpu_check
 
     monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
     assert gpu_check.check(run.default_console()) == 0

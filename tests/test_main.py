@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from tests.pocket_run import make_run
+from tests.support.pocket_run import make_run
 from toolkit import __main__ as cli
 from toolkit.files import ROOT, outputs
 

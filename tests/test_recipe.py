@@ -9,7 +9,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests import recipe_strategies
+from tests.support import recipe_strategies
 from toolkit import recipe
 from toolkit.files import ROOT, ToolkitError
 from toolkit.recipe import from_dict, load, to_dict, to_yaml

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             options["overrides"] += overrides
         verb = options.pop("verb")
         if verb not in ("setup", "doctor"):
-            from toolkit import doctor
+            from toolkit.machine import doctor
 
             # before torch is imported, which numbers the cards once
             doctor.use_largest_card(print)
@@ -161,7 +161,7 @@ def _recipe(path: str | None, overrides: list[str]):
 
 def _folder(run: str) -> Path:
     """A run's folder by its path, else by its name under outputs/, finished or not. Raises ToolkitError."""
-    from toolkit import model
+    from toolkit.training import model
 
     found = Path(run) if Path(run).is_dir() else outputs() / run
     return found if found.is_dir() else model.run_folder(run)  # which says that there is none
@@ -192,10 +192,10 @@ WEIGHTS = (
 @verb()
 def setup():
     """Install requirements.txt into this Python."""
-    from toolkit import install
+    from toolkit.machine import install
 
     install.setup()
-    from toolkit import doctor
+    from toolkit.machine import doctor
 
     doctor.show([*doctor.compiler(), *doctor.gpu(doctor.look())], console())
 
@@ -206,10 +206,10 @@ def setup():
 )  # fmt: skip
 def doctor(gpu, cpu_rehearsal):
     """Say what is installed, what will run, and the fix for what will not."""
-    from toolkit import doctor
+    from toolkit.machine import doctor
 
     if gpu or cpu_rehearsal:
-        from toolkit import gpu_check
+        from toolkit.machine import gpu_check
 
         doctor.use_largest_card(print)
         return gpu_check.check(console(), rehearsal=cpu_rehearsal)
@@ -225,8 +225,9 @@ def doctor(gpu, cpu_rehearsal):
 )
 def mix(recipe, overrides, fresh, dry_run, show):
     """Compile a recipe's mix and show it: plan, achieved shares, drops, lengths."""
-    from toolkit import mix, render, run
-    from toolkit import show as showing
+    from toolkit import run
+    from toolkit.data import mix, render
+    from toolkit.view import show as showing
 
     out, loaded = console(), _recipe(recipe, overrides)
     if dry_run:
@@ -245,7 +246,8 @@ def mix(recipe, overrides, fresh, dry_run, show):
 @verb(*RECIPE, FRESH, DETAILS)
 def train(recipe, overrides, **options):
     """Fine-tune by a recipe; an unfinished run resumes, a finished one is left alone."""
-    from toolkit import doctor, run
+    from toolkit import run
+    from toolkit.machine import doctor
 
     doctor.show([*doctor.compiler()], console())  # what would fail at the first step on a GPU
     run.train(_recipe(recipe, overrides), console(), **options)
@@ -268,7 +270,8 @@ def evaluate(run, **options):
 )
 def fit(recipe, overrides, model, vram, table):
     """Say what a run will need in memory, before it is run, and what would make it fit."""
-    from toolkit import fit, notebook
+    from toolkit import notebook
+    from toolkit.machine import fit
 
     if table:
         fit.show_table(console())
@@ -286,7 +289,7 @@ def fit(recipe, overrides, model, vram, table):
 )  # fmt: skip
 def sweep(recipe, overrides, shares, **options):
     """Train every reasoning share at one budget, compare, recommend; the same command resumes it."""
-    from toolkit import sweep
+    from toolkit.comparison import sweep
 
     sweep.sweep(recipe, overrides, shares=shares or sweep.RATIOS, console=console(), **options)
 
@@ -297,7 +300,8 @@ def sweep(recipe, overrides, shares, **options):
 )
 def compare(runs, out):
     """Several runs: one table, one picture, one recommendation."""
-    from toolkit import compare, report
+    from toolkit.comparison import decide as compare
+    from toolkit.comparison import report
 
     # runs without an evaluation have nothing to compare
     found = [_folder(run) for run in runs] or sorted(p.parent for p in outputs().glob("*/eval.json"))
@@ -307,7 +311,7 @@ def compare(runs, out):
 @verb(arg("first", help="a run's folder, or its name under outputs/"), arg("second"))
 def diff(first, second):
     """Two runs: in words, what differed between them and what it did to the scores."""
-    from toolkit import compare
+    from toolkit.comparison import decide as compare
 
     console().print("\n".join(compare.difference_report(_folder(first), _folder(second))), markup=False)
 
@@ -315,7 +319,7 @@ def diff(first, second):
 @verb(RUN)
 def reproduce(run):
     """Train a run again from its folder alone, and say whether it is equal; exit 1 when it is not."""
-    from toolkit.reproduce import reproduce
+    from toolkit.comparison.reproduce import reproduce
 
     lines = reproduce(run, console())
     console().print("\n".join(lines), markup=False)
@@ -329,7 +333,7 @@ def reproduce(run):
 )
 def replay(recipe, overrides, **options):
     """Write the base model's own verified answers as a source that keeps what training would make it forget."""
-    from toolkit import replay
+    from data_recipes import replay
 
     replay.replay(_recipe(recipe, overrides), console=console(), **options)
 
@@ -345,7 +349,8 @@ def replay(recipe, overrides, **options):
 )
 def export(run, to, quant, push, really_push, **options):
     """Write merged weights and GGUF files and prove that they are the run: certificate.json."""
-    from toolkit import export, model, recipe
+    from toolkit import export, recipe
+    from toolkit.training import model
 
     if quant and "gguf" not in to:
         raise ToolkitError("--quant is for GGUF files, which --to leaves out: add gguf to --to, or leave out --quant")
@@ -362,8 +367,8 @@ def export(run, to, quant, push, really_push, **options):
 @verb(RUN)
 def verify(run):
     """Check an export against its run again; exit 1 when a gate fails."""
-    from toolkit import model
     from toolkit.export import certificate
+    from toolkit.training import model
 
     found = certificate.verify(model.run_folder(run), say=console().print)
     failed = "; ".join(certificate.failures(found))
@@ -381,7 +386,7 @@ def verify(run):
 )
 def chat(run, no_think, url, source, quant, context, **options):
     """Talk to a run in the terminal, in every mode it has, and to its base."""
-    from toolkit.serve.chat import chat
+    from toolkit.serving.chat import chat
 
     # a server has chosen its weights and context already
     engine = {} if url else {"source": source, "quant": quant, "context": context}
@@ -405,7 +410,7 @@ def chat(run, no_think, url, source, quant, context, **options):
 )
 def serve(runs, **options):
     """OpenAI-compatible API and a chat page on 127.0.0.1; run and base from one copy of the weights."""
-    from toolkit.serve import serve
+    from toolkit.serving import serve
 
     serve(runs, say=console().print, **options)
 
@@ -423,7 +428,7 @@ def generate(run, prompts, replies, **options):
     """Answer a file of prompts in one mode or both; the same command resumes it."""
     from rich.progress import Progress
 
-    from toolkit.serve.batch import answer_file
+    from toolkit.serving.batch import answer_file
 
     with Progress(console=console()) as bar:
         task = bar.add_task("answering", total=None)

@@ -16,8 +16,9 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-POCKET = Path(__file__).resolve().parent / "pocket"
+PACKAGE = Path(__file__).resolve().parent
+ROOT = PACKAGE.parent
+POCKET = PACKAGE / "pocket"
 
 
 class ToolkitError(ValueError):

@@ -23,7 +23,8 @@ def compile_mix(recipe: str | Path | dict | recipes.Recipe, tokenizer=None, over
     without these two, TRL cuts every row at 1,024 tokens.
     Raises ToolkitError on a recipe or row that cannot be used, and when the achieved shares are off their plan.
     """
-    from toolkit import mix, run
+    from toolkit import run
+    from toolkit.data import mix
 
     if isinstance(recipe, dict):
         recipe = recipes.from_dict(recipe, overrides=overrides)
@@ -40,10 +41,10 @@ def evaluate_model(model, tokenizer, mixed=None, **options) -> dict:
     """Score a PeftModel against its own base (adapter on and off) in every mode its template has, with intervals.
 
     Reasoning questions are the mix's held-out rows with an expected answer, otherwise those that ship; chat questions are
-    those that ship. `questions=` and `chat_questions=` are your own; further `options` as in `toolkit.evaluate.evaluate`.
+    those that ship. `questions=` and `chat_questions=` are your own; further `options` as in `toolkit.evaluation.measure.evaluate`.
     Prints the verdict; returns what a run keeps as eval.json.
     """
-    from toolkit import evaluate as evaluation
+    from toolkit.evaluation import measure as evaluation
 
     asked = evaluation.from_mix(mixed) if mixed else {}
     result = evaluation.evaluate(model, tokenizer, **(asked | options))
@@ -59,7 +60,7 @@ def export_model(model, tokenizer, folder: str | Path, gguf: Sequence[str] = ("q
     Further `options` are those of `toolkit.export.export`. Raises ToolkitError when a check fails.
     """
     from toolkit import export as exporting
-    from toolkit.model import adapter_checksums
+    from toolkit.training.model import adapter_checksums
 
     if not hasattr(model, "peft_config"):
         raise ToolkitError(

@@ -18,7 +18,7 @@ import rich.jupyter
 from toolkit import recipe as recipes
 from toolkit.files import outputs, read_json
 from toolkit.recipe import Recipe
-from toolkit.show import Said
+from toolkit.view.show import Said
 
 REFRESH = 4.0
 """Seconds between two drawings of the live curves: one takes about a fifth of a second on a slow core."""
@@ -65,7 +65,7 @@ def vram(gigabytes: float = 0) -> int:
     """Usable bytes of a card sold as so many GB; at 0 of the card here, or of one of 8 GB where there is none."""
     import torch
 
-    from toolkit import fit
+    from toolkit.machine import fit
 
     if not gigabytes and not torch.cuda.is_available():
         print("planned for a card of 8 GB, as none is here")
@@ -75,14 +75,14 @@ def vram(gigabytes: float = 0) -> int:
 
 def forecast(recipe: Recipe, vram: int):
     """A recipe's memory on a card, as `python -m toolkit fit` prints it."""
-    from toolkit import fit
+    from toolkit.machine import fit
 
     return fit.forecast(recipe, vram=vram).as_trained(vram)
 
 
 def memory(folder: Path) -> str:
     """What a run took, beside its forecast where it ran on a card."""
-    from toolkit import fit
+    from toolkit.machine import fit
 
     made = read_json(folder / "manifest.json")
     if "fit" not in made:
@@ -114,7 +114,7 @@ def live(recipe: Recipe):
     """While the block trains `recipe`, its curves grow below the cell; afterwards they stay. An interrupt ends both."""
     from IPython.display import HTML, Image, display
 
-    from toolkit import show
+    from toolkit.view import show
 
     folder, over = outputs() / recipe.name, threading.Event()
     handle = display(HTML("<i>the curves appear with the first logged steps</i>"), display_id=True)
@@ -149,8 +149,8 @@ def ask(folder: Path, prompts: Sequence[str], *, max_new_tokens: int = 512, gree
     """Every prompt in each mode of the model, to the base and to the tuned model: rows for `side_by_side`."""
     import torch
 
-    from toolkit.generate import base_and_tuned
-    from toolkit.model import load_run
+    from toolkit.evaluation.generate import base_and_tuned
+    from toolkit.training.model import load_run
 
     gc.collect()  # models that nothing refers to any more: a card rarely holds two
     torch.cuda.empty_cache()
@@ -160,7 +160,7 @@ def ask(folder: Path, prompts: Sequence[str], *, max_new_tokens: int = 512, gree
 
 def ask_gguf(folder: Path, rows: Sequence[dict], *, max_new_tokens: int = 512) -> list[dict]:
     """The greedy replies of `ask` beside those of the run's GGUF file, answered by llama.cpp."""
-    from toolkit.serve.engine import start
+    from toolkit.serving.engine import start
 
     engine, found = start([folder], source="merged-gguf"), []
     for row in rows:
@@ -178,7 +178,7 @@ def ask_gguf(folder: Path, rows: Sequence[dict], *, max_new_tokens: int = 512) -
 
 def samples(result: dict) -> list[dict]:
     """The replies an evaluation kept, as rows for `side_by_side`."""
-    from toolkit.generate import split_reply
+    from toolkit.evaluation.generate import split_reply
 
     return [
         {"prompt": row["prompt"], "mode": row["mode"]}

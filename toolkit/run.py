@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from toolkit import recipe as recipes
-from toolkit import tracking
 from toolkit.files import ToolkitError, lock, outputs, read_json, read_jsonl, write_json, write_text
 from toolkit.recipe import Recipe
+from toolkit.training import tracking
 
 
 def default_console():
@@ -34,7 +34,7 @@ def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = Tr
 
     An unfinished run of the same recipe resumes from its last checkpoint; a finished one is left as it is.
     """
-    from toolkit import train as training
+    from toolkit.training import trainer as training
 
     console = console or default_console()
     console.file = console.file  # keep printing there while the libraries' output goes to the log
@@ -73,8 +73,8 @@ def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = Tr
 
 def _train(recipe: Recipe, mixed, folder: Path, console):
     """Load, attach LoRA, train; returns (model, tokenizer), ready to be scored."""
-    from toolkit import model as models
-    from toolkit import train as training
+    from toolkit.training import model as models
+    from toolkit.training import trainer as training
 
     with loading(recipe.model, console):
         model, tokenizer = models.load_base(recipe.model)
@@ -89,10 +89,10 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
     """Score a run against its own base; writes eval.json and the wandb summary, prints the verdict and the next command.
 
     `details` prints the table of all metrics too; `loaded` is (model, tokenizer) right after training."""
-    from toolkit import evaluate as evaluation
-    from toolkit import mix
-    from toolkit import model as models
-    from toolkit.evaluate.questions import from_mix
+    from toolkit.data import mix
+    from toolkit.evaluation import measure as evaluation
+    from toolkit.evaluation.questions import from_mix
+    from toolkit.training import model as models
 
     console = console or default_console()
     console.file = console.file
@@ -137,7 +137,7 @@ def check_export(recipe: Recipe, console) -> None:
     """Say before training that the run cannot be merged, or not become a GGUF; refuse it when the recipe asks for one by itself."""
     from toolkit.export.gguf_file import convertible
     from toolkit.export.merge import unmergeable
-    from toolkit.model import checkpoint_file
+    from toolkit.training.model import checkpoint_file
 
     settings = {key: recipe.lora.extra.get(key) for key in ("bias", "target_parameters")}
     if setting := unmergeable(settings | {"modules_to_save": recipe.lora.trained_whole}):
@@ -196,7 +196,7 @@ def resolve(recipe: Recipe, console) -> Recipe:
     that fits the card, a Hub name what Unsloth loads for it. The mix, the run and its export then agree on one name."""
     asked = recipe.model.model_name
     if asked != "auto":
-        from toolkit.model import really_loaded
+        from toolkit.training.model import really_loaded
 
         name = really_loaded(recipe.model)
         if name != asked:
@@ -204,7 +204,7 @@ def resolve(recipe: Recipe, console) -> Recipe:
         return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, model_name=name))
     import torch
 
-    from toolkit import fit
+    from toolkit.machine import fit
 
     if not torch.cuda.is_available():
         name = "pocket"
@@ -230,7 +230,7 @@ def loading(section: recipes.Model, console) -> Iterator[None]:
     """Download what is missing, then say what is loaded while it lasts, and how long it took."""
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    from toolkit.model import fetch
+    from toolkit.training.model import fetch
 
     fetch(section)
     name, began = section.model_name, time.monotonic()
@@ -248,7 +248,7 @@ def loading(section: recipes.Model, console) -> Iterator[None]:
 def recorded(folder: Path) -> Iterator[None]:
     """Libraries' output and tracebacks of the block go to the run's run.log; a run that ends early says why in its
     manifest."""
-    from toolkit.model import LOG
+    from toolkit.training.model import LOG
 
     LOG.folder = folder
     try:
@@ -263,7 +263,7 @@ def recorded(folder: Path) -> Iterator[None]:
 
 
 def _record_stop(folder: Path, error: BaseException) -> None:
-    from toolkit.train import is_main, read_manifest
+    from toolkit.training.trainer import is_main, read_manifest
 
     made = read_manifest(folder)
     if not is_main() or made.get("state") != "running":
@@ -277,7 +277,8 @@ def _record_stop(folder: Path, error: BaseException) -> None:
 
 def compile_mix(recipe: Recipe, console=None, *, fresh: bool = False, next_command: str = ""):
     """The recipe's mix, shown: a verdict, shares planned and achieved, drops by reason, warnings."""
-    from toolkit import mix, show
+    from toolkit.data import mix
+    from toolkit.view import show
 
     console = console or default_console()
     mixed = mix.compile_mix(recipe, fresh=fresh)
@@ -292,7 +293,7 @@ def compile_mix(recipe: Recipe, console=None, *, fresh: bool = False, next_comma
 
 def log_evaluation(recipe: Recipe, folder: Path, console) -> None:
     """Send a run's eval.json to wandb, unless that was done before."""
-    from toolkit import evaluate as evaluation
+    from toolkit.evaluation import measure as evaluation
 
     result = read_json(folder / "eval.json")
     tracking.finish(recipe, folder, evaluation.summary(result), result.get("samples", []), console)
@@ -301,7 +302,7 @@ def log_evaluation(recipe: Recipe, folder: Path, console) -> None:
 def questions(recipe: Recipe, mixed) -> tuple[list[dict] | None, list[dict] | None]:
     """(reasoning, chat) questions: the recipe's sets; without any, held-out rows that carry an expected answer; None for
     those that ship."""
-    from toolkit.evaluate.questions import from_mix, read_questions
+    from toolkit.evaluation.questions import from_mix, read_questions
 
     if not recipe.evaluate.questions:
         return from_mix(mixed)["questions"], None
@@ -313,7 +314,7 @@ def questions(recipe: Recipe, mixed) -> tuple[list[dict] | None, list[dict] | No
 
 def report(folder: Path, console) -> None:
     """The fixed prompts before and after a training, its speed and memory."""
-    from toolkit.callbacks import speed
+    from toolkit.training.record import speed
 
     made = read_json(folder / "manifest.json")
     console.print(before_after(read_jsonl(folder / "samples.jsonl")))
@@ -324,7 +325,7 @@ def report(folder: Path, console) -> None:
 
 def before_after(rows: list[dict]):
     """A table of the fixed prompts' replies before and after training, in each mode of the model."""
-    from toolkit import show
+    from toolkit.view import show
 
     rows = [row for row in rows if row["when"] in ("before", "after")]
     asked: dict[tuple, dict] = {(row["prompt"], row["mode"]): {} for row in rows}

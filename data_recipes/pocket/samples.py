@@ -25,7 +25,7 @@ byte; do not edit by hand.
 {table}
 
 `heldout_*.jsonl` never train: an instance is held out by a hash of its key, and neither the pocket model's own training
-data nor the other samples contain one (`tests/test_pocket.py` proves it). In `heldout_reasoning.jsonl` the column
+data nor the other samples contain one (`tests/families/test_pocket.py` proves it). In `heldout_reasoning.jsonl` the column
 `problem_source` tells the new skill (`{new}`) from what the model knew before (`{known}`).
 
 Licence: written for this project by the script; CC0, no rights reserved.

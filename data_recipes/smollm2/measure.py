@@ -13,15 +13,16 @@ import re
 import time
 from pathlib import Path
 
-from toolkit import evaluate, recipe, run
-from toolkit.evaluate.questions import PROBES, read_questions
-from toolkit.evaluate.stats import difference, interval
+from toolkit import recipe, run
+from toolkit.evaluation import measure as evaluate
+from toolkit.evaluation.generate import generate
+from toolkit.evaluation.questions import PROBES, read_questions
+from toolkit.evaluation.stats import difference, interval
 from toolkit.export import export
 from toolkit.files import ROOT, read_json, read_jsonl, write_json
-from toolkit.generate import generate
-from toolkit.model import load_run
-from toolkit.serve.engine import start
-from toolkit.train import commit
+from toolkit.serving.engine import start
+from toolkit.training.model import load_run
+from toolkit.training.trainer import commit
 
 OUT = ROOT / "data_recipes" / "measured" / "smollm2.json"
 SHARES = (0.5, 0.0, 0.8)

@@ -44,7 +44,7 @@ fi
 [ ! -f "$TOOLKIT_OUTPUTS/doctor.json" ] || cp "$TOOLKIT_OUTPUTS/doctor.json" "$MEASURED/doctor_gpu.json"
 step tests 420 "$PYTHON" -m pytest -q tests/test_gpu.py
 step whole_run 300 "$PYTHON" -m tests.gpu.whole_run "$MEASURED/whole_run_gpu.json"
-step speed 600 "$PYTHON" -m tests.bench --measure speed --repeats 1 "${bench[@]}"
-step cards 600 "$PYTHON" -m tests.bench --measure cards "${bench[@]}"
+step speed 600 "$PYTHON" -m tests.tools.bench --measure speed --repeats 1 "${bench[@]}"
+step cards 600 "$PYTHON" -m tests.tools.bench --measure cards "${bench[@]}"
 cat "$summary"
 ! grep -q FAILED "$summary"

@@ -8,13 +8,14 @@ import sys
 import time
 from pathlib import Path
 
-from tests.bench import weights
-from tests.bench.start import processor
-from toolkit import gpu_check, recipe, run
-from toolkit import model as models
+from tests.tools.bench import weights
+from tests.tools.bench.start import processor
+from toolkit import recipe, run
 from toolkit.export import export
 from toolkit.files import outputs, read_json, write_json
-from toolkit.train import commit
+from toolkit.machine import gpu_check
+from toolkit.training import model as models
+from toolkit.training.trainer import commit
 
 NAME = "whole-run"
 

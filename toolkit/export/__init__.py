@@ -24,7 +24,7 @@ from toolkit.export.merge import (
 )
 from toolkit.export.model_card import model_card
 from toolkit.files import ToolkitError, lock, read_json, sha256
-from toolkit.model import adapter_checksums, check_adapter
+from toolkit.training.model import adapter_checksums, check_adapter
 
 
 def export(

@@ -12,18 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from toolkit.evaluation.generate import closing_token
 from toolkit.export.gguf_file import GgufFile, header, modelfile, plan_tensors, written_files
 from toolkit.export.llama import launch
-from toolkit.export.merge import (
-    FAILED,
-    Checkpoint,
-    Merged,
-    check_run,
-    filled,
-    open_merged,
-    small_files,
-    uncertify,
-)
+from toolkit.export.merge import FAILED, Checkpoint, Merged, check_run, filled, open_merged, small_files, uncertify
 from toolkit.export.parity import (
     ServedTokens,
     Tokens,
@@ -34,8 +26,7 @@ from toolkit.export.parity import (
     tokenizer_differences,
 )
 from toolkit.files import ToolkitError, describe, lock, read_json, write_json, write_text
-from toolkit.generate import closing_token
-from toolkit.model import adapter_checksums
+from toolkit.training.model import adapter_checksums
 
 KL_MEAN, KL_MAX = 1e-4, 1e-3
 """Sound exports were measured at 3.7e-6 for a merge and 1.6e-7 to 4.3e-6 (largest 1.0e-4) for an F16 file."""
@@ -173,7 +164,7 @@ def merge_limit(effect: float) -> float:
 
     Storing the sum of base and adapter in bf16 moves the model as well. Merges in which every tensor was exact gave 1.3e-4
     at an effect of 0.089 (SmolLM2-135M, data_recipes/measured/smollm2.json in commit 42613c1) and 1.7e-4 to 4.2e-4 at 7.5e-4
-    to 2.5e-3 (two steps on tiny models, tests/test_families.py). So a quarter of the effect is allowed, never more than
+    to 2.5e-3 (two steps on tiny models, tests/families/test_families.py). So a quarter of the effect is allowed, never more than
     KL_MAX, and never so much that the bare base would pass.
     """
     return min(max(KL_MEAN, effect / 4), KL_MAX, effect / 2)

@@ -16,12 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
+from toolkit.data.render import load_chat
+from toolkit.evaluation.generate import closing_token, modes_of
 from toolkit.export.merge import Adapter, Merged, filled, generation_config, load_tokenizer, progress, stop_tokens
 from toolkit.family import family_of, mode_title, sampling_of
 from toolkit.files import ToolkitError, complete, read_json
-from toolkit.generate import closing_token, modes_of
 from toolkit.recipe import QUANTS, load
-from toolkit.render import load_chat
 
 OLLAMA = "0.30.0"
 """The first Ollama that uses the chat template inside the GGUF when the Modelfile names no RENDERER."""

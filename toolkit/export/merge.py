@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from toolkit.evaluation.generate import closing_token
 from toolkit.files import POCKET, ToolkitError, complete, describe, download, find, read_json, write_json, write_text
-from toolkit.generate import closing_token
 from toolkit.recipe import INITS
 
 FAILED = "EXPORT_FAILED.txt"

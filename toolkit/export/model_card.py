@@ -6,7 +6,7 @@ text = model_card(Path("outputs/hybrid"), "me/hybrid"); adapter = adapter_card(P
 import re
 from pathlib import Path
 
-from toolkit.evaluate.text import score_rows
+from toolkit.evaluation.words import score_rows
 from toolkit.export.merge import filled, find_base
 from toolkit.family import UNKNOWN, family_of
 from toolkit.files import ToolkitError, read_json

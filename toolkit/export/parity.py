@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from toolkit.evaluation.generate import closing_token, modes_of
 from toolkit.export.llama import Engine
 from toolkit.export.merge import EMBEDDING, HEAD, Checkpoint, Merged, load_tokenizer
 from toolkit.files import ROOT, ToolkitError
-from toolkit.generate import closing_token, modes_of
 
 TOP = 512
 NEAR_TIE = 1e-2

@@ -1,0 +1,1 @@
+"""Recipes, sample data, and the scripts that make and measure them."""

@@ -1,0 +1,1 @@
+"""SmolLM2-135M: a real pretrained model that a package carries."""

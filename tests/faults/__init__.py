@@ -1,1 +1,0 @@
-"""A fault campaign: kills, signals, full disks, damaged files, two of everything; see `python -m tests.faults --help`."""

@@ -1,0 +1,153 @@
+"""`doctor --gpu`: every step is tried whatever fails, and the file for a bug report says what happened and not who it was."""
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from toolkit.files import POCKET, ROOT
+from toolkit.machine import gpu_check
+
+
+@pytest.fixture
+def checked(tmp_path, monkeypatch):
+    """checked(**options) → (exit code, what was printed, doctor.json)."""
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
+
+    def run(**options):
+        screen = io.StringIO()
+        code = gpu_check.check(Console(file=screen, width=160), **options)
+        return code, screen.getvalue(), json.loads((tmp_path / "doctor.json").read_text(encoding="utf-8"))
+
+    return run
+
+
+def test_without_a_card_it_says_so_and_tries_nothing(checked):
+    code, said, record = checked()
+    assert code == 1
+    assert "nothing tried" in said
+    assert record["steps"] == []
+    assert record["versions"]["torch"]
+
+
+def test_a_step_that_fails_stands_on_its_line_and_the_next_is_tried(checked, monkeypatch):
+    def fails():
+        raise RuntimeError(f"[red] {Path.home()}/secret {gpu_check.outputs()}/run")
+
+    monkeypatch.setattr(gpu_check, "STEPS", {"one": fails, "two": lambda: ("all well", {})})
+    code, said, record = checked(rehearsal=True)
+    assert code == 1
+    assert [step["passed"] for step in record["steps"]] == [False, True]
+    assert "FAILED" in said
+    assert "RuntimeError: [red]" in said
+    assert "in fails" in record["steps"][0]["traceback"]
+    said = json.dumps(record)
+    assert [str(folder) for folder in (Path.home(), ROOT, gpu_check.outputs()) if f"{folder}/" in said] == []
+
+
+def test_what_kills_the_process_leaves_the_steps_before_it(checked, tmp_path, monkeypatch):
+    def killed():
+        raise KeyboardInterrupt  # like a signal: `attempt` does not hold it
+
+    monkeypatch.setattr(gpu_check, "STEPS", {"one": lambda: ("all well", {}), "two": killed})
+    with pytest.raises(KeyboardInterrupt):
+        checked(rehearsal=True)
+    [step] = json.loads((tmp_path / "doctor.json").read_text(encoding="utf-8"))["steps"]
+    assert step["passed"]
+
+
+def test_the_table_reads_at_80_columns(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
+    steps = {name: lambda: ("a sentence that is longer than its column " * 3, {}) for name in gpu_check.STEPS}
+    monkeypatch.setattr(gpu_check, "STEPS", steps)
+    screen = io.StringIO()
+    gpu_check.check(Console(file=screen, width=80), rehearsal=True)
+    assert max(len(line) for line in screen.getvalue().splitlines() if "doctor.json" not in line) <= 80
+    assert "…" not in screen.getvalue().partition("┏")[2]  # nothing is cut
+
+
+def test_random_weights_on_a_card_take_less_than_four_gigabytes():
+    from transformers import Qwen3Config
+
+    from toolkit.machine import fit
+
+    config = json.loads((POCKET / "config.json").read_text(encoding="utf-8")) | gpu_check.SHAPE
+    shape = fit.shape_of(Qwen3Config(**config), "random")
+    planned = fit.forecast(fit.settings(gpu_check.plan(gpu_check.PACKED)), shape)
+    assert planned.peak < 4 * 10**9  # it asks one question at a time
+
+
+# --- tests/gpu/run.sh ------------------------------------------------------------------------------------------------
+
+STEPS = ["doctor", "tests", "whole_run", "speed", "cards"]
+
+
+def script(tmp_path, *arguments, python=sys.executable):
+    """tests/gpu/run.sh with its outputs in tmp_path."""
+    env = os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path), "PYTHON": str(python)}
+    command = ["bash", str(ROOT / "tests" / "gpu" / "run.sh"), *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True)
+
+
+def stand_in(tmp_path, commands: str) -> Path:
+    """Takes the interpreter's place: notes how it was called, then runs these shell commands."""
+    file = tmp_path / "python"
+    file.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n{commands}\n')
+    file.chmod(0o755)
+    return file
+
+
+def measured() -> dict:
+    return {p.name: p.read_bytes() for p in (ROOT / "data_recipes" / "measured").glob("*_gpu.json")}
+
+
+def test_the_script_for_a_card_stops_for_nothing_and_says_what_failed(tmp_path):
+    before, done = measured(), script(tmp_path, "--cpu-rehearsal", python=stand_in(tmp_path, "exit 3"))
+    assert done.returncode == 1
+    assert done.stderr == ""
+    summary = (tmp_path / "summary.txt").read_text().splitlines()
+    assert [line.partition(" after")[0] for line in summary] == [f"{name}: FAILED (3)" for name in STEPS]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert all(importlib.util.find_spec(call.split()[1]) for call in calls)
+    assert measured() == before
+
+
+def test_without_a_card_the_script_measures_nothing_and_says_how_to_rehearse(tmp_path):
+    no_card = stand_in(tmp_path, f"""echo '"on_cpu": true' > {tmp_path}/doctor.json; echo 'gpu: none'; exit 1""")
+    before, done = measured(), script(tmp_path, python=no_card)
+    assert done.returncode == 1
+    assert "gpu: none" in done.stdout
+    assert "--cpu-rehearsal" in done.stdout
+    assert (tmp_path / "calls").read_text().splitlines() == ["-m toolkit doctor --gpu"]
+    assert measured() == before
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """The outputs of the whole script on a CPU, with a toy model: about four minutes of one core."""
+    folder = tmp_path_factory.mktemp("rehearsed")
+    script(folder, "--cpu-rehearsal")
+    return folder
+
+
+@pytest.mark.slow
+def test_every_step_of_the_script_passes_on_a_cpu(rehearsed):
+    summary = (rehearsed / "summary.txt").read_text().splitlines()
+    assert [line.partition(" after")[0] for line in summary] == [f"{name}: passed" for name in STEPS]
+    assert all((rehearsed / f"{name}_gpu.json").is_file() for name in ("doctor", "whole_run", "speed", "cards"))
+
+
+@pytest.mark.slow
+def test_every_step_of_the_doctor_passes_on_a_cpu_with_the_pocket_models_shape(rehearsed):
+    record = json.loads((rehearsed / "doctor.json").read_text(encoding="utf-8"))
+    assert [s["step"] for s in record["steps"] if not s["passed"]] == []
+    assert [s["step"] for s in record["steps"]] == list(gpu_check.STEPS)
+    assert next(s for s in record["steps"] if s["step"] == "resume")["facts"]["bit_for_bit"]
+    assert record["on_cpu"]
+    assert str(rehearsed) not in json.dumps(record)

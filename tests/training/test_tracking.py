@@ -1,0 +1,343 @@
+"""Logging never stops a training, sends each evaluation once, uses few and stable names, and no file of it names the user."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from tests.comparison.test_compare import make_run
+from tests.support.wandb_service import RunService
+from toolkit import recipe
+from toolkit.comparison.decide import compare
+from toolkit.comparison.report import conclude
+from toolkit.data import mix
+from toolkit.files import ROOT, ToolkitError
+from toolkit.training import tracking
+
+SUMMARY = {"eval/tuned/thinking/accuracy": 0.5, "eval/tuned/thinking/accuracy.low": 0.4}
+REPLIES = [{"mode": "thinking", "prompt": "17 + 25?", "base": "?", "tuned": "42"}]
+SECRET = "planted-secret-0123456789"
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """(recipe, mix, an empty run folder), logging offline."""
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+    loaded = recipe.load("data_recipes/pocket.yaml", ["data.budget=3000"])
+    mixed = mix.compile_mix(loaded)
+    return loaded, mixed, evaluated(tmp_path / "outputs" / "one", mixed)
+
+
+def evaluated(folder: Path, mixed) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "eval.json").write_text("{}")
+    (folder / "mix.json").write_text(json.dumps(mixed.report))
+    return folder
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=200)
+
+
+def said(console) -> str:
+    return console.file.getvalue()
+
+
+def synced(folder: Path) -> RunService:
+    """What wandb's own `wandb sync` reads out of the offline runs of a folder."""
+    runs = [str(path) for path in folder.glob("wandb/offline-run-*")]
+    with RunService() as service:
+        done = subprocess.run(
+            [sys.executable, "-m", "wandb", "sync", "--yes", *runs],
+            env=service.environment(),
+            capture_output=True,
+            text=True,
+        )
+    assert done.returncode == 0, done.stderr
+    return service
+
+
+def train_and_finish(loaded, mixed, folder, rows=(), console=None):
+    with tracking.training(loaded, mixed, folder):
+        for row in rows:
+            tracking.log(row)
+        tracking.log_table("samples", [{"step": 0, "prompt": "hello", "answer": "hi"}])
+    tracking.finish(loaded, folder, SUMMARY, REPLIES, console or quiet())
+
+
+# --- what is logged
+
+
+def test_history_has_few_stable_names_and_the_losses_of_each_source(tiny):
+    sources = {f"eval_source{i}/thinking_loss": 1.0 for i in range(40)}
+    noise = {f"surprise_{i}": 1.0 for i in range(100)}
+    speed = {"tokens_per_second": 9.0, "supervised_tokens_per_second": 3.0, "peak_memory_gib": 1.5}
+    row = {"step": 1, "epoch": 0.1, "loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-4, "eval_loss": 1.0}
+    train_and_finish(*tiny, [row | speed | sources | noise, {"step": 2, "loss": 1.0}])
+    found = synced(tiny[2])
+    history = {key for line in found.history for key in line}
+    assert {"train/loss", "speed/supervised_tokens_per_second", "memory/peak_gib", "validation/loss"} <= history
+    assert {"validation/loss/source0/thinking", "samples", "mix/shares", "mix/picture", "eval/replies"} <= history
+    assert len(history) <= 60 - 25  # evaluation adds up to 25 to the summary
+    assert [line["train/loss"] for line in found.history if "train/loss" in line] == [2.0, 1.0]
+
+
+def test_a_run_has_its_shares_group_type_and_tags_and_its_evaluation(tiny):
+    train_and_finish(*tiny)
+    found = synced(tiny[2])
+    run = found.runs[0]
+    assert (run["groupName"], run["jobType"]) == ("pocket", "train")
+    assert run["tags"] == ["pocket", "75% reasoning"]
+    config = {key: value["value"] for key, value in run["config"].items()}
+    assert config["mix/reasoning_share_supervised_tokens"] == pytest.approx(0.75, abs=0.01)
+    assert {"mix/reasoning_share_examples", "mix/reasoning_share_tokens"} <= config.keys()
+    assert {key: found.summary[key] for key in SUMMARY} == SUMMARY
+    assert {"columns": list(REPLIES[0]), "data": [list(REPLIES[0].values())]} in found.tables
+    assert "WANDB_SERVICE" not in os.environ  # else a child that was killed could not resume its run
+
+
+def test_ratios_stand_side_by_side_in_wandb(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    runs = [make_run(tmp_path / "runs", s, settings={"report_to": "wandb"}) for s in (0.25, 0.75)]
+    folder = tmp_path / "ratios-sweep"
+    conclude(compare(runs), folder, quiet())
+    found = synced(folder)
+    assert (found.runs[0]["groupName"], found.runs[0]["jobType"]) == ("ratios-sweep", "comparison")
+    assert found.summary["recommendation"]
+    (table,) = found.tables
+    shown = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
+    columns = ("reasoning_share_supervised_tokens", "thinking/accuracy")
+    assert [tuple(row[c] for c in columns) for row in shown] == [(None, 0.4), (0.25, 0.5), (0.75, 0.5)]
+    assert any("picture" in line for line in found.history)
+
+
+# --- a run that was killed
+
+
+def test_an_evaluation_that_a_kill_kept_from_wandb_is_sent_by_the_next_command_and_only_once(tiny):
+    loaded, _, folder = tiny
+    console = quiet()
+    for _ in range(3):
+        tracking.finish(loaded, folder, SUMMARY, REPLIES, console)
+    assert said(console).count("wandb sync") == 1
+    assert synced(folder).summary["eval/tuned/thinking/accuracy"] == 0.5
+    (folder / "eval.json").write_text('{"again": 1}')  # evaluated again: other results
+    tracking.finish(loaded, folder, SUMMARY, REPLIES, console)
+    assert said(console).count("wandb sync") == 2
+
+
+# --- what can go wrong
+
+
+def test_a_key_without_a_network_goes_offline_within_seconds_and_says_so(tiny, monkeypatch):
+    loaded, _, folder = tiny
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    lines = []
+    tracking.check(loaded.train, folder, lines.append)
+    assert "http://127.0.0.1:9 cannot be reached" in lines[0]
+    assert "kept offline" in lines[0]
+    train_and_finish(*tiny, [{"step": 1, "loss": 1.0}])
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_an_address_that_never_answers_costs_seconds(tiny, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setattr(tracking, "REACH_SECONDS", 0.2)
+    import socket
+
+    with socket.socket() as silent:  # accepts connections and says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        lines = []
+        tracking.check(tiny[0].train, tiny[2], lines.append)
+    assert "kept offline" in lines[0]
+
+
+def test_a_malformed_key_goes_offline_and_names_the_command_for_a_new_one(tiny, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    lines = []
+    tracking.check(tiny[0].train, tiny[2], lines.append)
+    assert "malformed" in lines[0]
+    assert "wandb login" in lines[0]
+
+
+def test_a_network_lost_after_the_check_is_no_reason_to_stop(tiny, monkeypatch):
+    """The address answered the check and refuses what wandb asks at the start of a run."""
+    loaded, mixed, folder = tiny
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    console = quiet()
+    monkeypatch.setattr(tracking, "_say", console.print)
+    train_and_finish(loaded, mixed, folder, [{"step": 1, "loss": 1.0}], console)
+    assert list(folder.glob("wandb/offline-run-*/*.wandb"))
+    assert "kept offline" in said(console)
+
+
+def test_a_folder_that_wandb_cannot_write_is_said_once_and_training_continues(tiny):
+    loaded, mixed, folder = tiny
+    (folder / "wandb").write_text("a file where wandb wants a folder")
+    lines = []
+    tracking.check(loaded.train, folder, lines.append)
+    trained = False
+    with tracking.training(loaded, mixed, folder):
+        tracking.log({"step": 1, "loss": 1.0})
+        tracking.log({"step": 2, "loss": 1.0})
+        trained = True
+    assert trained
+    assert len(lines) == 1
+    assert "starting a run failed" in lines[0]
+    tracking.finish(loaded, folder, SUMMARY, REPLIES, quiet())
+
+
+def test_without_a_home_folder_everything_is_logged_all_the_same(tiny, monkeypatch):
+    monkeypatch.setenv("HOME", "/proc/no-such-home")
+    train_and_finish(*tiny, [{"step": 1, "loss": 1.0}])
+    monkeypatch.undo()
+    assert synced(tiny[2]).summary["eval/tuned/thinking/accuracy"] == 0.5
+
+
+def test_an_error_inside_wandb_is_said_once_and_later_calls_do_nothing(tiny, monkeypatch):
+    loaded, mixed, folder = tiny
+    lines = []
+    monkeypatch.setattr(tracking, "_say", lines.append)
+    with tracking.training(loaded, mixed, folder):
+        tracking._run.finish()  # what is logged after this raises inside wandb
+        for step in range(3):
+            tracking.log({"step": step, "loss": 1.0})
+    assert len(lines) == 1
+    assert "logging failed" in lines[0]
+
+
+def test_an_interrupted_training_closes_its_run(tiny):
+    with pytest.raises(KeyboardInterrupt), tracking.training(*tiny):
+        raise KeyboardInterrupt
+    assert synced(tiny[2]).runs
+
+
+# --- other trackers
+
+
+@pytest.fixture
+def swanlab(tmp_path, monkeypatch):
+    """A stand-in for the installed package: a version of it."""
+
+    def install(version):
+        info = tmp_path / f"swanlab-{version}.dist-info"
+        info.mkdir()
+        (tmp_path / "swanlab.py").write_text("")
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: swanlab\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+
+    return install
+
+
+def test_swanlab_writes_into_the_run_folder_and_not_where_the_command_was_typed(tmp_path, monkeypatch, swanlab):
+    monkeypatch.setenv("SWANLAB_LOG_DIR", "set so that it is restored")
+    swanlab("0.7.20")
+    for name in ("one", "two"):
+        tracking.check({"report_to": "swanlab"}, tmp_path / name)
+        assert os.environ["SWANLAB_LOG_DIR"] == str(tmp_path / name / "swanlog")
+
+
+@pytest.mark.parametrize("name", ["swanlab", "trackio", "mlflow"])
+def test_a_tracker_that_is_not_installed_is_named_before_anything_is_loaded(tmp_path, name):
+    with pytest.raises(ToolkitError, match=f"report_to: {name} needs a package.*pip install '{name}.*report_to=none"):
+        tracking.check({"report_to": ["wandb", name]}, tmp_path)
+
+
+def test_a_version_of_a_tracker_that_fails_with_this_transformers_is_named(tmp_path, swanlab):
+    swanlab("0.10.3")
+    with pytest.raises(ToolkitError, match=r"swanlab 0.10.3 is too new here: `pip install 'swanlab<0.8'`"):
+        tracking.check({"report_to": "swanlab"}, tmp_path)
+
+
+def test_an_unknown_tracker_is_refused(tmp_path):
+    with pytest.raises(ToolkitError, match="report_to: wanbd: expected one of wandb, tensorboard, swanlab"):
+        tracking.check({"report_to": "wanbd"}, tmp_path)
+
+
+# --- privacy
+
+
+CHILD = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from rich.console import Console
+from tests.training.test_tracking import train_and_finish, evaluated
+from toolkit import recipe
+from toolkit.data import mix
+home = Path.home()
+words = ["data.budget=3000", f"data.sources.0.path={home}/proj/sums.jsonl", "name=private"]
+loaded = recipe.load("data_recipes/pocket.yaml", words)
+loaded.train["report_to"] = ["wandb"]
+mixed = mix.compile_mix(loaded)
+folder = evaluated(home / "proj" / "outputs" / "private", mixed)
+train_and_finish(loaded, mixed, folder, [{"step": 1, "loss": 1.0}])
+"""
+
+
+def test_no_file_of_an_offline_run_holds_the_name_of_the_home_folder_or_a_secret(tmp_path):
+    home = tmp_path / "home" / "annamustermann"
+    (home / "proj").mkdir(parents=True)
+    sample = ROOT / "data_recipes/samples/openmath_sample.jsonl"
+    (home / "proj" / "sums.jsonl").write_bytes(sample.read_bytes())
+    (home / "proj" / "train.py").write_text(CHILD)
+    planted = {"HOME": str(home), "TOOLKIT_OUTPUTS": str(home / "proj" / "outputs"), "HF_TOKEN": SECRET,
+               "WANDB_MODE": "offline", "USER": "annamustermann", "LOGNAME": "annamustermann"}  # fmt: skip
+    words = [sys.executable, str(home / "proj" / "train.py"), str(ROOT)]
+    subprocess.run(words, env=os.environ | planted, cwd=home / "proj", check=True)
+    files = [path for path in (home / "proj/outputs/private/wandb").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    for path in files:
+        content = path.read_bytes()
+        assert b"annamustermann" not in content, path
+        assert SECRET.encode() not in content, path
+    assert not (home / ".local/share/wandb").exists()  # no copies of tables outside the run's folder
+
+
+def test_scrubbing_keeps_words_that_only_look_like_the_home_folders_name(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/max")
+    monkeypatch.setenv("MY_TOKEN", SECRET)
+    values = {"max_steps": 3, "path": "/home/max/data/max_rows.csv", "other": ["/mnt/max/x", "maximum"]}
+    values |= {"said": f"my token is {SECRET}", "token": "abc", "model": "hf_" + "a" * 30}
+    assert tracking.scrub(values) == {
+        "max_steps": 3, "path": "~/data/max_rows.csv", "other": ["/mnt/~/x", "maximum"],
+        "said": "my token is ***", "token": "***", "model": "***",
+    }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _closed():
+    """No wandb run of one test is open in the next."""
+    yield
+    if tracking._run:
+        with contextlib.suppress(Exception):  # a test may have broken it on purpose
+            tracking._run.finish()
+        tracking._run = None
+
+
+def test_a_network_that_was_away_once_is_asked_again_by_the_next_training(tiny, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "abc")
+    lines = []
+    tracking.check(tiny[0].train, tiny[2], lines.append)
+    assert len(lines) == 1
+    assert os.environ["WANDB_MODE"] == "online"  # a variable would hold for the whole kernel
+    monkeypatch.setattr(tracking, "_offline_reason", str)
+    tracking.check(tiny[0].train, tiny[2], lines.append)
+    assert not tracking._offline

@@ -1,0 +1,191 @@
+"""Rows from the Hub, ModelScope or a local file, each turned into one canonical conversation.
+
+source = Source("data_recipes/samples/jobs/domain.json"); number, conversation = next(conversations(source, 3407, {}))
+"""
+
+import functools
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from toolkit.data.formats import canonical, recognise
+from toolkit.data.readers import (
+    Rejected,
+    Rows,
+    data_files,
+    ending,
+    fingerprint_of,
+    open_files,
+    refuse_bytes,
+    without_nulls,
+)
+from toolkit.files import ToolkitError, find
+from toolkit.recipe import Source
+
+__all__ = ["Rejected", "Rows", "canonical", "conversations", "detect", "fingerprint", "open_rows", "split_count"]
+
+HUB_BUFFER = 2_000
+"""Rows of a stream that are shuffled together, after its files are: so many come down before the first is drawn."""
+MODELSCOPE = "modelscope://"
+SWIFT_SUBSETS = {
+    "empty_think": "leave `:empty_think` out and set `mode: non_thinking`: the empty think block is then in the prompt, "
+    "where inference puts it",
+    "qwen3": "leave `:qwen3` out and set `mode: non_thinking` and `soft_switch: 1.0`, which adds /no_think to the question",
+}
+"""Subsets of swift/self-cognition that ms-swift computes while it loads: no file has them."""
+OFFLINE = (
+    "Without a network: download it elsewhere (hf download --repo-type dataset NAME --local-dir data/NAME), set `path` "
+    "to that folder, or start from the rows that ship in data_recipes/samples/"
+)
+
+
+def conversations(source: Source, seed: int, placeholders: dict) -> Iterator[tuple[int, dict | Rejected]]:
+    """(number, canonical conversation or Rejected) of every row, shuffled by the seed, read as they are asked for.
+
+    Raises ToolkitError for trouble with the whole source and for an unfilled {{NAME}} or {{AUTHOR}}.
+    """
+    rows = open_rows(source)
+    format = detect(source, rows)
+    for number, row in rows.draw(seed):
+        try:
+            if isinstance(row, Rejected):
+                raise row
+            yield number, canonical(row, format, source.columns, placeholders, source.system, source.turns)
+        except Rejected as rejected:
+            place = rows.where(number)
+            # usually in every row, and one recipe key fixes them all
+            if rejected.reason == "unfilled_placeholder":
+                raise ToolkitError(f"{place}: {rejected.detail}") from rejected
+            yield number, Rejected(rejected.reason, f"{place}: {rejected.detail}")
+        except RecursionError:
+            yield number, Rejected("too_deep", f"{rows.where(number)}: objects inside objects, about 1,000 levels")
+
+
+def detect(source: Source, rows: Rows) -> str:
+    """The name of a source's format, given or found by its fields. Raises ToolkitError where it is not clear."""
+    return recognise(rows.fields, source.format, source.columns, rows.location)
+
+
+def open_rows(source: Source) -> Rows:
+    """Raw rows of `path`, `path:subset` or `path#500`: local (from here or the project's root), ModelScope or Hub.
+
+    `#500` and `max_rows` keep that many rows of the seed's order. Raises ToolkitError.
+    """
+    source, limit = split_count(source)
+    source, found = _located(source)
+    rows = open_files(*found) if found else stream_rows(source, *_hub_stream(source))
+    return rows if limit is None else replace(rows, draw=lambda seed: islice(rows.draw(seed), limit))
+
+
+def split_count(source: Source) -> tuple[Source, int | None]:
+    """A source without its limit, and the limit: N of `path#N` or `max_rows`."""
+    limit = source.max_rows
+    # a file may really be called notes#1.jsonl
+    if not find(source.path) and (match := re.fullmatch(r"(.+)#([1-9]\d*)", source.path)):
+        source, limit = replace(source, path=match[1]), min(int(match[2]), limit or int(match[2]))
+    return replace(source, max_rows=None), limit
+
+
+def fingerprint(source: Source) -> str:
+    """SHA-256 of a local source's files, or the commit of one on the Hub; no rows are read."""
+    source, found = _located(split_count(source)[0])
+    return fingerprint_of(*found) if found else _hub_stream(source)[1]
+
+
+def _located(source: Source) -> tuple[Source, tuple[Path, list[Path]] | None]:
+    """The source with `:subset` taken off its path, and, unless it is on the Hub, (path, its data files)."""
+    path = source.path
+    # a path that exists is taken as it is, a colon in it too (C:\data)
+    if not find(path) and (match := re.fullmatch(r"(.+[^:/]):([\w.\-]+)", path)):
+        path = match[1]
+        source = replace(source, path=path, subset=match[2])
+    folder = find(path) if path.strip() else None
+    if not folder and source.subset in SWIFT_SUBSETS:
+        raise ToolkitError(f"{path}:{source.subset}: only ms-swift has this subset: {SWIFT_SUBSETS[source.subset]}")
+    if path.startswith(MODELSCOPE):
+        folder = _modelscope_folder(path, source.revision)
+    elif not folder and (  # a file's name, a path of more than two parts: no Hub data set is called that
+        path.startswith((".", "/", "~")) or path.count("/") != 1 or len(path) > 96 or ending(Path(path))
+    ):
+        near = find(Path(path).parent)
+        names = sorted(f.name for f in near.iterdir() if ending(f)) if near and near.is_dir() else []
+        beside = f"; {near} has {', '.join(names[:8])}" if names else ""
+        raise ToolkitError(
+            f"{path[:200]}: no such file or folder, from here or from the project's root{beside}. A Hub name is owner/name"
+        )
+    if folder and source.subset:
+        folder /= source.subset
+        if not folder.is_dir():
+            raise ToolkitError(
+                f"{folder}: no such folder: the subset {source.subset!r} of a local path is a folder in it"
+            )
+    return source, (folder, data_files(folder, source.split)) if folder else None
+
+
+def _modelscope_folder(path: str, revision: str | None) -> Path:
+    """ModelScope has no stream that stands still between versions: the data set is downloaded, once."""
+    try:
+        from modelscope import dataset_snapshot_download
+    except ModuleNotFoundError as error:
+        raise ToolkitError(f"{path}: needs ModelScope's client: pip install modelscope==1.40.2") from error
+    try:
+        return Path(dataset_snapshot_download(path.removeprefix(MODELSCOPE), revision=revision or "master"))
+    except Exception as error:  # the client has its own kinds for network, names and rights
+        raise ToolkitError(f"{path}: not reachable: {error}. {OFFLINE}") from error
+
+
+@functools.lru_cache  # one look at the Hub per process: fingerprint and rows are of the same commit
+def _hub_builder(path: str, subset: str | None, revision: str | None):
+    """The `datasets` builder of a Hub data set; of the copy in its cache where the Hub is out of reach."""
+    import datasets
+
+    return datasets.load_dataset_builder(path, subset, revision=revision)
+
+
+def _hub_stream(source: Source) -> tuple:
+    """(stream of a Hub data set, or of the copy in the cache of `datasets`, its commit). Raises ToolkitError."""
+    from datasets.packaged_modules.cache.cache import Cache
+
+    try:
+        builder = _hub_builder(source.path, source.subset, source.revision)
+        stream = builder.as_streaming_dataset(source.split)
+    except ValueError as error:  # an unknown subset or split, of which the message lists the known ones; a broken name
+        raise ToolkitError(f"{source.path}: {error}") from error
+    except OSError as error:
+        raise ToolkitError(
+            f"{source.path}: not readable from the Hub, and not in its cache here ({error}). If it is private: hf auth "
+            f"login. If it is ModelScope's: {MODELSCOPE}{source.path}. {OFFLINE}"
+        ) from error
+    commit = str(builder.hash)
+    if isinstance(builder, Cache) and not commit.startswith(source.revision or ""):
+        raise ToolkitError(
+            f"{source.path}: the Hub is out of reach and the cached copy is {commit}, not revision {source.revision}"
+        )
+    return stream, commit
+
+
+def stream_rows(source: Source, stream, revision: str) -> Rows:
+    """Rows of a datasets.IterableDataset; numbers count the rows drawn, as a stream has no other."""
+    import httpx
+
+    where = f"{source.path}@{revision[:12]}"
+
+    def rows(some) -> Iterator[dict]:
+        try:
+            yield from map(without_nulls, some)
+        except (OSError, ValueError, httpx.HTTPError) as error:
+            raise ToolkitError(f"{where}: the stream broke off: {error.__cause__ or error}. {OFFLINE}") from error
+
+    if stream.features:
+        refuse_bytes(stream.features.arrow_schema, where)
+    # a stream has no length
+    first = next(rows(stream.take(1)), None)
+    if first is None:
+        raise ToolkitError(f"{where}: is empty: expected at least one row")
+
+    def draw(seed: int) -> Iterator[tuple[int, dict]]:
+        return enumerate(rows(stream.shuffle(seed=seed, buffer_size=HUB_BUFFER)), start=1)
+
+    return Rows(where, list(stream.column_names or first), draw, lambda number: f"{where} drawn row {number}")

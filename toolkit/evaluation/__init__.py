@@ -1,0 +1,1 @@
+"""Base against tuned, in every mode of the model, with intervals."""

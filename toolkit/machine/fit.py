@@ -1,0 +1,494 @@
+"""Will it fit? A forecast of a run's memory from the model's shape alone: nothing is loaded and no GPU is needed.
+
+from toolkit import recipe; from toolkit.machine import fit; fit.show(fit.forecast(recipe.load("pocket"), vram=fit.usable_vram(8)), fit.usable_vram(8))
+
+Sizes are bytes on the GPU. Each formula's source is in the comment beside it. RAM and disk are not forecast.
+"""
+
+import contextlib
+import dataclasses
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from toolkit.family import FAMILIES
+from toolkit.files import POCKET, ToolkitError, find, read_json
+from toolkit.recipe import REPLY_LIMIT, Lora, Recipe
+
+GIB = 1024**3
+CONTEXT = int(0.4 * GIB)
+"""CUDA's own, beside what torch reserves; at most 0.23 GiB was left for it on a published T4 run."""
+FRAGMENTATION = 0.012  # of everything else; two published measurements: 0.9% and 1.3% above the sum of the parts
+ROWS = (32768, 16384, 8192, 4096, 2048, 1024, 512)
+"""Limits in tokens that suggestions and the table try."""
+PROMPT = 512
+"""Tokens of a question, as a forecast takes it."""
+EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
+QWEN3 = FAMILIES[0].recommended
+
+
+class Matrix(NamedTuple):
+    """Equal linear layers: `copies` of inputs x outputs, one per decoder layer."""
+
+    name: str
+    inputs: int
+    outputs: int
+    copies: int
+
+    @property
+    def parameters(self) -> int:
+        """Of one copy."""
+        return self.inputs * self.outputs
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model's architecture decides its memory."""
+
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    q_dim: int
+    """Width of a layer's queries: heads x head_dim."""
+    kv_dim: int
+    vocab_size: int
+    intermediate_size: int
+    parameters: int
+    matrices: tuple[Matrix, ...]
+    kept: int = 0
+    """Linear parameters that a dynamic 4-bit checkpoint keeps in 16-bit."""
+    name: str = ""
+
+    @property
+    def linear_parameters(self) -> int:
+        """Parameters in the decoder's linear layers: what 4-bit loading quantizes."""
+        return sum(m.parameters * m.copies for m in self.matrices)
+
+
+SHIPPED = msgspec.convert(read_json(Path(__file__).parent / "fit_shapes.json")["shapes"], dict[str, Shape])
+"""Size of a Qwen3 → its shape, for planning without the Hub; tests compute them again from transformers' own models."""
+
+
+def shape(name: str) -> Shape:
+    """The shape of a Hub name, a Qwen3 size (`4B`), `pocket`, or a local folder or config.json. Raises ToolkitError.
+
+    A known Qwen3 needs no network; another Hub model's config.json is downloaded (a few kB).
+    """
+    local = POCKET if name == "pocket" else find(name)
+    if local is None and (known := shipped(name)):
+        return known
+    try:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(str(local or name))
+    except Exception as error:  # the Hub's client and transformers raise many kinds for a missing or unknown config
+        raise ToolkitError(
+            f"model_name: {name!r}: its config.json cannot be read ({str(error).partition(chr(10))[0]}). Known without "
+            f"the Hub are Qwen3-{', Qwen3-'.join(SHIPPED)}; else give the local folder that holds its config.json"
+        ) from error
+    return shape_of(config, name)
+
+
+def shipped(name: str) -> Shape | None:
+    """The shape of a Qwen3 by size or Hub name, from the facts that ship with the package."""
+    sizes = "|".join(re.escape(size) for size in sorted(SHIPPED, key=len, reverse=True))
+    match = re.fullmatch(f"({sizes})", name) or re.search(rf"Qwen3-(?:Coder-)?({sizes})(?=$|-)", name, re.IGNORECASE)
+    if match is None:
+        return None
+    known = SHIPPED[match[1].upper()]
+    # Unsloth's own checkpoints keep some layers in 16-bit, plain bnb-4bit ones none
+    plain = re.search("(?<!-unsloth)-bnb-4bit$", name, re.IGNORECASE)
+    return dataclasses.replace(known, name=name, kept=0 if plain else known.kept)
+
+
+def shape_of(config, name: str = "") -> Shape:
+    """The shape of a transformers config, e.g. a loaded model's: its modules are built without memory and counted.
+
+    Raises ToolkitError for an architecture that transformers does not know, without attention heads, or with experts.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    text, name = config.get_text_config(), name or config.name_or_path
+    try:
+        # modules without memory: a 32B is counted in a second
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(text)
+            whole = model
+            if text is not config:  # of a model that sees, the rest is loaded beside it in 16-bit
+                with contextlib.suppress(ImportError):
+                    whole = AutoModelForImageTextToText.from_config(config)
+        heads, hidden = text.num_attention_heads, text.hidden_size
+        head_dim = getattr(text, "head_dim", None) or hidden // heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        inner = getattr(text, "intermediate_size", None) or 4 * hidden
+    except (ValueError, AttributeError, KeyError, TypeError, ImportError) as error:
+        raise ToolkitError(f"{name}: memory needs not known: {error}") from error
+    if any(".experts." in path for path, _ in model.named_parameters()):
+        raise ToolkitError(f"{name}: memory needs not known: a mixture of experts")
+    linear = {
+        path: Matrix(path.rpartition(".")[2], module.in_features, module.out_features, 1)
+        for path, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and re.search(r"\.\d+\.", path)  # inside a decoder layer
+    }
+    return Shape(
+        hidden_size=hidden,
+        num_hidden_layers=text.num_hidden_layers,
+        num_attention_heads=heads,
+        q_dim=heads * head_dim,
+        kv_dim=kv_heads * head_dim,
+        vocab_size=text.vocab_size,
+        intermediate_size=inner,
+        parameters=sum(p.numel() for p in whole.parameters()),
+        matrices=tuple(matrix._replace(copies=n) for matrix, n in Counter(linear.values()).items()),
+        kept=sum(matrix.parameters for path, matrix in linear.items() if _is_kept(config, path)),
+        name=name,
+    )
+
+
+def _is_kept(config, path: str) -> bool:
+    """Whether a quantized checkpoint's config names a module, or one around it, as left in 16-bit."""
+    quantization = getattr(config, "quantization_config", None) or {}
+    if not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    skips = quantization.get("llm_int8_skip_modules") or ()
+    return any(f".{re.sub(r'^((language_)?model[.])+', '', skip)}." in f".{path}." for skip in skips)
+
+
+def lora_tensors(model: Shape, r: int, target_modules: Sequence[str]) -> list[int]:
+    """Elements of every LoRA tensor: A (r x inputs) and B (outputs x r) of each target in each layer."""
+    targets = [m for m in model.matrices if m.name in target_modules]
+    return [r * side for m in targets for side in (m.inputs, m.outputs) for _ in range(m.copies)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What of a run decides its memory; names as in the recipe."""
+
+    longest: int = 4096
+    """Tokens of the longest row that trains: the compiled mix knows it, max_seq_length bounds it."""
+    per_device_train_batch_size: int = 2
+    gradient_accumulation_steps: int = 4
+    per_device_eval_batch_size: int = 2
+    longest_validation: int = 4096
+    max_new_tokens: int = 1024
+    r: int = 16
+    target_modules: tuple[str, ...] = Lora.target_modules
+    optim: str = "adamw_8bit"
+    load_in_4bit: bool = True
+    use_gradient_checkpointing: str | bool = "unsloth"
+    bytes_per_logit: int = 0
+    """0: Unsloth's fused loss. Otherwise all logits exist: 2 in 16-bit, 14 in an eager loss without Unsloth."""
+    converted_at_load: bool = False
+    """True for transformers 4 on cards without bf16 (T4): the checkpoint was turned into fp16 on the card."""
+
+
+PARTS = ("weights", "LoRA", "activations", "logits", "KV cache", "other")
+"""What memory holds: LoRA with its gradients and optimizer states, activations with dequantized weights, logits with the loss."""
+
+
+def phases(s: Settings, m: Shape) -> dict[str, dict[str, int]]:
+    """Phase → part → bytes at that phase's worst moment. Merging needs none: it runs in RAM."""
+    tensors, weights = lora_tensors(m, s.r, s.target_modules), weight_bytes(s, m)
+    # in float32 (unsloth_zoo/training_utils.py), as its gradients are until the optimizer's step
+    lora = 4 * sum(tensors)
+    kept = lora + optimizer_bytes(tensors, s.optim)
+    # two 16-bit copies of the largest module and its float32 absmax (unsloth/kernels/utils.py, fast_lora.py)
+    largest = max((matrix.parameters for matrix in m.matrices), default=0)
+    dequantized = largest * (2 * 2 + 4 / 64) if s.load_in_4bit else 0
+    found = {
+        "load": (weights, lora),
+        "training": (weights, lora + kept, *max(_training(s, m, dequantized), key=sum)),
+        "validation": (weights, kept, *max(_validation(s, m, dequantized), key=sum)),
+        "evaluation": (weights, lora, *max(_evaluation(s, m, dequantized), key=sum)),
+    }
+    # A bf16 checkpoint on a card without bf16 is converted on the card: once the largest 16-bit tensor, beyond the room
+    # that LoRA takes afterwards; the freed block stays behind as fragmentation.
+    converted = 2 * m.vocab_size * m.hidden_size if s.converted_at_load else 0
+    left = dict.fromkeys(found, converted) | {"load": max(0, converted - lora)}
+    for phase, sizes in found.items():
+        other = CONTEXT + FRAGMENTATION * sum(sizes) + left[phase]
+        filled = [*sizes, *[0] * (len(PARTS) - 1 - len(sizes)), other]
+        found[phase] = dict(zip(PARTS, map(math.ceil, filled), strict=True))
+    return found
+
+
+def weight_bytes(s: Settings, m: Shape) -> float:
+    """The base: 4-bit matrices and 16-bit embeddings, untied lm_head, norms, routers; or everything in 16-bit."""
+    if not s.load_in_4bit:
+        return 2 * m.parameters
+    return nf4_bytes(m) + 2 * (m.parameters - m.linear_parameters + m.kept)
+
+
+def nf4_bytes(m: Shape) -> float:
+    """NF4 with double quantization: QLoRA, arXiv:2305.14314, section 3; bitsandbytes' QuantState."""
+    n = m.linear_parameters - m.kept
+    absmax = n / 64 + 4 * n / (64 * 256)  # a byte per block of 64, a float32 per 256 of those
+    return n / 2 + absmax + 1092 * sum(matrix.copies for matrix in m.matrices)  # tables of each module
+
+
+def optimizer_bytes(tensors: Sequence[int], optim: str) -> int:
+    """Adam's two states. 8-bit: a byte and 1/64 byte of absmax each, in float32 for tensors below 4,096 elements, and never
+    below the largest of those (bitsandbytes/optim/optimizer.py); other optimizers: two float32."""
+    if optim not in EIGHT_BIT:
+        return 8 * sum(tensors)
+    return sum(max(2 * n + 8 * math.ceil(n / 256), 32768) if n >= 4096 else 8 * n for n in tensors)
+
+
+def _training(s: Settings, m: Shape, dequantized: float) -> list[tuple]:
+    """Two moments: the loss, where logits exist, and the backward pass of one layer's MLP."""
+    tokens = s.per_device_train_batch_size * s.longest
+    inputs = _layer_inputs(s, m, tokens)
+    hidden_states = 3 * 2 * tokens * m.hidden_size
+    # 16-bit activations of the layer in hand, and float32 attention statistics (unsloth/kernels/fast_lora.py)
+    per_token = (
+        2 * (8 * m.hidden_size + 3 * m.q_dim + 3 * m.kv_dim + 3 * m.intermediate_size) + 4 * m.num_attention_heads
+    )
+    at_loss = inputs + hidden_states + dequantized / 2, loss_bytes(s, m, tokens)
+    return [at_loss, (inputs + tokens * per_token + dequantized, 0)]
+
+
+def _layer_inputs(s: Settings, m: Shape, tokens: int) -> float:
+    """What stays on the card of every layer between forward and backward (unsloth_zoo/gradient_checkpointing.py)."""
+    one, layers = 2 * tokens * m.hidden_size, m.num_hidden_layers
+    if s.use_gradient_checkpointing == "unsloth":  # offloads inputs above 2 MiB: two buffers and the last layer remain
+        return min(layers * one, max(3 * one, layers * 2 * 1024**2))
+    if s.use_gradient_checkpointing:
+        return layers * one
+    return 2 * tokens * layers * (6 * m.hidden_size + 3 * m.q_dim + 3 * m.kv_dim + 3 * m.intermediate_size)
+
+
+def loss_bytes(s: Settings, m: Shape, tokens: int) -> float:
+    """The loss and the gradient of the hidden states (unsloth_zoo/fused_losses/fused_linear.py)."""
+    hidden_gradient = 2 * tokens * m.hidden_size
+    if s.bytes_per_logit:
+        return tokens * m.vocab_size * s.bytes_per_logit + hidden_gradient
+    tile = min(tokens, 4096)
+    # rows x vocabulary at a time, in float32: at least 512 rows, at most 4,096 or 2 GiB; or a tile of 16,384 columns
+    chunk = min(max(min(tokens, 512) * m.vocab_size, tokens * m.hidden_size), 4096 * m.vocab_size, GIB // 2)
+    return 4 * max(chunk, tile * 16384) + 4 * tile * m.hidden_size + hidden_gradient
+
+
+def _forward(m: Shape, batch: int, length: int) -> float:
+    """One layer without gradients; a padded batch also carries a mask and its keys and values once per query head."""
+    per_token = 5 * m.hidden_size + 5 * m.q_dim + 3 * m.kv_dim + 3 * m.intermediate_size
+    return 2 * batch * length * per_token + 3 * batch * length**2
+
+
+def _validation(s: Settings, m: Shape, dequantized: float) -> list[tuple]:
+    """The validation loss while training: like the training step, without the backward pass."""
+    tokens = s.per_device_eval_batch_size * s.longest_validation
+    layer = _forward(m, s.per_device_eval_batch_size, s.longest_validation)
+    return [(6 * tokens * m.hidden_size + dequantized, loss_bytes(s, m, tokens)), (layer + dequantized, 0)]
+
+
+def _evaluation(s: Settings, m: Shape, dequantized: float) -> list[tuple]:
+    """Base against tuned after training, the optimizer gone. Batches adapt to the memory that is free (generate.py,
+    evaluate/subject.py), so one row must fit: its score, 128 positions at once, with two sets of logits in float32 and
+    five intermediates; and its reply. There the prefill's key-value cache lives on while the decoding buffers, which grow
+    in steps of 512 tokens, fill (unsloth/models/_decode_graphs.py)."""
+    scored = _forward(m, 1, s.longest_validation), 28 * min(128, s.longest_validation) * m.vocab_size, 0
+    logits = 26 * m.vocab_size  # 16-bit and float32 copies of sampling and sorting
+    # keys and values in 16-bit: two times two bytes
+    cache = 4 * m.num_hidden_layers * m.kv_dim * (2 * PROMPT + max(s.max_new_tokens, 512))
+    replied = _forward(m, 1, PROMPT), logits, cache
+    return [(dequantized + activations, *rest) for activations, *rest in (scored, replied)]
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Phase (load, training, validation, evaluation) → part → bytes on the GPU."""
+
+    shape: Shape
+    settings: Settings
+    phases: dict[str, dict[str, int]]
+
+    def total(self, phase: str) -> int:
+        return sum(self.phases[phase].values())
+
+    @property
+    def worst(self) -> str:
+        return max(self.phases, key=self.total)
+
+    @property
+    def peak(self) -> int:
+        return self.total(self.worst)
+
+    def fits(self, vram: int) -> bool:
+        return self.peak <= vram
+
+    def reserved(self, phase: str = "training") -> int:
+        """What torch.cuda.max_memory_reserved() should say after `phase`: loading included, no CUDA context."""
+        return max(self.total("load"), self.total(phase)) - CONTEXT
+
+    def changed(self, **settings) -> "Forecast":
+        """The forecast with other settings."""
+        return forecast(dataclasses.replace(self.settings, **settings), self.shape)
+
+    def as_trained(self, vram: int) -> "Forecast":
+        """What `train` makes of it by itself: smaller batches of the same effective size where memory runs out."""
+        s, made = self.settings, self
+        effective = s.per_device_train_batch_size * s.gradient_accumulation_steps
+        for batch in (n for n in range(s.per_device_train_batch_size, 0, -1) if effective % n == 0):
+            made = self.changed(per_device_train_batch_size=batch, gradient_accumulation_steps=effective // batch)
+            if made.total("training") <= vram:
+                break
+        return made
+
+
+def settings(recipe: Recipe, longest: int | None = None) -> Settings:
+    """The memory settings of a recipe; `longest` row as the compiled mix measured it, else max_seq_length."""
+    if whole := recipe.lora.trained_whole:
+        raise ToolkitError(
+            f"lora: {', '.join(whole)}: the memory of modules that are trained as a whole is not forecast"
+        )
+    row = longest or recipe.model.max_seq_length
+    own = {field.name for field in dataclasses.fields(Settings)}
+    given = {key: value for key, value in (recipe.train | recipe.lora.extra).items() if key in own}
+    if recipe.model.max_seq_length < 512:  # Unsloth then checkpoints without offloading (models/_utils.py)
+        given["use_gradient_checkpointing"] = bool(given.get("use_gradient_checkpointing", True))
+    return Settings(
+        **given,
+        longest=row,
+        longest_validation=row,
+        r=recipe.lora.r,
+        target_modules=recipe.lora.target_modules,
+        load_in_4bit=recipe.model.load_in_4bit,
+        max_new_tokens=recipe.evaluate.max_new_tokens or REPLY_LIMIT[recipe.evaluate.level],
+    )
+
+
+def forecast(run: Recipe | Settings, model=None, *, longest: int | None = None, vram: int | None = None) -> Forecast:
+    """Forecast a recipe, or settings with a model: a name, a Shape, or the config of a loaded model (the best source).
+
+    `longest` is the longest row in tokens; `auto` becomes the model that would be chosen for a card of `vram` bytes.
+    Raises ToolkitError for a model that is not known.
+    """
+    plan = run if isinstance(run, Settings) else settings(run)
+    if longest:
+        plan = dataclasses.replace(plan, longest=longest, longest_validation=longest)
+    name = model or (run.model.model_name if isinstance(run, Recipe) else "auto")
+    if name == "auto":
+        if not vram:
+            raise ToolkitError("a forecast needs a model: a name, a local folder, or for auto a card's memory (--vram)")
+        name = choose_model(vram, plan)
+    found = name if isinstance(name, Shape) else shape(name) if isinstance(name, str) else shape_of(name)
+    return Forecast(found, plan, phases(plan, found))
+
+
+def compare(planned: Forecast, measured_bytes: int, phase: str = "training") -> dict:
+    """A forecast against torch.cuda.max_memory_reserved(): `error` is relative, positive where it forecast too much."""
+    expected = planned.reserved(phase)
+    return {"phase": phase, "forecast": expected, "measured": measured_bytes, "error": expected / measured_bytes - 1}
+
+
+def usable_vram(gigabytes: float = 0) -> int:
+    """Bytes a run can have on a card sold as so many GB; at 0 on the card here, without what others hold of it.
+
+    torch sees 98% of as many GiB: an A100 sold as 40 shows 39.56, an H100 as 80 shows 79.3. Cards with ECC show less (T4:
+    14.74 of 16, L4: 22.2 of 24). Raises ToolkitError where there is no card.
+    """
+    if gigabytes:
+        if not 0 < gigabytes < 10_000:  # NaN too
+            raise ToolkitError(f"--vram {gigabytes:g}: expected the size of a card in GB, e.g. 8")
+        return int(0.98 * gigabytes * GIB)
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ToolkitError("no CUDA card here: name the memory of the card to plan for, e.g. --vram 8")
+    free, total = torch.cuda.mem_get_info()  # a display or another process may hold the rest
+    return min(total, free + torch.cuda.memory_reserved())
+
+
+def choose_model(vram: int, run: Recipe | Settings | None = None) -> str:
+    """`model_name: auto`: the largest dense Qwen3 whose every phase fits with the batch asked for.
+
+    Raises ToolkitError when none does, with the changes that would help.
+    """
+    plan = settings(run) if isinstance(run, Recipe) else run or Settings()
+    for name in reversed(QWEN3):
+        # 16-bit training starts from the checkpoint that is not quantized
+        name = name if plan.load_in_4bit else name.removesuffix("-unsloth-bnb-4bit")
+        found = forecast(plan, shipped(name))
+        if found.fits(vram):
+            return name
+    hints = [f"{name} fits with {' '.join(overrides)}" for overrides, _ in suggestions(found, vram)]
+    advice = hints[0] if hints else "no single change helps: take a larger card or a Colab GPU"
+    raise ToolkitError(f"model.model_name: auto: no Qwen3 fits {vram / GIB:.1f} GiB with these settings; {advice}")
+
+
+CHEAPER = {
+    "train.per_device_eval_batch_size=1": {"per_device_eval_batch_size": 1},
+    "model.load_in_4bit=true": {"load_in_4bit": True},
+    "train.optim=adamw_8bit": {"optim": "adamw_8bit"},
+}
+"""Overrides that leave the result nearly as it is → the settings they change."""
+
+
+def suggestions(planned: Forecast, vram: int) -> list[tuple[list[str], Forecast]]:
+    """(overrides, forecast) of the changes that make a run fit, cheapest first: none where `train` does it by itself;
+    those of CHEAPER, and with them the longest rows and the largest Qwen3 that fit."""
+    if planned.as_trained(vram).fits(vram):
+        return []
+    words, plan = [], planned
+    for override, change in CHEAPER.items():
+        changed = plan.changed(**change)
+        # one that helps nowhere is no advice
+        if any(changed.total(phase) < plan.total(phase) for phase in plan.phases):
+            words, plan = [*words, override], changed
+    longest, validation = plan.settings.longest, plan.settings.longest_validation
+    rows = [
+        ([*words, f"model.max_seq_length={n}"], plan.changed(longest=n, longest_validation=min(n, validation)))
+        for n in ROWS
+        if n < longest
+    ]
+    smaller = [name for name in reversed(QWEN3) if shipped(name).parameters < plan.shape.parameters]
+    models = [([*words, f"model.model_name={name}"], forecast(plan.settings, name)) for name in smaller]
+    best = []
+    for offers in ([(words, plan)] if words else [], rows, models):
+        made = ((overrides, offer.as_trained(vram)) for overrides, offer in offers)
+        best += [found for found in made if found[1].fits(vram)][:1]
+    return best
+
+
+def longest_row(size: str, vram: int) -> int:
+    """The longest row in tokens that trains at batch 1, as a power of two; 0 where none does."""
+    least = Settings(per_device_train_batch_size=1, per_device_eval_batch_size=1)
+    return next((row for row in ROWS if forecast(least, size, longest=row).fits(vram)), 0)
+
+
+def show(planned: Forecast, vram: int, console=None) -> None:
+    """Print the verdict, every phase in GiB, and what would make it fit."""
+    from rich.console import Console
+    from rich.table import Table
+
+    out, found = console or Console(highlight=False), planned.as_trained(vram)
+    verdict = "fits" if found.fits(vram) else "does not fit"
+    out.print(f"{found.shape.name} {verdict}: {found.peak / GIB:.1f} GiB in {found.worst}, of {vram / GIB:.1f} GiB")
+    shown = Table("phase", *PARTS, "total", box=None, padding=(0, 1))
+    for phase, parts in found.phases.items():
+        total = found.total(phase)
+        cells = [f"{size / GIB:.2f}" if size else "" for size in parts.values()]
+        shown.add_row(phase, *cells, f"{total / GIB:.2f}", style=None if total <= vram else "bold red")
+    out.print(shown)
+    before, after = planned.settings.per_device_train_batch_size, found.settings.per_device_train_batch_size
+    if after < before:
+        out.print(f"train lowers the batch from {before} to {after} rows by itself and accumulates gradients instead")
+    for overrides, after in suggestions(planned, vram):
+        out.print(f"it fits with {' '.join(overrides)}: {after.peak / GIB:.1f} GiB")
+
+
+def show_table(console, cards: Sequence[float] = (6, 8, 12, 16, 24)) -> None:
+    """Print which Qwen3 trains on which card."""
+    from rich.table import Table
+
+    shown = Table("Qwen3", *(f"{gb} GB" for gb in cards), title="longest row that trains, in tokens (0: none)")
+    for size in SHIPPED:
+        shown.add_row(size, *(f"{longest_row(size, usable_vram(gb)):,}" for gb in cards))
+    console.print(shown)

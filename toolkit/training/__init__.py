@@ -1,0 +1,1 @@
+"""From a mix to a trained adapter and its run folder."""
