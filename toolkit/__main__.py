@@ -227,11 +227,11 @@ def mix(recipe, overrides, fresh, dry_run, show):
     """Compile a recipe's mix and show it: plan, achieved shares, drops, lengths."""
     from toolkit import run
     from toolkit.data import mix, render
-    from toolkit.view import show as showing
+    from toolkit.view import labels, tables
 
     out, loaded = console(), _recipe(recipe, overrides)
     if dry_run:
-        out.print(showing.plan_table(mix.plan(loaded.data)))
+        out.print(tables.plan_table(mix.plan(loaded.data)))
         return
     loaded = run.resolve(loaded, out)
     # what the reader would type next, with the changes of this command
@@ -239,7 +239,7 @@ def mix(recipe, overrides, fresh, dry_run, show):
     mixed = run.compile_mix(loaded, out, fresh=fresh, next_command=shlex.join(words))
     if show:
         chat = render.load_chat(loaded.model.model_name, loaded.model.revision)
-        out.print(showing.coloured(mixed, chat, show))
+        out.print(labels.coloured(mixed, chat, show))
     out.print(f"mix.json and quarantine.jsonl: {mixed.folder}")
 
 

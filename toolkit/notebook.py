@@ -1,12 +1,11 @@
 """What a notebook needs beside the pipeline: a choice by what is there, live curves, replies side by side.
 
-path, *overrides = pick("data_recipes/quickstart.yaml", "data_recipes/pocket.yaml"); picture(show.mix_figure(mixed))
+path, *overrides = pick("data_recipes/quickstart.yaml", "data_recipes/pocket.yaml"); picture(figures.mix_figure(mixed))
 """
 
 import contextlib
 import functools
 import gc
-import io
 import os
 import shlex
 import threading
@@ -18,7 +17,8 @@ import rich.jupyter
 from toolkit import recipe as recipes
 from toolkit.files import outputs, read_json
 from toolkit.recipe import Recipe
-from toolkit.view.show import Said
+from toolkit.view import figures
+from toolkit.view.tables import ShownReply
 
 REFRESH = 4.0
 """Seconds between two drawings of the live curves: one takes about a fifth of a second on a slow core."""
@@ -95,18 +95,11 @@ def memory(folder: Path) -> str:
 # --- pictures and tables that every front end shows ------------------------------------------------------------------
 
 
-def png(figure) -> bytes:
-    """A matplotlib figure as PNG on white: the same in dark themes and on static pages."""
-    out = io.BytesIO()
-    figure.savefig(out, format="png", dpi=90, facecolor="white")
-    return out.getvalue()
-
-
 def picture(figure) -> None:
     """Show a figure as an image, whatever matplotlib backend the front end has."""
     from IPython.display import Image, display
 
-    display(Image(png(figure)))
+    display(Image(figures.png(figure)))
 
 
 @contextlib.contextmanager
@@ -114,15 +107,13 @@ def live(recipe: Recipe):
     """While the block trains `recipe`, its curves grow below the cell; afterwards they stay. An interrupt ends both."""
     from IPython.display import HTML, Image, display
 
-    from toolkit.view import show
-
     folder, over = outputs() / recipe.name, threading.Event()
     handle = display(HTML("<i>the curves appear with the first logged steps</i>"), display_id=True)
 
     def draw() -> None:
         with contextlib.suppress(Exception):  # a picture that fails must hide neither the training nor its error
-            if show.logged(folder):
-                handle.update(Image(png(show.curves(folder))))
+            if figures.logged(folder):
+                handle.update(Image(figures.png(figures.curves(folder))))
 
     def follow() -> None:
         while not over.wait(REFRESH):
@@ -171,7 +162,7 @@ def ask_gguf(folder: Path, rows: Sequence[dict], *, max_new_tokens: int = 512) -
             "temperature": 0,
         }
         message = engine.call("/v1/chat/completions", body)["choices"][0]["message"]
-        reply = Said((message.get("reasoning_content") or "").strip(), (message["content"] or "").strip())
+        reply = ShownReply((message.get("reasoning_content") or "").strip(), (message["content"] or "").strip())
         found.append({"prompt": row["prompt"], "mode": row["mode"], "adapter": row["tuned"], "GGUF": reply})
     return found
 
@@ -182,6 +173,6 @@ def samples(result: dict) -> list[dict]:
 
     return [
         {"prompt": row["prompt"], "mode": row["mode"]}
-        | {name: Said(*split_reply(row[name])[:2]) for name in ("base", "tuned")}
+        | {name: ShownReply(*split_reply(row[name])[:2]) for name in ("base", "tuned")}
         for row in result["samples"]
     ]

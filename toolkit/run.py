@@ -81,6 +81,10 @@ def _train(recipe: Recipe, mixed, folder: Path, console):
         model = models.attach(model, recipe.lora, seed=recipe.data.seed)
     if model.device.type != model.get_input_embeddings().weight.device.type:
         console.print("· GPU memory is tight: Unsloth keeps the input embedding in main memory")
+    if "wandb" in tracking.trackers(recipe.train) and training.is_main():
+        from toolkit.view import figures
+
+        figures.mix_figure(mixed).savefig(folder / tracking.MIX_PICTURE, dpi=120)
     training.train(recipe, mixed, model, tokenizer, folder, console)
     return model, tokenizer
 
@@ -91,8 +95,10 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
     `details` prints the table of all metrics too; `loaded` is (model, tokenizer) right after training."""
     from toolkit.data import mix
     from toolkit.evaluation import measure as evaluation
+    from toolkit.evaluation import words
     from toolkit.evaluation.questions import from_mix
     from toolkit.training import model as models
+    from toolkit.view import tables
 
     console = console or default_console()
     console.file = console.file
@@ -120,7 +126,7 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
         write_card(folder)
         log_evaluation(recipe, folder, console)
     if details:
-        console.print(evaluation.table(result))
+        console.print(tables.rich_table(words.score_rows(result), title=words.table_title(result)))
     for line in result["verdict"]:
         console.print(line)
     # a run that lost something is looked at before it is exported
@@ -278,15 +284,15 @@ def _record_stop(folder: Path, error: BaseException) -> None:
 def compile_mix(recipe: Recipe, console=None, *, fresh: bool = False, next_command: str = ""):
     """The recipe's mix, shown: a verdict, shares planned and achieved, drops by reason, warnings."""
     from toolkit.data import mix
-    from toolkit.view import show
+    from toolkit.view import tables
 
     console = console or default_console()
     mixed = mix.compile_mix(recipe, fresh=fresh)
-    console.print(show.verdict(mixed.report), style="bold", markup=False)
+    console.print(tables.verdict(mixed.report), style="bold", markup=False)
     if next_command:
         console.print(f"next: {next_command}", markup=False)
-    console.print(show.mix_table(mixed.report))
-    for note in show.notes(mixed.report):
+    console.print(tables.mix_table(mixed.report))
+    for note in tables.notes(mixed.report):
         console.print(f"· {note}", style="yellow" if note.startswith("warning") else None, markup=False)
     return mixed
 
@@ -325,10 +331,10 @@ def report(folder: Path, console) -> None:
 
 def before_after(rows: list[dict]):
     """A table of the fixed prompts' replies before and after training, in each mode of the model."""
-    from toolkit.view import show
+    from toolkit.view import tables
 
     rows = [row for row in rows if row["when"] in ("before", "after")]
     asked: dict[tuple, dict] = {(row["prompt"], row["mode"]): {} for row in rows}
     for row in rows:
-        asked[row["prompt"], row["mode"]][row["when"]] = show.Said(row["reasoning"], row["answer"])
-    return show.side_by_side([{"prompt": prompt, "mode": mode, **said} for (prompt, mode), said in asked.items()])
+        asked[row["prompt"], row["mode"]][row["when"]] = tables.ShownReply(row["reasoning"], row["answer"])
+    return tables.side_by_side([{"prompt": prompt, "mode": mode, **said} for (prompt, mode), said in asked.items()])

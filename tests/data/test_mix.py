@@ -18,7 +18,7 @@ from toolkit import recipe
 from toolkit.data import mix, render
 from toolkit.data.render import load_chat
 from toolkit.files import POCKET, ROOT, ToolkitError, outputs, read_jsonl
-from toolkit.view import show
+from toolkit.view import tables
 
 SAMPLES = "data_recipes/samples"
 THINKING = {"name": "math", "path": f"{SAMPLES}/openmath_sample.jsonl", "mode": "thinking", "fraction": 0.75}
@@ -167,7 +167,7 @@ def test_when_a_source_is_exhausted_the_mix_is_reduced_keeps_its_shares_and_name
     assert mixed.report["limited_by"] == "small"
     assert mixed.report["achieved"]["examples"]["small"] == pytest.approx(0.5, abs=0.01)
     assert len(mixed.train) < 130
-    assert any("small is exhausted: the mix was reduced" in note for note in show.notes(mixed.report))
+    assert any("small is exhausted: the mix was reduced" in note for note in tables.notes(mixed.report))
 
 
 def test_nothing_repeats_unless_a_source_says_so_and_then_it_is_counted(tmp_path):
@@ -589,7 +589,7 @@ def test_more_rows_asked_for_than_there_are_repeats_them_and_says_so(shared, tmp
     mixed = compiled(source, validation_size=8)
     report = mixed.report["sources"]["a"]
     assert (report["rows_asked"], report["rows_kept"], report["rows_repeated"]) == (600, 592, 492)
-    assert "a: 492 of 592 rows are repeats (path#600)" in show.notes(mixed.report)
+    assert "a: 492 of 592 rows are repeats (path#600)" in tables.notes(mixed.report)
     assert max(Counter(r.number for r in mixed.train).values()) == 6
 
 

@@ -17,7 +17,7 @@ import pytest
 from tests.tools import run_notebooks
 from toolkit import notebook, run
 from toolkit.files import ROOT, ToolkitError
-from toolkit.view import show
+from toolkit.view import tables
 
 NAMES = "00_quickstart 01_mix 02_train 03_evaluate 04_ratio_sweep 05_export 06_your_own_data 07_in_your_own_notebook".split()
 SETUP = 1
@@ -298,7 +298,7 @@ def test_every_call_fits_the_toolkit(name):
     ("module", "before", "after", "named"),
     [
         ("run.py", "fresh: bool = False, score: bool = True", "fresh: bool = False, judge: bool = True", "score"),
-        ("show.py", "def mix_figure(", "def drawing(", "show.mix_figure"),
+        ("view/figures.py", "def mix_figure(", "def drawing(", "figures.mix_figure"),
         ("notebook.py", "def ask(folder: Path,", "def ask(folder: Path, mode,", "prompts|mode"),
     ],
 )
@@ -336,8 +336,8 @@ def test_words_in_quotation_marks_stay_together():
 
 
 def test_replies_are_shown_as_text_and_never_as_markup():
-    rows = [{"prompt": "<b>?", "mode": "thinking", "base": show.Said("[bold]<script>", "a < b")}]
-    page = show.side_by_side(rows)._repr_mimebundle_([], [])["text/html"]
+    rows = [{"prompt": "<b>?", "mode": "thinking", "base": tables.ShownReply("[bold]<script>", "a < b")}]
+    page = tables.side_by_side(rows)._repr_mimebundle_([], [])["text/html"]
     assert "<script>" not in page
     assert "[bold]&lt;script&gt;" in page
     assert "a &lt; b" in page

@@ -19,6 +19,7 @@ from toolkit.comparison.report import conclude
 from toolkit.data import mix
 from toolkit.files import ROOT, ToolkitError
 from toolkit.training import tracking
+from toolkit.view import figures
 
 SUMMARY = {"eval/tuned/thinking/accuracy": 0.5, "eval/tuned/thinking/accuracy.low": 0.4}
 REPLIES = [{"mode": "thinking", "prompt": "17 + 25?", "base": "?", "tuned": "42"}]
@@ -81,6 +82,7 @@ def test_history_has_few_stable_names_and_the_losses_of_each_source(tiny):
     noise = {f"surprise_{i}": 1.0 for i in range(100)}
     speed = {"tokens_per_second": 9.0, "supervised_tokens_per_second": 3.0, "peak_memory_gib": 1.5}
     row = {"step": 1, "epoch": 0.1, "loss": 2.0, "grad_norm": 1.0, "learning_rate": 1e-4, "eval_loss": 1.0}
+    figures.mix_figure(tiny[1]).savefig(tiny[2] / tracking.MIX_PICTURE)  # as `run` does
     train_and_finish(*tiny, [row | speed | sources | noise, {"step": 2, "loss": 1.0}])
     found = synced(tiny[2])
     history = {key for line in found.history for key in line}

@@ -7,10 +7,9 @@ import pytest
 from rich.console import Console
 
 from tests.data.test_mix import CHAT, THINKING, cache, chat_rows, compiled, jsonl  # noqa: F401 - cache is a fixture
-from toolkit import notebook
 from toolkit.data import mix
 from toolkit.data.render import load_chat
-from toolkit.view import show
+from toolkit.view import figures, labels, tables
 from toolkit.view.progress import Progress
 
 ALIKE = "a_very_long_name_of_a_source_that_goes_on_and_on_and_ends_in_"
@@ -26,7 +25,7 @@ def printed(thing, width):
 def test_the_table_of_a_mix_is_whole_and_names_every_source(width):
     sources = [s | {"name": ALIKE + end} for s, end in ((THINKING, "one"), (CHAT, "two"))]
     report = compiled(*sources, budget=3000).report
-    text = printed(show.mix_table(report), width)
+    text = printed(tables.mix_table(report), width)
     assert max(map(len, text.splitlines())) <= width
     assert "…" not in text
     squeezed = re.sub(r"\s", "", text)
@@ -48,7 +47,7 @@ def test_the_table_of_a_mix_is_whole_and_names_every_source(width):
 def test_the_plan_is_whole_too(width):
     planned = {ALIKE + "one": {"share": 0.5, "quota": 1_000_000, "validation": 50}}
     planned[ALIKE + "two"] = {"share": None, "quota": None, "validation": 0}
-    text = printed(show.plan_table(planned), width)
+    text = printed(tables.plan_table(planned), width)
     assert max(map(len, text.splitlines())) <= width
     assert all(word in text for word in ("50.0%", "1,000,000", "as it comes", "all there is"))
 
@@ -57,7 +56,7 @@ def test_tables_print_on_terminals_that_know_no_unicode():
     report = compiled(budget=2000).report
     out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="replace")
     console = Console(file=out, width=80)
-    console.print(show.verdict(report), show.mix_table(report), *show.notes(report))
+    console.print(tables.verdict(report), tables.mix_table(report), *tables.notes(report))
     out.flush()
     text = out.buffer.getvalue().decode("ascii")
     assert "math" in text
@@ -67,7 +66,7 @@ def test_tables_print_on_terminals_that_know_no_unicode():
 def test_the_verdict_states_size_and_distance_from_the_plan():
     report = compiled(budget=3000).report
     off = max(abs(report["achieved"]["supervised_tokens"][n] - s) for n, s in report["planned"].items())
-    assert show.verdict(report).endswith(f"shares of supervised tokens within {100 * off:.1f} points of the plan")
+    assert tables.verdict(report).endswith(f"shares of supervised tokens within {100 * off:.1f} points of the plan")
 
 
 def test_the_shipped_samples_mix_without_a_note_of_warning():
@@ -77,12 +76,12 @@ def test_the_shipped_samples_mix_without_a_note_of_warning():
     for name in ("pocket", "sweep_pocket"):
         report = mix.compile_mix(recipe.load(ROOT / f"data_recipes/{name}.yaml")).report
         assert report["warnings"] == []
-        assert not any("Chinese" in note for note in show.notes(report))
+        assert not any("Chinese" in note for note in tables.notes(report))
 
 
 def test_colours_mark_exactly_the_supervised_text():
     mixed, chat = compiled(budget=2000), load_chat("pocket")
-    row, text = mixed.train[0], show.coloured(mixed, chat, 1)
+    row, text = mixed.train[0], labels.coloured(mixed, chat, 1)
     (shown, *_), (taught, *_) = (
         [text.plain[span.start : span.end] for span in text.spans if span.style == style]
         for style in ("bright_black", "bold green")
@@ -92,7 +91,7 @@ def test_colours_mark_exactly_the_supervised_text():
 
 def test_the_picture_has_a_bar_per_source_and_unit_and_the_limit_line():
     mixed = compiled(budget=2000)
-    shares, lengths = show.mix_figure(mixed).axes
+    shares, lengths = figures.mix_figure(mixed).axes
     assert len(shares.patches) == 2 * len(mix.UNITS)
     assert any(line.get_xdata()[0] == 512 for line in lengths.lines)
 
@@ -100,21 +99,21 @@ def test_the_picture_has_a_bar_per_source_and_unit_and_the_limit_line():
 def test_trl_masking_teaches_an_empty_think_block_and_the_label_rule_does_not():
     chat = load_chat("pocket")
     said = [{"role": "user", "content": "Capital of Finland?"}, {"role": "assistant", "content": "Helsinki."}]
-    shown, taught = show.trl_masking({"messages": said}, chat)
+    shown, taught = labels.trl_masking({"messages": said}, chat)
     assert taught.startswith("<think>\n\n</think>\n\nHelsinki.")
-    ours = show.label_rule({"messages": said}, chat)
+    ours = labels.label_rule({"messages": said}, chat)
     assert ours[0].endswith("<think>\n\n</think>\n\n")
     assert ours[1] == "Helsinki.<|im_end|>"
     assert shown + taught.rstrip("\n") == "".join(ours)
 
 
 def test_curves_are_drawn_from_a_run_that_has_only_begun(tmp_path):
-    assert show.logged(tmp_path) == []
+    assert figures.logged(tmp_path) == []
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
-    left, right = show.curves(tmp_path).axes
+    left, right = figures.curves(tmp_path).axes
     assert list(left.lines[0].get_ydata()) == [2.0, 1.0]
     assert left.lines[1].get_ydata()[0] == pytest.approx(2.0)
-    assert notebook.png(left.figure)[:4] == b"\x89PNG"
+    assert figures.png(left.figure)[:4] == b"\x89PNG"
     assert right.get_title()
 
 
@@ -124,7 +123,7 @@ def test_trl_masking_and_the_label_rule_agree_where_there_is_no_think_block(name
     said = {
         "messages": [{"role": "user", "content": "Capital of Finland?"}, {"role": "assistant", "content": "Helsinki."}]
     }
-    (shown, taught), (shown_here, taught_here) = show.trl_masking(said, chat), show.label_rule(said, chat)
+    (shown, taught), (shown_here, taught_here) = labels.trl_masking(said, chat), labels.label_rule(said, chat)
     assert shown == shown_here
     assert taught.strip() == taught_here.strip()
 
@@ -142,4 +141,4 @@ def test_progress_of_which_nothing_is_done_yet_tells_no_time_left(monkeypatch):
 
 def test_curves_are_drawn_of_a_run_that_was_evaluated_before_its_first_step(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 2.0}\n')
-    assert show.curves(tmp_path).axes
+    assert figures.curves(tmp_path).axes

@@ -19,7 +19,7 @@ from toolkit.evaluation.words import show as with_interval
 from toolkit.family import MODES
 from toolkit.files import read_json
 from toolkit.training import tracking
-from toolkit.view import show
+from toolkit.view import figures, tables
 
 SCORES = (
     ("thinking", "accuracy"), ("thinking", "adherence"), ("non_thinking", "accuracy"), CHAT, ("non_thinking", "adherence"), KL
@@ -86,7 +86,7 @@ def terminal_table(comparison: Comparison):
         table[column] = table[column].str.partition(" ")[0]
     best = [i for i, point in enumerate(everyone) if point is comparison.recommended]
     labels = ["★ " * (i in best) + point.label for i, point in enumerate(everyone)]
-    return show.rich_table(table.assign(**{"": labels})[["", *table]].to_dict("records"), bold=best)
+    return tables.rich_table(table.assign(**{"": labels})[["", *table]].to_dict("records"), bold=best)
 
 
 def page(comparison: Comparison, png: bytes) -> str:
@@ -115,9 +115,9 @@ def figure(comparison: Comparison):
     keys, everyone, run = deciding(comparison), comparison.everyone(), comparison.points[0].runs[0]
     # `25% reasoning` fits below a bar as `25%`, a run's name does not
     names = [point.label.split()[0] if comparison.axis else str(i) for i, point in enumerate(comparison.points, 1)]
-    shades = [show.TUNED if point is comparison.recommended else show.PALETTE[0] for point in comparison.points]
-    names, colours = ["base", *names], [show.BASE, *shades]
-    picture, axes = show.panels(12, 7, 3, 2)
+    shades = [figures.TUNED if point is comparison.recommended else figures.PALETTE[0] for point in comparison.points]
+    names, colours = ["base", *names], [figures.BASE, *shades]
+    picture, axes = figures.panels(12, 7, 3, 2)
     for one, key in zip(axes, keys, strict=False):
         _bars(one, key, names, [point.values.get(key) for point in everyone], colours, run.eval["tuned"])
     _gained_and_kept(axes[len(keys)], comparison, names, colours)
@@ -139,10 +139,10 @@ def scores(runs: Mapping[str, Path], keys: Sequence[Key] = SCORES):
     sides = {"base": next(iter(results.values()))["base"]} | {name: result["tuned"] for name, result in results.items()}
     found = {key: [side.get(key[0], {}).get(key[1]) for side in sides.values()] for key in keys}
     shown = [key for key, values in found.items() if values[-1] and values[-1]["value"] is not None]
-    picture, axes = show.panels(max(5, 2.6 * len(shown)), 3.4, len(shown))
+    picture, axes = figures.panels(max(5, 2.6 * len(shown)), 3.4, len(shown))
     names = [textwrap.fill(name, 9) for name in sides]
     for one, key in zip(axes, shown, strict=True):
-        _bars(one, key, names, found[key], (show.BASE, *show.PALETTE), sides["base"])
+        _bars(one, key, names, found[key], (figures.BASE, *figures.PALETTE), sides["base"])
     return picture
 
 

@@ -28,8 +28,9 @@ from toolkit.evaluation.questions import SHIPPED, from_mix
 from toolkit.files import ToolkitError, did_you_mean, lock, outputs, read_json, write_json, write_jsonl, write_text
 from toolkit.recipe import Recipe, Source
 from toolkit.run import default_console, resolve
+from toolkit.view.figures import logged
 from toolkit.view.progress import Progress
-from toolkit.view.show import logged, rich_table
+from toolkit.view.tables import rich_table
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 LOG_TAIL_LINES, POLL_SECONDS = 15, 1.0

@@ -22,12 +22,12 @@ from toolkit.evaluation.questions import Asked, fingerprint, from_mix, select, s
 from toolkit.evaluation.score import Judge, longest_answers, marks
 from toolkit.evaluation.stats import difference, interval, is_rate
 from toolkit.evaluation.subject import LoadedRun
-from toolkit.evaluation.words import summary, table, verdict
+from toolkit.evaluation.words import summary, verdict
 from toolkit.family import mode_title
 from toolkit.files import finite, outputs
 from toolkit.view.progress import Progress
 
-__all__ = ["evaluate", "from_mix", "is_rate", "score", "summarize", "summary", "table", "verdict"]
+__all__ = ["evaluate", "from_mix", "is_rate", "score", "summarize", "summary", "verdict"]
 
 COLUMNS = ["section", "model", "metric", "question", "value", "weight"]
 MODELS = ("base", "tuned")

@@ -1,13 +1,12 @@
 """An evaluation for people: in words, as a table, and as the flat numbers that are charted.
 
-print("\\n".join(verdict(result))); rich.print(table(result)); wandb.run.summary.update(summary(result))
+print("\\n".join(verdict(result))); score_rows(result); wandb.run.summary.update(summary(result))
 """
 
 from collections.abc import Collection
 
 from toolkit.evaluation.stats import is_rate
 from toolkit.family import MODES, mode_title
-from toolkit.view.show import rich_table
 
 SET = "accuracy/set/"
 POOLED = ("accuracy", "accuracy/chat")
@@ -103,11 +102,9 @@ def summary(result: dict) -> dict[str, float]:
     }
 
 
-def table(result: dict):
-    """`score_rows` as a rich table."""
-    return rich_table(
-        score_rows(result), title=f"{result['level']} evaluation, seed {result['seed']}, paired over questions"
-    )
+def table_title(result: dict) -> str:
+    """What stands above the table of `score_rows`."""
+    return f"{result['level']} evaluation, seed {result['seed']}, paired over questions"
 
 
 def score_rows(result: dict) -> list[dict]:

@@ -55,6 +55,8 @@ KEYS = {
 MAX_SOURCES = 12
 """Validation losses by source and mode that are logged, so that history and summary stay below 60 keys."""
 REACH_SECONDS = 5
+MIX_PICTURE = "mix.png"
+"""In the run's folder; drawn before the training where wandb is asked for."""
 FINISH_SECONDS = 60
 """How long a finished run waits for its upload; what is left stays in the folder for `wandb sync`."""
 
@@ -191,9 +193,7 @@ def _put_picture(key: str, file: Path) -> None:
 
 
 def _log_mix(mixed: Mix, folder: Path) -> None:
-    """The mix as a table (one row per source) and as a picture."""
-    from toolkit.view import show
-
+    """The mix as a table (one row per source), and its picture where `run` has drawn one."""
     report = mixed.report
     rows = [
         {"source": name, "planned": report["planned"][name], "rows": source["rows_kept"], "tokens": source["tokens"]}
@@ -201,8 +201,8 @@ def _log_mix(mixed: Mix, folder: Path) -> None:
         for name, source in report["sources"].items()
     ]
     _put_table("mix/shares", rows)
-    show.mix_figure(mixed).savefig(folder / "mix.png", dpi=120)
-    _put_picture("mix/picture", folder / "mix.png")
+    if (folder / MIX_PICTURE).is_file():
+        _put_picture("mix/picture", folder / MIX_PICTURE)
 
 
 def finish(recipe: Recipe, folder: Path, summary: dict, replies: list[dict], console) -> None:

@@ -1,0 +1,80 @@
+"""Rows as the model sees them, with the tokens they teach coloured: green is taught, grey is only shown.
+
+from toolkit.data import render; from toolkit.view import labels; labels.label_rule({"messages": []}, render.load_chat("pocket"))
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from toolkit.data.mix import Mix, Row
+from toolkit.data.render import Chat, examples
+from toolkit.data.sources import Rejected, conversations, detect, open_rows
+from toolkit.family import mode_title
+from toolkit.files import ToolkitError
+from toolkit.recipe import Source
+
+
+def coloured(mixed: Mix, chat: Chat, count: int) -> Text:
+    """The first `count` training rows of each source and mode."""
+    seen: Counter[tuple[str, str]] = Counter()
+    parts = []
+    for row in mixed.train:
+        seen[row.source, row.mode] += 1
+        if seen[row.source, row.mode] <= count:
+            size = f"{len(row.ids)} tokens, {row.size('supervised_tokens')} supervised"
+            heading = f"{row.source} · row {row.number} · {mode_title(row.mode)} · {size}\n"
+            prompt = chat.decode(row.ids[: row.prompt_length])
+            completion = chat.decode(row.ids[row.prompt_length :])
+            parts.append(Text.assemble((heading, "bold"), in_colour(prompt, completion)))
+    return Text("\n\n").join(parts)
+
+
+def in_colour(prompt: str, completion: str) -> Text:
+    """What is shown in grey, then what is taught in green."""
+    return Text.assemble((prompt, "bright_black"), (completion, "bold green"))
+
+
+def label_rule(conversation: Mapping[str, Any], chat: Chat) -> tuple[str, str]:
+    """(shown, taught) of the last assistant turn by the label rule."""
+    example = examples(conversation, "auto", chat)[-1]
+    return example.prompt, example.completion
+
+
+def trl_masking(conversation: Mapping[str, Any], chat: Chat) -> tuple[str, str]:
+    """(shown, taught) as TRL's assistant_only_loss and Unsloth's train_on_responses_only mask a row of one turn: all that
+    stands after the assistant header, so a direct answer teaches the empty think block that Qwen3's template writes.
+    (Unsloth leaves out the last line break. Of a longer conversation both teach every assistant turn.)"""
+    messages, tools = conversation["messages"], conversation.get("tools")
+    text = chat.render(messages, tools, add_generation_prompt=False)
+    header = len(chat.render(messages[:-1], tools))  # without a mode, Qwen3's generation prompt has no think block
+    return text[:header], text[header:]
+
+
+def single_turns(mixed: Mix) -> list[Row]:
+    """The held-out rows with one assistant turn, of which both ways of masking teach the same turn."""
+    turns = [[message["role"] for message in row.conversation["messages"]] for row in mixed.validation]
+    return [row for row, roles in zip(mixed.validation, turns, strict=True) if roles.count("assistant") == 1]
+
+
+def compared(mixed: Mix, chat: Chat) -> Table:
+    """A held-out row of each source and mode: what is taught here, and what TRL / Unsloth masking would teach."""
+    rows = {(row.source, row.mode): row.conversation for row in reversed(single_turns(mixed))}
+    table = Table("row", "here", "TRL / Unsloth masking", show_lines=True)
+    for (source, mode), conversation in sorted(rows.items()):
+        here = in_colour(*label_rule(conversation, chat))
+        table.add_row(f"{source}\n{mode_title(mode)}", here, in_colour(*trl_masking(conversation, chat)))
+    return table
+
+
+def first_row(source: Source, chat: Chat, placeholders: Mapping[str, Any]) -> Text:
+    """The first conversation of a file: its format, and every turn it teaches coloured. Raises ToolkitError."""
+    number, row = next(conversations(source, seed=0, placeholders=placeholders))
+    if isinstance(row, Rejected):
+        raise ToolkitError(f"{source.path}, row {number}: {row.detail}")
+    turns = [in_colour(example.prompt, example.completion) for example in examples(row, "auto", chat, source.turns)]
+    title = f"{source.path} · {detect(source, open_rows(source))} · row {number}, {len(turns)} example(s)"
+    return Text("\n\n").join([Text(title, "bold"), *turns])

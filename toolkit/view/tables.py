@@ -1,0 +1,119 @@
+"""Tables for a rich console: every one is whole at 80 columns.
+
+from rich import print; from toolkit import recipe; from toolkit.data import mix; from toolkit.view import tables; print(tables.plan_table(mix.plan(recipe.load("pocket").data)))
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from toolkit.data.mix import UNITS
+from toolkit.family import mode_title
+
+Cell = str | int | float
+
+
+class ShownReply(NamedTuple):
+    """The two parts of a reply that people read."""
+
+    reasoning: str
+    answer: str
+
+
+def rich_table(rows: Sequence[Mapping[str, Cell]], *, title: str | None = None, bold: Sequence[int] = ()) -> Table:
+    """Rows with equal keys as a table, those at `bold` in bold: integers as 1,234, floats as 12.3%.
+
+    No name, word or number is cut, since two may differ in their last letters only."""
+    cells = [[escape(cell_text(value)) for value in row.values()] for row in rows]  # a source may be called set[zh]
+    several_lines = any("\n" in cell for row in cells for cell in row)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    table.leading = int(several_lines)  # an empty line tells rows of several lines apart
+    for place, key in enumerate(rows[0]):
+        heading = key.replace("_", " ")
+        if place == 0:  # the first column takes what the others leave
+            table.add_column(heading, overflow="fold")
+        else:
+            words = heading.split() + "\n".join(row[place] for row in cells).split("\n")
+            table.add_column(heading, justify="right", overflow="fold", width=max(map(len, words)))
+    for number, row in enumerate(cells):
+        table.add_row(*row, style="bold" if number in bold else None)
+    return table
+
+
+def cell_text(value: Cell) -> str:
+    """`1,234`, `12.3%`, or the text as it is."""
+    if isinstance(value, str):
+        return value
+    return f"{value:,}" if isinstance(value, int) else f"{value:.1%}"
+
+
+def side_by_side(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Replies beside each other: rows {"prompt", "mode", column: ShownReply, …}; grey reasoning above the answer."""
+    # a row may lack a column that another has
+    columns = dict.fromkeys(name for row in rows for name in row)
+    table = Table(*columns, show_lines=True)
+    for row in rows:
+        cells = [Text(row["prompt"]), Text(mode_title(row["mode"]))]
+        for name in list(columns)[2:]:
+            reasoning, answer = row[name]
+            grey = (f"{reasoning}\n" if reasoning else "", "bright_black")
+            cells.append(Text.assemble(grey, answer or "(no answer)"))
+        table.add_row(*cells)
+    return table
+
+
+# --- a mix -----------------------------------------------------------------------------------------------------------
+
+
+def plan_table(planned: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What a recipe asks for (`mix.plan`), before anything is read."""
+    rows = []
+    for name, row in planned.items():
+        share = "as it comes" if row["share"] is None else row["share"]
+        quota = "all there is" if row["quota"] is None else row["quota"]
+        rows.append({"source": name, "share": share, "to train": quota, "held out": row["validation"]})
+    return rich_table(rows)
+
+
+def verdict(report: Mapping[str, Any]) -> str:
+    """One sentence on a compiled mix (`report` is mix.json's content): its size, and how near it is to its plan."""
+    total, unit = report["total"], report["unit"]
+    achieved = report["achieved"][unit]
+    off = max(abs(achieved.get(name, 0) - share) for name, share in report["planned"].items())
+    return (
+        f"{total['examples']:,} examples, {total['supervised_tokens']:,} supervised of {total['tokens']:,} tokens; "
+        f"shares of {unit.replace('_', ' ')} within {100 * off:.1f} points of the plan"
+    )
+
+
+def mix_table(report: Mapping[str, Any]) -> Table:
+    """What a mix achieved: each source's amount and share in all three units."""
+    rows = []
+    for name, source in report["sources"].items():
+        modes = [mode_title(mode) for mode in source["modes"]]
+        if len(modes) > 1:
+            modes = [f"{count:,} {mode_title(mode)}" for mode, count in source["modes"].items()]
+        row = {"source": "\n".join([name, *modes])}
+        amounts = (source["rows_kept"], source["tokens"], source["supervised_tokens"])
+        for unit, amount in zip(UNITS, amounts, strict=True):
+            row[unit] = f"{amount:,}\n{report['achieved'][unit].get(name, 0):.1%}"
+        rows.append(row | {"planned": f"\n{report['planned'][name]:.1%}"})
+    return rich_table(rows)
+
+
+def notes(report: Mapping[str, Any]) -> list[str]:
+    """What a reader of the table should also know: drops by reason, repeats, the limiting source, warnings."""
+    lines = []
+    for name, row in report["sources"].items():
+        if row["dropped"]:
+            lines.append(f"{name}: dropped " + ", ".join(f"{n} {reason}" for reason, n in row["dropped"].items()))
+        if row["rows_repeated"]:
+            cause = f"path#{row['rows_asked']}" if row["rows_asked"] else "max_repeats"
+            lines.append(f"{name}: {row['rows_repeated']} of {row['rows_kept']} rows are repeats ({cause})")
+    if report["limited_by"]:
+        lines.append(f"{report['limited_by']} is exhausted: the mix was reduced to keep the requested fractions")
+    return lines + [f"warning: {warning}" for warning in report["warnings"]]
