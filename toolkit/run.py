@@ -75,16 +75,15 @@ def _train(recipe: Recipe, mixed, folder: Path, console):
     """Load, attach LoRA, train; returns (model, tokenizer), ready to be scored."""
     from toolkit.training import model as models
     from toolkit.training import trainer as training
+    from toolkit.view.figures import keep_mix_picture
 
     with loading(recipe.model, console):
         model, tokenizer = models.load_base(recipe.model)
         model = models.attach(model, recipe.lora, seed=recipe.data.seed)
     if model.device.type != model.get_input_embeddings().weight.device.type:
         console.print("· GPU memory is tight: Unsloth keeps the input embedding in main memory")
-    if "wandb" in tracking.trackers(recipe.train) and training.is_main():
-        from toolkit.view import figures
-
-        figures.mix_figure(mixed).savefig(folder / tracking.MIX_PICTURE, dpi=120)
+    if training.is_main():
+        keep_mix_picture(recipe, mixed, folder)
     training.train(recipe, mixed, model, tokenizer, folder, console)
     return model, tokenizer
 
@@ -95,7 +94,6 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
     `details` prints the table of all metrics too; `loaded` is (model, tokenizer) right after training."""
     from toolkit.data import mix
     from toolkit.evaluation import measure as evaluation
-    from toolkit.evaluation import words
     from toolkit.evaluation.questions import from_mix
     from toolkit.training import model as models
     from toolkit.view import tables
@@ -126,7 +124,7 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
         write_card(folder)
         log_evaluation(recipe, folder, console)
     if details:
-        console.print(tables.rich_table(words.score_rows(result), title=words.table_title(result)))
+        console.print(tables.score_table(result))
     for line in result["verdict"]:
         console.print(line)
     # a run that lost something is looked at before it is exported

@@ -21,11 +21,11 @@ from toolkit.evaluation.questions import PROBES as SHIPPED_PROBES
 from toolkit.evaluation.score import Judge, leaks, same_words
 from toolkit.evaluation.stats import difference, interval
 from toolkit.evaluation.subject import LOGITS, LoadedRun, checksum, logits_at_once
-from toolkit.evaluation.words import score_rows, table_title, verdict
+from toolkit.evaluation.words import verdict
 from toolkit.family import MODES
 from toolkit.files import ROOT, ToolkitError, read_jsonl
 from toolkit.run import questions
-from toolkit.view.tables import rich_table
+from toolkit.view.tables import score_table
 
 SUMS = [{"messages": [{"role": "user", "content": f"{a} + 7?"}], "expected_answer": str(a + 7), "set": "sums"}
         for a in range(20)]  # fmt: skip
@@ -582,7 +582,7 @@ def test_the_points_of_a_change_are_the_difference_of_the_shares_beside_them(n, 
 
 def rendered(result, width) -> str:
     console = Console(file=io.StringIO(), width=width)
-    console.print(rich_table(score_rows(result), title=table_title(result)))
+    console.print(score_table(result))
     return console.file.getvalue()
 
 

@@ -102,11 +102,6 @@ def summary(result: dict) -> dict[str, float]:
     }
 
 
-def table_title(result: dict) -> str:
-    """What stands above the table of `score_rows`."""
-    return f"{result['level']} evaluation, seed {result['seed']}, paired over questions"
-
-
 def score_rows(result: dict) -> list[dict]:
     """What was measured, base and tuned, and their paired difference with its 95% interval, in words. What is zero for both
     models is left out, and so is what only pools other rows."""

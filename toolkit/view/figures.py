@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from toolkit.data.mix import UNITS, Mix
 from toolkit.family import mode_title
 from toolkit.files import read_jsonl
+from toolkit.recipe import Recipe
+from toolkit.training import tracking
 
 # matplotlib and pandas take a second to import; what only reads metrics.jsonl must not wait for them
 if TYPE_CHECKING:
@@ -50,6 +52,12 @@ def mix_figure(mixed: Mix) -> "Figure":
     draw_shares(shares, mixed)
     draw_lengths(lengths, mixed)
     return figure
+
+
+def keep_mix_picture(recipe: Recipe, mixed: Mix, folder: Path) -> None:
+    """Leave a mix's picture in a run's folder, where tracking takes it from; nothing without wandb."""
+    if "wandb" in tracking.trackers(recipe.train):
+        mix_figure(mixed).savefig(folder / tracking.MIX_PICTURE, dpi=120)
 
 
 def draw_shares(axes: "Axes", mixed: Mix) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from toolkit.data.mix import UNITS
+from toolkit.evaluation import words
 from toolkit.family import mode_title
 
 Cell = str | int | float
@@ -64,6 +65,12 @@ def side_by_side(rows: Sequence[Mapping[str, Any]]) -> Table:
             cells.append(Text.assemble(grey, answer or "(no answer)"))
         table.add_row(*cells)
     return table
+
+
+def score_table(result: Mapping[str, Any]) -> Table:
+    """Every metric of an evaluation (`result` is eval.json's content): base, tuned, difference with its interval."""
+    title = f"{result['level']} evaluation, seed {result['seed']}, paired over questions"
+    return rich_table(words.score_rows(result), title=title)
 
 
 # --- a mix -----------------------------------------------------------------------------------------------------------
