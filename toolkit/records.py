@@ -1,0 +1,301 @@
+"""The types of what a run leaves and of what travels between the stages: one line of documentation for each key.
+
+from toolkit.records import Evaluation, Interval, Manifest, MixReport
+
+Each file of a run folder has one type here: mix.json is MixReport, eval.json is Evaluation, manifest.json is Manifest,
+certificate.json is Certificate, export.json is ExportRecord; a line of metrics.jsonl is MetricLine, of samples.jsonl
+SampleLine, of quarantine.jsonl DroppedRow. The types say what a key holds; at run time they are plain dicts.
+"""
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+# One word of a recipe or of a report --------------------------------------------------------------------------------
+
+Role = Literal["system", "user", "assistant", "tool"]
+Mode = Literal["thinking", "non_thinking"]
+Unit = Literal["examples", "tokens", "supervised_tokens"]
+Shares = dict[str, float]
+"""{source or mode: its share, 0 to 1}."""
+Json = Any
+"""A value of a JSON file whose shape the toolkit does not know: a raw row, the arguments of a call, a tool's schema."""
+
+
+# A conversation ------------------------------------------------------------------------------------------------------
+
+
+class FunctionCall(TypedDict):
+    name: str  # the tool that the model calls
+    arguments: dict[str, Json]  # as an object, never as text
+
+
+class ToolCall(TypedDict):
+    type: Literal["function"]  # the only kind there is
+    function: FunctionCall  # what is called, with what
+
+
+class Message(TypedDict):
+    role: Role  # who speaks; "tool" is the result of a call
+    content: str  # the text, without reasoning; blank only beside tool_calls or in a tool's result
+    reasoning_content: NotRequired[str]  # what an assistant thought before the answer, without <think> tags
+    tool_calls: NotRequired[list[ToolCall]]  # calls that an assistant makes
+
+
+class Conversation(TypedDict):
+    messages: list[Message]  # an optional system turn, then user and assistant in turns; the last is the assistant's
+    tools: NotRequired[list[dict[str, Json]]]  # schemas of the tools that the template shows, in OpenAI's form
+    expected_answer: NotRequired[str]  # what a right answer comes to; evaluation can ask a held-out row that has one
+
+
+class Question(TypedDict):
+    messages: list[Message]  # up to and including a user turn
+    expected_answer: str  # what the reply is judged by
+    set: str  # the name of the question set, as reports show it
+    chat: NotRequired[bool]  # counts as a chat question (accuracy/chat), not as a reasoning question (accuracy)
+
+
+class Probe(TypedDict):
+    id: str  # a unique name
+    category: str  # knowledge, instruction, safety, format, identity or identity_neighbours
+    language: str  # en or zh
+    messages: list[Message]  # one user turn; the base's own answer to it is what the tuned model is compared on
+
+
+class HeldOutRow(TypedDict):
+    input_ids: list[int]  # prompt and completion
+    prompt_length: int  # leading tokens that are not scored
+    source: str  # the source it was held out of
+    mode: str  # the mode it is rendered in
+
+
+# mix.json ------------------------------------------------------------------------------------------------------------
+
+
+class Lengths(TypedDict):
+    p50: int  # median number of tokens of a row, prompt and completion
+    p90: int  # nine rows of ten are not longer
+    max: int  # the longest row
+
+
+class SourceReport(TypedDict):
+    mode: str  # as the recipe has it: auto, thinking or non_thinking
+    modes: dict[str, int]  # {mode: rows in training}, where auto may give both
+    rows_asked: int | None  # the number after `#` in the source's path; null without one
+    rows_seen: int  # examples read until the quota was met
+    rows_kept: int  # rows in training, repeated ones counted each time
+    rows_repeated: int  # those of rows_kept that repeat an earlier row, by max_repeats or `#N`
+    rows_held_out: int  # rows of the validation set
+    dropped: dict[str, int]  # {reason: examples}; quarantine.jsonl names each of them
+    tokens: int  # tokens in training
+    supervised_tokens: int  # those of them that the loss counts
+    length: Lengths  # tokens of a row
+
+
+class MixReport(TypedDict):
+    unit: Unit  # what shares and budget are counted in
+    budget: int | None  # how much is trained on at most, in `unit`; null takes everything
+    planned: Shares  # {source: the share it was to have}
+    achieved: dict[Unit, Shares]  # {unit: {source: the share it has}} of the compiled rows
+    achieved_modes: dict[Unit, Shares]  # the same by mode instead of source
+    total: dict[Unit, int]  # the size of the mix in each unit
+    limited_by: str | None  # the exhausted source for which the whole mix was reduced; null where none was
+    sources: dict[str, SourceReport]  # {source: what was read, kept and dropped}
+    max_seq_length: int  # longest row allowed; rows are never truncated
+    fingerprints: dict[str, str]  # {source or questions/NAME: SHA-256 of its data}
+    slow_tokenizer: str | None  # why the fast tokenizer was not used; null where it was
+    warnings: list[str]  # what should be looked at before training
+
+
+class DroppedRow(TypedDict):
+    source: str  # the source it was read from
+    row: int  # its number there, from 1
+    reason: str  # one word, as counted in mix.json
+    detail: str  # what exactly was wrong
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+class MetricLine(TypedDict, total=False):
+    """A line of metrics.jsonl. transformers and TRL add keys of their own: eval_SOURCE/MODE_loss and others."""
+
+    step: int  # optimizer steps done
+    epoch: float  # passes over the training rows, in parts
+    loss: float  # mean loss of the supervised tokens since the last line
+    learning_rate: float  # of the step that was logged
+    grad_norm: float | None  # norm of the gradient before clipping; null where it overflowed in fp16
+    eval_loss: float  # validation loss of all sources, weighted by their achieved shares
+    tokens: int  # tokens seen so far, over all resumes
+    supervised_tokens: int  # those of them that the loss counted
+    tokens_per_second: float  # since training began, without evaluation and saving
+    supervised_tokens_per_second: float  # the same for supervised tokens
+    peak_memory_gib: float  # reserved on the card at the peak, or resident on a CPU
+    num_tokens: float  # TRL's own count
+
+
+class SampleLine(TypedDict):
+    when: Literal["before", "after"]  # without the adapter, or with it
+    prompt: str  # one of the recipe's evaluate.prompts
+    mode: str  # the mode it was asked in
+    reasoning: str  # the reply's think block, without tags
+    answer: str  # the reply's answer
+    finished: bool  # whether it ended by itself, not by the limit
+
+
+class ModelRecord(TypedDict):
+    name: str  # the model that was loaded: a Hub name, a folder or pocket
+    revision: str | None  # its commit on the Hub, where known
+    load_in_4bit: bool  # whether the base was quantized to NF4
+
+
+class Gpu(TypedDict):
+    name: str  # as the driver calls it
+    memory_bytes: int  # of the whole card
+
+
+class MemoryComparison(TypedDict):
+    """How good the memory forecast was."""
+
+    phase: str  # training
+    forecast: int  # bytes expected at the peak
+    measured: int  # bytes reserved at the peak
+    error: float  # relative; positive where too much was expected
+
+
+class Seeds(TypedDict):
+    data: int  # draws rows and their order
+    train: int  # initializes the adapter and shuffles epochs
+
+
+class Manifest(TypedDict):
+    recipe_sha256: str  # of the resolved recipe
+    versions: dict[str, str]  # {package: version}, Python included
+    gpu: Gpu | None  # null on a CPU
+    model: ModelRecord  # the base
+    data: dict[str, str]  # {source or questions/NAME: SHA-256 of its data}
+    mix: str  # name of the mix's folder in the cache
+    seeds: Seeds  # all that is random
+    commit: str | None  # the toolkit's git commit, with + where files differ from it; null in an installed copy
+    started: str  # when the run first began, UTC
+    state: Literal["running", "stopped", "finished"]  # running, too, after a kill that left no time to write
+    stopped: NotRequired[str]  # why it stopped, where it did
+    batch: NotRequired[dict[str, int]]  # batch size and accumulation as used, which may be smaller than the recipe's
+    processes: NotRequired[int]  # how many trained together
+    packing: NotRequired[bool]  # whether rows were packed
+    padding_free: NotRequired[bool]  # whether rows of a batch were joined without padding
+    skipped_steps: NotRequired[int]  # steps whose fp16 gradients overflowed
+    peak_memory_bytes: NotRequired[int]  # reserved on the card at the peak, or resident on a CPU
+    train_seconds: NotRequired[float]  # steps alone
+    evaluation_seconds: NotRequired[float]  # validation during training
+    seconds: NotRequired[float]  # everything, over all resumes
+    tokens: NotRequired[int]  # trained on
+    supervised_tokens: NotRequired[int]  # those of them that the loss counted
+    tokens_per_second: NotRequired[float]  # over train_seconds
+    supervised_tokens_per_second: NotRequired[float]  # over train_seconds
+    peak_memory_gib: NotRequired[float]  # peak_memory_bytes in GiB
+    train_loss: NotRequired[float]  # mean over all steps
+    steps: NotRequired[int]  # optimizer steps done
+    best_step: NotRequired[int | None]  # the step with the lowest validation loss; null without validation
+    adapter_step: NotRequired[int]  # the step whose weights are the adapter
+    adapter: NotRequired[dict[str, str]]  # {file of adapter/: SHA-256}
+    finished: NotRequired[str]  # when it ended, UTC
+    fit: NotRequired[MemoryComparison]  # the memory forecast against what was measured, on a card
+
+
+# eval.json -----------------------------------------------------------------------------------------------------------
+
+
+class Interval(TypedDict):
+    value: float | None  # null where nothing could be measured
+    low: float | None  # lower end of the 95% interval
+    high: float | None  # upper end
+    n: int  # questions, probes or rows behind it
+
+
+Metrics = dict[str, Interval]
+"""{metric: interval}: accuracy, accuracy/chat, accuracy/set/NAME, adherence, cut, reasoning_tokens, answer_tokens in a mode;
+kl, nll, kl/CATEGORY and loss/SOURCE/MODE under "forgetting"."""
+Sections = dict[str, Metrics]
+"""{mode, or "forgetting": metrics}."""
+PerQuestion = dict[str, dict[str, dict[str, list[list[float]]]]]
+"""{section: {"base" or "tuned": {metric: [sum of each question, weight of each question]}}}: what pairs runs."""
+
+
+class EvaluationBudget(TypedDict):
+    questions: int  # asked of each kind, reasoning and chat, at most
+    samples: int  # replies per question, mode and model
+    probes: int  # per category and language
+    probe_tokens: int  # longest answer to a probe
+    validation: int  # held-out rows scored, at most
+    max_new_tokens: int  # longest reply to a question
+    replies: int  # replies generated in all
+
+
+class EvaluationSample(TypedDict):
+    mode: str  # the mode it was asked in
+    prompt: str  # the last user turn
+    expected_answer: str  # what a right answer comes to
+    base: str  # the base's reply, as generated
+    tuned: str  # the tuned model's
+
+
+class Evaluation(TypedDict):
+    level: str  # how much was asked: quick or full
+    seed: int  # the evaluation's own, not the recipe's
+    modes: list[str]  # the modes that the model has
+    budget: EvaluationBudget  # how much was asked, in numbers
+    seconds: float  # how long it took
+    fingerprints: dict[str, str]  # {questions, probes, validation: identity of what was asked}
+    base: Sections  # scores without the adapter
+    tuned: Sections  # scores with it
+    difference: Sections  # tuned minus base, paired over questions
+    per_question: PerQuestion  # what `compare` pairs runs by
+    samples: list[EvaluationSample]  # a few prompts with both replies, for people to read
+    verdict: list[str]  # the result in words; the last line begins with "result:"
+
+
+# export.json and certificate.json ------------------------------------------------------------------------------------
+
+
+class FileRecord(TypedDict):
+    sha256: str  # of its content, in hex
+    bytes: int  # its size
+
+
+class ExportInputs(TypedDict):
+    onto: Literal["4bit", "16bit"]  # the base the adapter was merged onto
+    base: str  # its name, without where it lies on this machine
+    revision: str | None  # its commit on the Hub, where known
+    base_sha256: str  # of its weights
+    adapter: dict[str, str]  # {file of adapter/: SHA-256}
+    versions: dict[str, str]  # {package: version} of what writes GGUF files
+
+
+class ExportRecord(TypedDict):
+    inputs: ExportInputs  # what the files were made of; another adapter or base makes them stale
+    files: dict[str, FileRecord]  # {path in the run folder: its content}
+
+
+class Check(TypedDict):
+    name: str  # what was measured
+    passed: bool  # whether the value keeps the limit
+    value: float | None  # null where it is no number, which has failed
+    limit: float  # the bound
+    rule: Literal["at most", "at least"]  # how the value must lie to the limit
+
+
+class Note(TypedDict):
+    name: str  # what was measured, or could not be
+    value: float | None  # null where it could not be
+    note: str  # what it means; it decides nothing
+
+
+class Certificate(TypedDict):
+    passed: bool  # whether every check did
+    checks: list[Check]  # the gates
+    reports: list[Note]  # measured for information
+    files: dict[str, FileRecord]  # {path in the run folder: its content as verified}
+    inputs: ExportInputs  # what the files were made of
+    positions: int  # tokens at which probabilities were compared
+    kl: str  # how KL from a GGUF is taken
+    seconds: float  # how long the verification took
+    versions: dict[str, str]  # {package: version} that took part
