@@ -476,6 +476,26 @@ def test_a_card_that_only_emulates_bfloat16_trains_in_fp16(tmp_path, monkeypatch
     assert {name: arguments[name] for name in precision} == precision
 
 
+@pytest.mark.parametrize(
+    ("cuda", "change", "expected"),
+    [(False, [], False), (False, ["train.gradient_checkpointing=true"], True), (True, [], None)],
+    ids=["CPU", "CPU, asked for", "CUDA keeps the libraries' default"],
+)
+def test_a_cpu_computes_every_layer_once(tmp_path, monkeypatch, cuda, change, expected):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    arguments = train.sft_arguments(recipe.load("pocket", change), tmp_path, True)
+    assert arguments.get("gradient_checkpointing") == expected
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_recomputing_layers_changes_no_bit_of_the_adapter(root):
+    run, _ = trained("run", "train.gradient_checkpointing=true")
+    assert weights(run) == weights(root / "run")
+
+
 def test_a_step_whose_gradients_overflow_in_fp16_is_counted_and_shown(tmp_path):
     import accelerate
     import torch

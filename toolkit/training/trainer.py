@@ -252,9 +252,13 @@ def sft_arguments(recipe: Recipe, folder: Path, validates: bool) -> dict:
     settings, half = recipe.train, on_cuda()
     bf16 = half and has_bf16()
     packing = bool(settings.get("packing"))
-    # the recipe may change these three values, and none of those below
+    # the recipe may change these values, and none of those below
     saves = "steps" if settings["eval_strategy"] == "no" else settings["eval_strategy"]
-    values = {"bf16": bf16, "fp16": half and not bf16, "save_strategy": saves, **settings}
+    values = {"bf16": bf16, "fp16": half and not bf16, "save_strategy": saves}
+    if not half:
+        # its default is True, and would compute every layer twice; memory is short on a card, not here
+        values["gradient_checkpointing"] = False
+    values |= settings
     values |= {
         "report_to": [name for name in tracking.trackers(recipe.train) if name != "wandb"],  # that is ours
         "output_dir": str(folder / "checkpoints"),
