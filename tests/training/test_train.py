@@ -26,6 +26,7 @@ from toolkit.data import mix
 from toolkit.data.mix import Row, dataset
 from toolkit.files import POCKET, ROOT, ToolkitError, outputs, read_json, read_jsonl, write_json
 from toolkit.training import trainer as train
+from toolkit.training.base import base_checksums
 from toolkit.training.model import check_adapter, load_run, run_folder
 from toolkit.training.trainer import writing
 
@@ -161,6 +162,17 @@ def test_data_that_changed_are_noticed_by_a_resume_and_by_an_evaluation(elsewher
     with pytest.raises(ToolkitError, match="sums changed since this run began"):
         trained("own", own, "data.budget=500")
     assert json.loads((folder / "manifest.json").read_bytes())["data"] == json.loads(before)["data"]
+
+
+def test_a_base_that_changed_is_noticed_by_a_resume(elsewhere):
+    model = shutil.copytree(POCKET, elsewhere / "model")
+    folder, _ = trained("own", f"model.model_name={model}")
+    unfinish(folder, 2)
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ToolkitError, match=r"model.safetensors: not the file that this run was trained on"):
+        trained("own", f"model.model_name={model}")
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -485,7 +497,7 @@ def test_a_cpu_computes_every_layer_once(tmp_path, monkeypatch, cuda, change, ex
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     arguments = train.sft_arguments(recipe.load("pocket", change), tmp_path, True)
     assert arguments.get("gradient_checkpointing") == expected
 
@@ -634,7 +646,9 @@ def test_the_run_folder_explains_itself(root):
     assert {"recipe.yaml", "manifest.json", "mix.json", "metrics.jsonl", "samples.jsonl", "run.log", "adapter"} <= files
     manifest = read_json(run / "manifest.json")
     assert {"recipe_sha256", "versions", "gpu", "model", "data", "mix", "seeds", "commit"} <= set(manifest)
-    assert manifest["model"] == {"name": "pocket", "revision": None, "load_in_4bit": True}
+    assert manifest["model"] == {
+        "name": "pocket", "revision": None, "load_in_4bit": True, "files": base_checksums(POCKET)
+    }  # fmt: skip
     assert manifest["recipe_sha256"] == recipe.sha256(recipe.load(run / "recipe.yaml"))
     assert manifest["state"] == "finished"
     adapted = read_json(run / "adapter" / "adapter_config.json")["target_modules"]

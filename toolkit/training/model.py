@@ -15,6 +15,7 @@ from pathlib import Path
 
 from toolkit.files import POCKET, ToolkitError, did_you_mean, download, find, outputs, read_json, sha256
 from toolkit.recipe import Lora, Model
+from toolkit.training.base import check_base
 
 
 class Log(io.TextIOBase):
@@ -232,6 +233,7 @@ def load_run(folder: str | Path):
     folder = run_folder(folder)
     check_adapter(folder)
     resolved = recipe.load(folder / "recipe.yaml")
+    check_base(resolved.model, read_json(folder / "manifest.json").get("model", {}).get("files", {}))
     model, tokenizer = load_base(resolved.model)
     with quiet():
         from peft import PeftModel

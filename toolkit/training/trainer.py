@@ -26,6 +26,7 @@ from toolkit.files import ROOT, ToolkitError, flat, outputs, read_json, write_er
 from toolkit.machine import fit
 from toolkit.recipe import Recipe
 from toolkit.training import tracking
+from toolkit.training.base import check_base, recorded_checksums
 from toolkit.training.model import adapter_checksums, damaged, has_bf16, out_of_memory, quiet, unsloth
 
 WRITE_ERRORS = {
@@ -118,7 +119,9 @@ def begin(recipe: Recipe, mixed: Mix, model, folder: Path) -> None:
                 f"records the run (lora.{name}={used})"
             )
     if all_checkpoints(folder):
-        check_data(mixed, read_manifest(folder))
+        before = read_manifest(folder)
+        check_data(mixed, before)
+        check_base(recipe.model, before.get("model", {}).get("files", {}))
     write_json(folder / "mix.json", mixed.report)
     write_jsonl(folder / "quarantine.jsonl", mixed.quarantine)
     write_json(folder / "manifest.json", describe(recipe, mixed, model, folder))
@@ -432,6 +435,7 @@ def describe(recipe: Recipe, mixed: Mix, model, folder: Path) -> dict:
             "name": recipe.model.model_name,
             "revision": recipe.model.revision or vars(model.config).get("_commit_hash"),
             "load_in_4bit": recipe.model.load_in_4bit,
+            "files": recorded_checksums(recipe.model),
         },
         "data": mixed.report["fingerprints"],
         "mix": mixed.folder.name,

@@ -1,0 +1,63 @@
+"""Whether a base is still the one that a run was trained on: checksums of the weights in a local folder.
+
+check_base(recipe.model, manifest["model"]["files"]); base_checksums(Path("models/my-qwen3"))
+"""
+
+import contextlib
+from pathlib import Path
+
+from toolkit.files import POCKET, ToolkitError, find, outputs, read_json, sha256, write_json
+from toolkit.recipe import Model
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "config.json")
+"""What decides the numbers a base computes; tokenizer and template lie in the run's adapter/ too."""
+
+
+def base_folder(name: str) -> Path | None:
+    """The folder of a model by its name in a recipe; None for a Hub name, which its revision identifies."""
+    return POCKET if name == "pocket" else find(name)
+
+
+def base_checksums(folder: Path) -> dict[str, str]:
+    """{file: SHA-256} of the weights in a model's folder. Each file is read once, and again only after it was written."""
+    cache_file = outputs() / ".checksums.json"
+    cache: dict[str, list[int | str]] = {}
+    with contextlib.suppress(ToolkitError):  # missing or damaged: everything is read again
+        cache = read_json(cache_file)
+    files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
+    known = {str(file.resolve()): cache.get(str(file.resolve())) for file in files}
+    checksums = {}
+    for file in files:
+        path = str(file.resolve())
+        status = file.stat()
+        # the time of change cannot be set by hand, as that of modification can
+        identity = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+        entry = known[path]
+        if entry is None or entry[:3] != identity:
+            known[path] = entry = [*identity, sha256(file)]
+        checksums[file.name] = str(entry[3])
+    if any(cache.get(path) != entry for path, entry in known.items()):
+        write_json(cache_file, cache | known)
+    return checksums
+
+
+def recorded_checksums(section: Model) -> dict[str, str]:
+    """What a manifest keeps of a recipe's base: its checksums; {} for a Hub name."""
+    folder = base_folder(section.model_name)
+    return base_checksums(folder) if folder else {}
+
+
+def check_base(section: Model, recorded: dict[str, str]) -> None:
+    """Compare a recipe's base with the checksums in a run's manifest. Raises ToolkitError naming a file that changed.
+
+    A run without checksums (of a Hub model, or made before they were kept) is taken as it is."""
+    folder = base_folder(section.model_name)
+    if not recorded or folder is None:
+        return
+    now = base_checksums(folder)
+    changed = sorted(name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name))
+    if changed:
+        raise ToolkitError(
+            f"{folder / changed[0]}: not the file that this run was trained on (its SHA-256 differs from manifest.json): "
+            "an adapter belongs to one base. Put the old file back, or train anew on this base under another name"
+        )
