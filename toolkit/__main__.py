@@ -152,7 +152,7 @@ def _recipe(path: str | None, overrides: list[str]):
     from toolkit import recipe
 
     if path is None:
-        from toolkit.run import default_recipe
+        from toolkit.machine.doctor import default_recipe
 
         path, why = default_recipe()
         console().print(f"{path} ({why})")

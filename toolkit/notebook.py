@@ -36,7 +36,7 @@ rich.jupyter.JUPYTER_HTML_FORMAT = rich.jupyter.JUPYTER_HTML_FORMAT.replace(
 @functools.cache
 def place() -> tuple[bool, str]:
     """(whether full-size models can be trained here, why), asked once a session."""
-    from toolkit.run import default_recipe
+    from toolkit.machine.doctor import default_recipe
 
     path, why = default_recipe()
     return not path.endswith("pocket.yaml"), why

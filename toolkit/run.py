@@ -7,7 +7,6 @@ The way of a run: recipe → resolve (which model) → compile_mix → load, att
 
 import contextlib
 import dataclasses
-import os
 import signal
 import time
 import traceback
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from toolkit import recipe as recipes
-from toolkit.files import ToolkitError, lock, outputs, read_json, read_jsonl, write_json, write_text
+from toolkit.files import ToolkitError, lock, outputs, read_json, write_json, write_text
 from toolkit.recipe import Recipe
 from toolkit.training import tracking
 
@@ -35,6 +34,7 @@ def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = Tr
     An unfinished run of the same recipe resumes from its last checkpoint; a finished one is left as it is.
     """
     from toolkit.training import trainer as training
+    from toolkit.view import trained
 
     console = console or default_console()
     console.file = console.file  # keep printing there while the libraries' output goes to the log
@@ -62,7 +62,7 @@ def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = Tr
             return folder
         loaded = _train(recipe, mixed, folder, console) if state != "finished" else None
         if training.is_main():
-            report(folder, console)
+            trained.report(folder, console)
             if score:
                 evaluate(folder, console, loaded=loaded, details=details)
             else:
@@ -171,30 +171,6 @@ def write_card(folder: Path) -> None:
     write_text(folder / "adapter" / "README.md", adapter_card(folder))
 
 
-def default_recipe() -> tuple[str, str]:
-    """(recipe, why): `hybrid` where there is a CUDA card and the Hub answers, else `pocket`."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return "data_recipes/pocket.yaml", "no CUDA card here: the pocket Qwen3 that ships with the package, on the CPU"
-    if not hub_answers():
-        return "data_recipes/pocket.yaml", "the Hub does not answer: the pocket Qwen3 that ships with the package"
-    return "data_recipes/hybrid.yaml", f"{torch.cuda.get_device_name(0)} and the Hub answers"
-
-
-def hub_answers(seconds: float = 3.0) -> bool:
-    """Whether huggingface.co answers; never asked when HF_HUB_OFFLINE is set."""
-    import requests
-
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}:
-        return False
-    # any answer will do, an error page too: the question is whether there is a network
-    with contextlib.suppress(requests.RequestException):
-        requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds)
-        return True
-    return False
-
-
 def resolve(recipe: Recipe, console) -> Recipe:
     """The recipe with the model that is really loaded, which is said where it differs: `auto` becomes the largest Qwen3
     that fits the card, a Hub name what Unsloth loads for it. The mix, the run and its export then agree on one name."""
@@ -206,18 +182,10 @@ def resolve(recipe: Recipe, console) -> Recipe:
         if name != asked:
             console.print(f"model: {name} (what Unsloth loads for {asked})")
         return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, model_name=name))
-    import torch
+    from toolkit.machine.choose import auto_model
 
-    from toolkit.machine import fit
-
-    if not torch.cuda.is_available():
-        name = "pocket"
-        console.print("model: pocket (no CUDA card for a larger one)")
-    else:
-        # what is free now, since a display or another program may hold some of the card
-        memory = fit.usable_vram()
-        name = fit.choose_model(memory, recipe)
-        console.print(f"model: {name} (the largest Qwen3 that fits {memory / 2**30:.1f} GiB with this recipe)")
+    name, why = auto_model(recipe)
+    console.print(f"model: {name} ({why})")
     return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, model_name=name))
 
 
@@ -314,25 +282,3 @@ def questions(recipe: Recipe, mixed) -> tuple[list[dict] | None, list[dict] | No
     for source in recipe.evaluate.questions:
         found[source.mode == "non_thinking"].extend(read_questions(source, placeholders=recipe.data.placeholders))
     return found
-
-
-def report(folder: Path, console) -> None:
-    """The fixed prompts before and after a training, its speed and memory."""
-    from toolkit.training.record import speed
-
-    made = read_json(folder / "manifest.json")
-    console.print(before_after(read_jsonl(folder / "samples.jsonl")))
-    console.print(f"{made['steps']} steps in {made['train_seconds']:.0f} s: {speed(made)}")
-    if made["skipped_steps"]:
-        console.print(f"{made['skipped_steps']} of the steps were skipped: their fp16 gradients overflowed")
-
-
-def before_after(rows: list[dict]):
-    """A table of the fixed prompts' replies before and after training, in each mode of the model."""
-    from toolkit.view import tables
-
-    rows = [row for row in rows if row["when"] in ("before", "after")]
-    asked: dict[tuple, dict] = {(row["prompt"], row["mode"]): {} for row in rows}
-    for row in rows:
-        asked[row["prompt"], row["mode"]][row["when"]] = tables.ShownReply(row["reasoning"], row["answer"])
-    return tables.side_by_side([{"prompt": prompt, "mode": mode, **said} for (prompt, mode), said in asked.items()])

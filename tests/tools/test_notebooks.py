@@ -15,9 +15,10 @@ import time
 import pytest
 
 from tests.tools import run_notebooks
-from toolkit import notebook, run
+from toolkit import notebook
 from toolkit.files import ROOT, ToolkitError
 from toolkit.view import tables
+from toolkit.view.trained import before_after
 
 NAMES = "00_quickstart 01_mix 02_train 03_evaluate 04_ratio_sweep 05_export 06_your_own_data 07_in_your_own_notebook".split()
 SETUP = 1
@@ -345,7 +346,7 @@ def test_replies_are_shown_as_text_and_never_as_markup():
 
 def test_reasoning_is_grey_before_and_after_training_and_the_answer_is_not():
     row = {"prompt": "2 + 2?", "mode": "thinking", "when": "after", "reasoning": "two and two", "answer": "Four."}
-    cells = list(run.before_after([row | {"when": "before"}, row]).columns[-1].cells)
+    cells = list(before_after([row | {"when": "before"}, row]).columns[-1].cells)
     grey = [cells[0].plain[span.start : span.end] for span in cells[0].spans if span.style == "bright_black"]
     assert (grey, str(cells[0].style), cells[0].plain) == (["two and two\n"], "", "two and two\nFour.")
 

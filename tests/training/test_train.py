@@ -513,8 +513,8 @@ def test_a_step_whose_gradients_overflow_in_fp16_is_counted_and_shown(tmp_path):
     import torch
     from accelerate.optimizer import AcceleratedOptimizer
 
-    from toolkit import run
     from toolkit.training.record import Record
+    from toolkit.view.trained import report
 
     accelerate.Accelerator(cpu=True)
     weight, scaler = torch.nn.Parameter(torch.ones(1)), torch.amp.GradScaler("cpu")
@@ -532,7 +532,7 @@ def test_a_step_whose_gradients_overflow_in_fp16_is_counted_and_shown(tmp_path):
     write_json(tmp_path / "manifest.json", record.summary())
     (tmp_path / "samples.jsonl").write_text("")
     console = Console(record=True, width=200, file=Screen())
-    run.report(tmp_path, console)
+    report(tmp_path, console)
     assert "1 of the steps were skipped: their fp16 gradients overflowed" in console.export_text()
 
 
@@ -682,7 +682,7 @@ def test_fixed_prompts_are_answered_in_both_modes_before_and_after(root):
 
 
 def test_before_and_after_shows_the_answer_in_full_strength():
-    from toolkit.run import before_after
+    from toolkit.view.trained import before_after
 
     row = {"prompt": "?", "mode": "thinking", "reasoning": "because", "answer": "42", "when": "before"}
     table = before_after([row, row | {"when": "after"}])

@@ -3,6 +3,7 @@
 from toolkit.machine.doctor import examine; print(*examine(), sep="\\n")     (`python -m toolkit doctor`)
 """
 
+import contextlib
 import os
 import platform
 import re
@@ -64,7 +65,6 @@ class Machine:
 
 def examine() -> list[Finding]:
     """All findings, quickest first."""
-    from toolkit.run import default_recipe, hub_answers
     from toolkit.training.tracking import has_account
 
     wrong, count, free = install.differing(), len(install.pins()), shutil.disk_usage(ROOT).free / GIB
@@ -82,6 +82,33 @@ def examine() -> list[Finding]:
     }
     found = [Finding(what, state, "" if is_good else fix) for what, (is_good, state, fix) in checks.items()]
     return [*found[:2], *compiler(), *gpu(look()), *found[2:]]
+
+
+def default_recipe() -> tuple[str, str]:
+    """(recipe, why): `hybrid` where there is a CUDA card and the Hub answers, else `pocket`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        card = next(iter(gpu(look())))
+        # where there is a driver, the reason why torch cannot use it
+        reason = "no CUDA card here" if card.state.startswith("none") else card.state
+        return "data_recipes/pocket.yaml", f"{reason}: the pocket Qwen3 that ships with the package, on the CPU"
+    if not hub_answers():
+        return "data_recipes/pocket.yaml", "the Hub does not answer: the pocket Qwen3 that ships with the package"
+    return "data_recipes/hybrid.yaml", f"{torch.cuda.get_device_name(0)} and the Hub answers"
+
+
+def hub_answers(seconds: float = 3.0) -> bool:
+    """Whether huggingface.co answers; never asked when HF_HUB_OFFLINE is set."""
+    import requests
+
+    if os.environ.get("HF_HUB_OFFLINE", "0") not in {"", "0"}:
+        return False
+    # any answer will do, an error page too: the question is whether there is a network
+    with contextlib.suppress(requests.RequestException):
+        requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds)
+        return True
+    return False
 
 
 def show(findings: list[Finding], console) -> None:

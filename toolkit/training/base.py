@@ -24,20 +24,16 @@ def base_checksums(folder: Path) -> dict[str, str]:
     cache: dict[str, list[int | str]] = {}
     with contextlib.suppress(ToolkitError):  # missing or damaged: everything is read again
         cache = read_json(cache_file)
-    files = sorted({file for pattern in WEIGHTS for file in folder.glob(pattern)})
-    known = {str(file.resolve()): cache.get(str(file.resolve())) for file in files}
-    checksums = {}
-    for file in files:
-        path = str(file.resolve())
-        status = file.stat()
+    before, checksums = dict(cache), {}
+    for file in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+        path, status = str(file.resolve()), file.stat()
         # the time of change cannot be set by hand, as that of modification can
         identity = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-        entry = known[path]
-        if entry is None or entry[:3] != identity:
-            known[path] = entry = [*identity, sha256(file)]
-        checksums[file.name] = str(entry[3])
-    if any(cache.get(path) != entry for path, entry in known.items()):
-        write_json(cache_file, cache | known)
+        if cache.get(path, [])[:3] != identity:
+            cache[path] = [*identity, sha256(file)]
+        checksums[file.name] = str(cache[path][3])
+    if cache != before:
+        write_json(cache_file, cache)
     return checksums
 
 
