@@ -145,6 +145,9 @@ class ModelRecord(TypedDict):
     name: str  # the model that was loaded: a Hub name, a folder or pocket
     revision: str | None  # its commit on the Hub, where known
     load_in_4bit: bool  # whether the base was quantized to NF4
+    files: NotRequired[
+        dict[str, str]
+    ]  # {file: SHA-256} of a local base's weights; empty for a Hub name, which has a revision
 
 
 class Gpu(TypedDict):
