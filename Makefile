@@ -27,8 +27,8 @@ lock:  ## write requirements.lock again after a change of requirements.txt; need
 train: setup  ## fine-tune; RECIPE=data_recipes/….yaml ARGS="train.max_steps=10 …"
 	@$(PY) -m toolkit train $(RECIPE) $(ARGS)
 
-test: setup  ## lint and tests
-	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
+test: setup  ## lint, types and tests
+	@$(PY) -m ruff check . && $(PY) -m ruff format --check . && $(PY) -m mypy
 	@OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -m "not slow" -n 2 --dist loadfile $(ARGS)
 
 test-slow: setup  ## the tests that take minutes: two processes, real shapes, llama.cpp's own tools

@@ -9,9 +9,13 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
-REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
+from toolkit.files import PACKAGE, ROOT
+
+REQUIREMENTS = PACKAGE / "requirements.txt"
+"""In an installed copy; a checkout has it at its root, and the lock beside it."""
+if not REQUIREMENTS.is_file():
+    REQUIREMENTS = ROOT / "requirements.txt"
 LOCK = REQUIREMENTS.with_suffix(".lock")
 NO_DEPS = ("unsloth", "unsloth_zoo")
 """They ask for torchvision, xformers and diffusers, which text fine-tuning does not use."""
@@ -28,15 +32,18 @@ def setup() -> None:
     if not differing():
         return
     torch = installed("torch")
+    others = [[f"{name}=={version}" for name, version in pins().items() if name not in {"torch", *NO_DEPS}]]
+    others += [["--no-deps", *(f"{name}=={pins()[name]}" for name in NO_DEPS)]]
     # Colab's torch is built for its driver, and replacing it takes minutes
     if torch_fits(torch):
         print(f"keeping torch {torch}")
-        steps = [[f"{name}=={version}" for name, version in pins().items() if name not in {"torch", *NO_DEPS}]]
-        steps += [["--no-deps", *(f"{name}=={pins()[name]}" for name in NO_DEPS)]]
+        steps = others
     else:
         if torch:  # companions built for the old one would stop `import unsloth`
             subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"])
         steps = [[f"torch=={pins()['torch']}"], ["--no-deps", "--require-hashes", "-r", str(LOCK)]]
+        if not LOCK.is_file():  # an installed copy, for which pip resolved what these packages need
+            steps[1:] = others
     print("installing packages (a few minutes the first time)", flush=True)
     for packages in steps:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
