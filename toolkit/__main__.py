@@ -187,6 +187,13 @@ WEIGHTS = (
     arg("--quant", help="of the base, default q8_0; with merged-gguf which file, default the most exact small one"),
     arg("--context", type=whole, default=8192, metavar="N", help="tokens of prompt and reply together; default 8192"),
 )  # fmt: skip
+SCALE = arg(
+    "--scale", type=float, default=1.0, metavar="S", help="how much of the adapter: 0 is the base, default 1 the run"
+)
+SERVER = (
+    arg("--url", help="a server that `serve` started; default: an engine in this process"),
+    arg("--api-key", dest="key", help="of that server"),
+)
 
 
 @verb()
@@ -381,8 +388,8 @@ def verify(run):
     *WEIGHTS,
     arg("--no-think", action="store_true", help="begin in non-thinking mode"),
     arg("--max-new-tokens", dest="max_tokens", type=whole, default=2048, metavar="N", help="of a reply; default 2048"),
-    arg("--url", help="a server that `serve` started; default: an engine in this process"),
-    arg("--api-key", dest="key", help="of that server"),
+    SCALE,
+    *SERVER,
 )
 def chat(run, no_think, url, source, quant, context, **options):
     """Talk to a run in the terminal, in every mode it has, and to its base."""
@@ -396,6 +403,7 @@ def chat(run, no_think, url, source, quant, context, **options):
 @verb(
     arg("runs", nargs="+", metavar="run", help="folders or names; several: runs of one base"),
     *WEIGHTS,
+    SCALE,
     arg("--base", action="store_true", help="serve the base alone, for tools that cannot ask for it in a request"),
     arg("--check", dest="checked", action="store_true", help="first measure that run and base are served as they are"),
     arg(
@@ -421,8 +429,9 @@ def serve(runs, **options):
     arg("replies", type=Path, help="a .jsonl, new or to be continued"),
     arg("--mode", choices=("both", "thinking", "non_thinking"), default="both"),
     arg("--max-new-tokens", type=whole, default=1024, metavar="N"),
-    arg("--batch-size", type=whole, default=16, metavar="N"),
     arg("--seed", type=functools.partial(whole, least=0), default=3407),
+    SCALE,
+    *SERVER,
 )
 def generate(run, prompts, replies, **options):
     """Answer a file of prompts in one mode or both; the same command resumes it."""
@@ -435,10 +444,10 @@ def generate(run, prompts, replies, **options):
         counts = answer_file(run, prompts, replies, **options,
                              progress=lambda done, total: bar.update(task, completed=done, total=total))  # fmt: skip
     # three show what is wrong; the count is in the line below
-    for reason in counts["rejected"][:3]:
+    for reason in counts.rejected[:3]:
         console().print(f"left out: {reason}", style="yellow", markup=False)
-    console().print(f"{counts['prompts']} prompts, {len(counts['rejected'])} rows left out; {replies}: "
-                    f"{counts['answered']} replies, {counts['there']} from before, {counts['unfinished']} cut short")  # fmt: skip
+    console().print(f"{counts.prompts} prompts, {len(counts.rejected)} left out; {replies}: "
+                    f"{counts.answered} replies, {counts.there} from before, {counts.unfinished} cut short")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -98,9 +98,9 @@ def test_a_command_names_files_that_exist_and_its_mode_s_own_sampling(command):
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     """The pocket model, served as the run the page names: it adds two digits when it thinks, and nothing when not."""
-    from toolkit.serving.engine import start
+    from toolkit.serving import public
 
-    return start([make_run(tmp_path_factory.mktemp("outputs") / "pocket")])
+    return public([make_run(tmp_path_factory.mktemp("outputs") / "pocket")], "127.0.0.1", 0, None, print, {})
 
 
 @pytest.mark.slow

@@ -25,7 +25,11 @@ class Echo(BaseHTTPRequestHandler):
     """An API as vLLM's that answers with mode, model and question; replies to "forever" never end by themselves."""
 
     def do_GET(self):
-        self._send(200, json.dumps({"data": [{"id": name, "owned_by": "vllm"} for name in self.server.models]}))
+        if self.path == "/lora-adapters":
+            self._send(200, json.dumps([{"path": f"/{name}-12345678.lora.gguf"} for name in ("other", "tuned")]))
+            return
+        models = [{"id": name, "owned_by": self.server.owner} for name in self.server.models]
+        self._send(200, json.dumps({"data": models}))
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
@@ -64,6 +68,7 @@ class Echo(BaseHTTPRequestHandler):
 def server():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
     server.asked, server.delay, server.reasoning = [], 0, "reasoning_content"
+    server.owner = "vllm"
     server.models = ["base", "other", "tuned"]
     server.url = f"http://127.0.0.1:{server.server_address[1]}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -156,8 +161,44 @@ def test_quit_leaves_and_so_does_the_end_of_input(talk):
 def test_help_lists_every_command_and_a_wrong_one_is_told(talk):
     said, asked = talk("/help", "/thin")
     assert all(command in said for command in chatting.COMMANDS)
-    assert "/thin: no such command" in said
+    assert "/thin: no such command. Did you mean '/think'?" in said
     assert not asked
+
+
+def test_other_spellings_of_a_command_are_told_the_right_one(talk):
+    said, _ = talk("/nothink", "/no-think", "/tune", "/exit")
+    assert said.count("Did you mean '/no_think'?") == 2
+    assert "Did you mean '/tuned'?" in said
+    assert "/quit" in said
+
+
+def test_base_and_run_answer_side_by_side_and_the_conversation_goes_on_with_the_run(talk):
+    said, asked = talk("/both one", "/no_think two", "/tuned three")
+    assert {body["model"] for body in asked[:2]} == {"base", "tuned"}
+    (line,) = [line for line in said.splitlines() if "no to one" in line]
+    assert line.index("base says") < line.index("tuned says")
+    assert "(7 and 7 tokens)" in said
+    assert [m["content"] for m in asked[-1]["messages"]][1::2] == ["tuned says [2Jno to one", "tuned says [2Jno to two"]
+
+
+def test_side_by_side_reads_at_80_columns(monkeypatch, tmp_path, server):
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/both " + "a long question " * 20 + "\n"))
+    chat(make_run(tmp_path / "tuned"), url=server.url, console=Console(file=out, width=80))
+    table = out.getvalue().partition("base and tuned")[2]
+    assert max(map(len, table.splitlines())) <= 80
+    assert "…" not in table
+
+
+def test_the_scale_of_the_adapter_is_set_where_the_server_has_one(talk, server):
+    said, asked = talk("/scale 0.5", "Hello")
+    assert "this server cannot scale an adapter" in said, "vLLM has none"
+    server.owner = "llamacpp"
+    said, asked = talk("one", "/scale 0.5", "two", "/scale 3", "/scale much", "/scale", "three", "/scale 0", "four")
+    assert said.count("error: ") == 3
+    assert [body["lora"][1]["scale"] for body in asked[-4:]] == [1, 0.5, 0.5, 0]
+    _, asked = talk("five", scale=0.25)
+    assert asked[-1]["lora"] == [{"id": 0, "scale": 0}, {"id": 1, "scale": 0.25}]
 
 
 def test_a_saved_conversation_can_be_trained_on(talk, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,8 +16,9 @@ import pytest
 
 from tests.support.pocket_run import make_gguf, make_run
 from toolkit.files import POCKET, ROOT, ToolkitError
-from toolkit.serving import serve, vllm_command, welcome
-from toolkit.serving.engine import BASE, check, connect, exported_gguf, start
+from toolkit.serving import checked_key, public, serve, vllm_command, welcome
+from toolkit.serving.client import connect
+from toolkit.serving.engine import BASE, check, exported_gguf, start
 
 SUM = [{"role": "user", "content": "What is 17 + 25?"}]
 QUIET = {"chat_template_kwargs": {"enable_thinking": False}}
@@ -53,7 +55,7 @@ def engine(runs):
 def client(engine):
     import openai
 
-    return openai.OpenAI(base_url=f"{engine.url}/v1", api_key="-", max_retries=0)
+    return openai.OpenAI(base_url=f"{engine.url}/v1", api_key=engine.key, max_retries=0)
 
 
 def first_logprobs(engine, lora: dict, count: int = 5) -> list[float]:
@@ -149,26 +151,108 @@ def test_several_runs_and_their_base_are_answered_apart_and_at_the_same_time(eng
 
 
 def test_a_server_says_which_runs_it_serves_in_the_order_of_their_loras(engine):
-    assert connect(f"{engine.url}/", "other.v2").runs == engine.runs == ("tuned", "other.v2")
-    assert connect(f"{engine.url}/v1", "other.v2").runs == engine.runs
+    assert connect(f"{engine.url}/", "other.v2", engine.key).runs == engine.runs == ("tuned", "other.v2")
+    assert connect(f"{engine.url}/v1", "other.v2", engine.key).runs == engine.runs
     with pytest.raises(ToolkitError, match=r"serves tuned, other.v2, not another"):
-        connect(engine.url, "another")
+        connect(engine.url, "another", engine.key)
 
 
 def test_the_base_alone_can_be_served_for_tools_that_cannot_ask_for_it(runs, engine):
     served = start(runs[:1], base=True)
     assert first_logprobs(served, {}) == first_logprobs(engine, engine.lora(BASE))
-    assert httpx.get(f"{served.url}/v1/models").json()["data"][0]["id"] == "base"
+    assert served.call("/v1/models")["data"][0]["id"] == "base"
     assert served.runs == ()
     with pytest.raises(ToolkitError, match="serves a base alone, not tuned"):
-        connect(served.url, "tuned")
+        connect(served.url, "tuned", served.key)
 
 
 def test_the_exported_file_is_served(runs):
     make_gguf(runs[0])
     served = start(runs[:1], source="merged-gguf", quant="q8_0")
     assert served.call("/v1/chat/completions", {"messages": SUM, "max_tokens": 8})["choices"][0]["message"]
-    assert connect(served.url, "tuned").runs == ()
+    assert connect(served.url, "tuned", served.key).runs == ()
+
+
+def test_an_exported_file_that_its_certificate_is_not_about_is_refused(outputs):
+    run = make_run(outputs / "damaged", 1, NOISE)
+    file = make_gguf(run)
+    certificate = run / "certificate.json"
+    sound, passed = file.read_bytes(), certificate.read_text()
+    flipped = bytearray(sound)
+    flipped[-1000] ^= 1
+    cases = [
+        (bytes(flipped), passed, "not the file that its certificate is about"),
+        (sound[:-4096], passed, "not the file that its certificate is about"),
+        (sound, passed.replace("true", "false"), "its certificate did not pass"),
+        (sound, passed.replace("damaged.q8_0", "other.q8_0"), "not the file that its certificate is about"),
+        (sound, passed[:-5], "certificate.json"),
+        (sound, None, "not verified"),
+    ]
+    for content, record, message in cases:
+        file.write_bytes(content)
+        certificate.unlink(missing_ok=True)
+        if record is not None:
+            certificate.write_text(record)
+        with pytest.raises(ToolkitError, match=message):
+            start([run], source="merged-gguf")
+    certificate.write_text(passed)
+    assert start([run], source="merged-gguf").call("/health")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "no checksum"])
+@pytest.mark.parametrize("name", ["q8_0.gguf", "mended-*.lora.gguf"])
+def test_a_damaged_file_of_the_cache_is_made_again_and_said(outputs, damage, name):
+    run = make_run(outputs / "mended", 4, NOISE)
+    said: list[str] = []
+    sound = first_logprobs(start([run]), {})
+    (file,) = outputs.glob(f".gguf/pocket-*/{name}")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    if damage == "no checksum":
+        file.with_name(f"{file.name}.sha256").unlink()
+    else:
+        file.write_bytes({"flipped": bytes(content), "cut": content[: len(content) // 2], "empty": b""}[damage])
+    assert first_logprobs(start([run], say=said.append), {}) == sound
+    assert sum("is made again" in line for line in said) == 1
+    said.clear()
+    start([run], say=said.append)
+    assert not any("again" in line or "converting" in line for line in said)
+    shutil.rmtree(run)
+
+
+# --- how much of the adapter ------------------------------------------------------------------------------------------
+
+
+def test_a_scale_of_nothing_is_the_base_of_one_the_run_and_of_half_between_the_two(runs, engine):
+    base, tuned = (first_logprobs(engine, engine.lora(name)) for name in (BASE, "tuned"))
+    assert first_logprobs(engine, engine.lora("tuned", scale=0)) == base
+    assert first_logprobs(engine, engine.lora("tuned", scale=1)) == tuned
+    half = first_logprobs(engine, engine.lora("tuned", scale=0.5))
+    assert half not in (base, tuned)
+    served = start(runs[:1], scale=0.5)
+    assert first_logprobs(served, {}) == first_logprobs(served, served.lora("tuned")) == half
+    assert first_logprobs(connect(served.url, "tuned", served.key, scale=0.5), served.lora("tuned")) == half
+
+
+def test_half_of_the_adapter_has_the_probabilities_that_peft_gives_half_its_alpha(outputs):
+    run = make_run(outputs / "dialled", 3, NOISE)
+    config = run / "adapter" / "adapter_config.json"
+    text = config.read_text()
+    texts = ["The capital of France is", "What is 17 + 25?\n", "Hello"]
+    config.write_text(text.replace('"lora_alpha": 16', '"lora_alpha": 8'))
+    expected = reference(POCKET, run, texts)["tuned"]
+    config.write_text(text)
+    served = start([run], quant="f16", scale=0.5)
+    assert divergence(served, served.lora(run.name), texts, expected) < 1e-4
+    assert divergence(served, served.lora(run.name, scale=1), texts, expected) > 1e-3
+
+
+@pytest.mark.parametrize("scale", [-0.1, 2.1, float("nan"), float("inf")])
+def test_a_scale_that_no_adapter_is_used_at_is_refused(runs, engine, scale):
+    with pytest.raises(ToolkitError, match="expected 0 .the base. to 2"):
+        start(runs, scale=scale)
+    with pytest.raises(ToolkitError, match="expected 0 .the base. to 2"):
+        connect(engine.url, "tuned", engine.key, scale)
 
 
 # --- what clients get ------------------------------------------------------------------------------------------------
@@ -253,7 +337,7 @@ def test_a_prompt_beyond_the_context_is_refused_with_its_size(engine):
 
 
 def test_the_recommended_sampling_is_the_default(engine):
-    defaults = httpx.get(f"{engine.url}/props").json()["default_generation_settings"]["params"]
+    defaults = engine.call("/props")["default_generation_settings"]["params"]
     found = {name: round(defaults[name], 3) for name in ("temperature", "top_p", "top_k", "min_p")}
     assert found == engine.sampling["thinking"] == {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0}
 
@@ -324,6 +408,8 @@ def test_what_cannot_be_served_is_refused_before_anything_is_loaded(runs, output
         ([named], {}, "not 'base'"),
         (runs, {"source": "merged-gguf"}, "leave out --from"),
         (runs, {"base": True}, "leave out --from and --base"),
+        (runs[:1], {"base": True, "scale": 0.5}, "--scale is of an adapter"),
+        (runs[:1], {"source": "merged-gguf", "scale": 0.5}, "--scale is of an adapter"),
         (runs, {"port": busy.getsockname()[1]}, "choose another with --port"),
         (runs, {"host": "10.9.9.9"}, "cannot listen there"),
         (["nowhere"], {}, "no such run"),
@@ -377,8 +463,136 @@ def test_another_host_needs_a_key_which_is_made_and_printed(runs):
     process.communicate(timeout=20)
 
 
-def test_other_origins_read_nothing(engine):
-    allowed = httpx.get(f"{engine.url}/v1/models", headers={"Origin": "http://elsewhere.example"}).headers
+@pytest.fixture(scope="module")
+def keyless(runs):
+    """The address of `serve` on this machine without a key."""
+    served = public(runs[:1], "127.0.0.1", 0, None, print, {})
+    yield served
+    assert served.server
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example:80", "10.0.0.1", "", "0.0.0.0",
+     "127.0.0.1@evil.example", "[::2]:80"],
+)  # fmt: skip
+@pytest.mark.parametrize("route", ["/v1/models", "/", "/props", "/v1/chat/completions"])
+def test_a_page_whose_name_points_to_this_machine_gets_nothing(keyless, host, route):
+    body = {"json": {"messages": SUM, "max_tokens": 1}} if route.endswith("completions") else {}
+    method = "POST" if body else "GET"
+    refused = httpx.request(method, f"{keyless.url}{route}", headers={"Host": host}, **body)
+    assert refused.status_code == 403
+    assert "127.0.0.1 and localhost only" in refused.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.1:9000", "localhost:1", "LOCALHOST", "[::1]:80", "[::1]"])
+def test_this_machine_by_any_of_its_names_is_answered(keyless, host):
+    assert httpx.get(f"{keyless.url}/v1/models", headers={"Host": host}).status_code == 200
+
+
+def test_a_second_request_of_a_connection_is_looked_at_too(keyless):
+    """A client that keeps a connection could send a foreign name after a good one."""
+    place = keyless.url.removeprefix("http://").split(":")
+    with socket.create_connection((place[0], int(place[1])), timeout=20) as connection:
+        request = "GET /v1/models HTTP/1.1\r\nHost: {}\r\n\r\n"
+        connection.sendall((request.format("localhost") + request.format("evil.example")).encode())
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    assert answer.count(b"HTTP/1.1 ") == 1
+
+
+def test_two_names_or_none_are_refused(keyless):
+    place = keyless.url.removeprefix("http://").split(":")
+    for lines in ("", "Host: localhost\r\nHost: evil.example\r\n", "Host: evil.example\r\nhost: localhost\r\n"):
+        with socket.create_connection((place[0], int(place[1])), timeout=20) as connection:
+            connection.sendall(f"GET /v1/models HTTP/1.1\r\n{lines}\r\n".encode())
+            assert connection.recv(65536).startswith(b"HTTP/1.1 403")
+
+
+def test_without_a_key_clients_stream_and_many_at_once_are_answered(keyless):
+    import openai
+
+    client = openai.OpenAI(base_url=f"{keyless.url}/v1", api_key="-", max_retries=0)
+
+    def say(_: int) -> int:
+        chunks = client.chat.completions.create(
+            model="tuned", messages=SUM, max_tokens=12, stream=True, stream_options={"include_usage": True}
+        )
+        return list(chunks)[-1].usage.completion_tokens
+
+    with ThreadPoolExecutor(20) as pool:
+        assert all(pool.map(say, range(20)))
+
+
+def test_without_a_key_a_reader_who_leaves_stops_the_generation(keyless):
+    long = {"messages": SUM, "max_tokens": 1900, "ignore_eos": True}
+    for _ in range(8):
+        stream = keyless.stream(long)
+        next(stream)
+        stream.close()
+    assert keyless.call("/v1/chat/completions", {"messages": SUM, "max_tokens": 1})
+
+
+def test_what_sends_no_request_ends_nothing(keyless):
+    place = keyless.url.removeprefix("http://").split(":")
+    for text in (b"", b"\x00\xff" * 40000, b"GET / HTTP/1.1\r\nHost: localhost"):
+        with socket.create_connection((place[0], int(place[1])), timeout=20) as connection:
+            connection.sendall(text)
+    assert httpx.get(f"{keyless.url}/health").status_code == 200
+
+
+def test_an_engine_of_this_process_answers_only_its_own_client(engine):
+    assert len(engine.key) >= 32
+    assert httpx.post(f"{engine.url}/v1/chat/completions", json={"messages": SUM}).status_code == 401
+
+
+@pytest.mark.parametrize("key", ["", " ", "\t"])
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "127.0.0.2", "myhost"])
+def test_an_empty_key_is_no_key(host, key):
+    said: list[str] = []
+    assert len(checked_key(host, key, said.append)) >= 32
+    assert "--api-key is empty" in said[0]
+    assert checked_key("127.0.0.1", key, said.append) is None
+
+
+@pytest.mark.parametrize(
+    ("host", "key"), [("", "secret"), (" ", None), ("127.0.0.1", "two words"), ("localhost", "ключ")]
+)
+def test_a_host_or_key_that_cannot_be_meant_is_refused(host, key):
+    with pytest.raises(ToolkitError, match="--host is empty|--api-key: expected"):
+        checked_key(host, key, print)
+
+
+def test_an_empty_key_on_every_network_is_never_an_open_server(runs):
+    process = served_command(runs, "--host", "0.0.0.0", "--api-key", "")
+    said = ""
+    while "page: " not in said:
+        said += process.stdout.readline()
+    url = re.search(r"http://127.0.0.1:\d+", said)[0]
+    assert httpx.post(f"{url}/v1/chat/completions", json={"messages": SUM, "max_tokens": 1}).status_code == 401
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+
+
+def test_the_chat_page_offers_no_tools(keyless):
+    """The page adds its custom parameters to each request, over the tools that it offers by itself."""
+    settings = httpx.get(f"{keyless.url}/props").json()["ui_settings"]
+    custom = json.loads(settings["customJson"])
+    tool = {
+        "type": "function",
+        "function": {"name": "get_datetime", "parameters": {"type": "object", "properties": {}}},
+    }
+    offered = {"messages": SUM, "max_tokens": 1, "tools": [tool]}
+    counts = [
+        keyless.call("/v1/chat/completions", body)["usage"]["prompt_tokens"]
+        for body in ({"messages": SUM, "max_tokens": 1}, offered | custom, offered)
+    ]
+    assert counts[0] == counts[1] < counts[2]
+
+
+def test_other_origins_read_nothing(keyless):
+    allowed = httpx.get(f"{keyless.url}/v1/models", headers={"Origin": "http://elsewhere.example"}).headers
     assert allowed.get("access-control-allow-origin") not in ("*", "http://elsewhere.example")
 
 
@@ -405,9 +619,11 @@ def test_vllm_gets_runs_and_base_by_name_with_parsers_template_and_precision(run
         assert part in text
 
 
-@pytest.mark.parametrize("option", [{"base": True}, {"checked": True}, {"source": "merged-gguf"}, {"quant": "q8_0"}])
+@pytest.mark.parametrize(
+    "option", [{"base": True}, {"checked": True}, {"source": "merged-gguf"}, {"quant": "q8_0"}, {"scale": 0.5}]
+)
 def test_an_option_without_an_effect_on_vllm_is_refused(runs, option):
-    with pytest.raises(ToolkitError, match="leave out --base, --check, --from and --quant"):
+    with pytest.raises(ToolkitError, match="leave out --base, --check, --from, --quant, --scale"):
         serve(runs, engine="vllm", **option)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from toolkit import recipe
-from toolkit.files import POCKET, ROOT
+from toolkit.files import POCKET, ROOT, describe
 
 RANK = 8
 SMALL = ["data.budget=3000", "data.validation_size=8", "train.per_device_train_batch_size=4", "train.max_steps=4",
@@ -84,13 +84,15 @@ def make_run(folder: Path, seed: int = 1, noise: float = 0.002, base: Path = POC
 
 
 def make_gguf(folder: Path, quant: str = "q8_0") -> Path:
-    """The pocket model itself as this run's GGUF: what is served is not at question here."""
+    """The pocket model itself as this run's GGUF, with a certificate about it: what is served is not at question here."""
     from toolkit.export.gguf_file import write_gguf
     from toolkit.export.merge import Checkpoint
 
     path = folder / "gguf" / f"{folder.name}.{quant}.gguf"
     path.parent.mkdir()
     write_gguf(Checkpoint(POCKET), path, quant, folder.name)
+    files = {path.relative_to(folder).as_posix(): describe(path)}
+    _write(folder / "certificate.json", {"passed": True, "checks": [], "files": files})
     return path
 
 

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,13 @@ from toolkit.files import ToolkitError
 
 SMALL = 200_000_000
 """Below so many bytes of weights one thread is quickest: several mostly wait for each other."""
+PAGE = json.dumps({"customJson": json.dumps({"tools": []})})
+"""Settings of the chat page at its first visit. It offers tools of its own to every model, which makes a prompt of 46
+tokens one of 550; its custom parameters replace them in each request."""
+
+
+class Refused(ToolkitError):
+    """A request that a server answered with an error: it runs, and others may be answered."""
 
 
 @dataclass
@@ -29,6 +37,9 @@ class Engine:
     context: int = 8192
     sampling: dict[str, dict] = field(default_factory=dict)
     """Recommended values by mode."""
+    scale: float = 1.0
+    """How much of a LoRA is added; llama.cpp takes it with each request, vLLM does not."""
+    takes_scale: bool = True
     server: object = None
     """llama.cpp's, which lives as long as this object; None for a server of another process."""
 
@@ -39,12 +50,13 @@ class Engine:
         hooks = {"response": [_refused]}
         return httpx.Client(base_url=self.url, headers=headers, timeout=3600, trust_env=not direct, event_hooks=hooks)
 
-    def lora(self, name: str) -> dict:
-        """What a request says to be answered by the run of this name, or by `base`.
+    def lora(self, name: str, scale: float | None = None) -> dict[str, object]:
+        """What a request says to be answered by the run of this name at a scale, or by `base`.
 
         `model` is what vLLM reads, `lora` what llama.cpp reads. Only requests that name a LoRA may reuse a cached prefix:
         llama.cpp does not clear it when a request without one follows a request for the base."""
-        scales = [{"id": i, "scale": float(run == name)} for i, run in enumerate(self.runs)]
+        wanted = self.scale if scale is None else scale
+        scales = [{"id": i, "scale": wanted if run == name else 0.0} for i, run in enumerate(self.runs)]
         return {"model": name, "lora": scales, "cache_prompt": True}
 
     def call(self, route: str, body: dict | None = None):
@@ -75,28 +87,33 @@ def _refused(reply: httpx.Response) -> None:
         text = reply.read().decode(errors="replace")
         with contextlib.suppress(ValueError, KeyError, TypeError):
             text = json.loads(text)["error"]["message"]
-        raise ToolkitError(text[:300])
+        raise Refused(text[:300])
 
 
 def launch(
     weights: Path, loras: Sequence[Path] = (), *, context: int = 2048, slots: int = 1, sampling: dict | None = None,
-    template: str = "", alias: str = "", host: str = "127.0.0.1", port: int = 0, key: str | None = None,
+    template: str = "", alias: str = "", host: str = "127.0.0.1", port: int = 0, key: str | None = None, scale: float = 1.0,
 ) -> Engine:  # fmt: skip
     """A server on these files; `slots` replies are generated at once, each within `context` tokens.
 
     Weights are memory-mapped. `sampling` and the chat template are what requests get that name none (by default those
-    inside the file). A request that does not say otherwise is answered with the first LoRA. Raises ToolkitError."""
+    inside the file). A request that does not say otherwise is answered with the first LoRA, at `scale`. There is always an
+    API key, since pages in a browser reach this machine's ports too: one is made where none is given. Raises ToolkitError."""
     import xllamacpp
 
+    key = key or secrets.token_urlsafe(24)
     params = xllamacpp.CommonParams()
     params.model.path, params.model_alias, params.chat_template = str(weights), {alias or weights.stem}, template
-    params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(p), float(i == 0)) for i, p in enumerate(loras)]
+    params.lora_adapters = [
+        xllamacpp.CommonAdapterLoraInfo(str(path), scale if number == 0 else 0.0) for number, path in enumerate(loras)
+    ]
     params.n_parallel, params.n_ctx = slots, slots * context
     for name, value in (sampling or {}).items():
         setattr(params.sampling, "temp" if name == "temperature" else name, value)
     # See Engine.lora; the cache in RAM does not look at LoRAs either
     params.cache_prompt, params.cache_ram_mib, params.n_ctx_checkpoints = not loras, 0, 0
-    params.hostnames, params.port, params.api_keys = [host], port, [key] if key else []
+    params.hostnames, params.port, params.api_keys = [host], port, [key]
+    params.ui_config_json = PAGE
     params.cors_origins = f"http://{host}:{port}"  # no page from elsewhere reads replies; llama.cpp's default is any
     params.warmup, params.verbosity, params.endpoint_slots = False, -1, False
     for cpu in (params.cpuparams, params.cpuparams_batch):
@@ -111,6 +128,6 @@ def launch(
     # 0.0.0.0 is where it listens, no address that can be asked
     here = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
     url = f"http://{here}:{server.listening_address.rpartition(':')[2]}"
-    engine = Engine(url, key, context=context, server=server)
+    engine = Engine(url, key, context=context, scale=scale, server=server)
     engine.call("/lora-adapters")  # a server that is dropped before it has answered once never ends its threads
     return engine
