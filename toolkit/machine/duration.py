@@ -1,0 +1,191 @@
+"""How long will it take? A forecast of a run's hours from the model's shape, the mix's tokens and a card's speed.
+
+from toolkit.machine import duration, fit, speed; duration.planned(recipe, fit.shape("4B"), speed.of_card("RTX 3060")).text()
+
+Every number is calculated until a run was timed; the run's manifest then holds both.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from toolkit.machine.fit import Shape
+from toolkit.machine.speed import Speed, operations
+from toolkit.recipe import Recipe
+
+LAUNCH = 0.009
+"""Seconds in which a host launches one layer's kernels of a micro-batch, forward and backward: 0.25 to 0.4 s for Qwen3-4B's
+36 layers (Unsloth's own measurement, padding_choice.py). Short rows take at least this."""
+EVALUATION_SHARE = 1 / 3
+LEAST_EVALUATION = 180
+"""Of the training's time, and at least so many seconds, unless a recipe says `evaluate.minutes`."""
+EVENING = 4 * 3600
+"""Seconds that `model_name: auto` may plan for: one evening."""
+LENGTHS = {"thinking": (2500, 0.73), "non_thinking": (250, 0.75)}
+"""Median and sigma of log-normal lengths in tokens: reasoning rows of OpenMathReasoning, chat rows of FineTome."""
+PROMPT = 120
+"""Tokens of a row that are prompt and template."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run computes."""
+
+    tokens: float
+    """That pass through the model in training, all epochs; padding counts where there is any."""
+    micro_batches: float
+    validation_tokens: float
+    """All validations together."""
+    mean_length: float = 1024.0
+    """Of a row."""
+    recomputes: bool = True
+    """The backward pass computes every layer again (gradient checkpointing)."""
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Seconds of each part of a run."""
+
+    training: float
+    validation: float
+    evaluation: float
+    speed: Speed
+
+    @property
+    def total(self) -> float:
+        return self.training + self.validation + self.evaluation
+
+    def text(self) -> str:
+        """One line: `training 1 h 20 min, validation 5 min, evaluation 27 min (calculated for RTX 3060)`."""
+        parts = {"training": self.training, "validation": self.validation, "evaluation": self.evaluation}
+        words = ", ".join(f"{name} {words_of(seconds)}" for name, seconds in parts.items())
+        measured = f"calculated from a speed measured on {self.speed.name}"
+        return f"{words} ({measured if self.speed.is_measured else f'calculated for {self.speed.name}'})"
+
+
+def words_of(seconds: float) -> str:
+    """`8 s`, `12 min`, `3 h 5 min`."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+# --- formulas --------------------------------------------------------------------------------------------------------
+
+
+def training_seconds(shape: Shape, work: Work, speed: Speed) -> float:
+    """Seconds of all training steps: by the operations, or on a card by the launches where rows are short."""
+    computing = work.tokens * operations(shape, work.mean_length, work.recomputes) / speed.training
+    launching = work.micro_batches * shape.num_hidden_layers * LAUNCH if speed.bandwidth else 0.0
+    return max(computing, launching)
+
+
+def validation_seconds(shape: Shape, work: Work, speed: Speed) -> float:
+    """Seconds of all validations while training."""
+    return work.validation_tokens * operations(shape, work.mean_length, trains=False) / speed.training
+
+
+def evaluation_seconds(recipe: Recipe, training: float) -> float:
+    """Seconds that scoring base against tuned is planned for: the number of questions follows from it."""
+    minutes = getattr(recipe.evaluate, "minutes", None)
+    return 60 * minutes if minutes else max(LEAST_EVALUATION, EVALUATION_SHARE * training)
+
+
+def reply_seconds(shape: Shape, speed: Speed, rows: int, prompt: int, new_tokens: int, gemv_rows: int = 1) -> float:
+    """Seconds in which a batch of replies is generated on a card: each token reads all weights and the key-value cache.
+
+    Up to `gemv_rows` rows read the 4-bit weights; more dequantize them for every token (unsloth/kernels/utils.py)."""
+    four_bit = 0.516 * shape.linear_parameters
+    weights = four_bit if rows <= gemv_rows else four_bit + 4 * shape.linear_parameters
+    cache = rows * 4 * shape.num_hidden_layers * shape.kv_dim * (prompt + new_tokens / 2)
+    return new_tokens * (weights + cache + 2 * shape.vocab_size * shape.hidden_size) / speed.bandwidth
+
+
+def forecast(recipe: Recipe, shape: Shape, work: Work, speed: Speed) -> Duration:
+    """The three parts of a run."""
+    training = training_seconds(shape, work, speed)
+    validation = validation_seconds(shape, work, speed)
+    return Duration(training, validation, evaluation_seconds(recipe, training + validation), speed)
+
+
+def compare(planned: Duration, training: float, validation: float) -> dict[str, Any]:
+    """A forecast against what a run took; `error` is relative, positive where it forecast too much."""
+    expected, taken = planned.training + planned.validation, training + validation
+    parts = {"forecast": round(expected, 1), "measured": round(taken, 1), "speed": planned.speed.name}
+    return parts | {"error": expected / taken - 1 if taken else None}
+
+
+# --- what a run computes ---------------------------------------------------------------------------------------------
+
+
+def work_of(recipe: Recipe, lengths: Sequence[int], validation_lengths: Sequence[int], *, on_card: bool) -> Work:
+    """From a compiled mix: the tokens of its rows. On a CPU rows are padded to the longest of their batch."""
+    settings = recipe.train
+    rows = settings["per_device_train_batch_size"]
+    tokens = sum(lengths) if on_card else padded_tokens(lengths, rows)
+    held_out = sum(validation_lengths)
+    if not on_card:
+        held_out = padded_tokens(validation_lengths, settings["per_device_eval_batch_size"])
+    return counted(recipe, len(lengths), tokens, held_out, recomputes=on_card)
+
+
+def padded_tokens(lengths: Sequence[int], rows: int) -> int:
+    """Tokens of batches in this order, padding included: rows come in random order, so this is one draw of it."""
+    batches = [lengths[start : start + rows] for start in range(0, len(lengths), rows)]
+    return sum(len(batch) * max(batch) for batch in batches)
+
+
+def counted(recipe: Recipe, rows: float, tokens: float, validation_tokens: float, recomputes: bool) -> Work:
+    """The work of all steps: epochs or max_steps of so many rows, and its validations."""
+    settings = recipe.train
+    batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    steps_an_epoch = max(1, math.ceil(rows / batch))
+    steps = settings["max_steps"] if settings["max_steps"] > 0 else steps_an_epoch * settings["num_train_epochs"]
+    epochs = steps / steps_an_epoch
+    return Work(
+        tokens=epochs * tokens,
+        micro_batches=steps * settings["gradient_accumulation_steps"],
+        validation_tokens=validations(recipe, steps, epochs) * validation_tokens,
+        mean_length=tokens / max(1, rows),
+        recomputes=recomputes,
+    )
+
+
+def validations(recipe: Recipe, steps: float, epochs: float) -> int:
+    """How often the held-out rows are scored while a run trains."""
+    strategy, every = recipe.train["eval_strategy"], recipe.train["eval_steps"]
+    if strategy == "no":
+        return 0
+    if strategy == "epoch":
+        return math.ceil(epochs)
+    # a fraction is one of all steps
+    every = max(1, math.ceil(every * steps)) if every < 1 else every
+    return int(steps // every)
+
+
+def planned_work(recipe: Recipe) -> Work | None:
+    """Before the mix is compiled, from its budget and usual lengths; None where only the data decide its size."""
+    data, longest = recipe.data, recipe.model.max_seq_length
+    fractions = [source.fraction for source in data.sources if source.fraction]
+    if not data.budget or len(fractions) < len(data.sources):
+        return None
+    rows = tokens = held_out = 0.0
+    for source in data.sources:
+        length = usual_length("non_thinking" if source.mode == "non_thinking" else "thinking", longest)
+        counted_length = {"examples": 1.0, "tokens": length}.get(data.unit, max(1.0, length - PROMPT))
+        count = source.fraction * data.budget / counted_length
+        rows += count
+        tokens += count * length
+        held_out += source.fraction * data.validation_size * length
+    return counted(recipe, rows, tokens, held_out, recomputes=True)
+
+
+def usual_length(mode: str, longest: int) -> float:
+    """Mean tokens of a row of a mode, where longer rows than `longest` are dropped: a log-normal cut off there."""
+    median, sigma = LENGTHS[mode]
+    cut = (math.log(max(2, longest - PROMPT)) - math.log(median)) / sigma
+    below = math.erf((cut - sigma) / math.sqrt(2)) + 1
+    kept = math.erf(cut / math.sqrt(2)) + 1
+    return PROMPT + median * math.exp(sigma**2 / 2) * below / max(kept, 1e-9)
