@@ -1,6 +1,7 @@
 """How long will it take? A forecast of a run's hours from the model's shape, the mix's tokens and a card's speed.
 
-from toolkit.machine import duration, fit, speed; duration.planned(recipe, fit.shape("4B"), speed.of_card("RTX 3060")).text()
+from toolkit import recipe; from toolkit.machine import duration, fit, speed
+run = recipe.load("hybrid"); duration.forecast(run, fit.shape("4B"), duration.planned_work(run), speed.of_card("RTX 3060")).text()
 
 Every number is calculated until a run was timed; the run's manifest then holds both.
 """

@@ -1,6 +1,6 @@
 """How fast a card or this CPU trains: a table of common cards, and two seconds of measuring what is here.
 
-speed.of_card("RTX 3060")    speed.here(fit.shape("pocket"), rows=16, length=128)
+from toolkit.machine import fit, speed; speed.of_card("RTX 3060"), speed.here(fit.shape("pocket"), rows=16, length=128)
 """
 
 import re
