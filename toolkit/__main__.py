@@ -406,12 +406,6 @@ def chat(run, no_think, url, source, quant, context, **options):
     SCALE,
     arg("--base", action="store_true", help="serve the base alone, for tools that cannot ask for it in a request"),
     arg("--check", dest="checked", action="store_true", help="first measure that run and base are served as they are"),
-    arg(
-        "--engine",
-        choices=("llama.cpp", "vllm"),
-        default="llama.cpp",
-        help="vllm: for GPUs; where it is not installed its command is printed",
-    ),
     arg("--host", default="127.0.0.1", help="another needs an API key"),
     arg("--port", type=int, default=8000),
     arg("--api-key", dest="key", help="what requests must bring; made when --host is not this machine"),

@@ -52,9 +52,6 @@ class Family:
     switches: bool = False
     """Obeys /think and /no_think in user turns."""
     licence: str = "its own licence applies"
-    reasoning_parser: str | None = None
-    tool_parser: str | None = None
-    """vLLM's names (its documentation, "Reasoning Outputs" and "Tool Calling")."""
     recommended: tuple[str, ...] = ()
     """Hub names of 4-bit checkpoints, smallest first."""
 
@@ -68,8 +65,6 @@ FAMILIES = (
         switches=True,
         licence="by the Qwen team, Apache-2.0",
         recommended=tuple(f"unsloth/Qwen3-{s}-unsloth-bnb-4bit" for s in ("0.6B", "1.7B", "4B", "8B", "14B", "32B")),
-        reasoning_parser="qwen3",
-        tool_parser="hermes",
     ),
     Family(
         "Qwen3 MoE",
@@ -78,16 +73,13 @@ FAMILIES = (
         QWEN3_SAMPLING,
         switches=True,
         licence="by the Qwen team, Apache-2.0",
-        reasoning_parser="qwen3",
-        tool_parser="hermes",
     ),
-    Family("Qwen2.5", ("qwen2",), "qwen2", licence="by the Qwen team, see its model card", tool_parser="hermes"),
+    Family("Qwen2.5", ("qwen2",), "qwen2", licence="by the Qwen team, see its model card"),
     Family(
         "Llama",
         ("llama",),
         "llama",
         licence="see its model card (Llama licence, or SmolLM2's Apache-2.0)",
-        tool_parser="llama3_json",
     ),
     Family("Gemma 3", ("gemma3_text", "gemma3"), "gemma3", licence="Gemma terms of use"),
 )

@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.pocket_run import make_gguf, make_run
 from toolkit.files import POCKET, ROOT, ToolkitError
-from toolkit.serving import checked_key, public, serve, vllm_command, welcome
+from toolkit.serving import checked_key, public, welcome
 from toolkit.serving.client import connect
 from toolkit.serving.engine import BASE, check, exported_gguf, start
 
@@ -607,49 +607,3 @@ def test_the_welcome_names_every_run_and_the_base(engine):
     for i, name in enumerate(engine.runs):
         assert re.search(rf'{re.escape(name)}.*curl .*"id": {i}, "scale": 1', text)
     assert re.search(r'base: curl .*"id": 0, "scale": 0', text)
-
-
-# --- vLLM ------------------------------------------------------------------------------------------------------------
-
-
-def test_vllm_gets_runs_and_base_by_name_with_parsers_template_and_precision(runs):
-    words = vllm_command(runs, host="127.0.0.1", port=8000, key="secret", context=4096)
-    text = " ".join(words)
-    assert words[:3] == ["vllm", "serve", str(POCKET)]
-    assert f"--lora-modules tuned={runs[0]}/adapter other.v2={runs[1]}/adapter --max-lora-rank 8" in text
-    for part in (
-        "--served-model-name base --enable-lora", "--reasoning-parser qwen3", "--quantization bitsandbytes",
-        "--enable-auto-tool-choice --tool-call-parser hermes", f"--chat-template {runs[0]}/adapter/chat_template.jinja",
-        "--host 127.0.0.1 --port 8000", "--api-key secret", "--max-model-len 2048",  # the model ends there
-    ):  # fmt: skip
-        assert part in text
-
-
-@pytest.mark.parametrize(
-    "option", [{"base": True}, {"checked": True}, {"source": "merged-gguf"}, {"quant": "q8_0"}, {"scale": 0.5}]
-)
-def test_an_option_without_an_effect_on_vllm_is_refused(runs, option):
-    with pytest.raises(ToolkitError, match="leave out --base, --check, --from, --quant, --scale"):
-        serve(runs, engine="vllm", **option)
-
-
-@pytest.mark.parametrize(("name", "parser"), [("qwen2.5", "hermes"), ("llama3", "llama3_json"), ("gemma3", None)])
-def test_vllm_gets_no_reasoning_parser_for_an_instruct_model(name, parser, outputs, family):
-    run = make_run(outputs / f"vllm_{name}", 1, base=family(name))
-    words = vllm_command([run], host="127.0.0.1", port=8000, key=None, context=4096)
-    assert "--reasoning-parser" not in words
-    assert ("--tool-call-parser" in words) == (parser is not None)
-    assert parser is None or parser in words
-
-
-def test_where_vllm_is_missing_the_command_is_printed_and_where_it_is_there_it_is_started(runs, tmp_path, monkeypatch):
-    process = served_command(runs, "--engine", "vllm")
-    said = process.communicate(timeout=60)[0]
-    assert "vLLM is not installed here" in said
-    assert "vllm serve" in said
-    stand_in = tmp_path / "vllm"
-    stand_in.write_text("#!/bin/sh\necho started with $@\n")
-    stand_in.chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    said = served_command(runs, "--engine", "vllm").communicate(timeout=60)[0]
-    assert "started with serve" in said.replace("\n", " ")
