@@ -1,6 +1,6 @@
 """Ask a server of OpenAI's API: one that `serve` started, by llama.cpp or vLLM, or one in this process.
 
-engine = open_engine(run_folder("pocket")); ask(engine, chat_body(engine, "pocket", "thinking", messages, 512)).content
+engine = open_engine(folder); ask(engine, chat_body(engine, folder.name, "thinking", messages, 512)).content
 """
 
 import threading
