@@ -91,7 +91,7 @@ def test_a_mistyped_name_is_an_error_with_a_suggestion(line, said, capsys, tmp_p
     "line",
     [
         "mix --show -1", "sweep --seeds 0", "replay --count -3", "chat R --max-new-tokens 0", "chat R --context 0",
-        "generate R P F --batch-size 0", "generate R P F --max-new-tokens many", "generate R P F --seed -1",
+        "generate R P F --max-new-tokens 0", "generate R P F --max-new-tokens many", "generate R P F --seed -1",
     ],
 )  # fmt: skip
 def test_a_number_that_cannot_work_is_refused_before_anything_is_done(line, capsys):

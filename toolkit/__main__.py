@@ -234,6 +234,7 @@ def mix(recipe, overrides, fresh, dry_run, show):
     """Compile a recipe's mix and show it: plan, achieved shares, drops, lengths."""
     from toolkit import run
     from toolkit.data import mix, render
+    from toolkit.machine import choose
     from toolkit.view import labels, tables
 
     out, loaded = console(), _recipe(recipe, overrides)
@@ -244,6 +245,7 @@ def mix(recipe, overrides, fresh, dry_run, show):
     # what the reader would type next, with the changes of this command
     words = ["python", "-m", "toolkit", "train", recipe or loaded.name, *overrides]
     mixed = run.compile_mix(loaded, out, fresh=fresh, next_command=shlex.join(words))
+    choose.say_hours(loaded, mixed, out.print)
     if show:
         chat = render.load_chat(loaded.model.model_name, loaded.model.revision)
         out.print(labels.coloured(mixed, chat, show))
@@ -273,18 +275,18 @@ def evaluate(run, **options):
     RECIPE[1],
     arg("--model", help="instead of the recipe's, e.g. unsloth/Qwen3-8B-unsloth-bnb-4bit"),
     arg("--vram", type=float, default=0, metavar="GB", help="a card's size; default: the one here, else 8"),
+    arg("--card", metavar="NAME", help='a card by its name, for hours too: "RTX 3060", T4 …'),
     arg("--table", action="store_true", help="every Qwen3 on cards of 6 to 24 GB"),
 )
-def fit(recipe, overrides, model, vram, table):
-    """Say what a run will need in memory, before it is run, and what would make it fit."""
-    from toolkit import notebook
-    from toolkit.machine import fit
+def fit(recipe, overrides, model, vram, card, table):
+    """Say what a run will need in memory and hours, before it is run, and what would make it fit."""
+    from toolkit.machine import choose, fit
 
     if table:
         fit.show_table(console())
         return
-    usable, chosen = notebook.vram(vram), [f"model.model_name={model}"] if model else []
-    fit.show(fit.forecast(_recipe(recipe, [*chosen, *overrides]), vram=usable), usable, console())
+    chosen = [f"model.model_name={model}"] if model else []
+    choose.show(_recipe(recipe, [*chosen, *overrides]), vram, card, console())
 
 
 @verb(

@@ -164,6 +164,15 @@ class MemoryComparison(TypedDict):
     error: float  # relative; positive where too much was expected
 
 
+class TimeComparison(TypedDict):
+    """How good the forecast of hours was: training and the validations in it."""
+
+    forecast: float  # seconds expected
+    measured: float  # seconds taken, over all resumes
+    speed: str  # the card or processor whose speed was measured, or named
+    error: float | None  # relative; positive where too much was expected
+
+
 class Seeds(TypedDict):
     data: int  # draws rows and their order
     train: int  # initializes the adapter and shuffles epochs
@@ -202,6 +211,7 @@ class Manifest(TypedDict):
     adapter: NotRequired[dict[str, str]]  # {file of adapter/: SHA-256}
     finished: NotRequired[str]  # when it ended, UTC
     fit: NotRequired[MemoryComparison]  # the memory forecast against what was measured, on a card
+    time: NotRequired[TimeComparison]  # the forecast of hours against what was measured
 
 
 # eval.json -----------------------------------------------------------------------------------------------------------

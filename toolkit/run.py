@@ -73,10 +73,12 @@ def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = Tr
 
 def _train(recipe: Recipe, mixed, folder: Path, console):
     """Load, attach LoRA, train; returns (model, tokenizer), ready to be scored."""
+    from toolkit.machine import choose
     from toolkit.training import model as models
     from toolkit.training import trainer as training
     from toolkit.view.figures import keep_mix_picture
 
+    planned = choose.say_hours(recipe, mixed, console.print) if training.is_main() else None
     with loading(recipe.model, console):
         model, tokenizer = models.load_base(recipe.model)
         model = models.attach(model, recipe.lora, seed=recipe.data.seed)
@@ -85,6 +87,8 @@ def _train(recipe: Recipe, mixed, folder: Path, console):
     if training.is_main():
         keep_mix_picture(recipe, mixed, folder)
     training.train(recipe, mixed, model, tokenizer, folder, console)
+    if planned:
+        choose.record_hours(folder, planned)
     return model, tokenizer
 
 

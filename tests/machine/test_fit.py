@@ -118,6 +118,12 @@ def test_shipped_shapes_are_those_of_transformers_own_models(size):
     assert shipped(size).kept == CONFIGS[size]["kept_mlps"] * 3 * values["hidden_size"] * values["intermediate_size"]
 
 
+def test_the_shape_of_the_pocket_model_that_ships_is_that_of_its_config():
+    from transformers import AutoConfig
+
+    assert fit.shape_of(AutoConfig.from_pretrained(POCKET), "pocket") == fit.shape("pocket")
+
+
 @pytest.mark.parametrize("name", ["qwen2.5", "llama3", "gemma3", "smollm2", "qwen3"])
 def test_any_familys_shape_comes_from_its_config(name, tmp_path):
     from transformers import AutoModelForCausalLM
@@ -356,7 +362,10 @@ def test_more_memory_never_chooses_a_smaller_model(run, one, other):
 
 def test_auto_takes_the_largest_that_fits_and_says_what_helps_where_none_does():
     names = [fit.choose_model(fit.usable_vram(gb)) for gb in (6, 8, 12, 16, 24)]
-    assert names == [f"unsloth/Qwen3-{size}-unsloth-bnb-4bit" for size in ("4B", "4B", "8B", "14B", "32B")]
+    assert names == [f"unsloth/Qwen3-{size}-unsloth-bnb-4bit" for size in ("4B", "4B", "8B", "14B", "14B")]
+    assert fit.choose_model(int(14.74 * GIB)).startswith("unsloth/Qwen3-8B"), "a T4 shows less, and 14B takes 94% of it"
+    for name, room in (("14B", int(14.74 * GIB)), ("32B", fit.usable_vram(24))):
+        assert fit.forecast(Settings(), name).fits(room), "it fits, but without room to spare"
     with pytest.raises(ToolkitError, match="model_name: auto"):
         fit.choose_model(GIB // 2)
 

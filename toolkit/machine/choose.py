@@ -1,19 +1,123 @@
-"""The model that a machine trains where a recipe says `auto`.
+"""The model that a machine trains where a recipe says `auto`, the memory it can use, and the hours that a run takes.
 
 name, why = auto_model(recipes.load("hybrid", ["model.model_name=auto"]))
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from toolkit.files import ToolkitError, read_json, write_json
+from toolkit.machine import duration, fit
+from toolkit.machine.duration import Duration
+from toolkit.machine.speed import Speed, here, measured_card, of_card, operations
 from toolkit.recipe import Recipe
+
+PLANNED_FOR = 8
+"""GB of the card that is planned for where none is here and none was named."""
+
+A_MINUTE = 2e11
+"""Operations that a slow processor computes in less than a minute."""
 
 
 def auto_model(recipe: Recipe) -> tuple[str, str]:
-    """(model, why) for `model_name: auto`: the largest Qwen3 that fits the card with this recipe, or `pocket` without one."""
+    """(model, why) for `model_name: auto`: the largest Qwen3 that this card trains, or `pocket` without one."""
     import torch
-
-    from toolkit.machine import fit
 
     if not torch.cuda.is_available():
         return "pocket", "no CUDA card for a larger one"
     # what is free now, since a display or another program may hold some of the card
     memory = fit.usable_vram()
-    return fit.choose_model(memory, recipe), f"the largest Qwen3 that fits {memory / fit.GIB:.1f} GiB with this recipe"
+    return largest_model(recipe, memory, measured_card())
+
+
+def largest_model(recipe: Recipe, vram: int, speed: Speed | None) -> tuple[str, str]:
+    """(model, why): the largest Qwen3 that fits with room to spare and, where a speed is known, takes one evening.
+
+    Raises ToolkitError when none fits."""
+    why = f"the largest Qwen3 that fits {vram / fit.GIB:.1f} GiB with a tenth to spare"
+    work = duration.planned_work(recipe)
+    if speed is None or work is None:
+        return fit.choose_model(vram, recipe), why
+
+    def is_quick(shape: fit.Shape) -> bool:
+        return duration.forecast(recipe, shape, work, speed).total <= duration.EVENING
+
+    hours = f"is calculated to take {duration.EVENING // 3600} hours or less on {speed.name}"
+    return fit.choose_model(vram, recipe, is_quick), f"{why} and {hours}"
+
+
+def planned_for(gigabytes: float, card: str | None, say: Callable[[str], Any]) -> tuple[int, Speed | None]:
+    """(usable bytes, speed) of a card by its size or name, else of the one here, else of one of 8 GB. Raises ToolkitError."""
+    if card:
+        named = of_card(card)
+        return fit.usable_vram(gigabytes or named.gigabytes), named
+    if gigabytes:
+        return fit.usable_vram(gigabytes), None
+    if has_card():
+        return fit.usable_vram(), measured_card()
+    say(f"planned for a card of {PLANNED_FOR} GB, as none is here")
+    return fit.usable_vram(PLANNED_FOR), None
+
+
+def has_card() -> bool:
+    """Whether torch can use a card here; torch is imported only where there is a driver."""
+    from toolkit.machine.doctor import has_driver
+
+    if not has_driver():
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def show(recipe: Recipe, gigabytes: float, card: str | None, console: Any) -> None:
+    """Print whether a recipe fits a card, what would make it fit, and how long it takes. Raises ToolkitError."""
+    vram, speed = planned_for(gigabytes, card, console.print)
+    if recipe.model.model_name == "auto":
+        name, why = largest_model(recipe, vram, speed)
+        console.print(f"model: {name} ({why})")
+        recipe = replace(recipe, model=replace(recipe.model, model_name=name))
+    planned = fit.forecast(recipe, vram=vram)
+    fit.show(planned, vram, console)
+    work = duration.planned_work(recipe)
+    if speed is None:
+        console.print('time: name a card for its hours, e.g. --card "RTX 3060"')
+    elif work is None:
+        console.print("time: not known before the mix is compiled, as no data.budget bounds it: python -m toolkit mix")
+    else:
+        console.print(f"time: {duration.forecast(recipe, planned.shape, work, speed).text()}")
+
+
+def hours_of_mix(recipe: Recipe, lengths: Sequence[int], validation_lengths: Sequence[int]) -> Duration | None:
+    """How long a compiled mix trains on this machine, whose speed is measured for two seconds; None for less than a minute.
+
+    Raises ToolkitError for a model whose shape is not known."""
+    on_card = has_card()
+    work = duration.work_of(recipe, lengths, validation_lengths, on_card=on_card)
+    shape = fit.shape(recipe.model.model_name)
+    # measuring would take longer than what is forecast
+    if work.tokens * operations(shape, work.mean_length) < A_MINUTE:
+        return None
+    rows = recipe.train["per_device_train_batch_size"]
+    return duration.forecast(recipe, shape, work, here(shape, rows, round(work.mean_length)))
+
+
+def say_hours(recipe: Recipe, mixed: Any, say: Callable[[str], Any]) -> Duration | None:
+    """Say how long a run of a compiled mix will take; None where that is not known, and why is said."""
+    lengths = [len(row.ids) for row in mixed.train]
+    try:
+        planned = hours_of_mix(recipe, lengths, [len(row.ids) for row in mixed.validation])
+    except ToolkitError as error:
+        say(f"no forecast of hours: {error}")
+        return None
+    say(f"time: {planned.text() if planned else 'training takes less than a minute'}")
+    return planned
+
+
+def record_hours(folder: Path, planned: Duration) -> None:
+    """Write a forecast beside what the run took into its manifest."""
+    manifest = read_json(folder / "manifest.json")
+    manifest["time"] = duration.compare(planned, manifest["train_seconds"], manifest["evaluation_seconds"])
+    write_json(folder / "manifest.json", manifest)

@@ -130,7 +130,7 @@ def look() -> Machine:
     apps = nvidia_smi("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
     header = re.search(r"CUDA Version: *([\d.]+)", nvidia_smi())
     return Machine(
-        has_driver=_has_driver(),
+        has_driver=has_driver(),
         cards=read_cards(nvidia_smi(*CARD_QUERY)),
         driver_cuda=header[1] if header else "",
         processes=read_processes(apps),
@@ -221,11 +221,12 @@ def compiler(which: Callable = shutil.which, headers: Path | None = None, is_gpu
     has_compiler = os.environ.get("CC") or any(map(which, ("cc", "gcc", "clang")))
     lacking = [] if has_compiler else ["a C compiler"]
     lacking += [] if (folder / "Python.h").is_file() else ["Python.h"]
-    if not (_has_driver() if is_gpu is None else is_gpu) or not lacking or platform.system() == "Windows":
+    if not (has_driver() if is_gpu is None else is_gpu) or not lacking or platform.system() == "Windows":
         return []
     state = f"{' and '.join(lacking)} missing: the first step on the GPU will fail"
     return [Finding("compiler", state, "apt install gcc python3-dev (or your system's names for them)")]
 
 
-def _has_driver() -> bool:
+def has_driver() -> bool:
+    """Whether NVIDIA's driver is loaded; nothing is imported for it."""
     return any(Path(file).exists() for file in DRIVER_FILES)

@@ -9,11 +9,11 @@ Every number is calculated until a run was timed; the run's manifest then holds 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from toolkit.machine.fit import Shape
 from toolkit.machine.speed import Speed, operations
 from toolkit.recipe import Recipe
+from toolkit.records import TimeComparison
 
 LAUNCH = 0.009
 """Seconds in which a host launches one layer's kernels of a micro-batch, forward and backward: 0.25 to 0.4 s for Qwen3-4B's
@@ -111,11 +111,15 @@ def forecast(recipe: Recipe, shape: Shape, work: Work, speed: Speed) -> Duration
     return Duration(training, validation, evaluation_seconds(recipe, training + validation), speed)
 
 
-def compare(planned: Duration, training: float, validation: float) -> dict[str, Any]:
+def compare(planned: Duration, training: float, validation: float) -> TimeComparison:
     """A forecast against what a run took; `error` is relative, positive where it forecast too much."""
     expected, taken = planned.training + planned.validation, training + validation
-    parts = {"forecast": round(expected, 1), "measured": round(taken, 1), "speed": planned.speed.name}
-    return parts | {"error": expected / taken - 1 if taken else None}
+    return {
+        "forecast": round(expected, 1),
+        "measured": round(taken, 1),
+        "speed": planned.speed.name,
+        "error": expected / taken - 1 if taken else None,
+    }
 
 
 # --- what a run computes ---------------------------------------------------------------------------------------------
@@ -142,6 +146,7 @@ def counted(recipe: Recipe, rows: float, tokens: float, validation_tokens: float
     """The work of all steps: epochs or max_steps of so many rows, and its validations."""
     settings = recipe.train
     batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    padded = tokens / max(1, rows)
     steps_an_epoch = max(1, math.ceil(rows / batch))
     steps = settings["max_steps"] if settings["max_steps"] > 0 else steps_an_epoch * settings["num_train_epochs"]
     epochs = steps / steps_an_epoch
@@ -149,7 +154,7 @@ def counted(recipe: Recipe, rows: float, tokens: float, validation_tokens: float
         tokens=epochs * tokens,
         micro_batches=steps * settings["gradient_accumulation_steps"],
         validation_tokens=validations(recipe, steps, epochs) * validation_tokens,
-        mean_length=tokens / max(1, rows),
+        mean_length=padded,
         recomputes=recomputes,
     )
 

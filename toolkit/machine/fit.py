@@ -10,7 +10,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 
 from toolkit.family import FAMILIES
-from toolkit.files import POCKET, ToolkitError, find, read_json
+from toolkit.files import ToolkitError, find, read_json
 from toolkit.recipe import REPLY_LIMIT, Lora, Recipe
 
 GIB = 1024**3
@@ -71,8 +71,12 @@ class Shape:
         return sum(m.parameters * m.copies for m in self.matrices)
 
 
-SHIPPED = msgspec.convert(read_json(Path(__file__).parent / "fit_shapes.json")["shapes"], dict[str, Shape])
+FACTS = read_json(Path(__file__).parent / "fit_shapes.json")
+SHIPPED = msgspec.convert(FACTS["shapes"], dict[str, Shape])
 """Size of a Qwen3 → its shape, for planning without the Hub; tests compute them again from transformers' own models."""
+POCKET_SHAPE = dataclasses.replace(msgspec.convert(FACTS["pocket"], Shape), name="pocket")
+SPARE = 0.1
+"""Share of a card's memory that `auto` leaves free: a display, fragments and longer replies take some of it."""
 
 
 def shape(name: str) -> Shape:
@@ -80,7 +84,10 @@ def shape(name: str) -> Shape:
 
     A known Qwen3 needs no network; another Hub model's config.json is downloaded (a few kB).
     """
-    local = POCKET if name == "pocket" else find(name)
+    # counting a model needs torch and transformers, which take seconds to import
+    if name == "pocket":
+        return POCKET_SHAPE
+    local = find(name)
     if local is None and (known := shipped(name)):
         return known
     try:
@@ -406,19 +413,21 @@ def usable_vram(gigabytes: float = 0) -> int:
     return min(total, free + torch.cuda.memory_reserved())
 
 
-def choose_model(vram: int, run: Recipe | Settings | None = None) -> str:
-    """`model_name: auto`: the largest dense Qwen3 whose every phase fits with the batch asked for.
+def choose_model(
+    vram: int, run: Recipe | Settings | None = None, is_quick: Callable[[Shape], bool] = lambda _: True
+) -> str:
+    """`model_name: auto`: the largest dense Qwen3 whose every phase fits with the batch asked for, a tenth of the memory to
+    spare, and that `is_quick` accepts; the smallest where it accepts none.
 
-    Raises ToolkitError when none does, with the changes that would help.
-    """
+    Raises ToolkitError when none fits, with the changes that would help."""
     plan = settings(run) if isinstance(run, Recipe) else run or Settings()
-    for name in reversed(QWEN3):
-        # 16-bit training starts from the checkpoint that is not quantized
-        name = name if plan.load_in_4bit else name.removesuffix("-unsloth-bnb-4bit")
-        found = forecast(plan, shipped(name))
-        if found.fits(vram):
-            return name
-    hints = [f"{name} fits with {' '.join(overrides)}" for overrides, _ in suggestions(found, vram)]
+    # 16-bit training starts from the checkpoint that is not quantized
+    names = [name if plan.load_in_4bit else name.removesuffix("-unsloth-bnb-4bit") for name in QWEN3]
+    fitting = [name for name in names if forecast(plan, name).fits(int((1 - SPARE) * vram))]
+    if fitting:
+        return next((name for name in reversed(fitting) if is_quick(shape(name))), fitting[0])
+    smallest = forecast(plan, names[0])
+    hints = [f"{names[0]} fits with {' '.join(words)}" for words, _ in suggestions(smallest, int((1 - SPARE) * vram))]
     advice = hints[0] if hints else "no single change helps: take a larger card or a Colab GPU"
     raise ToolkitError(f"model.model_name: auto: no Qwen3 fits {vram / GIB:.1f} GiB with these settings; {advice}")
 
