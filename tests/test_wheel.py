@@ -6,13 +6,13 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 
+from tests.support import venvs
 from toolkit import __version__
 from toolkit.files import ROOT
 from toolkit.machine import install
@@ -80,14 +80,8 @@ def test_an_installed_copy_knows_the_pins_that_it_needs(wheel, tmp_path, monkeyp
 
 @pytest.mark.slow  # three processes that import torch
 def test_an_installed_copy_trains_evaluates_and_exports_in_an_empty_folder(wheel, tmp_path):
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
-    python = next((tmp_path / "venv").glob("*/python*"))
+    python = venvs.make(tmp_path / "venv")
     subprocess.run([*PIP, "--python", python, "install", "-q", "--no-deps", "--no-index", wheel], check=True)
-    places = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"], capture_output=True, text=True
-    )
-    # what it depends on comes from the environment of these tests
-    Path(places.stdout.strip(), "shared.pth").write_text(sysconfig.get_paths()["purelib"] + "\n", encoding="utf-8")
     empty = tmp_path / "empty"
     empty.mkdir()
     kept = {name: value for name, value in os.environ.items() if name not in ("TOOLKIT_OUTPUTS", "PYTHONPATH")}

@@ -22,36 +22,22 @@ from toolkit.files import ROOT, ToolkitError, outputs
 
 FOLDER = ROOT / "notebooks"
 SETUP = """\
-# @title Set-up: finds the toolkit, or fetches and installs it: a few minutes the first time
-import importlib.util
-import os
+# @title Set-up: installs the toolkit where it is missing: a few minutes the first time
 import subprocess
 import sys
-import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
-REPOSITORY = "{address}"
-here = Path.cwd()
-found = [p for p in (here, *here.parents, *here.glob("*/")) if (p / "toolkit" / "recipe.py").is_file()]
-if not found:
-    fetched = here / "toolkit-for-qwen3"
-    archive = next(here.glob("*.zip"), None)
-    if not fetched.exists() and archive:
-        zipfile.ZipFile(archive).extractall(fetched)
-    elif not fetched.exists() and REPOSITORY:
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, str(fetched)], check=True)
-    found = [p.parent.parent for p in fetched.glob("**/toolkit/recipe.py")]
-if not found:
-    raise SystemExit("The toolkit is not here: upload the project as a zip, or its folder, beside this notebook")
-root = found[0].resolve()
-if importlib.util.find_spec("unsloth") is None:
-    subprocess.run([sys.executable, "-m", "toolkit", "setup"], cwd=root, check=True)
-sys.path.insert(0, str(root))
-os.chdir(root)
+sys.path.insert(0, str(Path("..").resolve()))  # opened in a checkout, a notebook takes the toolkit beside it
+if find_spec("toolkit") is None:
+    source = next(map(str, Path().glob("*.zip")), "{source}")
+    assert source, "The toolkit is not here: upload the project as a zip beside this notebook"
+    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", source], check=True)
 from toolkit.machine import install
 
-install.restart_if_replaced()  # only where set-up replaced what this kernel has imported"""
-"""The first code cell of every notebook, byte for byte; `{address}` is the repository's, empty while it has none."""
+install.prepare_notebook()"""
+"""The first code cell of every notebook, byte for byte; `{source}` is what pip fetches the project from, empty while it has
+no address."""
 BADGE = (
     "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
     "(https://colab.research.google.com/github/{slug}/blob/main/notebooks/{name}.ipynb) "
@@ -93,7 +79,12 @@ def stamp(notebook: dict, name: str, address: str) -> None:
     title, setup = notebook["cells"][:2]
     badge = BADGE.format(slug=address.removeprefix("https://github.com/"), name=name) if address else ""
     title["source"] = BADGES.sub(badge, "".join(title["source"]), count=1).splitlines(keepends=True)
-    setup["source"] = SETUP.replace("{address}", address).splitlines(keepends=True)
+    setup["source"] = setup_cell(address and f"git+{address}").splitlines(keepends=True)
+
+
+def setup_cell(source: str) -> str:
+    """The set-up cell for what pip can install the project from: an address, or "" for an uploaded zip alone."""
+    return SETUP.replace("{source}", source)
 
 
 def execute(paths: Sequence[Path], say=print) -> None:

@@ -14,6 +14,7 @@ import time
 
 import pytest
 
+from tests.support import venvs
 from tests.tools import run_notebooks
 from toolkit import notebook
 from toolkit.files import ROOT, ToolkitError
@@ -117,35 +118,49 @@ def test_the_address_is_that_of_git_remote_and_the_badge_is_left_out_without_one
         badge = f"https://colab.research.google.com/github/{slug}/blob/main/notebooks/{NAMES[1]}.ipynb"
         assert (title.count(badge), title.count("Open in Colab")) == ((1, 1) if expected else (0, 0))
         assert title.count("[← 00_quickstart]") == 1
-        assert f'REPOSITORY = "{expected}"' in setup
+        assert f'glob("*.zip")), "{expected and f"git+{expected}"}")' in setup
 
 
 def test_the_set_up_cell_finds_the_project_from_the_notebooks_folder_and_installs_nothing_here():
     cell = text(read(NAMES[0])["cells"][SETUP])
     quiet = "import subprocess; subprocess.run = lambda *a, **k: exit(f'would run {a}')\n"
     done = subprocess.run(
-        [sys.executable, "-c", f"{quiet}{cell}\nimport toolkit.recipe, os; print(os.getcwd())"],
+        [sys.executable, "-c", f"{quiet}{cell}\nimport toolkit; print(toolkit.__file__)"],
         cwd=ROOT / "notebooks", capture_output=True, text=True,
     )  # fmt: skip
-    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(ROOT), "")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(ROOT / "toolkit" / "__init__.py"), "")
 
 
-@pytest.mark.parametrize("given", ["address", "zip", "folder", "nothing"])
-def test_where_the_toolkit_is_missing_the_set_up_cell_takes_it_from_what_is_there(tmp_path, given):
-    """A clone of the repository, an uploaded zip, a folder beside the notebook; without any it says what to upload."""
-    cell = run_notebooks.SETUP.replace("{address}", f"file://{ROOT}" if given == "address" else "")
-    if given in ("zip", "folder"):
-        shutil.copytree(ROOT / "toolkit", tmp_path / "made" / "toolkit", ignore=shutil.ignore_patterns("*.safetensors"))
+def test_the_set_up_cell_is_a_few_lines():
+    assert len([line for line in run_notebooks.setup_cell("").splitlines() if line.strip()]) <= 12
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory):
+    """The project as a zip, as GitHub offers it: everything below one folder."""
+    archive = tmp_path_factory.mktemp("archive") / "project-main.zip"
+    command = ["git", "archive", "--prefix=project-main/", "-o", archive, "HEAD"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return archive
+
+
+@pytest.mark.parametrize("given", [pytest.param("address", marks=pytest.mark.slow), "zip", "nothing"])
+def test_in_a_fresh_kernel_in_an_empty_folder_the_set_up_cell_installs_the_toolkit(tmp_path, archive, given):
+    """From the repository's address or from an uploaded zip; without any it says what to upload."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
     if given == "zip":
-        shutil.make_archive(str(tmp_path / "upload"), "zip", tmp_path, "made")
-        shutil.rmtree(tmp_path / "made")
-    program = f"{cell}\nimport toolkit; print(toolkit.__file__)"
-    for _ in range(2):  # a restarted kernel runs it again
-        done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+        shutil.copy(archive, folder)
+    cell = run_notebooks.setup_cell(f"git+file://{ROOT}" if given == "address" else "")
+    with kernel(folder, venvs.make(tmp_path / "venv"), folder) as (_, client):
+        first = ask(client, cell)
         if given == "nothing":
-            assert "upload the project as a zip" in done.stderr
-        else:
-            assert done.stdout.strip().startswith(str(tmp_path)), done.stderr
+            assert "upload the project as a zip" in first["evalue"]
+            return
+        assert first["status"] == "ok", first
+        assert ask(client, cell)["status"] == "ok"  # run again, it installs nothing
+        lines = f"import toolkit.recipe as r; assert r.__file__.startswith({str(tmp_path)!r}); r.load('pocket')"
+        assert ask(client, lines)["status"] == "ok"
 
 
 @every
@@ -187,7 +202,8 @@ def test_cells_are_short_and_hold_no_function_no_dead_branch_and_no_code_that_is
     for cell in code(read(name))[1:]:
         tree = ast.parse(cell)
         # a call spread over lines is one thing to read: Unsloth's and TRL's calls have an argument a line
-        assert sum(isinstance(node, ast.stmt) for node in ast.walk(tree)) <= 8, cell
+        statements = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
+        assert sum(not isinstance(node, ast.Import | ast.ImportFrom) for node in statements) <= 8, cell
         assert not any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in ast.walk(tree)), cell
         assert not any(isinstance(n, ast.If) and isinstance(n.test, ast.Constant) for n in ast.walk(tree)), cell
         assert not [line for line in cell.splitlines() if line.strip().startswith("#")], cell
@@ -408,12 +424,17 @@ def test_a_kernel_interrupt_in_mid_training_leaves_a_run_that_goes_on(tmp_path):
 
 
 @contextlib.contextmanager
-def kernel(outputs):
-    from jupyter_client.manager import start_new_kernel
+def kernel(outputs, python=sys.executable, place=ROOT / "notebooks"):
+    """A kernel of a Python in a folder, with a network for nothing: pip takes what it is given, and builds with what is here."""
+    from jupyter_client.manager import KernelManager
 
-    manager, client = start_new_kernel(
-        kernel_name="python3", cwd=str(ROOT / "notebooks"), env=quiet_environment(outputs)
-    )
+    offline = {"PIP_NO_INDEX": "1", "PIP_NO_BUILD_ISOLATION": "0", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    manager = KernelManager(kernel_name="python3")
+    manager.kernel_spec.argv[0] = str(python)
+    manager.start_kernel(cwd=str(place), env=quiet_environment(outputs) | offline)
+    client = manager.client()
+    client.start_channels()
+    client.wait_for_ready(timeout=120)
     try:
         yield manager, client
     finally:

@@ -4,6 +4,7 @@ python -m toolkit setup
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import signal
@@ -87,6 +88,13 @@ def replaced(modules: dict) -> list[str]:
     loaded = {name: getattr(module, "__version__", None) for name, module in modules.items() if "." not in name}
     here = {name: installed(name) for name, version in loaded.items() if isinstance(version, str)}
     return [f"{n} {loaded[n]} → {v}" for n, v in here.items() if v and not v.startswith(loaded[n].split("+")[0])]
+
+
+def prepare_notebook() -> None:
+    """For the first cell of a notebook: install what is missing, Unsloth above all, which pip does not bring along."""
+    if importlib.util.find_spec("unsloth") is None:
+        setup()
+    restart_if_replaced()
 
 
 def restart_if_replaced() -> None:
