@@ -5,7 +5,7 @@ RECIPE ?=
 RUN ?= pocket
 ARGS ?=
 
-.PHONY: help setup lock train test test-slow mix fit evaluate sweep compare replay export chat serve bench bench-mix faults notebooks lab doctor
+.PHONY: help setup lock docs train test test-slow mix fit evaluate sweep compare replay export chat serve bench bench-mix faults notebooks lab doctor
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -78,3 +78,6 @@ lab: setup  ## JupyterLab on the notebooks
 
 doctor: setup  ## what is installed, what will run, and the fix for what will not; ARGS=--gpu tries the card
 	@$(PY) -m toolkit doctor $(ARGS)
+
+docs: setup  ## the reference pages in docs/, from the code
+	@$(PY) -m docs.make

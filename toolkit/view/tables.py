@@ -60,9 +60,9 @@ def side_by_side(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         cells = [Text(row["prompt"]), Text(mode_title(row["mode"]))]
         for name in list(columns)[2:]:
-            reasoning, answer = row[name]
-            grey = (f"{reasoning}\n" if reasoning else "", "bright_black")
-            cells.append(Text.assemble(grey, answer or "(no answer)"))
+            reply = row[name]  # a ShownReply, or a Reply of `generate`
+            grey = (f"{reply.reasoning}\n" if reply.reasoning else "", "bright_black")
+            cells.append(Text.assemble(grey, reply.answer or "(no answer)"))
         table.add_row(*cells)
     return table
 
