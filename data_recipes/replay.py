@@ -16,7 +16,7 @@ from toolkit.data.mix import Mix, prompt_key
 from toolkit.data.render import Chat, examples, load_chat
 from toolkit.data.sources import Rejected, conversations
 from toolkit.evaluation.generate import Reply
-from toolkit.evaluation.score import Judge, has_tags, leaks, thinks
+from toolkit.evaluation.score import AnswerChecker, has_tags, leaks, thinks
 from toolkit.family import KINDS, mode_title
 from toolkit.files import ToolkitError, lock, outputs, write_jsonl
 from toolkit.recipe import REPLY_LIMIT, Recipe, Source
@@ -90,13 +90,13 @@ def verified(
 ) -> Iterator[dict]:
     """Rows in the `messages` format for the replies that may be rehearsed, asked in batches as they are wanted; one
     without reasoning_content is a non-thinking one. Others count in `dropped` by reason."""
-    with Judge() as judge:
+    with AnswerChecker() as checker:
         for start in range(0, len(prompts), BATCH):
             batch = prompts[start : start + BATCH]
             # seed + start: otherwise the nth prompt of every batch would draw the same numbers
             replies = answer([prompt["messages"] for prompt in batch], mode, seed + start)
             for prompt, reply in zip(batch, replies, strict=True):
-                if why := rejection(reply, mode, prompt.get("expected_answer"), judge, hybrid=hybrid):
+                if why := rejection(reply, mode, prompt.get("expected_answer"), checker, hybrid=hybrid):
                     dropped[why] += 1
                     continue
                 said = {"role": "assistant", "content": reply.answer}
@@ -105,7 +105,7 @@ def verified(
                 yield {**prompt, "messages": [*prompt["messages"], said]}
 
 
-def rejection(reply: Reply, mode: str, expected: str | None, judge: Judge, *, hybrid: bool) -> str:
+def rejection(reply: Reply, mode: str, expected: str | None, checker: AnswerChecker, *, hybrid: bool) -> str:
     """Why a reply must not be rehearsed; empty when it may. Only a hybrid model can leak one mode into the other."""
     if not reply.finished:
         return "unfinished"
@@ -113,7 +113,7 @@ def rejection(reply: Reply, mode: str, expected: str | None, judge: Judge, *, hy
         return "no_whole_think_block"
     if mode == "non_thinking" and (not reply.answer or has_tags(reply.text) or (hybrid and leaks(reply))):
         return "empty_or_leaking"
-    return "" if expected is None or judge.right(reply.answer, expected) else "wrong_answer"
+    return "" if expected is None or checker.is_right(reply.answer, expected) else "wrong_answer"
 
 
 def base_answers(recipe: Recipe) -> Answer:
@@ -122,7 +122,7 @@ def base_answers(recipe: Recipe) -> Answer:
     from toolkit.training.model import load_base
 
     model, tokenizer = load_base(recipe.model)
-    limit = recipe.evaluate.max_new_tokens or REPLY_LIMIT["quick"]
+    limit = recipe.evaluate.max_new_tokens or REPLY_LIMIT
     return lambda prompts, mode, seed: generate(model, tokenizer, prompts, mode, max_new_tokens=limit, seed=seed)
 
 

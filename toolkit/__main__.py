@@ -262,7 +262,12 @@ def train(recipe, overrides, **options):
     run.train(_recipe(recipe, overrides), console(), **options)
 
 
-@verb(RUN, arg("--level", choices=("quick", "full"), help="default: the recipe's"), DETAILS)
+@verb(
+    RUN,
+    arg("--level", choices=("fast", "quick", "full"), help="default: the recipe's"),
+    arg("--minutes", type=float, help="time for replies; default: a third of the training's, at least 3"),
+    DETAILS,
+)
 def evaluate(run, **options):
     """Score a run against its own base, in every mode it has, with intervals."""
     from toolkit.run import evaluate

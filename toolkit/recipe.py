@@ -122,22 +122,28 @@ class Lora:
         return [*outer, *(self.extra.get("modules_to_save") or ())]
 
 
-REPLY_LIMIT = {"quick": 1024, "full": 8192}
-"""Longest reply in tokens by level, unless a recipe sets another."""
+REPLY_LIMIT = 1024
+"""The least limit of a reply in tokens, unless a recipe sets another."""
 
 
 @dataclass(frozen=True)
 class Evaluate:
     """How a run is scored."""
 
-    level: Literal["quick", "full"] = "quick"
+    level: Literal["fast", "quick", "full"] = "quick"
+    """fast: no reply is generated. full: two hours of replies."""
     questions: tuple[Source, ...] = ()
     """Held-out sets with an expected answer. Without any: reasoning questions are the validation rows that carry one, or
     else those that ship; chat questions are those that ship."""
     prompts: tuple[str, ...] = ("Who are you?", "What is 17 + 25?")
     """Answered without the adapter and with it, in both modes, when a run ends."""
     max_new_tokens: Positive | None = None
-    """Longest reply; what it does not say is REPLY_LIMIT's. The table of `prompts` before and after stops at 256."""
+    """Longest reply. By default the 90th percentile of the mix's completions in the mode, and at least REPLY_LIMIT. The table
+    of `prompts` before and after stops at 256."""
+    minutes: AboveZero | None = None
+    """Time for replies, by default a third of the training's, at least 3; it decides how many questions are asked."""
+    questions_per_mode: Positive | None = None
+    """Questions of each kind, reasoning and chat, asked in each mode whatever it takes: for runs that are to be compared."""
     early_stopping_patience: Positive | None = None
     """Stop after so many evaluations without a better validation loss."""
 

@@ -67,6 +67,13 @@ class HeldOutRow(TypedDict):
     mode: str  # the mode it is rendered in
 
 
+class OwnRow(TypedDict):
+    source: str  # the source it was held out of
+    mode: str  # the mode it is rendered in
+    messages: list[Message]  # up to and including a user turn
+    reference: str  # the reply that the row has, its reasoning included
+
+
 # mix.json ------------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +233,8 @@ class Interval(TypedDict):
 
 Metrics = dict[str, Interval]
 """{metric: interval}: accuracy, accuracy/chat, accuracy/set/NAME, adherence, cut, reasoning_tokens, answer_tokens in a mode;
-kl, nll, kl/CATEGORY and loss/SOURCE/MODE under "forgetting"."""
+begins/thinking and begins/answer in a mode; kl, nll, kl/CATEGORY, loss/SOURCE/MODE and token_accuracy/SOURCE/MODE under
+"forgetting"."""
 Sections = dict[str, Metrics]
 """{mode, or "forgetting": metrics}."""
 PerQuestion = dict[str, dict[str, dict[str, list[list[float]]]]]
@@ -239,8 +247,10 @@ class EvaluationBudget(TypedDict):
     probes: int  # per category and language
     probe_tokens: int  # longest answer to a probe
     validation: int  # held-out rows scored, at most
-    max_new_tokens: int  # longest reply to a question
-    replies: int  # replies generated in all
+    max_new_tokens: int  # longest reply to a question in any mode
+    limits: dict[str, int]  # {mode: longest reply in it}
+    replies: int  # replies to questions, in all modes and of both models
+    note: str  # why less was generated than the level names; empty where nothing was left out
 
 
 class EvaluationSample(TypedDict):
@@ -251,8 +261,24 @@ class EvaluationSample(TypedDict):
     tuned: str  # the tuned model's
 
 
+class OwnRowReplies(TypedDict):
+    source: str  # the source it was held out of
+    mode: str  # the mode it was asked in
+    prompt: str  # the last user turn
+    reference: str  # the reply that the row has
+    base: str  # the base's reply, as generated
+    tuned: str  # the tuned model's
+
+
+class ReplyLengths(TypedDict):
+    base: float | None  # mean tokens of the replies that ended
+    tuned: float | None  # the same with the adapter
+    ratio: Interval  # tuned by base, over as many of the shortest replies as both models ended
+    endless: Interval  # share of replies that end in the base and not in tuned, beyond what longer replies explain
+
+
 class Evaluation(TypedDict):
-    level: str  # how much was asked: quick or full
+    level: str  # how much was asked: fast, quick or full
     seed: int  # the evaluation's own, not the recipe's
     modes: list[str]  # the modes that the model has
     budget: EvaluationBudget  # how much was asked, in numbers
@@ -262,6 +288,9 @@ class Evaluation(TypedDict):
     tuned: Sections  # scores with it
     difference: Sections  # tuned minus base, paired over questions
     per_question: PerQuestion  # what `compare` pairs runs by
+    lengths: dict[str, ReplyLengths]  # {mode: how much longer replies are}; empty where none was generated
+    shipped: list[str]  # question sets that ship with the toolkit: a check of what was kept
+    own_rows: list[OwnRowReplies]  # held-out rows before and after, beside their reference
     samples: list[EvaluationSample]  # a few prompts with both replies, for people to read
     verdict: list[str]  # the result in words; the last line begins with "result:"
 

@@ -92,12 +92,15 @@ def _train(recipe: Recipe, mixed, folder: Path, console):
     return model, tokenizer
 
 
-def evaluate(folder: str | Path, console=None, *, level: str | None = None, loaded=None, details: bool = False) -> dict:
+def evaluate(folder: str | Path, console=None, *, level: str | None = None, minutes: float | None = None, loaded=None,
+             details: bool = False) -> dict:  # fmt: skip
     """Score a run against its own base; writes eval.json and the wandb summary, prints the verdict and the next command.
 
-    `details` prints the table of all metrics too; `loaded` is (model, tokenizer) right after training."""
+    `details` prints the table of all metrics too; `loaded` is (model, tokenizer) right after training,
+    `minutes` the time for replies."""
     from toolkit.data import mix
     from toolkit.evaluation import measure as evaluation
+    from toolkit.evaluation import words
     from toolkit.evaluation.questions import from_mix
     from toolkit.training import model as models
     from toolkit.view import tables
@@ -113,24 +116,29 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
         manifest = read_json(folder / "manifest.json")
         # the rows of the training itself: held-out rows of another mix may be among those it trained on
         mixed = mix.of_run(recipe, manifest)
-        level = level or recipe.evaluate.level
+        own = from_mix(mixed)
         result = evaluation.evaluate(
             *loaded,
             *questions(recipe, mixed),
-            validation=from_mix(mixed)["validation"],
+            validation=own["validation"],
+            own_rows=own["own_rows"],
+            limits=own["limits"],
             # the questions depend on it, so it is written into the result and compared by `compare`
-            level=level,
+            level=level or recipe.evaluate.level,
             steps=manifest.get("steps"),
+            minutes=minutes or recipe.evaluate.minutes,
+            train_seconds=manifest.get("train_seconds"),
+            questions_per_mode=recipe.evaluate.questions_per_mode,
             max_new_tokens=recipe.evaluate.max_new_tokens,
             console=console,
         )
-        write_json(folder / "eval.json", result)
+        write_json(evaluation_file(folder, result), result)
         write_card(folder)
         log_evaluation(recipe, folder, console)
     if details:
         console.print(tables.score_table(result))
-    for line in result["verdict"]:
-        console.print(line)
+    for line in [*words.own_rows_text(result), *result["verdict"]]:
+        console.print(line, markup=False)
     # a run that lost something is looked at before it is exported
     worse = result["verdict"][-1].startswith(("result: WORSE", "result: BROKEN"))
     following = "chat {0}   or   python -m toolkit export {0}"
@@ -139,6 +147,12 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, load
     name = folder.name if folder.parent == outputs() else folder
     console.print(f"the run: {folder}\nnext:    python -m toolkit {following.format(name)}")
     return result
+
+
+def evaluation_file(folder: Path, result: dict) -> Path:
+    """Where an evaluation is written: eval.json, but fast evidence does not replace replies that were paid for."""
+    paid = scored(folder) and read_json(folder / "eval.json").get("level") != "fast"
+    return folder / ("eval-fast.json" if paid and result["level"] == "fast" else "eval.json")
 
 
 def check_export(recipe: Recipe, console) -> None:

@@ -17,7 +17,7 @@ from toolkit import recipe, run
 from toolkit.evaluation import measure as evaluate
 from toolkit.evaluation.generate import generate
 from toolkit.evaluation.questions import PROBES, read_questions
-from toolkit.evaluation.stats import difference, interval
+from toolkit.evaluation.stats import Sample, interval, paired_difference
 from toolkit.export import export
 from toolkit.files import ROOT, read_json, read_jsonl, write_json
 from toolkit.serving.engine import start
@@ -93,9 +93,9 @@ def shares(holds, questions: list[str], replies: dict[str, dict]) -> dict:
     """Share of the replies to `questions` for which `holds` is true, of base and tuned, and their difference."""
     sums = {}
     for who, said in replies.items():
-        sums[who] = [float(bool(holds(said[question]))) for question in questions], [1.0] * len(questions)
-    found = {who: interval(*counts, seed=1, rate=True) for who, counts in sums.items()}
-    return found | {"difference": difference(sums["base"], sums["tuned"], seed=1, rate=True)}
+        sums[who] = Sample.of([float(bool(holds(said[question]))) for question in questions], [1.0] * len(questions))
+    found = {who: interval(sample, seed=1, rate=True) for who, sample in sums.items()}
+    return found | {"difference": paired_difference(sums["base"], sums["tuned"], seed=1, rate=True)}
 
 
 def exported(folder: Path, console) -> dict:

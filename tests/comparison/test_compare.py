@@ -16,8 +16,7 @@ from rich.console import Console
 
 from toolkit.comparison.decide import Point, Run, compare, difference_report, simultaneous_margin
 from toolkit.comparison.report import LOST, conclude, figure, scores, terminal_table, write
-from toolkit.evaluation.measure import is_rate
-from toolkit.evaluation.stats import difference, interval
+from toolkit.evaluation.stats import Sample, interval, is_rate, paired_difference
 from toolkit.files import ROOT, ToolkitError
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -86,7 +85,7 @@ def evaluation(counted, *, level="quick", questions="q1"):
               "fingerprints": {"questions": questions, "probes": "p"}, "per_question": {}}  # fmt: skip
     for i, model in enumerate(("base", "tuned")):
         result[model] = {
-            section: {m: interval(*both, seed=1, rate=is_rate(m)) for m, both in pair[i].items()}
+            section: {m: interval(Sample.of(*both), seed=1, rate=is_rate(m)) for m, both in pair[i].items()}
             for section, pair in counted.items()
         }
     for section, pair in counted.items():
@@ -163,9 +162,9 @@ def test_a_change_has_the_interval_that_the_evaluation_gave_it(tmp_path):
     pair = [([1.0] * 6 + [0.0] * 7, counts), ([0.0] * 5 + [1.0] * 2 + [0.0] * 6, counts)]
     for model, counted in zip(("base", "tuned"), pair, strict=True):
         content["per_question"]["thinking"][model]["accuracy"] = counted
-        content[model]["thinking"]["accuracy"] = interval(*counted, seed=3407, rate=True)
+        content[model]["thinking"]["accuracy"] = interval(Sample.of(*counted), seed=3407, rate=True)
     write_json(run / "eval.json", content)
-    expected = difference(*pair, seed=3407, rate=True)
+    expected = paired_difference(*(Sample.of(*side) for side in pair), seed=3407, rate=True)
     change = compare([run]).points[0].changes["thinking", "accuracy"]
     assert [change[end] for end in ("value", "low", "high")] == [expected[end] for end in ("value", "low", "high")]
 
@@ -305,7 +304,7 @@ def test_small_differences_are_called_noise(tmp_path):
         content = json.loads((runs[-1] / "eval.json").read_text())
         right = (rng.random(QUESTIONS) < 0.5 + 0.005 * i).astype(float).tolist()
         counted = right, [1.0] * QUESTIONS
-        content["tuned"]["thinking"]["accuracy"] = interval(*counted, seed=1, rate=True)
+        content["tuned"]["thinking"]["accuracy"] = interval(Sample.of(*counted), seed=1, rate=True)
         content["per_question"]["thinking"]["tuned"]["accuracy"] = counted
         write_json(runs[-1] / "eval.json", content)
     found = compare(runs)

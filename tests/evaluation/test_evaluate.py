@@ -2,28 +2,26 @@
 
 import io
 import json
-import math
 
 import numpy as np
 import pytest
 from rich.console import Console
 
 from tests.support import export_fixtures, tiny_qwen3
-from tests.support.evaluation import long_table
 from toolkit import recipe as recipes
 from toolkit.data.mix import compile_mix
 from toolkit.data.sources import Rejected
-from toolkit.evaluation import score
 from toolkit.evaluation.generate import Reply, inference, split_reply
-from toolkit.evaluation.measure import evaluate, from_mix, is_rate, summarize, summary
-from toolkit.evaluation.questions import LEVELS, as_question, choose, fingerprint, select, sized
+from toolkit.evaluation.measure import evaluate, from_mix, is_rate, score, summary
+from toolkit.evaluation.plan import LEVELS, Plan, sized
 from toolkit.evaluation.questions import PROBES as SHIPPED_PROBES
-from toolkit.evaluation.score import Judge, leaks, same_words
-from toolkit.evaluation.stats import difference, interval
+from toolkit.evaluation.questions import as_question, choose, fingerprint, select
+from toolkit.evaluation.score import leaks
+from toolkit.evaluation.stats import Sample, paired_difference
 from toolkit.evaluation.subject import LOGITS, LoadedRun, checksum, logits_at_once
 from toolkit.evaluation.words import verdict
 from toolkit.family import MODES
-from toolkit.files import ROOT, ToolkitError, read_jsonl
+from toolkit.files import ToolkitError, read_jsonl
 from toolkit.run import questions
 from toolkit.view.tables import score_table
 
@@ -87,20 +85,27 @@ def endless(_conversation, _mode):
 
 
 def kls(rows):
-    return [{"tokens": 10, "base": 5.0, "tuned": 5.0 + row["extra"], "kl": row["extra"]} for row in rows]
+    return [
+        {"tokens": 10, "base": 5.0, "tuned": 5.0 + row["extra"], "kl": row["extra"], "base_hits": 5, "tuned_hits": 6}
+        for row in rows
+    ]
 
 
 class Scripted:
     """A base and a tuned model that reply by scripts."""
 
-    seed, max_new_tokens = 3407, 64
+    seed = 3407
 
     def __init__(self, base, tuned, divergence, modes):
         self.scripts, self.divergence, self.modes = (base, tuned), divergence, modes
 
-    def reply(self, conversations, mode, adapter, progress):
+    def reply(self, conversations, mode, adapter, progress, **_settings):
         progress.advance(len(conversations))
         return [self.scripts[adapter](c, mode) for c in conversations]
+
+    def beginnings(self, conversations, mode, adapter):
+        thinking = [self.scripts[adapter](c, mode).opened for c in conversations]
+        return [{"thinking": float(opens), "answer": float(not opens)} for opens in thinking]
 
     def own(self, conversations, _mode, _tokens, _progress):
         return [{"extra": 1.0 if c[0]["content"] == "identity" else 3.0} for c in conversations]
@@ -110,7 +115,8 @@ def run(tuned, base=perfect, level="quick", questions=SUMS, chat=CHAT, validatio
         divergence=kls, modes=MODES):  # fmt: skip
     subject = Scripted(base, tuned, divergence, modes)
     console = Console(file=io.StringIO())
-    return score(subject, select(level, steps, questions, chat, PROBES, validation), console)
+    plan = Plan(sized(level, steps), dict.fromkeys(MODES, 64))
+    return score(subject, select(level, steps, questions, chat, PROBES, validation, plan=plan), console)
 
 
 def values(result, mode, name="tuned"):
@@ -122,6 +128,7 @@ def test_a_model_that_keeps_both_modes_scores_one_everywhere():
     for mode in ("thinking", "non_thinking"):
         found = values(result, mode)
         assert {m for m, v in found.items() if is_rate(m) and v != 1.0} == {"cut"}
+        assert (found["begins/thinking"], found["begins/answer"]) == ((1, 0) if mode == "thinking" else (0, 1))
         assert found["cut"] == 0.0
         assert all(change["value"] == 0.0 for change in result["difference"][mode].values())
     assert result["tuned"]["thinking"]["accuracy"]["n"] == 20
@@ -138,7 +145,7 @@ def test_a_model_that_keeps_both_modes_scores_one_everywhere():
     (never_closes, {"adherence": 0, "accuracy": 0, "accuracy/chat": 0, "cut": 0}, {"adherence": 0, "accuracy": 0}),
     (thinks_twice, {"adherence": 0}, {"adherence": 0}),
     (thinks_after_the_answer, {"adherence": 0}, {"adherence": 0}),
-    (endless, {"adherence": 0, "cut": 1, "accuracy": None}, {"cut": 1, "accuracy": None}),
+    (endless, {"adherence": None, "cut": 1, "accuracy": None}, {"cut": 1, "accuracy": None}),
 ])  # fmt: skip
 def test_a_scripted_model_scores_exactly_what_it_must(script, thinking, non_thinking):
     result = run(script)
@@ -209,150 +216,6 @@ def test_nothing_to_ask_is_an_error():
         run(perfect, questions=(), chat=())
 
 
-@pytest.mark.parametrize(("answer", "expected", "right"), [
-    ("The answer is \\boxed{42}.", "42", True),
-    ("12 + 30 = 42", "42", True),
-    ("42 at first, but it is 41", "42", False),
-    ("So $\\frac{2}{4}$.", "\\frac{1}{2}", True),
-    ("答案是42。", "42", True),
-    ("$1+x^2$", "x^2+1", True),
-    ("2000", "2,000", True),
-    ("", "42", False),
-    ("Paris or London? It is London.", "Paris", False),
-    ("The capital of France is **Paris**.", "Paris", True),
-    ("Parisian", "Paris", False),
-    ("法国的首都是巴黎。", "巴黎", True),
-    ("red, green and blue", "Red green and blue", True),
-])  # fmt: skip
-def test_an_answer_is_judged_by_the_written_rule(answer, expected, right):
-    with Judge() as judge:
-        assert judge.right(answer, expected) is right
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected", "right"),
-    [
-        # words with a number in them are words
-        ("It was Apollo 11.", "Apollo 11", True),
-        ("It was Apollo 13.", "Apollo 11", False),
-        ("It is GPT-4.", "GPT-4", True),
-        ("The formula is H2O.", "H2O", True),
-        ("The formula is CO2.", "H2O", False),
-        ("It was signed on July 4, 1776.", "July 4, 1776", True),
-        ("It has 4 legs.", "4 legs", True),
-        ("So it has \\boxed{4}.", "4 legs", True),
-        ("The meeting is at 5 am.", "5 pm", False),
-        ("It is 12:30.", "12:30", True),
-        ("It is 12:45.", "12:30", False),
-        ("他是第3名。", "第3名", True),
-        ("他是第2名。", "第3名", False),
-        # but units in LaTeX and names of functions are mathematics
-        ("The length is \\boxed{5}.", "5 \\text{ cm}", True),
-        ("So $x = 2$ or $x = -3$.", "x = 2 or x = -3", True),
-        ("The answer is A because it barks.", "A", True),
-        ("The answer is B. It barks.", "B", True),
-        # a choice is a letter that is marked as one
-        ("The answer is B, since a dog barks.", "A", False),
-        ("The answer is B, since a dog barks.", "B", True),
-        ("Option B is a better choice.", "A", False),
-        ("(B) A cat", "A", False),
-        ("(B) A cat", "B", True),
-        ("\\boxed{B}, a mammal", "A", False),
-        ("So I choose **C**.", "C", True),
-        ("D", "D", True),
-        ("I would choose B.", "I", False),
-        ("The language is C++.", "C", False),
-        ("The language is C.", "C", True),
-        ("答案是B。", "B", True),
-        ("There is no doubt that it is yes.", "No", False),
-        ("There is no doubt that it is yes.", "Yes", True),
-        ("So the answer is no.", "No", True),
-        # arithmetic: neither a space between digits nor a power goes lost
-        ("11/2", "1 1/2", False),
-        ("23", "2³", False),
-        ("8", "2³", True),
-        ("102", "10²", False),
-        ("23", "2 3", False),
-        # signs and digits as Chinese and typeset text write them
-        ("答案是－42", "-42", True),
-        ("答案是－42", "42", False),
-        ("答案是负42", "-42", True),
-        ("答案是４２", "42", True),
-        ("答案是（1，2）", "(1,2)", True),
-        ("答案是1．5", "1.5", True),
-        ("The answer is −42.", "-42", True),
-        ("The answer is –42.", "-42", True),
-        # nothing but a sign
-        (">", "<", False),
-        ("<", "<", True),
-        ("I do not know.", "<", False),
-        ("", "+", False),
-        ("🙁", "😀", False),
-        # yes and no, where the reason holds the other word
-        ("Yes, because no prime divides it.", "Yes", True),
-        ("Yes – there are no exceptions.", "Yes", True),
-        ("The answer is **Yes**: no prime divides both.", "Yes", True),
-        ("\\boxed{\\text{Yes}} since no counterexample exists", "Yes", True),
-        ("The claim is false; the true answer is 12.", "False", True),
-        ("The statement is false, since it is only true for even n.", "False", True),
-        ("It is not true.", "True", False),
-        ("It is not true.", "False", True),
-        # choices whose reason names others
-        ("The correct answer is B, not A.", "B", True),
-        ("Option B is correct because A and C are wrong.", "B", True),
-        ("Statement A is false, so the answer is C.", "C", True),
-        ("Between A and C, C is better.", "C", True),
-        ("The answer is **C** (not **A**).", "C", True),
-        ("The correct option is C: $F = ma$.", "C", True),
-        ("A is the correct option.", "A", True),
-        ("正确答案是选项B，因为A错误。", "B", True),
-        ("综上，选择C，而不是B", "C", True),
-        ("答案：C（A、B错误）", "C", True),
-        ("(c)", "C", True),
-        ("Answer: c", "C", True),
-        ("\\boxed{c}", "C", True),
-        ("The answer is a dog.", "A", False),
-        ("The symbol is 'K'.", "K", True),
-        ("o", "O", True),
-        ("The answer is (C). Options A and B are wrong.", "C", True),
-        ("So it is \\boxed{B}.", "\\text{(B)}", True),
-        # a unit may be left out, a name may not
-        ("The answer is 42", "42 apples", True),
-        ("There were 3 of them.", "3 apples", True),
-        ("He walks 5km.", "5 km", True),
-        ("The area is 24.", "24 square units", True),
-        ("90°", "90 degrees", True),
-        ("5 p.m.", "5 pm", True),
-        ("答案是25。", "25元", True),
-        ("3", "3个", True),
-        ("\\boxed{11}", "Apollo 11", False),
-        ("\\boxed{5 am}", "5 pm", False),
-        ("1000000", "1 000 000", True),
-        ("答案：42（个）", "42", True),
-        # an abbreviation does not end a sentence
-        ("It is St. Petersburg.", "St. Petersburg", True),
-        ("The author is J. K. Rowling.", "J. K. Rowling", True),
-        ("The author is not known. Perhaps J. K. Rowling? No, J. R. R. Tolkien.", "J. K. Rowling", False),
-    ],
-)
-def test_what_an_outside_tester_found_is_judged_as_a_person_would(answer, expected, right):
-    with Judge() as judge:
-        assert judge.right(answer, expected) is right
-
-
-def test_a_comparison_that_never_ends_is_ended_even_outside_the_main_thread_and_the_next_one_works():
-    import threading
-
-    found = []
-    with Judge(seconds=1.0) as judge:
-        work = threading.Thread(
-            target=lambda: found.extend([judge.right("$9^{9^{9^{9}}}$", "42"), judge.right("6 * 7", "42")])
-        )
-        work.start()
-        work.join(60)
-        assert (found, judge.timeouts) == ([False, True], 1)
-
-
 @pytest.mark.parametrize(
     "text", ["Wait, that is wrong.", "It is 4.\nHmm, no.", "Okay, so the user asks", "嗯，用户问的是", "让我想想"]
 )
@@ -365,11 +228,6 @@ def test_thinking_aloud_is_a_leak(text):
 )
 def test_ordinary_words_are_no_leak(text):
     assert not leaks(reply(text))
-
-
-def test_the_last_sentence_decides():
-    assert same_words("cat. dog.", "dog")
-    assert not same_words("dog. cat.", "dog")
 
 
 def test_questions_are_chosen_evenly_by_set_and_the_same_in_whatever_order_they_come():
@@ -395,57 +253,6 @@ def test_the_probe_set_is_frozen_bilingual_and_balanced():
     assert (len(probes), len(counts)) == (72, 12)
     assert len({p["messages"][0]["content"] for p in probes}) == 72
     assert fingerprint(probes) == "819bf2a74a174352", "changing a probe makes old evaluations incomparable"
-
-
-def test_bootstrap_intervals_cover_the_truth_at_the_stated_rate():
-    """60 questions with 2 samples each, 600 times: 95% intervals of a rate and of a paired difference hold the truth in
-    93 to 97 of 100 (600 draws alone give a standard error of 0.9 points)."""
-    rng, n, trials, covered = np.random.default_rng(1), 60, 600, np.zeros(2)
-    gain = 0.7 - rng.beta(6, 6, 10**6).mean() / 2
-    for trial in range(trials):
-        skill = rng.beta(6, 6, n)
-        first, second = rng.binomial(2, skill / 2), rng.binomial(2, 0.7, n)
-        one = interval(second, np.full(n, 2), seed=trial, rate=True)
-        two = difference((first, np.full(n, 2)), (second, np.full(n, 2)), seed=trial, rate=True)
-        covered += one["low"] <= 0.7 <= one["high"], two["low"] <= gain <= two["high"]
-    assert np.all((covered / trials >= 0.93) & (covered / trials <= 0.97)), covered / trials
-
-
-def test_where_all_questions_agree_the_interval_is_the_exact_bound_and_not_a_point():
-    assert interval([1] * 20, [1] * 20, seed=0, rate=True)["low"] == pytest.approx(0.8316, abs=1e-4)  # Clopper-Pearson
-    same = difference(([1] * 20, [1] * 20), ([1] * 20, [1] * 20), seed=0, rate=True)
-    assert (same["value"], same["low"]) == (0.0, pytest.approx(-0.1684, abs=1e-4))
-    assert interval([], [], seed=0) == {"value": None, "low": None, "high": None, "n": 0}
-
-
-def at_most(right, n, rate):
-    """Chance that at most so many of n independent questions are right."""
-    return sum(math.comb(n, i) * rate**i * (1 - rate) ** (n - i) for i in range(right + 1))
-
-
-@pytest.mark.parametrize(("right", "n"), [(4, 8), (1, 8), (3, 5), (1, 2), (16, 20), (27, 29), (63, 64), (2, 1500)])
-def test_few_questions_or_nearly_unanimous_ones_have_the_exact_interval_of_a_rate(right, n):
-    """Its ends leave what was found a chance of 2.5%; half of 8 right can be neither 6% nor 100%."""
-    found = interval([1] * right + [0] * (n - right), [1] * n, seed=3407, rate=True)
-    assert at_most(right, n, found["high"]) == pytest.approx(0.025, abs=1e-4)
-    assert 1 - at_most(right - 1, n, found["low"]) == pytest.approx(0.025, abs=1e-4)
-    if (right, n) == (4, 8):
-        assert [found["low"], found["high"]] == pytest.approx([0.1570, 0.8430], abs=1e-4)  # printed tables
-
-
-@pytest.mark.parametrize("n", [2, 5, 8, 20])
-def test_intervals_of_few_questions_cover_every_rate(n):
-    """At least 95 of 100 times, summed over all outcomes instead of simulated."""
-    ends = [interval([1] * right + [0] * (n - right), [1] * n, seed=3407, rate=True) for right in range(n + 1)]
-    for rate in np.linspace(0.01, 0.99, 99):
-        chances = [math.comb(n, i) * rate**i * (1 - rate) ** (n - i) for i in range(n + 1)]
-        assert sum(c for c, end in zip(chances, ends, strict=True) if end["low"] <= rate <= end["high"]) >= 0.95
-
-
-def test_questions_with_several_samples_are_resampled_whole():
-    """Half of 8 questions right in both samples, as one question each: the exact interval of 16 would be too narrow."""
-    twice = interval([2] * 4 + [0] * 4, [2] * 8, seed=3407, rate=True)
-    assert twice["high"] - twice["low"] > 0.8430 - 0.1570
 
 
 @pytest.fixture(scope="module")
@@ -481,26 +288,14 @@ def test_an_adapter_that_changes_nothing_scores_no_difference(tokenizer, tmp_pat
     for section in ("thinking", "non_thinking", "forgetting"):
         for metric, found in result["difference"][section].items():
             assert found["value"] in (None, pytest.approx(0.0, abs=1e-6)), metric
-    assert "replies (base and tuned, thinking and non-thinking)" in " ".join(console.file.getvalue().split())
-
-
-FROZEN = json.loads((ROOT / "tests/support/files/intervals.json").read_text(encoding="utf-8"))
-
-
-@pytest.mark.parametrize("case", FROZEN["cases"], ids=lambda case: case["name"])
-def test_intervals_are_to_the_last_digit_those_of_before_the_long_table(case):
-    first, second, settings = case["first"], case["second"], {"seed": case["seed"], "rate": case["rate"]}
-    assert interval(*second, **settings) == case["interval"]
-    assert difference(first, second, **settings) == case["difference"]
-
-
-def test_an_evaluation_summed_up_from_the_long_table_equals_the_frozen_one():
-    run = FROZEN["run"]
-    assert json.loads(json.dumps(summarize(long_table(run["sums"]), run["seed"]))) == run["result"]
+    said = " ".join(console.file.getvalue().split())
+    assert "6 questions x 2 modes (thinking and non-thinking) x base and tuned, up to 6 tokens: about" in said
 
 
 def test_values_that_are_not_numbers_count_as_not_measured_and_the_verdict_says_that_the_run_is_broken():
-    diverged = [{"tokens": 10, "base": 5.0, "tuned": float("nan"), "kl": float("nan")}] * 2
+    diverged = [
+        {"tokens": 10, "base": 5.0, "tuned": float("nan"), "kl": float("nan"), "base_hits": 0, "tuned_hits": 0}
+    ] * 2
     result = run(never_thinks, divergence=lambda rows: diverged[: len(rows)])
     assert result["tuned"]["forgetting"]["kl"] == {"value": None, "low": None, "high": None, "n": 0}
     assert "BROKEN" in result["verdict"][-1]
@@ -540,7 +335,10 @@ def test_a_model_without_a_thinking_mode_keeps_to_its_mode_when_it_answers_witho
 
 def test_a_held_out_loss_reads_as_one_item_of_a_list():
     rows = [{"source": s, "mode": "thinking", "extra": 1.0} for s in ("a", "b") for _ in range(8)]
-    learned = [{"tokens": 10, "base": 5.0 + i % 3, "tuned": 1.0, "kl": 0.1} for i in range(len(PROBES) + len(rows))]
+    learned = [
+        {"tokens": 10, "base": 5.0 + i % 3, "tuned": 1.0, "kl": 0.1, "base_hits": 5, "tuned_hits": 9}
+        for i in range(len(PROBES) + len(rows))
+    ]
     last = run(perfect, validation=rows, divergence=lambda asked: learned[: len(asked)])["verdict"][-1]
     assert last.startswith("result: better than the base in loss on a (thinking), loss on b (thinking); nothing")
 
@@ -553,11 +351,11 @@ def without_answers(_conversation, _mode):
     (without_answers, perfect, "result: better than the base in sums with thinking"),
     (perfect, without_answers, "result: WORSE than the base in sums with thinking"),
     (perfect, perfect, "result: no change shown"),
-    (perfect, endless, "result: WORSE than the base in keeps to its mode with thinking"),
+    (perfect, endless, "result: WORSE than the base in begins by answering without thinking, ending its replies with"),
 ])  # fmt: skip
 def test_the_verdict_says_in_a_few_lines_what_changed_and_ends_with_better_or_worse(base, tuned, last):
     lines = run(tuned, base=base)["verdict"]
-    assert 4 <= len(lines) <= 8
+    assert 4 <= len(lines) <= 11
     assert lines[-1].startswith(last), lines
     if base is without_answers:
         assert lines[1] == "sums with thinking: 0% → 100% (+100 points, certain)"
@@ -573,10 +371,10 @@ def test_the_points_of_a_change_are_the_difference_of_the_shares_beside_them(n, 
     """The shares are over all questions that a model finished, the interval over those that both did."""
     found = [{"value": v, "low": v, "high": v, "n": n} for v in (0.12, 0.0)]
     base, tuned = ({"thinking": {"accuracy/set/sums": f, "cut": {"value": 0.44}}} for f in found)
-    paired = difference(([1] * n, [1] * n), ([0] * n, [1] * n), seed=1, rate=True)
+    paired = paired_difference(Sample.of([1] * n, [1] * n), Sample.of([0] * n, [1] * n), seed=1, rate=True)
     assert paired["value"] == -1
     changes = {"thinking": {"accuracy/set/sums": paired}}
-    result = {"modes": ["thinking"], "base": base, "tuned": tuned, "difference": changes}
+    result = {"modes": ["thinking"], "base": base, "tuned": tuned, "difference": changes, "lengths": {}, "shipped": []}
     assert verdict(result)[0] == f"sums: {said}"
 
 
@@ -613,7 +411,7 @@ def test_the_base_is_asked_once_and_its_replies_are_used_again_unless_the_file_i
         return {key: value for key, value in result.items() if key != "seconds"}
 
     fresh = scored()
-    files = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    files = {file: file.read_bytes() for file in sorted(tmp_path.iterdir())}
     assert len(files) == 4  # replies and greedy answers, in two modes
     assert scored() == fresh
     for file in files:

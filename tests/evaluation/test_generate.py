@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.support import export_fixtures, tiny_qwen3
+from toolkit.evaluation.decode import rows_that_fit, sampler
 from toolkit.evaluation.generate import (
     LONG_PROMPTS,
     Reply,
@@ -13,8 +14,6 @@ from toolkit.evaluation.generate import (
     generate,
     inference,
     modes_of,
-    rows_that_fit,
-    sampler,
     split_reply,
 )
 from toolkit.family import KINDS, QWEN3_SAMPLING, family_of, sampling_of

@@ -17,8 +17,14 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from toolkit.evaluation.measure import is_rate
-from toolkit.evaluation.stats import RESAMPLES, draws, ends, ratios
+from toolkit.evaluation.stats import (
+    RESAMPLES,
+    Sample,
+    is_rate,
+    percentile_interval,
+    resample_counts,
+    resampled_ratios,
+)
 from toolkit.evaluation.words import TITLES, amount, show, title
 from toolkit.family import MODES
 from toolkit.files import ToolkitError, flat, read_json
@@ -285,7 +291,7 @@ def resampled(sides: Sequence[tuple[list[Run], str]], key: Key) -> list[np.ndarr
     # questions of the other kind count for nobody: without them the draws are those of `evaluate`
     table = np.compress(table[:, 1].any(axis=0), table, axis=2)
     seed, vectors = 3407, []
-    drawn = (ratios(*counted, draws(len(counted[0]), seed)) for counted in table)
+    drawn = (resampled_ratios(Sample(*counted), resample_counts(len(counted[0]), seed)) for counted in table)
     for runs, model in sides:
         each = [run.found(model, key)["value"] for run in runs]
         # NaN: every reply that was drawn is cut
@@ -305,7 +311,7 @@ def difference(key: Key, before: tuple[list[Run], str], after: tuple[list[Run], 
     found = [[run.found(model, key) for run in runs] for runs, model in (before, after)]
     old, new = (float(np.mean([f["value"] for f in side])) for side in found)
     n, least = min(f["n"] for side in found for f in side), -1.0 if is_rate(key[1]) else None
-    low, high = ends(np.subtract(*vectors), new - old, n, least)
+    low, high = percentile_interval(np.subtract(*vectors), new - old, n, least)
     return {"before": old, "after": new, "value": new - old, "low": low, "high": high}
 
 

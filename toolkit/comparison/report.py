@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from toolkit.comparison.decide import CHAT, KL, METRICS, RULE, Comparison, Key
-from toolkit.evaluation.measure import is_rate
+from toolkit.evaluation.stats import is_rate
 from toolkit.evaluation.words import TITLES, title
 from toolkit.evaluation.words import show as with_interval
 from toolkit.family import MODES

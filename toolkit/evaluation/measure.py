@@ -1,154 +1,232 @@
-"""Score a run against its own base: accuracy, mode adherence, forgetting, each with its interval.
+"""Score a run against its own base: held-out loss, accuracy, mode adherence, lengths, forgetting, each with its interval.
 
 result = evaluate(model, tokenizer, questions); print("\\n".join(verdict(result)))
 
-Base and tuned are one loaded model with its adapter off and on. A question is {"messages": [...up to a user turn],
-"expected_answer": "42", "set": "sums"}. Accuracy counts replies that ended by themselves; `cut` is the share that did not.
-
-Everything that is measured goes into one long table, a row for each mark: section (a mode, or forgetting), model (base or
-tuned), metric, question (or probe, or held-out row), value, weight. All numbers are sums over groups of it.
+Base and tuned are one loaded model with its adapter off and on. Fast evidence comes first (fast.py), then as many replies
+as the time allows (plan.py). A question is {"messages": [...up to a user turn], "expected_answer": "42", "set": "sums"}.
+A reply that the limit cut counts as `cut` and as nothing else.
 """
 
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
+from rich.console import Console
 
-from toolkit.evaluation.questions import Asked, fingerprint, from_mix, select, spread
-from toolkit.evaluation.score import Judge, longest_answers, marks
-from toolkit.evaluation.stats import difference, interval, is_rate
-from toolkit.evaluation.subject import LoadedRun
+from toolkit.evaluation.fast import fast_evidence
+from toolkit.evaluation.generate import Reply
+from toolkit.evaluation.lengths import compare_lengths
+from toolkit.evaluation.plan import Speed, plan_generation, smallest_change
+from toolkit.evaluation.questions import (
+    SHIPPED,
+    Asked,
+    fingerprint,
+    from_mix,
+    read_questions,
+    select,
+    spread,
+)
+from toolkit.evaluation.score import AnswerChecker, Mark, longest_answers, reply_marks
+from toolkit.evaluation.stats import is_rate
+from toolkit.evaluation.subject import LoadedRun, ProgressBar
+from toolkit.evaluation.table import MODELS, summarize
 from toolkit.evaluation.words import summary, verdict
 from toolkit.family import mode_title
 from toolkit.files import finite, outputs
+from toolkit.recipe import REPLY_LIMIT
+from toolkit.records import (
+    Evaluation,
+    EvaluationSample,
+    HeldOutRow,
+    OwnRow,
+    OwnRowReplies,
+    Probe,
+    Question,
+    ReplyLengths,
+)
 from toolkit.view.progress import Progress
 
-__all__ = ["evaluate", "from_mix", "is_rate", "score", "summarize", "summary", "verdict"]
+__all__ = ["evaluate", "from_mix", "is_rate", "score", "summary", "verdict"]
 
-COLUMNS = ["section", "model", "metric", "question", "value", "weight"]
-MODELS = ("base", "tuned")
-MAY_CHANGE = {"identity"}
-"""Probe categories a run may mean to change ("who made you?"): reported, but not part of the pooled kl and nll."""
-KEPT = ("accuracy", "accuracy/chat", "adherence", "kl")
-"""Metrics whose sums and counts per question are written out, so that `compare` can pair runs question by question."""
 SAMPLES = 8
 """Prompts of each mode whose replies are kept for people to read."""
+ModeReplies = dict[str, dict[str, list[Reply]]]
+"""{mode: {model: a reply to each prompt}}."""
 
 
 def evaluate(
     model,
     tokenizer,
-    questions: Sequence[dict] | None = None,
-    chat_questions: Sequence[dict] | None = None,
-    probes: Sequence[dict] | None = None,
-    validation: Sequence[dict] = (),
+    questions: Sequence[Question] | None = None,
+    chat_questions: Sequence[Question] | None = None,
+    probes: Sequence[Probe] | None = None,
+    validation: Sequence[HeldOutRow] = (),
+    own_rows: Sequence[OwnRow] = (),
     *,
     level: str = "quick",
     steps: int | None = None,
+    minutes: float | None = None,
+    train_seconds: float | None = None,
+    questions_per_mode: int | None = None,
     seed: int = 3407,
     max_new_tokens: int | None = None,
+    limits: dict[str, int] | None = None,
     batch_size: int = 32,
-    console=None,
+    console: Console | None = None,
     cache: Path | None = None,
-) -> dict:
+) -> Evaluation:
     """eval.json's content for a PeftModel, in the modes that its chat template has.
 
     Questions and probes are those that ship unless given (questions.SHIPPED, probes.jsonl); `validation` holds rows
-    {"input_ids", "prompt_length", "source", "mode"}. `steps` of a short training make a quick evaluation smaller
-    (questions.sized). `seed` is evaluation's own, not the recipe's: runs that differ in their training seed must be asked
-    alike. The base's replies are kept in `cache` (default: .base_replies under the outputs) for the next evaluation.
-    `console` is a rich one that shows progress. Raises ToolkitError for a model without an adapter or a chat template."""
-    asked = select(level, steps, questions, chat_questions, probes, validation)
-    limit, cache = max_new_tokens or asked.size.max_new_tokens, cache or outputs() / ".base_replies"
-    return score(LoadedRun(model, tokenizer, cache, seed, limit, batch_size), asked, console)
+    {"input_ids", "prompt_length", "source", "mode"}, `own_rows` some of them as text, `limits` the longest reply by mode
+    (`from_mix` gives all three); `max_new_tokens` is one limit for all modes. Replies are generated for `minutes`, by
+    default for a third of `train_seconds`; `steps` of a short training make a quick evaluation smaller; a number of
+    `questions_per_mode` (of each kind) is asked whatever it takes. `seed` is evaluation's own, not the recipe's: runs that
+    differ in their training seed must be asked alike. The base's replies are kept in `cache` (default: .base_replies
+    under the outputs) for the next evaluation. `console` is a rich one that shows progress.
+    Raises ToolkitError for a model without an adapter or a chat template."""
+    console = console or Console(highlight=False)
+    subject = LoadedRun(model, tokenizer, cache or outputs() / ".base_replies", seed, batch_size)
+    limits = dict.fromkeys(subject.modes, max_new_tokens) if max_new_tokens else dict(limits or {})
+    plan = plan_generation(
+        level, steps=steps, limits=limits, minutes=minutes, train_seconds=train_seconds,
+        questions=questions_per_mode, modes=subject.modes, speed=lambda: _speed(subject, questions, limits),
+    )  # fmt: skip
+    asked = select(level, steps, questions, chat_questions, probes, validation, own_rows, plan=plan)
+    return score(subject, asked, console)
 
 
-def score(subject, asked: Asked, console=None) -> dict:
+def _speed(subject: LoadedRun, questions: Sequence[Question] | None, limits: dict[str, int]) -> Speed:
+    """How fast the model replies to some of the questions."""
+    some = read_questions(SHIPPED[0]) if questions is None else list(questions)
+    conversations = [question["messages"] for question in some or read_questions(SHIPPED[1])]
+    mode = subject.modes[0]
+    return subject.speed(conversations[: subject.batch_size], mode, limits.get(mode, REPLY_LIMIT))
+
+
+def score(subject: LoadedRun, asked: Asked, console: Console | None = None) -> Evaluation:
     """The same for anything that replies as a LoadedRun does."""
-    from rich.console import Console
-
-    started, console, numbers = time.perf_counter(), console or Console(highlight=False), asked.numbers()
-    asks, total = [asked.questions[i]["messages"] for i in numbers], len(MODELS) * len(subject.modes) * len(numbers)
-    console.print(
-        f"{asked.level} evaluation: {total} replies (base and tuned, {' and '.join(map(mode_title, subject.modes))}) of at "
-        f"most {subject.max_new_tokens} tokens, {len(asked.probes)} probes, {len(asked.validation)} held-out rows"
-    )
-    with Progress(console, "evaluating", total + len(subject.modes) * len(asked.probes)) as progress:
-        replies = {
-            mode: {name: subject.reply(asks, mode, name == "tuned", progress) for name in MODELS}
-            for mode in subject.modes
-        }
+    started = time.perf_counter()
+    console = console or Console(highlight=False)
+    console.print(announcement(asked, subject.modes), markup=False)
+    replies: ModeReplies = {}
+    own_rows: list[OwnRowReplies] = []
+    prompts_per_mode = len(MODELS) * len(asked.numbers()) + len(asked.probes)
+    total = len(subject.modes) * prompts_per_mode + len(MODELS) * len(asked.own_rows)
+    with Progress(console, "evaluating", total) as progress:
+        evidence = fast_evidence(subject, asked, progress)
+        if asked.questions:
+            own_rows = own_row_replies(subject, asked, progress)
+            replies = all_replies(subject, asked, progress)
         # after all replies, since a direct answer is measured by the length of the base's
-        rows = [*answer_rows(replies, asked), *forgetting_rows(subject, asked, progress)]
+        scores = summarize([*answer_marks(replies, asked), *evidence.marks], subject.seed)
+    limits = {mode: asked.plan.limit(mode) for mode in subject.modes}
     result = {
         "level": asked.level,
         "seed": subject.seed,
         "modes": list(subject.modes),
-        "budget": asdict(asked.size) | {"replies": total, "max_new_tokens": subject.max_new_tokens},
+        "budget": {
+            **asdict(asked.plan.size),
+            "replies": len(subject.modes) * len(MODELS) * len(asked.numbers()),
+            "max_new_tokens": max(limits.values()),
+            "limits": limits,
+            "note": asked.plan.note,
+        },
+        "shipped": list(asked.shipped),
         "seconds": round(time.perf_counter() - started, 2),
         "fingerprints": {name: fingerprint(getattr(asked, name)) for name in ("questions", "probes", "validation")},
-        **summarize(pd.DataFrame(rows, columns=COLUMNS), subject.seed),
+        **scores,
+        "lengths": reply_lengths(replies, asked, subject.seed),
+        "own_rows": own_rows,
         "samples": samples(replies, asked),
     }
     return finite(result | {"verdict": verdict(result)})
 
 
-def answer_rows(replies: dict[str, dict[str, list]], asked: Asked) -> Iterator[tuple]:
+def announcement(asked: Asked, modes: Sequence[str]) -> str:
+    """What will be asked and how long it takes, before the first reply."""
+    if not asked.questions:
+        return (
+            f"{asked.level} evaluation without generation: {len(asked.validation)} held-out rows, {len(asked.probes)} "
+            f"probes, {len(asked.starts)} beginnings" + (f"\n{asked.plan.note}" if asked.plan.note else "")
+        )
+    several = f" x {asked.plan.size.samples} replies" if asked.plan.size.samples > 1 else ""
+    shown = " and ".join(map(mode_title, modes))
+    limit = max(asked.plan.limit(mode) for mode in modes)
+    text = (
+        f"{asked.level} evaluation: {len(asked.questions)} questions{several} x {len(modes)} "
+        f"mode{'s' * (len(modes) > 1)} ({shown}) x base and tuned, up to {limit:,} tokens"
+    )
+    if asked.plan.seconds is not None:
+        text += f": about {duration(asked.plan.seconds)}"
+    fewest = min(sum(q["chat"] == chat for q in asked.questions) or len(asked.questions) for chat in (False, True))
+    text += f"\nfrom {fewest} questions of a kind, a change below {smallest_change(fewest)} points cannot be told"
+    return text + (f"\n{asked.plan.note}" if asked.plan.note else "")
+
+
+def duration(seconds: float) -> str:
+    """`14 minutes`, `40 seconds`."""
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(1, seconds):.0f} seconds"
+
+
+def all_replies(subject: LoadedRun, asked: Asked, progress: ProgressBar) -> ModeReplies:
+    """A reply of base and tuned to every prompt in each mode."""
+    conversations = [asked.questions[i]["messages"] for i in asked.numbers()]
+    replies: ModeReplies = {}
+    for mode in subject.modes:
+        limit = asked.plan.limit(mode)
+        replies[mode] = {
+            model: subject.reply(conversations, mode, model == "tuned", progress, max_new_tokens=limit)
+            for model in MODELS
+        }
+    return replies
+
+
+def own_row_replies(subject: LoadedRun, asked: Asked, progress: ProgressBar) -> list[OwnRowReplies]:
+    """The person's own held-out rows answered by base and tuned, beside their reference."""
+    rows = []
+    for mode in subject.modes:
+        own = [row for row in asked.own_rows if row["mode"] == mode]
+        conversations = [row["messages"] for row in own]
+        limit = asked.plan.limit(mode)
+        texts = {
+            model: [
+                r.text for r in subject.reply(conversations, mode, model == "tuned", progress, max_new_tokens=limit)
+            ]
+            for model in MODELS
+            if own
+        }
+        for place, row in enumerate(own):
+            shown = {"source": row["source"], "mode": mode, "prompt": row["messages"][-1]["content"]}
+            rows.append({**shown, "reference": row["reference"], **{model: texts[model][place] for model in MODELS}})
+    return rows
+
+
+def answer_marks(replies: ModeReplies, asked: Asked) -> Iterator[Mark]:
     """Rows of the long table for what each reply of base and tuned scores."""
     numbers = asked.numbers()
-    with Judge() as judge:
+    with AnswerChecker() as checker:
         for mode, models in replies.items():
             # a model with one mode has no other from which reasoning could leak
             longest = longest_answers(numbers, models["base"]) if len(replies) > 1 else {}
             for model in MODELS:
                 for i, reply in zip(numbers, models[model], strict=True):
-                    for metric, value, weight in marks(mode, reply, asked.questions[i], longest.get(i), judge):
-                        yield mode, model, metric, i, float(value), weight
+                    for metric, value, weight in reply_marks(mode, reply, asked.questions[i], longest.get(i), checker):
+                        yield Mark(mode, model, metric, i, float(value), weight)
 
 
-def forgetting_rows(subject, asked: Asked, progress) -> Iterator[tuple]:
-    """Rows for NLL and KL per token on the base's own greedy answers to the probes, and held-out loss by source."""
-    for mode in subject.modes:
-        answers = subject.own([p["messages"] for p in asked.probes], mode, asked.size.probe_tokens, progress)
-        for i, (probe, sums) in enumerate(zip(asked.probes, subject.divergence(answers), strict=True)):
-            pooled = probe["category"] not in MAY_CHANGE
-            for model, kl in (("base", 0.0), ("tuned", sums["kl"])):
-                yield "forgetting", model, f"kl/{probe['category']}", i, kl, sums["tokens"]
-                # weight 0 leaves a probe out of the pooled number
-                yield "forgetting", model, "kl", i, pooled * kl, pooled * sums["tokens"]
-                yield "forgetting", model, "nll", i, pooled * sums[model], pooled * sums["tokens"]
-    for i, (row, sums) in enumerate(zip(asked.validation, subject.divergence(asked.validation), strict=True)):
-        for model in MODELS:
-            yield "forgetting", model, f"loss/{row['source']}/{row['mode']}", i, sums[model], sums["tokens"]
+def reply_lengths(replies: ModeReplies, asked: Asked, seed: int) -> dict[str, ReplyLengths]:
+    """How much longer tuned replies are, and whether some never end, by mode."""
+    sets = [f"{question['set']} {question['chat']}" for question in asked.questions]
+    samples = asked.plan.size.samples
+    return {
+        mode: compare_lengths(models["base"], models["tuned"], sets, samples, asked.plan.limit(mode), seed)
+        for mode, models in replies.items()
+    }
 
 
-def summarize(long: pd.DataFrame, seed: int) -> dict:
-    """{"base", "tuned", "difference"}: {section: {metric: {"value", "low", "high", "n"}}} and "per_question", from the
-    long table. A value that is not a number counts as not measured."""
-    measured = np.isfinite(long.value)
-    long = long.assign(weight=long.weight.where(measured, 0), value=long.value.where(measured, 0))
-    result = {name: defaultdict(dict) for name in (*MODELS, "difference", "per_question")}
-    for section, rows in long.groupby("section", sort=False):
-        # One entry for each question asked, so that every metric of `per_question` pairs with every other
-        asked = rows.question[rows.metric.isin(KEPT)].max()
-        for metric, part in rows.groupby("metric"):
-            length, settings = int(np.nanmax([asked, part.question.max()])) + 1, {"seed": seed, "rate": is_rate(metric)}
-            sums = {}
-            for model, own in part.groupby("model"):
-                sums[model] = [np.bincount(own.question, own[x], minlength=length) for x in ("value", "weight")]
-                result[model][section][metric] = interval(*sums[model], **settings)
-                if metric in KEPT:
-                    kept = result["per_question"][section].setdefault(model, {})
-                    kept[metric] = [np.round(x, 6).tolist() for x in sums[model]]
-            result["difference"][section][metric] = difference(sums["base"], sums["tuned"], **settings)
-    return result
-
-
-def samples(replies: dict[str, dict[str, list]], asked: Asked) -> list[dict]:
+def samples(replies: ModeReplies, asked: Asked) -> list[EvaluationSample]:
     """A few prompts of each mode with both models' replies, for people to read."""
     numbers, rows = asked.numbers(), []
     for mode, models in replies.items():

@@ -1,4 +1,4 @@
-"""What evaluation asks, and what that costs: levels, questions, the probe set that ships.
+"""What evaluation asks: levels, questions, held-out rows, the probe set that ships.
 
 asked = select("quick", steps=200); asked.numbers()
 """
@@ -8,15 +8,18 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from toolkit.data.mix import as_question, read_questions
+from toolkit.data.mix import Mix, Row, as_question, read_questions
 from toolkit.data.sources import Rejected
+from toolkit.evaluation.plan import Plan, sized
 from toolkit.files import ToolkitError, read_jsonl
 from toolkit.recipe import REPLY_LIMIT, Source
+from toolkit.records import HeldOutRow, OwnRow, Probe, Question
 
 SHIPPED = (
     Source("data_recipes/samples/heldout_reasoning.jsonl", name="sums", format="openmath"),
@@ -25,48 +28,10 @@ SHIPPED = (
 """Easy questions, reasoning and chat, that any chat model answers: they show what was lost."""
 PROBES = Path(__file__).with_name("probes.jsonl")
 """The frozen bilingual probe set that ships: rows {"id", "category", "language", "messages"}."""
-STEPS_PER_QUESTION = 4
-"""A quick evaluation asks one question of each kind for so many training steps, so that it takes about a sixth of the
-training time, a third at most (pocket recipe, 2 cores, 2026-11-25: 0.9 s a step, 0.65 s a question in both modes)."""
-
-
-@dataclass(frozen=True)
-class Level:
-    """How much is asked."""
-
-    questions: int
-    """Of each kind, reasoning and chat."""
-    samples: int
-    """Replies per question, mode and model."""
-    probes: int
-    """Per category and language, each answered by the base in every mode."""
-    probe_tokens: int
-    validation: int
-    max_new_tokens: int
-
-
-LEVELS = {
-    "quick": Level(
-        questions=64, samples=1, probes=2, probe_tokens=48, validation=64, max_new_tokens=REPLY_LIMIT["quick"]
-    ),
-    "full": Level(
-        questions=500, samples=4, probes=6, probe_tokens=256, validation=500, max_new_tokens=REPLY_LIMIT["full"]
-    ),
-}
-
-
-def sized(level: str, steps: int | None = None) -> Level:
-    """A level, the quick one made smaller after a short training of `steps` optimizer steps.
-
-    It goes by steps and not by measured time: every run of a sweep takes the same number of steps, so all are asked the
-    same questions and can be compared, on whatever machine each of them ran."""
-    if level not in LEVELS:
-        raise ToolkitError(f"level {level!r}: expected {' or '.join(LEVELS)}")
-    size = LEVELS[level]
-    if level != "quick" or steps is None:
-        return size
-    questions = next((n for n in (64, 32, 16) if n * STEPS_PER_QUESTION <= steps), 8)
-    return replace(size, questions=questions, probes=1 + (questions > 16), validation=questions)
+OWN_ROWS = 3
+"""Held-out rows of each source that are answered before and after, for people to read."""
+STARTS = 16
+"""Questions of each kind at whose first token a mode's beginning is measured."""
 
 
 @dataclass(frozen=True)
@@ -74,53 +39,82 @@ class Asked:
     """Everything that one evaluation asks."""
 
     level: str
-    size: Level
-    questions: list[dict]
-    """{"messages", "expected_answer", "set", "chat": whether it counts as a chat question}."""
-    probes: list[dict]
-    validation: list[dict]
+    plan: Plan
+    questions: list[Question]
+    probes: list[Probe]
+    validation: list[HeldOutRow]
+    own_rows: list[OwnRow]
+    starts: list[Question]
+    """Questions that are not answered, but at whose first token the model is looked at."""
+    shipped: tuple[str, ...] = ()
+    """Names of the question sets that are not the person's own."""
 
     def numbers(self) -> list[int]:
         """The question of every prompt, the same in each mode and for base and tuned."""
-        return [i for i in range(len(self.questions)) for _ in range(self.size.samples)]
+        return [i for i in range(len(self.questions)) for _ in range(self.plan.size.samples)]
 
 
 def select(
     level: str,
     steps: int | None = None,
-    questions: Sequence[dict] | None = None,
-    chat_questions: Sequence[dict] | None = None,
-    probes: Sequence[dict] | None = None,
-    validation: Sequence[dict] = (),
+    questions: Sequence[Question] | None = None,
+    chat_questions: Sequence[Question] | None = None,
+    probes: Sequence[Probe] | None = None,
+    validation: Sequence[HeldOutRow] = (),
+    own_rows: Sequence[OwnRow] = (),
+    plan: Plan | None = None,
 ) -> Asked:
-    """As many of the given questions, probes and held-out rows as the level asks; those that ship stand in for None."""
-    size = sized(level, steps)
-    rows = []
-    for chat, (given, shipped) in enumerate(zip((questions, chat_questions), SHIPPED, strict=True)):
-        found = read_questions(shipped) if given is None else [checked_question(row) for row in given]
-        rows += [{**row, "chat": bool(chat)} for row in choose(found, size.questions, "set")]
-    if not rows:
+    """As many of the given questions, probes and held-out rows as the level (or `plan`) asks; those that ship stand in
+    for None. Raises ToolkitError where there is nothing to ask."""
+    plan = plan or Plan(sized(level, steps))
+    size = plan.size
+    shipped = [s.name for s, given in zip(SHIPPED, (questions, chat_questions), strict=True) if given is None]
+    reasoning, chat = _with_shipped(questions, SHIPPED[0]), _with_shipped(chat_questions, SHIPPED[1])
+    if not reasoning and not chat:
         raise ToolkitError(
             "nothing to ask: evaluation needs questions with an expected_answer (recipe: evaluate.questions)"
         )
     probes = read_jsonl(PROBES) if probes is None else probes
     kinds = {(probe["category"], probe["language"]) for probe in probes}
-    chosen = choose(probes, size.probes * len(kinds), "category", "language")
-    return Asked(level, size, rows, chosen, choose(validation, size.validation, "source", "mode"))
+    sources = {row["source"] for row in own_rows}
+    return Asked(
+        level,
+        plan,
+        questions=_chosen(reasoning, size.questions, False) + _chosen(chat, size.questions, True),
+        probes=choose(probes, size.probes * len(kinds), "category", "language"),
+        validation=choose(validation, size.validation, "source", "mode"),
+        own_rows=choose(own_rows, OWN_ROWS * len(sources), "source") if size.questions else [],
+        starts=_chosen(reasoning, STARTS, False) + _chosen(chat, STARTS, True),
+        shipped=tuple(shipped),
+    )
 
 
-def checked_question(row: dict) -> dict:
+def _with_shipped(given: Sequence[Question] | None, shipped: Source) -> list[Question]:
+    return read_questions(shipped) if given is None else [checked_question(row) for row in given]
+
+
+def _chosen(questions: Sequence[Question], limit: int, chat: bool) -> list[Question]:
+    return [{**question, "chat": chat} for question in choose(questions, limit, "set")]
+
+
+def checked_question(row: object) -> Question:
     """A question of somebody's own, with its answer as text and a set. Raises ToolkitError naming what it lacks."""
-    asked, answer = (row.get(key) if isinstance(row, dict) else None for key in ("messages", "expected_answer"))
-    roles = [m.get("role") for m in asked if isinstance(m, dict)] if isinstance(asked, list) else []
+    refusal = ToolkitError(f"a question needs messages up to a user turn, and an expected_answer; found {row!r:.200}")
+    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+        raise refusal
+    roles = [message.get("role") for message in row["messages"] if isinstance(message, dict)]
+    answer = row.get("expected_answer")
     if roles[-1:] != ["user"] or type(answer) not in (str, int, float) or str(answer).strip() in ("", "nan"):
-        raise ToolkitError(f"a question needs messages up to a user turn, and an expected_answer; found {row!r:.200}")
+        raise refusal
     return {"set": "questions", **row, "expected_answer": str(answer)}
 
 
-def from_mix(mixed) -> dict:
-    """{"questions", "validation"} of a compiled mix: its held-out rows, and those that carry an expected answer and need no
-    tools (None without any).
+# --- from a mix ------------------------------------------------------------------------------------------------------
+
+
+def from_mix(mixed: Mix) -> dict[str, Any]:
+    """{"questions", "validation", "own_rows", "limits"} of a compiled mix: its held-out rows as ids and as text, those of
+    them that carry an expected answer and need no tools (None without any), and the longest reply by mode.
 
     evaluate(model, tokenizer, **from_mix(mixed)) scores a model in anybody's own notebook."""
     rows = mixed.validation
@@ -136,10 +130,39 @@ def from_mix(mixed) -> dict:
         {"input_ids": row.ids.tolist(), "prompt_length": row.prompt_length, "source": row.source, "mode": row.mode}
         for row in rows
     ]
-    return {"questions": questions or None, "validation": validation}
+    own = [own_row(row) for row in rows if "tools" not in row.conversation]
+    return {"questions": questions or None, "validation": validation, "own_rows": own, "limits": reply_limits(mixed)}
 
 
-def choose(rows: Sequence[dict], limit: int, *keys: str) -> list[dict]:
+def own_row(row: Row) -> OwnRow:
+    """A held-out row as text."""
+    *asked, reply = row.conversation["messages"]
+    parts = [reply.get("reasoning_content") or "", reply.get("content") or ""]
+    reference = "\n\n".join(part.strip() for part in parts if part.strip())
+    return {"source": row.source, "mode": row.mode, "messages": asked, "reference": reference}
+
+
+def reply_limits(mixed: Mix) -> dict[str, int]:
+    """The longest reply by mode: the 90th percentile of what the model was taught to write in it, at least REPLY_LIMIT.
+
+    A limit below it cuts replies that are as they should be, and a cut reply says nothing."""
+    limits = {}
+    for mode in ("thinking", "non_thinking"):
+        known = mixed.report.get("lengths", {}).get(mode, {}).get("completion_p90")
+        limits[mode] = max(REPLY_LIMIT, int(known or completion_p90(mixed, mode)))
+    return limits
+
+
+def completion_p90(mixed: Mix, mode: str) -> float:
+    """90th percentile of the completions of a mode in tokens; 0 for a mix without any."""
+    lengths = [len(row.ids) - row.prompt_length for row in mixed.train if row.mode == mode]
+    return float(np.percentile(lengths, 90)) if lengths else 0.0
+
+
+# --- choosing --------------------------------------------------------------------------------------------------------
+
+
+def choose(rows: Sequence[Any], limit: int, *keys: str) -> list[Any]:
     """At most `limit` rows, in turn from each group that shares `keys`. Which ones is decided by their content alone: every
     run of a sweep asks the same, whatever order its seed read them in."""
     ranked, seen = [], Counter()
@@ -156,6 +179,6 @@ def spread(length: int, count: int) -> list[int]:
     return np.linspace(0, length - 1, min(count, length)).astype(int).tolist()
 
 
-def fingerprint(asked) -> str:
+def fingerprint(content: object) -> str:
     """Identity of what was asked, order included: 16 hex digits for plain values."""
-    return hashlib.sha256(json.dumps(asked, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]

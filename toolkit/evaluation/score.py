@@ -1,6 +1,6 @@
-"""Right or wrong, obedient or not: one reply at a time, by rules that are written down here.
+"""Right or wrong, obedient or not: one reply at a time, by rules that are written down here and in answers.py.
 
-with Judge() as judge: judge.right("So it is \\boxed{42}.", "42")  # True
+with AnswerChecker() as checker: checker.is_right("So it is \\boxed{42}.", "42")  # True
 """
 
 import contextlib
@@ -8,14 +8,16 @@ import json
 import re
 import subprocess
 import sys
-import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import mean, median
+from typing import NamedTuple
 
+from toolkit.evaluation.answers import is_same_choice, normalized, required_words, sentences, words
 from toolkit.evaluation.generate import Reply
 from toolkit.family import THINK_CLOSE, THINK_TAG
 from toolkit.files import ToolkitError
+from toolkit.records import Question
 
 SECONDS = 10.0
 """Longest a comparison may take; `9^{9^{9}}` would take the machine."""
@@ -30,18 +32,39 @@ LENGTH_FACTOR = 3.0
 """A direct answer longer than this many times the base's is reasoning that moved outside the block."""
 
 
-def marks(
-    mode: str, reply: Reply, question: dict, longest: float | None, judge: "Judge"
-) -> Iterable[tuple[str, float, int]]:
+class Mark(NamedTuple):
+    """One row of evaluation's long table, of which every number is a sum."""
+
+    section: str
+    """A mode, or forgetting."""
+    model: str
+    """base or tuned."""
+    metric: str
+    question: int
+    """The number of the question, probe or held-out row in its section: what base and tuned are paired by."""
+    value: float
+    weight: float
+    """What it counts for: 0 for nothing."""
+
+
+# --- one reply -------------------------------------------------------------------------------------------------------
+
+
+def reply_marks(
+    mode: str, reply: Reply, question: Question, longest: float | None, checker: "AnswerChecker"
+) -> Iterator[tuple[str, float, int]]:
     """(metric, value, weight) of one reply; `longest` is the number of tokens that a direct answer to the question may
     have, None for a model with one mode.
 
-    A reply that the limit cut counts nothing for accuracy (weight 0), so that its share stands in `cut` alone."""
-    # a cut reply may hold the right number on its way to another
-    right = reply.finished and judge.right(reply.answer, question["expected_answer"])
-    yield f"accuracy/set/{question['set']}", right, int(reply.finished)
-    yield "accuracy/chat" if question["chat"] else "accuracy", right, int(reply.finished)
-    yield "adherence", thinks(reply) if mode == "thinking" else is_direct(reply, longest), 1
+    A reply that the limit cut is neither wrong nor disobedient: nobody knows how it would have ended. It counts in
+    `cut` alone (and in the lengths, see lengths.py)."""
+    # a cut reply may have the right number on its way to another
+    right = reply.finished and checker.is_right(reply.answer, question["expected_answer"])
+    obedient = thinks(reply) if mode == "thinking" else is_direct(reply, longest)
+    counts = int(reply.finished)
+    yield f"accuracy/set/{question['set']}", right, counts
+    yield "accuracy/chat" if question["chat"] else "accuracy", right, counts
+    yield "adherence", obedient, counts
     yield "reasoning_tokens", reply.reasoning_tokens, 1
     yield "answer_tokens", reply.answer_tokens, 1
     yield "cut", not reply.finished, 1
@@ -65,8 +88,7 @@ def longest_answers(numbers: Sequence[int], base: Sequence[Reply]) -> dict[int, 
 
 
 def thinks(reply: Reply) -> bool:
-    """What thinking mode promises: a block that is not empty, is closed, and has an answer after it. A block that the
-    limit cut open breaks it too: endless thinking is how that mode dies, and `cut` stands beside it."""
+    """What thinking mode promises: a block that is not empty, is closed, and has an answer after it."""
     after = reply.text.partition(THINK_CLOSE)[2].strip()
     return bool(reply.opened and reply.reasoning and after and not has_tags(after))
 
@@ -81,51 +103,13 @@ def leaks(reply: Reply) -> bool:
     return bool(LEAK.search(reply.answer))
 
 
+# --- one answer ------------------------------------------------------------------------------------------------------
+
+
 def is_mathematics(expected: str) -> bool:
     """An expected answer with a digit, a LaTeX command or an operator between symbols. Words are compared as words:
     math-verify would read "Paris" as a product of five variables and order would not count."""
     return bool(re.search(r"\d|\\[a-zA-Z]|(?<!\w)\w\s*[=+*/^<>]\s*\w(?!\w)", expected))
-
-
-LATEX = re.compile(r"\\(?:text|mathrm|mbox)\{[^{}]*\}|\\[a-zA-Z]+")
-OPERATOR = re.compile(r"[=+*/^<>]|(?<![^\W\d_])-")
-NAME = re.compile(r"[\u3400-\u9fff]|(?<!\w)[^\W\d_]{2,}(?!\w)|(?<!\w)[A-Z][A-Za-z]*\d\w*|\d+(?::\d+)+")
-MATHEMATICAL_WORDS = frozenset("and or ln log sin cos tan mod".split())
-
-
-def required_words(expected: str) -> tuple[set[str], str]:
-    """(words, rest) of an expected answer that is a number with words: those that stand before it or in one with it must be said
-    (`Apollo 11`, `第3名`, `5 pm`, `H2O`, `12:30`); a unit after it (`5 km`, `42 apples`, `3元`) may be left out. No words in a
-    formula, where letters are variables."""
-    bare = LATEX.sub(" ", expected)
-    if OPERATOR.search(bare) or not NAME.search(bare):
-        return set(), expected
-    first = re.search(r"\d|$", bare).start()
-    said = [m[0].casefold() for m in NAME.finditer(bare) if m.start() < first or re.search(r"\d|^[ap]m$", m[0], re.I)]
-    return set(said) - MATHEMATICAL_WORDS, NAME.sub(" ", bare)
-
-
-KEYBOARD = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys((0x2212, 0x2013), "-")
-"""Full-width forms → ASCII, minus sign and en dash → hyphen."""
-
-
-def normalized(text: str) -> str:
-    """Signs and digits as a keyboard has them: full-width forms, typographic minus signs, 负 before a number, powers, p.m."""
-    text = text.translate(KEYBOARD)
-    text = re.sub(r"负(?=\s*\d)", "-", text)
-    text = re.sub(r"\b([ap])\.m\.?", r"\1m", text, flags=re.I)
-    return re.sub("[⁰¹²³⁴-⁹]+", lambda power: "^{" + unicodedata.normalize("NFKC", power[0]) + "}", text)
-
-
-def words(text: str) -> list[str]:
-    """Lower-case words without punctuation or markup; each Chinese character counts as a word."""
-    text = unicodedata.normalize("NFKC", text).casefold()
-    return re.findall(r"[\u3400-\u9fff]|[^\W_\u3400-\u9fff]+", text)
-
-
-def sentences(text: str) -> list[str]:
-    """Those that hold a word."""
-    return [s for s in re.split(r"(?<=[.!?])\s+|[。！？\n]+", text) if words(s)]
 
 
 def same_words(answer: str, expected: str) -> bool:
@@ -133,56 +117,13 @@ def same_words(answer: str, expected: str) -> bool:
 
     Only the last sentence: an answer that lists the candidates and then decides is judged by its decision. (As many as the
     expected answer seems to have: `St. Petersburg` looks like two.)"""
-    wanted, last = words(expected), words(" ".join(sentences(answer)[-len(sentences(expected)) :]))
+    wanted = words(expected)
+    last = words(" ".join(sentences(answer)[-len(sentences(expected)) :]))
     runs = [last[i : i + len(wanted)] for i in range(len(last) - len(wanted) + 1)]
     return bool(wanted) and (words(answer) == wanted or wanted in runs)
 
 
-LETTER = r"([A-Z](?![\w'’+#-])|[a-z](?=\W*$))"
-"""A choice: a capital that stands alone, or a small letter that ends the answer."""
-CHOICES = (
-    re.compile(r"^\W*([A-Za-z])\W*$"),
-    re.compile(r"\\boxed\{\W*(?:\\text\{\W*)?([A-Za-z])\W*\}"),
-    re.compile(rf"(?i:answer|option|choice|choose|select)(?i:\s+is)?[\s:*(_]*{LETTER}", re.ASCII),
-    re.compile(rf"(?:答案|选项|选择|选)[是为]?[\s:*(]*(?:选项)?{LETTER}", re.ASCII),
-    re.compile(r"(?<![\w'’-])([A-Z]) is (?:the )?(?:correct|right|better|best)", re.ASCII),
-    re.compile(r"\(([A-Z])\)|\*\*([A-Z])\*\*"),
-)
-"""How people name their choice, the clearest way first."""
-LONE = re.compile(r"(?<![\w'’-])(?!I\s+[a-z]|I['’])([A-Z])(?![\w'’+#-])", re.ASCII)
-DECISIONS = (
-    re.compile(r"\\boxed\{\s*(?:\\text\{\s*)?(\w+)"),
-    re.compile(r"\*\*(\w+)\W*\*\*"),
-    re.compile(r"^\W*(\w+)"),
-    re.compile(r"\b(?:answer|claim|statement|it)\s+is\W+(\w+)", re.IGNORECASE),
-    re.compile(r"(\w+)"),
-)
-OPPOSITES = frozenset({"yes", "no"}), frozenset({"true", "false"})
-
-
-def chosen_letters(answer: str) -> set[str]:
-    """The letter that an answer to a multiple-choice question names; several where it only mentions some."""
-    answer = re.sub(r"(?<!\w)['\"‘“_`]([A-Z])['\"’”_`](?!\w)", r"\1", answer)
-    # the last match of the clearest way: a reply may weigh the choices before it decides
-    for way in CHOICES:
-        if found := way.findall(answer):
-            return {"".join(found[-1]).upper()}
-    for sentence in reversed(sentences(answer)):
-        if found := LONE.findall(re.sub(r"^\W*A\s+(?=[a-z])", "", sentence)):  # an article
-            return set(found)
-    return set()
-
-
-def chosen_opposite(answer: str, pair: frozenset) -> str:
-    """Which of two opposites an answer says: boxed or bold, at its beginning, after "the answer is", or last."""
-    answer = re.sub(
-        r"\bnot (true|false)\b", lambda m: "false" if m[1].lower() == "true" else "true", answer, flags=re.I
-    )
-    ways = ([word.casefold() for word in way.findall(answer)] for way in DECISIONS)
-    return next((hits[-1] for way in ways if (hits := [word for word in way if word in pair])), "")
-
-
-class Judge(contextlib.AbstractContextManager):
+class AnswerChecker(contextlib.AbstractContextManager):
     """Compares answers; mathematics in a process of its own, which ends itself when a comparison takes too long.
 
     math-verify's own timeout is an alarm signal: it fails outside the main thread (notebook servers, training callbacks),
@@ -191,21 +132,19 @@ class Judge(contextlib.AbstractContextManager):
     script has no `if __name__ == "__main__"`."""
 
     def __init__(self, seconds: float = SECONDS):
-        self.seconds, self.timeouts = seconds, 0
-        self.process: subprocess.Popen | None = None
+        self.seconds = seconds
+        self.timeouts = 0
+        self.process: subprocess.Popen[str] | None = None
 
-    def right(self, answer: str, expected: str) -> bool:
-        """Whether the answer is the expected one: as mathematics if that is mathematics, else as words."""
-        # from the most to the least particular kind of answer: the first that fits decides
+    def is_right(self, answer: str, expected: str) -> bool:
+        """Whether the answer is the expected one. From the most to the least particular kind: the first that fits decides."""
         answer, expected = normalized(answer), normalized(expected)
-        wanted, same = words(expected), _squeezed(answer) == _squeezed(expected)
-        if same or not wanted:  # signs and emojis have no words
+        same = _squeezed(answer) == _squeezed(expected)
+        if same or not words(expected):  # signs and emojis have no words
             return same and bool(expected.strip())
-        if letter := re.fullmatch(r"\W*(?:\\text\{\W*)?([A-Z])\W*", expected):
-            return chosen_letters(answer) == {letter[1]}
-        for pair in OPPOSITES:
-            if set(wanted) < pair:
-                return chosen_opposite(answer, pair) == wanted[0]
+        same_choice = is_same_choice(answer, expected)
+        if same_choice is not None:
+            return same_choice
         if not is_mathematics(expected):
             return same_words(answer, expected)
         required, rest = required_words(expected)
@@ -215,6 +154,7 @@ class Judge(contextlib.AbstractContextManager):
         return same_words(answer, expected) or (required <= set(words(answer)) and self._verified(answer, rest))
 
     def _verified(self, answer: str, expected: str) -> bool:
+        """Whether math-verify finds both equal; False where it does not come to an end."""
         self.process = self.process or _start(self.seconds)
         # math-verify finds no number that touches Chinese text: 答案是42。
         apart = re.sub(r"\(?[\u3000-\u9fff]+[:)]?", " ", answer)
@@ -238,10 +178,11 @@ class Judge(contextlib.AbstractContextManager):
         self.close()
 
 
-def _start(seconds: float) -> subprocess.Popen:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+def _start(seconds: float) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", WORKER, str(seconds)]
-    process = subprocess.Popen(command, **pipes, text=True, encoding="utf-8")
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8"
+    )
     if not process.stdout.readline():  # "ready": importing sympy takes seconds, which are no comparison's
         raise ToolkitError("math-verify did not start: run `python -c 'import math_verify'` to see why")
     return process
@@ -268,6 +209,7 @@ for line in sys.stdin:
 
 
 def _squeezed(text: str) -> str:
+    """Without what does not change an answer: dollars, a box, a last full stop, spaces but between digits."""
     text = re.sub(r"(?<=\d)\s(?=\d{3}(?!\d))", "", text.strip())  # 1 000 000
     text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)  # between two other digits a space means something: 1 1/2
     return re.sub(r"\$|\\boxed\{(.*)\}|\.$", r"\1", text)

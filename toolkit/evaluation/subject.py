@@ -1,20 +1,22 @@
-"""What evaluation asks of a model: replies, and how far tuned is from base.
+"""What evaluation asks of a model: replies, how far tuned is from base, how a reply begins.
 
 subject = LoadedRun(model, tokenizer, cache=Path("outputs/.base_replies"))
 subject.divergence([{"input_ids": [1, 2, 3, 4], "prompt_length": 2}])
 """
 
-import contextlib
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol, TypedDict
 
+from toolkit.evaluation.decode import free_memory, rows_at_once
 from toolkit.evaluation.generate import (
+    Messages,
     Reply,
     closing_token,
     end_tokens,
-    free_memory,
     generate,
     inference,
     modes_of,
@@ -22,8 +24,11 @@ from toolkit.evaluation.generate import (
     sampling_values,
     switched,
 )
+from toolkit.evaluation.plan import Speed
 from toolkit.evaluation.questions import fingerprint
-from toolkit.files import ToolkitError, read_json, write_json
+from toolkit.evaluation.reply_store import ReplyStore
+from toolkit.family import THINK_CLOSE, THINK_OPEN
+from toolkit.files import ToolkitError
 from toolkit.recipe import INITS
 
 LOGITS = 1 << 28
@@ -32,6 +37,58 @@ BYTES_PER_LOGIT = 8
 """Base and tuned in float32, as accelerate's wrapper returns them after a training in the same process."""
 CHUNK = 128
 """Positions whose full distributions are compared at once in float32 (78 MB each at Qwen3's 151,936 entries)."""
+SPEED_TOKENS = 32
+"""Tokens of each row by which the speed of decoding is measured."""
+
+
+class Completion(TypedDict):
+    """Token ids of which the first `prompt_length` are the prompt."""
+
+    input_ids: list[int]
+    prompt_length: int
+
+
+class TokenSums(TypedDict):
+    """Sums over the tokens of one completion."""
+
+    tokens: int
+    base: float
+    """Negative log-likelihood in nats."""
+    tuned: float
+    kl: float
+    """Of tuned from base, in nats."""
+    base_hits: int
+    """Tokens that are the likeliest to the model."""
+    tuned_hits: int
+
+
+class Beginning(TypedDict):
+    """Shares of probability at the first tokens of a reply."""
+
+    thinking: float
+    """That it opens a think block which is not closed at once."""
+    answer: float
+    """That it answers at once, after an empty block too."""
+
+
+class ProgressBar(Protocol):
+    """What is told how far replies are; a toolkit.view.progress.Progress is one."""
+
+    def advance(self, count: int) -> None:
+        """`count` more are done."""
+
+    def skip(self, count: int) -> None:
+        """`count` need not be done."""
+
+
+class NoProgress:
+    """Shows nothing."""
+
+    def advance(self, count: int) -> None:
+        """`count` more are done."""
+
+    def skip(self, count: int) -> None:
+        """`count` need not be done."""
 
 
 @dataclass
@@ -43,7 +100,6 @@ class LoadedRun:
     cache: Path
     """Folder of the base's replies: one base asked one question set is asked once, in all runs and sweeps."""
     seed: int = 3407
-    max_new_tokens: int = 1024
     batch_size: int = 32
 
     def __post_init__(self):
@@ -57,23 +113,32 @@ class LoadedRun:
         self.modes = modes_of(self.tokenizer)
         self.weights = checksum(self.model)
 
-    def reply(self, conversations: list[list[dict]], mode: str, adapter: bool, progress, **settings) -> list[Reply]:
-        """A reply to each conversation; the base's are kept for the next evaluation. `progress` is a toolkit.view.progress."""
-        settings = {"max_new_tokens": self.max_new_tokens, "seed": self.seed, "greedy": False} | settings
+    def reply(
+        self, conversations: Sequence[Messages], mode: str, adapter: bool, progress: ProgressBar, *,
+        max_new_tokens: int, greedy: bool = False,
+    ) -> list[Reply]:  # fmt: skip
+        """A reply to each conversation; the base's are kept for the next evaluation, a batch at a time."""
+        settings = {"max_new_tokens": max_new_tokens, "seed": self.seed, "greedy": greedy}
         # only the base's are kept: tuned replies belong to one run and are asked once
-        file = None if adapter else self.cache / f"{self.key(conversations, mode, settings)}.json"
-        if file and (known := stored(file)):
-            progress.skip(len(known))
-            return known
+        store = None if adapter else ReplyStore(self.cache / f"{self.key(conversations, mode, settings)}.jsonl")
+        replies = store.read() if store else {}
+        missing = [place for place in range(len(conversations)) if place not in replies]
+        progress.skip(len(conversations) - len(missing))
+        if not missing:
+            return [replies[place] for place in range(len(conversations))]
         with switched(self.model, adapter):
-            settings |= {"batch_size": self.batch_size, "progress": progress.advance}
-            replies = generate(self.model, self.tokenizer, conversations, mode, **settings)
-        if file:
-            rows = [asdict(reply) for reply in replies]
-            write_json(file, {"fingerprint": fingerprint(rows), "replies": rows})
-        return replies
+            new = generate(
+                self.model, self.tokenizer, [conversations[place] for place in missing], mode, numbers=missing,
+                batch_size=self.batch_size, progress=progress.advance, **settings,
+                keep=lambda batch: store and store.add({missing[i]: reply for i, reply in batch.items()}),
+            )  # fmt: skip
+        replies |= dict(zip(missing, new, strict=True))
+        complete = [replies[place] for place in range(len(conversations))]
+        if store:
+            store.complete(complete)
+        return complete
 
-    def key(self, conversations: list[list[dict]], mode: str, settings: dict) -> str:
+    def key(self, conversations: Sequence[Messages], mode: str, settings: dict[str, object]) -> str:
         """Identity of everything that decides the base's replies. Not the batch size: that decides rounding alone."""
         import torch
 
@@ -90,31 +155,57 @@ class LoadedRun:
         }
         return fingerprint(decides)
 
-    def own(self, conversations: list[list[dict]], mode: str, tokens: int, progress) -> list[dict]:
-        """The base's greedy answers as rows {"input_ids", "prompt_length"}, the end-of-turn token included."""
+    def own(self, conversations: Sequence[Messages], mode: str, tokens: int, progress: ProgressBar) -> list[Completion]:
+        """The base's greedy answers of at most so many tokens, the end-of-turn token included."""
         asked = prompts(self.tokenizer, conversations, mode)[1]
         replies = self.reply(conversations, mode, False, progress, max_new_tokens=tokens, greedy=True)
         rows, end = [], [closing_token(self.tokenizer)]
         for ids, reply in zip(asked, replies, strict=True):
             # the cache keeps texts, so the ids are made again, in a first evaluation too: both must score the same
-            said = self.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
-            rows.append({"input_ids": ids + said + end * reply.finished, "prompt_length": len(ids)})
+            answer = self.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
+            rows.append({"input_ids": ids + answer + end * reply.finished, "prompt_length": len(ids)})
         return rows
 
-    def divergence(self, rows: Sequence[dict]) -> list[dict]:
-        """How far tuned is from base on the completions of rows {"input_ids", "prompt_length"}: for each, sums over its
-        tokens: {"tokens", "base": NLL in nats, "tuned": NLL, "kl": of tuned from base}."""
+    def divergence(self, rows: Sequence[Completion]) -> list[TokenSums]:
+        """How well base and tuned know each completion, and how far tuned is from base on it."""
         with inference(self.model, self.tokenizer):
             return [_divergence(self.model, row["input_ids"], row["prompt_length"]) for row in rows]
 
+    def beginnings(self, conversations: Sequence[Messages], mode: str, adapter: bool) -> list[Beginning]:
+        """How a reply to each conversation begins, by the model's own probabilities."""
+        texts, ids = prompts(self.tokenizer, conversations, mode)
+        encode = self.tokenizer
+        opening, close_at_once = encode([THINK_OPEN, "\n\n" + THINK_CLOSE], add_special_tokens=False)["input_ids"]
+        ends = end_tokens(self.model, self.tokenizer)
+        beginnings = []
+        with inference(self.model, self.tokenizer), switched(self.model, adapter):
+            for text, prompt in zip(texts, ids, strict=True):
+                # a thinking-only model's prompt opens the block itself
+                opened = text.rstrip().endswith(THINK_OPEN)
+                beginnings.append(_beginning(self.model, prompt, [] if opened else opening, close_at_once, ends))
+        return beginnings
 
-def stored(file: Path) -> list[Reply] | None:
-    """The replies in a file of the cache; None where it is missing, damaged or not what its own checksum says."""
-    with contextlib.suppress(ToolkitError, KeyError):
-        content = read_json(file)
-        if content["fingerprint"] == fingerprint(content["replies"]):
-            return [Reply(**row) for row in content["replies"]]
-    return None
+    def speed(self, conversations: Sequence[Messages], mode: str, limit: int) -> Speed:
+        """How fast the tuned model generates here, from a few tokens of as many rows as go together."""
+        longest = max(map(len, prompts(self.tokenizer, conversations, mode)[1]))
+        rows = min(len(conversations), rows_at_once(self.model, longest + limit, self.batch_size))
+        chosen = list(conversations[:rows])
+        options = {"seed": self.seed, "batch_size": rows}
+        generate(self.model, self.tokenizer, chosen, mode, max_new_tokens=2, **options)  # first kernels are compiled
+        started = busy_seconds(self.model)
+        replies = generate(self.model, self.tokenizer, chosen, mode, max_new_tokens=SPEED_TOKENS, **options)
+        steps = max(reply.reasoning_tokens + reply.answer_tokens for reply in replies) + 1
+        return Speed(rows, (busy_seconds(self.model) - started) / steps)
+
+
+def busy_seconds(model) -> float:
+    """A clock for the speed of generation. On a CPU this process's own time, shared among its threads: what other programs
+    take must not change which questions are asked."""
+    import torch
+
+    if model.device.type == "cuda":
+        return time.perf_counter()
+    return time.process_time() / torch.get_num_threads()
 
 
 def checksum(model) -> str:
@@ -122,14 +213,17 @@ def checksum(model) -> str:
     shape and sum of all bytes of each tensor. To hash 8 GB byte by byte would take longer than the questions."""
     import torch
 
-    found = []
+    tensors = []
     for name, tensor in model.get_base_model().named_parameters():
         if any(part in name for part in ("lora_", ".modules_to_save.", "trainable_tokens")):  # PEFT's own weights
             continue
         plain = name.replace(".base_layer", "").replace(".original_module", "")
         raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        found.append([plain, str(tensor.dtype), list(tensor.shape), int(raw.sum(dtype=torch.int64))])
-    return fingerprint(found)
+        tensors.append([plain, str(tensor.dtype), list(tensor.shape), int(raw.sum(dtype=torch.int64))])
+    return fingerprint(tensors)
+
+
+# --- teacher-forced passes: one row at a time, so that nothing is padded and no logits are kept but the completion's --
 
 
 def logits_at_once(free_bytes: float) -> int:
@@ -137,24 +231,48 @@ def logits_at_once(free_bytes: float) -> int:
     return int(min(LOGITS, free_bytes / 2 / BYTES_PER_LOGIT))
 
 
-def _divergence(model, ids: list[int], prompt_length: int) -> dict:
-    # One row at a time: nothing is padded, and no logits are held for other tokens than the completion's
+def _divergence(model, ids: list[int], prompt_length: int) -> TokenSums:
     import torch
 
     part = max(CHUNK, logits_at_once(free_memory(model)) // model.config.get_text_config().vocab_size)
     row = torch.tensor([ids], device=model.device)
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(5, dtype=torch.float64)
     for start in range(prompt_length, len(ids), part):
         end = min(start + part, len(ids))
         logits = [_logits(model, row[:, : end - 1], end - start, adapter) for adapter in (False, True)]
-        parts = (x.split(CHUNK) for x in (*logits, row[0, start:end]))
-        for base, tuned, target in zip(*parts, strict=True):
-            base, tuned = (x.float().log_softmax(-1) for x in (base, tuned))
-            nll = [-x.gather(-1, target[:, None]).sum() for x in (base, tuned)]
-            kl = (base.exp() * (base - tuned)).sum()
-            sums += torch.stack([*nll, kl]).double().cpu()
-    base, tuned, kl = sums.tolist()
-    return {"tokens": len(ids) - prompt_length, "base": base, "tuned": tuned, "kl": kl}
+        for base, tuned, target in zip(*(x.split(CHUNK) for x in (*logits, row[0, start:end])), strict=True):
+            sums += _token_sums(base, tuned, target).double().cpu()
+    base, tuned, kl, base_hits, tuned_hits = sums.tolist()
+    return {
+        "tokens": len(ids) - prompt_length, "base": base, "tuned": tuned, "kl": kl,
+        "base_hits": int(base_hits), "tuned_hits": int(tuned_hits),
+    }  # fmt: skip
+
+
+def _token_sums(base, tuned, target):
+    """(NLL of base, NLL of tuned, KL, hits of base, hits of tuned) over some positions, from their logits."""
+    import torch
+
+    base, tuned = (logits.float().log_softmax(-1) for logits in (base, tuned))
+    nll = [-x.gather(-1, target[:, None]).sum() for x in (base, tuned)]
+    kl = (base.exp() * (base - tuned)).sum()
+    hits = [(x.argmax(-1) == target).sum() for x in (base, tuned)]
+    return torch.stack([*nll, kl, *hits])
+
+
+def _beginning(model, prompt: list[int], opening: list[int], close_at_once: list[int], ends: set[int]) -> Beginning:
+    """From one pass over the prompt and an empty think block. An end-of-turn token at once is neither."""
+    import torch
+
+    ids = torch.tensor([prompt + opening + close_at_once], device=model.device)
+    forced = ids[0, len(prompt) :]
+    log_probs = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=len(forced)).logits[0, -len(forced) :]
+    log_probs = log_probs.float().log_softmax(-1)
+    token = log_probs.gather(-1, forced[:, None])[:, 0].double()
+    opens = float(token[: len(opening)].sum().exp())
+    empty = float(token[len(opening) :].sum().exp())
+    silent = 0.0 if not opening else float(log_probs[0, sorted(ends)].exp().sum())
+    return {"thinking": opens * (1 - empty), "answer": max(0.0, 1 - opens - silent) + opens * empty}
 
 
 def _logits(model, ids, keep: int, adapter: bool):

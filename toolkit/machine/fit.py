@@ -367,7 +367,7 @@ def settings(recipe: Recipe, longest: int | None = None) -> Settings:
         r=recipe.lora.r,
         target_modules=recipe.lora.target_modules,
         load_in_4bit=recipe.model.load_in_4bit,
-        max_new_tokens=recipe.evaluate.max_new_tokens or REPLY_LIMIT[recipe.evaluate.level],
+        max_new_tokens=recipe.evaluate.max_new_tokens or REPLY_LIMIT,
     )
 
 

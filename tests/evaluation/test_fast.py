@@ -1,0 +1,128 @@
+"""Fast evidence equals plain softmax over plain forward passes, follows the adapter's scale, and carries a verdict alone."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from tests.support import export_fixtures, tiny_qwen3
+from toolkit.evaluation.fast import fast_evidence
+from toolkit.evaluation.generate import inference, prompts
+from toolkit.evaluation.measure import evaluate, summary
+from toolkit.evaluation.questions import select
+from toolkit.evaluation.subject import LoadedRun
+
+QUESTIONS = [{"messages": [{"role": "user", "content": f"What is {n} plus one"}], "expected_answer": "2", "set": "sums"}
+             for n in ("one", "two", "three")]  # fmt: skip
+PROBES = [{"id": "1", "category": "knowledge", "language": "en", "messages": [{"role": "user", "content": "hello"}]}]
+ROWS = [{"input_ids": list(range(20 + i, 40 + i)), "prompt_length": 4, "source": "mine", "mode": "thinking"}
+        for i in range(8)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return export_fixtures.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny_qwen3.model(tokenizer)
+
+
+@pytest.fixture
+def subject(model, tokenizer, tmp_path):
+    return LoadedRun(model, tokenizer, tmp_path)
+
+
+def asked():
+    return select("fast", None, QUESTIONS, [], PROBES, ROWS)
+
+
+def scaled(model, factor: float) -> None:
+    """Give every LoRA layer `factor` times its weight, as a dial does."""
+    for module in model.modules():
+        if hasattr(module, "scaling") and isinstance(module.scaling, dict):
+            module.scaling = {name: value * factor for name, value in module.scaling.items()}
+
+
+def test_held_out_loss_and_token_accuracy_equal_a_plain_forward_pass(subject, model, tokenizer):
+    import torch
+
+    evidence = fast_evidence(subject, asked())
+    loss, hits, tokens = 0.0, 0, 0
+    with inference(model, tokenizer):
+        for row in ROWS:
+            ids = torch.tensor([row["input_ids"]])
+            log_probs = model(ids).logits[0, 3:-1].log_softmax(-1)
+            loss -= log_probs.gather(-1, ids[0, 4:, None]).sum().item()
+            hits += (log_probs.argmax(-1) == ids[0, 4:]).sum().item()
+            tokens += 16
+    assert evidence.value("forgetting", "loss/mine/thinking") == pytest.approx(loss / tokens, rel=1e-4)
+    assert evidence.value("forgetting", "token_accuracy/mine/thinking") == hits / tokens
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_beginning_is_the_probability_of_its_first_tokens_one_after_the_other(subject, model, tokenizer, adapter):
+    import torch
+
+    from toolkit.evaluation.generate import switched
+
+    conversations = [question["messages"] for question in QUESTIONS]
+    found = subject.beginnings(conversations, "thinking", adapter=adapter)
+    opening, empty = tokenizer(["<think>", "\n\n</think>"], add_special_tokens=False)["input_ids"]
+    for prompt, beginning in zip(prompts(tokenizer, conversations, "thinking")[1], found, strict=True):
+        ids, chances = list(prompt), []
+        with inference(model, tokenizer), switched(model, adapter):
+            for token in opening + empty:
+                chances.append(model(torch.tensor([ids])).logits[0, -1].softmax(-1)[token].item())
+                ids.append(token)
+        opens = torch.tensor(chances[: len(opening)]).prod().item()
+        closes_at_once = torch.tensor(chances[len(opening) :]).prod().item()
+        assert beginning["thinking"] == pytest.approx(opens * (1 - closes_at_once), rel=1e-3)
+        assert 0 <= beginning["answer"] <= 1 - opens * (1 - closes_at_once)
+
+
+def test_at_scale_zero_tuned_is_the_base_and_between_the_scales_the_evidence_moves(subject, model):
+    full = fast_evidence(subject, asked())
+    scaled(model, 0.5)
+    half = fast_evidence(subject, asked())
+    scaled(model, 0.0)
+    none = fast_evidence(subject, asked())
+    for module in model.modules():  # back to what it was: the factor of a scale of 0 cannot be undone
+        if hasattr(module, "scaling") and isinstance(module.scaling, dict):
+            module.scaling = {name: module.lora_alpha[name] / module.r[name] for name in module.scaling}
+    assert none.value("forgetting", "kl") == pytest.approx(0, abs=1e-9)
+    assert 0 < half.value("forgetting", "kl") < full.value("forgetting", "kl")
+    for section, metric in full.metrics():
+        assert full.value(section, metric, "base") == pytest.approx(none.value(section, metric), abs=1e-6)
+    assert fast_evidence(subject, asked()).value("forgetting", "kl") == pytest.approx(full.value("forgetting", "kl"))
+
+
+def test_fast_evidence_alone_carries_a_verdict_and_generates_no_reply(model, tokenizer, tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    result = evaluate(model, tokenizer, QUESTIONS, [], PROBES, ROWS, level="fast", console=console, cache=tmp_path)
+    assert result["budget"]["replies"] == 0
+    assert result["samples"] == result["own_rows"] == []
+    assert set(result["tuned"]["thinking"]) == {"begins/thinking", "begins/answer"}
+    assert result["verdict"][0].startswith("your held-out replies, mine (thinking): ")
+    assert result["verdict"][-1].startswith("result: ")
+    assert "eval/tuned/forgetting/kl" in summary(result)
+    assert "without generation" in console.file.getvalue()
+
+
+def test_one_minute_reads_no_reply_and_says_so(model, tokenizer, tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    result = evaluate(model, tokenizer, QUESTIONS, [], PROBES, ROWS, minutes=1, console=console, cache=tmp_path)
+    assert result["budget"]["replies"] == 0
+    assert "fast evidence only" in console.file.getvalue()
+
+
+def test_the_base_s_own_answers_are_stored_and_one_call_gives_their_kl(subject):
+    from toolkit.evaluation.fast import base_answers, mean_kl
+
+    answers = base_answers(subject, PROBES, tokens=6)
+    assert len(answers) == 2  # one for each mode
+    assert mean_kl(subject, answers) == pytest.approx(
+        fast_evidence(subject, asked()).value("forgetting", "kl"), rel=0.9
+    )
+    assert mean_kl(subject, answers) > 0

@@ -1,0 +1,51 @@
+"""Replies that were paid for, kept on the disk: an evaluation that is interrupted or repeated asks only what is missing.
+
+store = ReplyStore(Path("outputs/.base_replies/0123456789abcdef.jsonl")); replies = store.read()
+
+One line a reply: its place among the questions, the reply, and a checksum, since a damaged line must not become a score.
+"""
+
+import contextlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from toolkit.evaluation.generate import Reply
+from toolkit.evaluation.questions import fingerprint
+from toolkit.files import append_rows, write_text
+
+
+@dataclass(frozen=True)
+class ReplyStore:
+    """One file of replies to one list of questions."""
+
+    path: Path
+
+    def read(self) -> dict[int, Reply]:
+        """The replies by their place; lines that are cut off or damaged are left out."""
+        if not self.path.is_file():
+            return {}
+        replies = {}
+        for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                row = json.loads(line)
+                if row["checksum"] == fingerprint([row["place"], row["reply"]]):
+                    replies[row["place"]] = Reply(**row["reply"])
+        return replies
+
+    def add(self, replies: dict[int, Reply]) -> None:
+        """Append some replies, so that a kill costs one batch at most."""
+        if not replies:
+            return
+        append_rows(self.path, [_row(place, reply) for place, reply in replies.items()])
+
+    def complete(self, replies: Sequence[Reply]) -> None:
+        """Write the file anew with all replies in their order: damaged lines and those written twice are gone."""
+        lines = [json.dumps(_row(place, reply), ensure_ascii=False) for place, reply in enumerate(replies)]
+        write_text(self.path, "\n".join(lines) + "\n")
+
+
+def _row(place: int, reply: Reply) -> dict[str, object]:
+    fields = asdict(reply)
+    return {"place": place, "reply": fields, "checksum": fingerprint([place, fields])}
