@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.pocket_run import make_run
 from toolkit import __main__ as cli
-from toolkit.files import ROOT, outputs
+from toolkit.files import ROOT
 
 PROBE = """
 import signal, sys, time
@@ -55,12 +55,6 @@ def test_options_never_swallow_overrides(line, options, overrides):
     args, found = parsed(line)
     assert found == overrides
     assert {key: getattr(args, key) for key in options} == options
-
-
-def test_an_empty_outputs_variable_is_none(monkeypatch):
-    """`TOOLKIT_OUTPUTS= make train` must not write runs into whatever folder the shell is in."""
-    monkeypatch.setenv("TOOLKIT_OUTPUTS", "")
-    assert outputs() == ROOT / "outputs"
 
 
 def test_every_verb_says_what_it_does():

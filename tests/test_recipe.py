@@ -82,25 +82,25 @@ def test_the_resolved_recipe_alone_gives_the_same_recipe_back():
     [
         (broken("data", "sources", 0, "fractoin", 0.5), "data.sources.0.fractoin.*Did you mean 'fraction'"),
         (broken("train", "learning_rte", 0.1), "train.learning_rte.*Did you mean 'learning_rate'"),
-        (broken("train", "learning_rate", "2e-4"), "train.learning_rate: expected a number, found '2e-4'"),
+        (broken("train", "learning_rate", "2e-4"), "train.learning_rate: expected float, found '2e-4'"),
         (
             broken("train", "per_device_train_batch_size", "many"),
-            "train.per_device_train_batch_size: expected a whole number, found 'many'",
+            "train.per_device_train_batch_size: expected int, found 'many'",
         ),
         (broken("train", "output_dir", "x"), "train.output_dir: not set here.*outputs/<name>"),
-        (broken("model", "max_seq_length", "long"), "model.max_seq_length: expected a whole number, found 'long'"),
-        (broken("model", "load_in_4bit", 1), "model.load_in_4bit: expected true or false"),
+        (broken("model", "max_seq_length", "long"), "model.max_seq_length: expected int, found 'long'"),
+        (broken("model", "load_in_4bit", 1), "model.load_in_4bit: expected bool, found 1"),
         (broken("model", "load_in_4bits", True), "model.load_in_4bits.*Did you mean 'load_in_4bit'"),
         (broken("lora", "lora_alhpa", 3), "lora.lora_alhpa.*Did you mean 'lora_alpha'"),
         (broken("data", "unit", "rows"), "data.unit: expected one of supervised_tokens, tokens, examples"),
         (broken("data", "sources", 0, "fraction", 0.5), "fractions must sum to 1.*= 0.9"),
         (
             broken("data", "sources", 0, "fraction", -0.5),
-            r"data.sources.0.fraction: expected a number >= 0.0, found -0.5",
+            r"data.sources.0.fraction: expected float >= 0.0, found -0.5",
         ),
         (broken("data", "sources", []), "at least one source"),
-        (broken("data", None), "data is missing"),
-        (broken("model", "model_name", None), "model.model_name is missing"),
+        (broken("data", None), "recipe: object missing required field data"),
+        (broken("model", "model_name", None), "model: object missing required field model_name"),
         (broken("name", "a/b"), "name: 'a/b' becomes a folder"),
         (broken("name", "n" * 4000), "name: 'nnn.*up to 100 letters"),
         (broken("name", "base"), "name: 'base' becomes a folder: .*and not `base`"),
@@ -111,18 +111,18 @@ def test_the_resolved_recipe_alone_gives_the_same_recipe_back():
         ),
         (["name"], "expected keys"),
         (broken(7, "x"), "unknown key 7. Known"),
-        (broken("data", "validation_size", -1), "data.validation_size: expected a whole number >= 0, found -1"),
-        (broken("data", "seed", -1), "data.seed: expected a whole number >= 0, found -1"),
-        (broken("data", "budget", 0), "data.budget: expected a whole number >= 1, found 0"),
-        (broken("data", "sources", 0, "soft_switch", 7), "soft_switch: expected a number <= 1.0, found 7"),
-        (broken("data", "sources", 0, "max_rows", 0), "data.sources.0.max_rows: expected a whole number >= 1, found 0"),
+        (broken("data", "validation_size", -1), "data.validation_size: expected int >= 0, found -1"),
+        (broken("data", "seed", -1), "data.seed: expected int >= 0, found -1"),
+        (broken("data", "budget", 0), "data.budget: expected int >= 1, found 0"),
+        (broken("data", "sources", 0, "soft_switch", 7), "soft_switch: expected float <= 1.0, found 7"),
+        (broken("data", "sources", 0, "max_rows", 0), "data.sources.0.max_rows: expected int >= 1, found 0"),
         (
             broken("data", "placeholders", {"NOME": "x"}),
             "data.placeholders: expected one of NAME, AUTHOR, found {'NOME'",
         ),
-        (broken("data", "placeholders", {"NAME": 7}), "data.placeholders: expected text or keys.*found {'NAME': 7}"),
-        (broken("data", "sources", 0, "columns", {1: 2}), "data.sources.0.columns: expected text, found {'1': 2}"),
-        (broken("train", "learning_rate", -1), "train.learning_rate: expected a number > 0.0, found -1"),
+        (broken("data", "placeholders", {"NAME": 7}), "data.placeholders: expected str . object, found {'NAME': 7}"),
+        (broken("data", "sources", 0, "columns", {1: 2}), "data.sources.0.columns: expected str, found {'1': 2}"),
+        (broken("train", "learning_rate", -1), "train.learning_rate: expected float > 0.0, found -1"),
         (broken("train", "learning_rate", float("nan")), "expected text, finite numbers"),
         (
             broken("data", "sources", 1, "fraction", None),
@@ -259,7 +259,7 @@ def test_a_key_that_stands_twice_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("value", ["010", "1:30", "0x1F"])
 def test_a_number_is_never_octal_or_a_time(value):
-    with pytest.raises(ToolkitError, match=f"budget: expected a whole number.*{value}"):
+    with pytest.raises(ToolkitError, match=f"budget: expected int . null, found '{value}'"):
         load("pocket", [f"data.budget={value}"])
 
 
@@ -278,3 +278,185 @@ def test_merged_anchors_are_no_repeated_keys():
 def test_a_folder_without_a_recipe_says_what_works_with_it(tmp_path):
     with pytest.raises(ToolkitError, match="export_model has no recipe: verify, export, chat and serve work"):
         load(tmp_path / "recipe.yaml")
+
+
+# --- keys that would be ignored, or would change what the rows were rendered with --------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "advice"),
+    [
+        ("train.chat_template_path", "x.jinja", "rows are rendered with the model's own template"),
+        ("train.eos_token", "<|endoftext|>", "rows are rendered with the model's own"),
+        ("train.pad_token", "<|pad|>", "rows are rendered with the model's own"),
+        ("train.resume_from_checkpoint", "x", "the same command resumes by itself"),
+        ("train.metric_for_best_model", "accuracy", "lowest validation loss"),
+        ("train.greater_is_better", "true", "lowest validation loss"),
+        ("train.dataset_text_field", "text", "reach the trainer as ids and labels"),
+        ("train.dataset_kwargs", "{}", "reach the trainer as ids and labels"),
+        ("train.truncation_mode", "keep_start", "never truncated"),
+        ("train.shuffle_dataset", "true", "set data.seed"),
+        ("train.data_seed", "7", "set data.seed"),
+        ("train.model_init_kwargs", "{}", "`model:` section"),
+        ("train.do_train", "true", "nothing reads it"),
+        ("train.do_eval", "true", "set train.eval_strategy"),
+        ("train.push_to_hub", "true", "hf upload"),
+        ("train.hub_model_id", "me/x", "hf upload"),
+        ("train.auto_find_batch_size", "true", "same effective batch"),
+        ("train.save_only_model", "true", "could not be resumed"),
+        ("train.disable_tqdm", "true", "progress is shown"),
+        ("train.logging_nan_inf_filter", "true", "NaN is logged as it is"),
+        ("model.use_gradient_checkpointing", "true", "set lora.use_gradient_checkpointing"),
+        ("model.full_finetuning", "true", "trains adapters"),
+        ("lora.max_seq_length", "64", "set model.max_seq_length"),
+    ],
+)
+def test_a_key_that_would_be_ignored_or_change_the_tokenizer_afterwards_is_refused(key, value, advice):
+    with pytest.raises(ToolkitError, match=f"{key}: not set here: .*{advice}"):
+        load("pocket", [f"{key}={value}"])
+
+
+def test_every_key_of_the_train_section_is_obeyed_by_the_trainer_or_refused():
+    """What reaches SFTConfig must be what the recipe says: `sft_arguments` overwrites no key that a recipe may set."""
+    import tempfile
+    from pathlib import Path
+
+    from toolkit.training import trainer
+
+    obeyed = set(recipe.passthrough(recipe.Train)) - {key.removeprefix("train.") for key in recipe.OWNED}
+    # wandb is taken out of it, and the loaded recipe may evaluate nothing
+    obeyed -= {"report_to", "eval_strategy", "load_best_model_at_end"}
+    plain = load("pocket")
+    marked = dataclasses.replace(plain, train=plain.train | dict.fromkeys(obeyed, "marked"))
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = trainer.sft_arguments(marked, Path(folder), True)
+    assert {key for key in obeyed if arguments[key] != "marked"} == set()
+
+
+# --- secrets, private paths, remote code ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["model.token", "train.hub_token"])
+def test_a_secret_comes_from_the_environment_only(key):
+    with pytest.raises(ToolkitError, match=f"{key}: not set here: .*HF_TOKEN"):
+        load("pocket", [f"{key}=hf_abc"])
+
+
+@pytest.mark.parametrize("key", ["data.sources.0.revision", "evaluate.prompts.0", "model.revision"])
+def test_a_token_anywhere_in_a_recipe_is_refused_and_not_shown(key):
+    secret = "hf_" + "Ab3" * 11
+    with pytest.raises(ToolkitError, match=r"looks like a Hugging Face token.*HF_TOKEN") as error:
+        load("pocket", [f"{key}={secret}"])
+    assert secret not in str(error.value)
+
+
+def test_paths_in_the_home_folder_are_kept_so_that_they_work_and_name_nobody(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    built = from_dict(broken("data", "sources", 0, "path", str(tmp_path / "data" / "a.jsonl")),
+                      overrides=[f"model.model_name={tmp_path}/models/mine"])  # fmt: skip
+    assert str(tmp_path) not in to_yaml(built)
+    assert (built.data.sources[0].path, built.model.model_name) == ("~/data/a.jsonl", "~/models/mine")
+    assert from_dict(to_dict(built)) == built
+
+
+REMOTE = to_yaml(from_dict(GOOD)).replace("load_in_4bit: true", "load_in_4bit: true\n  trust_remote_code: true")
+
+
+@pytest.fixture
+def shared_run(tmp_path, monkeypatch):
+    """A run's folder as somebody else may have sent it."""
+    monkeypatch.setattr(recipe, "_remote_code_allowed", False)
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(REMOTE)
+    return folder
+
+
+def test_a_file_cannot_allow_code_from_a_model_repository(shared_run):
+    with pytest.raises(ToolkitError, match=r"trust_remote_code.*--trust-remote-code"):
+        load(shared_run / "recipe.yaml")
+
+
+def test_this_call_can_allow_code_from_a_model_repository(shared_run):
+    assert load(shared_run / "recipe.yaml", ["model.trust_remote_code=true"]).model.extra == {"trust_remote_code": True}
+
+
+def test_the_command_line_flag_allows_it_for_all_that_the_call_reads(shared_run):
+    recipe.allow_remote_code()
+    assert load(shared_run / "recipe.yaml").model.extra == {"trust_remote_code": True}
+
+
+def test_an_override_that_forbids_it_is_obeyed(shared_run):
+    assert load(shared_run / "recipe.yaml", ["model.trust_remote_code=false"]).model.extra == {
+        "trust_remote_code": False
+    }
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "export", "train"])
+def test_every_verb_that_may_load_a_model_has_the_flag(verb):
+    from toolkit import __main__ as cli
+
+    assert "--trust-remote-code" in [flags[0] for flags, _ in cli.VERBS[verb][1]]
+
+
+def test_a_recipe_that_was_edited_after_its_run_began_is_noticed(tmp_path):
+    from toolkit.files import write_json, write_text
+
+    built = from_dict(GOOD)
+    write_text(tmp_path / "recipe.yaml", to_yaml(built))
+    write_json(tmp_path / "manifest.json", {"recipe_sha256": recipe.sha256(built)})
+    assert recipe.of_run(tmp_path) == built
+    # a byte order mark and CRLF are an editor's, and change nothing
+    (tmp_path / "recipe.yaml").write_bytes(b"\xef\xbb\xbf" + to_yaml(built).replace("\n", "\r\n").encode())
+    assert recipe.of_run(tmp_path) == built
+    write_text(tmp_path / "recipe.yaml", to_yaml(built).replace("pocket", "owner/other"))
+    with pytest.raises(ToolkitError, match=r"recipe.yaml: was changed after this run began.*`train` command"):
+        recipe.of_run(tmp_path)
+
+
+# --- files and names as people and accidents make them ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("levels", [(9, 9), (40, 2), (12, 5)])
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_file_whose_aliases_grow_without_end_is_refused_at_once(levels, merged, tmp_path):
+    import time
+
+    depth, width = levels
+    lines = ["a0: &a0 {k: [x]}" if merged else "a0: &a0 [x]"]
+    for level in range(1, depth):
+        names = ", ".join([f"*a{level - 1}"] * width)
+        lines.append(f"a{level}: &a{level} " + (f"{{<<: [{names}], k{level}: 1}}" if merged else f"[{names}]"))
+    (tmp_path / "x.yaml").write_text("\n".join(lines))
+    began = time.process_time()
+    with pytest.raises(ToolkitError, match=r"x.yaml: "):
+        load(tmp_path / "x.yaml")
+    assert time.process_time() - began < 5
+
+
+@pytest.mark.parametrize("name", ["con", "CON", "nul.txt", "com1", "LPT9.yaml", "aux", "prn.x.y", "ref.", "a..."])
+def test_a_name_that_windows_cannot_have_is_refused_everywhere(name):
+    with pytest.raises(ToolkitError, match=r"name: .* becomes a folder"):
+        from_dict(broken("name", name))
+
+
+@pytest.mark.parametrize("name", ["console", "nullable", "com10", "a.b", "v1.0-x", "小麦"])
+def test_a_name_that_only_looks_like_one_of_them_is_taken(name):
+    assert from_dict(broken("name", name)).name == name
+
+
+def test_a_recipe_is_read_as_windows_editors_save_it(tmp_path):
+    text = (ROOT / "data_recipes" / "pocket.yaml").read_text(encoding="utf-8")
+    (tmp_path / "x.yaml").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert load(tmp_path / "x.yaml") == load("pocket")
+
+
+def test_recipes_that_ship_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load("pocket").name == "pocket"
+    assert load("data_recipes/pocket.yaml") == load("pocket")
+
+
+def test_a_folder_as_a_recipe_says_what_a_recipe_is(tmp_path):
+    with pytest.raises(ToolkitError, match=r"is a folder: expected a recipe"):
+        load(tmp_path)

@@ -5,6 +5,7 @@ with lock(run, "export"): write_json(run / "eval.json", result); read_json(run /
 
 import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import math
@@ -13,12 +14,17 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 ROOT = PACKAGE.parent
+"""What the package lies in: the project in a checkout, site-packages of an installed copy."""
 POCKET = PACKAGE / "pocket"
+RECIPES = ROOT / "data_recipes"
+"""Recipes and sample rows; a package beside this one, installed with it."""
 
 
 class ToolkitError(ValueError):
@@ -33,19 +39,35 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def outputs() -> Path:
-    """Where runs and caches lie: outputs/ in the project, or $TOOLKIT_OUTPUTS."""
-    return Path(os.environ.get("TOOLKIT_OUTPUTS") or ROOT / "outputs")
+    """Where runs and caches lie: outputs/ in the current folder, or $TOOLKIT_OUTPUTS."""
+    return Path(os.environ.get("TOOLKIT_OUTPUTS") or "outputs").expanduser().absolute()
 
 
 def find(path: str | Path) -> Path | None:
-    """A file or folder by its path from here, else from the project's root; None where neither has it."""
+    """A file or folder by its path from here; what starts with data_recipes/ also as it ships. None where there is none."""
     try:
-        return next((c for c in (Path(path).expanduser(), ROOT / path) if c.exists()), None)
+        here = Path(path).expanduser()
+        if here.exists():
+            return here
+        # nothing else beside the package: in site-packages lie other people's packages
+        shipped = ROOT / path
+        return shipped if here.parts[:1] == (RECIPES.name,) and shipped.exists() else None
     except (OSError, ValueError, RuntimeError):  # a name too long for a file, a null byte, an unknown ~user
         return None
 
 
-def download(name: str, revision: str | None, files=("*.json", "*.safetensors", "*.jinja"), local_only=False) -> Path:
+def check_regular(path: Path) -> None:
+    """Raises ToolkitError for a pipe, socket or device, which would be waited for, or read twice, in vain."""
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ToolkitError(f"{path}: is a pipe, a socket or a device: write it to a file first, and name that")
+
+
+def download(
+    name: str,
+    revision: str | None,
+    files: Iterable[str] = ("*.json", "*.safetensors", "*.jinja"),
+    local_only: bool = False,
+) -> Path:
     """The folder of a Hub model's files; what its cache lacks is fetched, in a terminal with the Hub's own progress.
 
     Raises ToolkitError when they cannot be had.
@@ -67,6 +89,7 @@ def complete(path: Path) -> Iterator[Path]:
 
     The temporary name holds the process number, so that two processes never write to the same file.
     """
+    check_in_place(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,18 +108,28 @@ def complete(path: Path) -> Iterator[Path]:
 def write_error(path: Path, error: OSError) -> ToolkitError:
     """The message for a failed write, with the advice that fits its cause: full disk, no permission, path below a file."""
     existing = next((p for p in path.parents if p.exists()), Path("/"))
+    free = shutil.disk_usage(existing).free / 1e9
     if existing.is_file():
         advice = f"{existing} is a file, not a folder: choose another output folder (TOOLKIT_OUTPUTS)"
-    elif isinstance(error, PermissionError) or not os.access(existing, os.W_OK):
+    elif isinstance(error, PermissionError) or error.errno == errno.EROFS or not os.access(existing, os.W_OK):
         advice = f"{existing} is not writable: change its permissions, or set TOOLKIT_OUTPUTS to another folder"
-    elif isinstance(error, IsADirectoryError):
-        advice = "it is a folder: name a file"
+    elif error.errno in OTHER_CAUSES:
+        advice = OTHER_CAUSES[error.errno]
     else:
-        free = shutil.disk_usage(existing).free / 1e9
         advice = (
             f"{free:.2f} GB are free there: free some space and run the same command again; finished steps are kept"
         )
     return ToolkitError(f"{path}: could not be written ({error.strerror or error}). {advice}")
+
+
+OTHER_CAUSES = {
+    errno.EISDIR: "it is a folder: name a file",
+    errno.EFBIG: "the file is larger than this file system or `ulimit -f` allows: set TOOLKIT_OUTPUTS to another disk",
+    errno.ENOENT: "its folder was renamed or removed meanwhile: put it back and run the same command again",
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.EIO: "the disk reports an error: save what matters, then set TOOLKIT_OUTPUTS to another disk",
+}
+"""Advice by error number, where more space would not help."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -105,19 +138,20 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: dict) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all; NaN and infinity become null, since JSON has neither."""
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_jsonl(path: Path, rows: Iterable[dict]) -> None:
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line, whole or not at all."""
     lines = (json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     write_text(path, "".join(lines))
 
 
-def append_rows(path: Path, rows: Iterable[dict]) -> None:
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add JSON objects to a JSONL file, one per line, flushed to the disk. Raises ToolkitError."""
+    check_in_place(path)
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +163,7 @@ def append_rows(path: Path, rows: Iterable[dict]) -> None:
         raise write_error(path, error) from error
 
 
-def finite(value):
+def finite(value: Any) -> Any:
     """A copy of plain values in which NaN and infinity are None."""
     if isinstance(value, dict):
         return {key: finite(child) for key, child in value.items()}
@@ -138,31 +172,63 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def flat(node, path: str = "") -> dict:
+def flat(node: Any, path: str = "") -> dict[str, Any]:
     """{dotted key: value} of nested dicts and lists: {"train.max_steps": 8, "data.sources.0.path": "a.jsonl"}."""
-    inner = dict(enumerate(node)) if isinstance(node, list) else node
-    if not isinstance(inner, dict) or not inner:
+    children = dict(enumerate(node)) if isinstance(node, list) else node
+    if not isinstance(children, dict) or not children:
         return {path: node}
-    return {k: v for key, child in inner.items() for k, v in flat(child, f"{path}.{key}".lstrip(".")).items()}
+    leaves: dict[str, Any] = {}
+    for key, child in children.items():
+        leaves |= flat(child, f"{path}.{key}".lstrip("."))
+    return leaves
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises ToolkitError naming the file when it is missing or damaged."""
+REMEDIES = {
+    "recipe.yaml": "run the `train` command that began this run again: it writes the file anew",
+    "manifest.json": "run the `train` command that began this run again: it writes the file anew, without training",
+    "mix.json": "`python -m toolkit mix` with the run's recipe shows the mix; `train --fresh` writes the file anew",
+    "eval.json": "`python -m toolkit evaluate {run}` writes it anew",
+    "export.json": "`python -m toolkit export {run}` writes it anew",
+    "certificate.json": "`python -m toolkit export {run}` writes it anew",
+}
+"""The command that writes a file of a run again."""
+
+
+def remedy(path: Path) -> str:
+    """The end of a message about a damaged file of a run: what to do; empty for other files."""
+    advice = REMEDIES.get(path.name, "").format(run=path.absolute().parent.name)
+    return f". Damaged? {advice}" if advice else ""
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, as editors leave it: a byte order mark is skipped, CRLF becomes a line feed.
+
+    Raises ToolkitError naming the file and, for a file of a run, the command that writes it again."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ToolkitError(f"{path}: expected a JSON file ({error})") from error
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ToolkitError(f"{path}: expected a text file in UTF-8 ({error}){remedy(path)}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ToolkitError naming the file when it is missing or damaged, and its remedy."""
+    try:
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, ToolkitError):
+            raise
+        raise ToolkitError(f"{path}: expected a JSON file ({error}){remedy(path)}") from error
     if not isinstance(value, dict):
-        raise ToolkitError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise ToolkitError(f"{path}: expected a JSON object, found {type(value).__name__}{remedy(path)}")
     return value
 
 
-def read_jsonl(path: Path) -> list[dict]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file, one per line; a last line cut short by a kill is left out.
 
     Raises ToolkitError naming file and line when any other line is damaged, or the file is missing."""
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").split("\n")
     except OSError as error:
         raise ToolkitError(f"{path}: expected a JSONL file ({error})") from error
     rows = []
@@ -183,26 +249,41 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe(path: Path) -> dict:
+def describe(path: Path) -> dict[str, Any]:
     """{"sha256", "bytes"} of a file, as manifests and certificates hold it."""
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
+
+
+@dataclass
+class Held:
+    """A folder that this process has locked."""
+
+    verb: str
+    inode: int | None = None
+    """Of the folder at the first write under the lock; `train --fresh` moves an old one aside before that."""
+
+
+HELD: dict[Path, Held] = {}
+"""By the folder's real path."""
 
 
 @contextlib.contextmanager
 def lock(folder: Path, verb: str, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder while `verb` writes to it; re-entrant within a process.
 
-    What a killed process left half-written in the folder is removed. The lock file lies beside the folder (`.locks/`),
-    so that the folder itself can be renamed meanwhile. The operating system releases it when the process dies. Another
-    process gets a ToolkitError that says who holds it and since when; with `wait` it waits instead.
+    The lock belongs to the real folder, however its path is spelled. Its file lies beside the folder (`.locks/`), so that the
+    folder itself can be moved aside meanwhile. What a killed process left half-written in the folder is removed. The
+    operating system releases the lock when the process dies. Another process gets a ToolkitError that says who holds it
+    and since when; with `wait` it waits instead.
     """
     import filelock
 
-    file = folder.resolve().parent / ".locks" / f"{folder.name}.lock"
     if folder.is_file():
         raise ToolkitError(
             f"{folder} is a file, not a folder: remove it, or choose another name or output folder (TOOLKIT_OUTPUTS)"
         )
+    real = folder.resolve()
+    file = real.parent / ".locks" / f"{real.name}.lock"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         held = filelock.FileLock(file, is_singleton=True)
@@ -213,17 +294,45 @@ def lock(folder: Path, verb: str, *, wait: bool = False) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise write_error(file, error) from error
+    is_first = held.lock_counter == 1
     try:
-        if held.lock_counter == 1:
+        if is_first:
+            HELD[real] = Held(verb)
             note = {"verb": verb, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             with contextlib.suppress(OSError):  # a full disk; the lock holds without its note
                 file.with_suffix(".json").write_text(json.dumps(note), encoding="utf-8")
-            for partial in folder.rglob("*.partial"):
-                if re.search(r"\.\d+\.partial$", partial.name):  # by `complete`, which was killed under this lock
-                    partial.unlink()
+            remove_partials(real)
         yield
     finally:
+        if is_first:
+            HELD.pop(real, None)
         held.release()
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what `complete` was writing below a folder when its process was killed."""
+    import psutil
+
+    for partial in folder.rglob("*.partial"):
+        writer = re.search(r"\.(\d+)\.partial$", partial.name)
+        # a run inside this folder has a lock of its own, and its process may be writing
+        if writer and (int(writer[1]) == os.getpid() or not psutil.pid_exists(int(writer[1]))):
+            partial.unlink(missing_ok=True)
+
+
+def check_in_place(path: Path) -> None:
+    """Raises ToolkitError when a locked folder that `path` lies in is not the one it was: a write would begin a second one."""
+    for folder, held in HELD.items():
+        if not path.absolute().is_relative_to(folder):
+            continue
+        inode = folder.stat().st_ino if folder.exists() else None
+        if held.inode is None:
+            held.inode = inode
+        if inode != held.inode:
+            raise ToolkitError(
+                f"{folder}: was renamed or removed while `{held.verb}` writes to it: rename it back, then run the same "
+                "command again; finished steps are kept"
+            )
 
 
 def _holder(lock_file: Path) -> str:
@@ -232,6 +341,27 @@ def _holder(lock_file: Path) -> str:
         return f"by `{note['verb']}` (process {note['pid']}, since {note['since']})"
     except (OSError, ValueError, KeyError):  # the holder has not written its note yet
         return "by another process"
+
+
+SECRETS = (
+    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "hf_…"),
+    (re.compile(r"(?i)(--api-key[= ])\S+"), r"\1…"),
+    (re.compile(r"(?i)(\b\w*(?:token|secret|password|api_key)[\"']?\s*[=:]\s*[\"']?)[^\s\"',]+"), r"\1…"),
+)
+"""What tokens and keys look like, and what is shown instead."""
+
+
+def shareable(text: str) -> str:
+    """A text without tokens, keys and the home folder, for logs and files that people pass on."""
+    for pattern, shown in SECRETS:
+        text = pattern.sub(shown, text)
+    return re.sub(re.escape(str(Path.home())) + r"(?=[/\\]|$)", "~", text)
+
+
+def home_relative(path: str) -> str:
+    """A path below the home folder as `~/…`, which works here and names nobody; any other text as it is."""
+    home = str(Path.home())
+    return f"~/{Path(path).relative_to(home).as_posix()}" if path.startswith((f"{home}/", f"{home}\\")) else path
 
 
 def safe_output() -> None:

@@ -14,12 +14,13 @@ import typing
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
 
-from toolkit.files import ROOT, ToolkitError, did_you_mean, find
+from toolkit import files
+from toolkit.files import ToolkitError, did_you_mean, find, home_relative, read_json, read_text, remedy
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -96,7 +97,7 @@ class Model:
     """Longest row in tokens; longer rows are dropped and counted, never cut."""
     load_in_4bit: bool = True
     revision: str | None = None
-    extra: dict = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 INITS = (True, False, "gaussian", "orthogonal", "eva")
@@ -113,7 +114,7 @@ class Lora:
     lora_dropout: Share = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     use_rslora: bool = False
-    extra: dict = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def trained_whole(self) -> list[str]:
@@ -178,17 +179,62 @@ class Train:
     save_total_limit: int | None = 2
     load_best_model_at_end: bool = True
     report_to: str | list[str] = "wandb"
-    extra: dict = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
+_COMPILED = "rows reach the trainer as ids and labels: what a row holds is set in data.sources"
+_LABELS = "labels follow the label rule (README, “How it works”)"
+_LAST_EVALUATION = "the best checkpoint is the one with the lowest validation loss (train.load_best_model_at_end)"
+_ONE_SEED = "set data.seed: one seed decides rows and training"
+_OWN_TOKENS = "rows are rendered with the model's own template and tokens: change them in its folder, and name that"
+_SECRET = "a secret stays out of files: set the environment variable HF_TOKEN, or run `hf auth login`"
+_UNREAD = "nothing reads it here: leave it out"
+_UPLOAD = "a run is not uploaded while it trains: `hf upload` takes its folder afterwards"
 OWNED = {
-    "train.output_dir": "a run is written to outputs/<name>: set `name`",
+    "model.full_finetuning": "the toolkit trains adapters: leave it out",
+    "model.on_model_resolved": _UNREAD,
+    "model.token": _SECRET,
+    "model.use_gradient_checkpointing": "set lora.use_gradient_checkpointing",
+    "lora.max_seq_length": "set model.max_seq_length",
+    "train.assistant_only_loss": _LABELS,
+    "train.auto_find_batch_size": "where memory runs out, a smaller batch with the same effective batch is tried by itself",
+    "train.chat_template_path": _OWN_TOKENS,
+    "train.completion_only_loss": _LABELS,
+    "train.data_seed": _ONE_SEED,
+    "train.dataset_kwargs": _COMPILED,
+    "train.dataset_text_field": _COMPILED,
+    "train.disable_tqdm": "progress is shown by the toolkit",
+    "train.do_eval": "set train.eval_strategy",
+    "train.do_predict": _UNREAD,
+    "train.do_train": _UNREAD,
+    "train.enable_jit_checkpoint": "a run that is stopped writes a checkpoint by itself",
+    "train.eos_token": _OWN_TOKENS,
+    "train.greater_is_better": _LAST_EVALUATION,
+    "train.hub_always_push": _UPLOAD,
+    "train.hub_model_id": _UPLOAD,
+    "train.hub_private_repo": _UPLOAD,
+    "train.hub_revision": _UPLOAD,
+    "train.hub_strategy": _UPLOAD,
+    "train.hub_token": _SECRET,
+    "train.include_for_metrics": _UNREAD,
+    "train.batch_eval_metrics": _UNREAD,
+    "train.local_rank": "`accelerate launch` sets it",
+    "train.logging_nan_inf_filter": "a loss of NaN is logged as it is",
     "train.max_length": "set model.max_seq_length; rows are never truncated",
-    "train.assistant_only_loss": "labels follow the label rule (README, “How it works”)",
-    "train.completion_only_loss": "labels follow the label rule (README, “How it works”)",
-    "train.seed": "set data.seed: one seed decides rows and training",
+    "train.metric_for_best_model": _LAST_EVALUATION,
+    "train.model_init_kwargs": "set them in the `model:` section",
+    "train.output_dir": "a run is written to outputs/<name>: set `name`",
+    "train.pad_token": _OWN_TOKENS,
+    "train.push_to_hub": _UPLOAD,
+    "train.resume_from_checkpoint": "the same command resumes by itself; --fresh begins anew",
     "train.run_name": "set `name`",
+    "train.save_only_model": "the run could not be resumed",
+    "train.seed": _ONE_SEED,
+    "train.shuffle_dataset": "rows are shuffled by the seed: set data.seed",
+    "train.truncation_mode": "rows are never truncated: set model.max_seq_length",
+    "train.trust_remote_code": "set model.trust_remote_code",
 }
+"""Keys that Unsloth and TRL know and a recipe may not set, since they would be ignored or change what was rendered."""
 
 
 @dataclass(frozen=True)
@@ -199,26 +245,50 @@ class Recipe:
     data: Data
     model: Model
     lora: Lora = field(default_factory=Lora)
-    train: Train = field(default_factory=Train)
-    """Checked as `Train`; a recipe that was read holds a dict by SFTConfig's names, as TRL takes it."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """By SFTConfig's names, as TRL takes it; what may stand in it says `Train`."""
     evaluate: Evaluate = field(default_factory=Evaluate)
     export: Export = field(default_factory=Export)
 
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 as people write it: 2e-4 is a number; `no`, as in `eval_strategy: no`, is a word, and so are 010 and 1:30.
-    A key that stands twice is an error."""
+    A key that stands twice is an error, and so are aliases that stand for more than LARGEST values together."""
+
+    LARGEST: typing.ClassVar = 100_000
 
     yaml_implicit_resolvers: typing.ClassVar = {
         first: [(tag, pattern) for tag, pattern in known if first in "tTfF" or not tag.endswith((":bool", ":int"))]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def compose_mapping_node(self, anchor):
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self.sizes: dict[yaml.Node, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """The next node, whose values are counted with those that its aliases stand for: nine lines can stand for 10^9."""
+        node = super().compose_node(parent, index)
+        if node is None:
+            return None
+        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in children for child in pair]
+        # a node inside itself has no size yet
+        self.sizes[node] = 1 + sum(self.sizes.get(child, 1) for child in children)
+        if self.sizes[node] > self.LARGEST:
+            raise yaml.YAMLError(f"more than {self.LARGEST:,} values, aliases included{node.start_mark}")
+        return node
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        """A mapping, refused where a key stands twice."""
         node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.YAMLError(f"the key {twice[0]!r} stands twice{node.start_mark}")
+        known: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in known:
+                raise yaml.YAMLError(f"the key {key.value!r} stands twice{node.start_mark}")
+            if isinstance(key, yaml.ScalarNode):
+                known.add(key.value)
         return node
 
 
@@ -233,79 +303,138 @@ for _class in (_Loader, _Dumper):
     )
 
 
+_remote_code_allowed = False
+
+
+def allow_remote_code() -> None:
+    """Let models run Python code of their repository in this process: what `--trust-remote-code` does."""
+    global _remote_code_allowed
+    _remote_code_allowed = True
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file, or one of data_recipes/ by name, apply dotted overrides and check every key and type.
 
-    Raises ToolkitError naming the file and the key, with the nearest known key where one was mistyped.
+    Raises ToolkitError naming the file and the key, with the nearest known key where one was mistyped; and where a file
+    sets model.trust_remote_code, which only an override or `allow_remote_code` can: a run's folder may be somebody else's.
     """
-    found = next((f for f in (find(path), find(f"data_recipes/{path}.yaml")) if f and f.is_file()), None)
-    if found is None and Path(path).name == "recipe.yaml" and Path(path).parent.is_dir():
+    text = read_text(recipe_file(path))
+    values = _yaml(text, str(path))
+    if any(word.startswith("model.trust_remote_code=") for word in overrides):
+        return from_dict(values, str(path), overrides)
+    built = _build(values, str(path), overrides)
+    if built.model.extra.get("trust_remote_code") and not _remote_code_allowed:
+        raise ToolkitError(
+            f"{path}: model.trust_remote_code lets the model's repository run Python code here, which no file may allow: "
+            "read that code, then add --trust-remote-code to this command"
+        )
+    return built
+
+
+def recipe_file(path: str | Path) -> Path:
+    """The file of a recipe, by path or by name in data_recipes/. Raises ToolkitError with the nearest name."""
+    file = next((f for f in (find(path), find(f"data_recipes/{path}.yaml")) if f and f.is_file()), None)
+    if file is not None:
+        return file
+    if Path(path).name == "recipe.yaml" and Path(path).parent.is_dir():
         raise ToolkitError(
             f"{path}: not found. A folder of export_model has no recipe: verify, export, chat and serve work with it"
         )
-    if found is None:
-        known = [p.stem for p in (ROOT / "data_recipes").glob("*.yaml")]
+    if (folder := find(path)) and folder.is_dir():
+        raise ToolkitError(f"{path}: is a folder: expected a recipe, a YAML file or a name in data_recipes/")
+    known = [p.stem for p in files.RECIPES.glob("*.yaml")]
+    raise ToolkitError(f"{path}: no such recipe{did_you_mean(Path(path).stem, known)} (recipes lie in data_recipes/)")
+
+
+def of_run(folder: Path) -> Recipe:
+    """The recipe of a run's folder, as the run began with it. Raises ToolkitError when the file was changed since."""
+    file, manifest = folder / "recipe.yaml", folder / "manifest.json"
+    loaded = load(file)
+    recorded = read_json(manifest).get("recipe_sha256") if manifest.is_file() else None
+    if recorded and hashlib.sha256(read_text(file).encode()).hexdigest() != recorded:
         raise ToolkitError(
-            f"{path}: no such recipe{did_you_mean(Path(path).stem, known)} (recipes lie in data_recipes/)"
+            f"{file}: was changed after this run began, so it does not describe the run (its SHA-256 differs from "
+            "manifest.json). Undo the change, or run the `train` command that began this run: it writes the file anew"
         )
-    try:
-        text = found.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ToolkitError(f"{path}: expected a YAML file in UTF-8 ({error})") from error
-    return from_dict(_yaml(text, str(path)), str(path), overrides)
+    return loaded
 
 
-def from_dict(values: dict, where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
-    """Build a checked recipe from plain values, as read from YAML. Raises ToolkitError."""
+def from_dict(values: dict[str, Any], where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+    """Build a checked recipe from plain values that the caller vouches for. Raises ToolkitError."""
+    built = _build(values, where, overrides)
+    if built.model.extra.get("trust_remote_code"):
+        allow_remote_code()
+    return built
+
+
+def _build(values: Any, where: str, overrides: Sequence[str]) -> Recipe:
     if not isinstance(values, dict):
         raise ToolkitError(f"{where}: expected keys like `name:`, `data:`, `model:`, found {type(values).__name__}")
     # a copy: the caller's dict stays as it is
     values = _plain(values, where)
     for override in overrides:
         apply_override(values, override)
+    _refuse_tokens(values, where)
     _check_keys(values, Recipe, where)
-    try:
-        # types, ranges and choices: as the classes above declare them
-        built = msgspec.convert(values, Recipe)
-    except msgspec.ValidationError as error:
-        raise ToolkitError(f"{where}: {_explain(str(error), values)}") from error
-    if not re.fullmatch(r"(?!base$)\w[\w.\-]{0,99}", built.name):
-        raise ToolkitError(
-            f"{where}: name: {built.name!r:.100} becomes a folder: use up to 100 letters, digits, '-', '_' and '.', "
-            "and not `base`, which serve and chat call the model that a run was trained on"
-        )
-    # transformers reads 0 as `no limit is set`
-    if built.train.max_steps == 0:
-        raise ToolkitError(f"{where}: train.max_steps: expected a whole number >= 1, or -1 for no limit, found 0")
-    if (init := built.lora.extra.get("init_lora_weights", True)) not in INITS:
-        raise ToolkitError(
-            f"{where}: lora.init_lora_weights: {init!r} changes the base: expected one of {', '.join(map(str, INITS))}"
-        )
-    if other := [q for q in built.export.quantization_method if q.lower() not in QUANTS]:
-        raise ToolkitError(
-            f"{where}: export.quantization_method: expected some of {', '.join(QUANTS)}, found {other[0]!r}"
-        )
+    train = values.get("train", {})
+    checked = _convert(values, Train, where, "train")
+    # the best checkpoint is known by its evaluation: every evaluation saves one
+    saves = {"save_steps": train["eval_steps"]} if "eval_steps" in train else {}
+    values["train"] = _flat(msgspec.to_builtins(Train()) | saves | train)  # as written: 1 stays 1, not 1.0
+    built = _convert(values, Recipe, where)
+    _check_values(built, checked, where)
     fill = {name.replace("AUTHOER", "AUTHOR"): value for name, value in built.data.placeholders.items()}
     sources = _with_fractions(built.data, where)
-    # The best checkpoint is known by its evaluation: every evaluation saves one
-    train = values.get("train", {})
-    saves = {"save_steps": train["eval_steps"]} if "eval_steps" in train else {}
     return dataclasses.replace(
         built,
         data=dataclasses.replace(built.data, sources=sources, reasoning=None, placeholders=fill),
-        train=_flat(msgspec.to_builtins(Train()) | saves | train),  # as written: 1 stays 1, not 1.0
+        model=dataclasses.replace(built.model, model_name=home_relative(built.model.model_name)),
         evaluate=dataclasses.replace(built.evaluate, questions=_named(built.evaluate.questions)),
     )
 
 
-def to_dict(recipe: Recipe) -> dict:
+def _refuse_tokens(values: dict[str, Any], where: str) -> None:
+    """Raises ToolkitError for a text that looks like a token: the file is kept, and may be passed on."""
+    for key, value in files.flat(values).items():
+        if isinstance(value, str) and re.search(r"\bhf_[A-Za-z0-9]{20,}", value):
+            raise ToolkitError(f"{where}: {key}: looks like a Hugging Face token: {_SECRET}")
+
+
+RESERVED = re.compile(r"(?i)base$|(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\.|$)|.*\.$")
+"""Names of runs that are taken: `base` by serve and chat for the untrained model, the others by Windows."""
+
+
+def _check_values(built: Recipe, train: Train, where: str) -> None:
+    """What types cannot say. Raises ToolkitError."""
+    if not re.fullmatch(r"\w[\w.\-]{0,99}", built.name) or RESERVED.match(built.name):
+        raise ToolkitError(
+            f"{where}: name: {built.name!r:.100} becomes a folder: use up to 100 letters, digits, '-', '_' and '.', "
+            "without a '.' at the end, and not `base`, which serve and chat call the model that a run was trained on, nor "
+            "a name that Windows keeps (con, nul, aux …)"
+        )
+    # transformers reads 0 as `no limit is set`
+    if train.max_steps == 0:
+        raise ToolkitError(f"{where}: train.max_steps: expected a whole number >= 1, or -1 for no limit, found 0")
+    init = built.lora.extra.get("init_lora_weights", True)
+    if init not in INITS:
+        raise ToolkitError(
+            f"{where}: lora.init_lora_weights: {init!r} changes the base: expected one of {', '.join(map(str, INITS))}"
+        )
+    for quantization in built.export.quantization_method:
+        if quantization.lower() not in QUANTS:
+            raise ToolkitError(
+                f"{where}: export.quantization_method: expected some of {', '.join(QUANTS)}, found {quantization!r}"
+            )
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe as plain values; `from_dict` reads them back to an equal recipe."""
     values = {key: _flat(value) for key, value in msgspec.to_builtins(recipe).items()}
     del values["data"]["reasoning"]
     return json.loads(json.dumps(values))  # tuples become lists
 
 
-def _flat(section):
+def _flat(section: Any) -> Any:
     """A section with its further keys beside the known ones."""
     return section | section.pop("extra", {}) if isinstance(section, dict) else section
 
@@ -320,15 +449,15 @@ def sha256(recipe: Recipe) -> str:
     return hashlib.sha256(to_yaml(recipe).encode()).hexdigest()
 
 
-def _yaml(text: str, where: str):
+def _yaml(text: str, where: str) -> Any:
     try:
         return _plain(yaml.load(text, _Loader), where)
     except (yaml.YAMLError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         # PyYAML's constructors let the others through, for tagged values and dates that cannot be built
-        raise ToolkitError(f"{where}: not readable as YAML: {error}") from error
+        raise ToolkitError(f"{where}: not readable as YAML: {error}{remedy(Path(where))}") from error
 
 
-def _plain(values, where: str):
+def _plain(values: Any, where: str) -> Any:
     """A copy that holds only what JSON in UTF-8 can: no dates, NaN, loops, unpaired surrogates. Raises ToolkitError."""
     try:
         return json.loads(json.dumps(values, allow_nan=False, ensure_ascii=False).encode())
@@ -336,13 +465,14 @@ def _plain(values, where: str):
         raise ToolkitError(f"{where}: expected text, finite numbers, lists and `key: value` only ({error})") from error
 
 
-def apply_override(values: dict, override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
     """Set one dotted key of plain values, as in `train.max_steps=10` or `data.sources.0.fraction=0.5`."""
     path, separator, text = override.partition("=")
     if not separator:
         raise ToolkitError(f"override {override!r}: expected key=value, e.g. train.max_steps=10")
     value = _yaml(text, f"override {override!r}") if text else None
-    node, (*parents, last) = values, path.split(".")
+    *parents, last = path.split(".")
+    node: Any = values
     try:
         for key in parents:
             node = node[int(key)] if isinstance(node, list) else node.setdefault(key, {})
@@ -353,15 +483,18 @@ def apply_override(values: dict, override: str) -> None:
         ) from error
 
 
-def _check_keys(node, kind, where: str, path: str = "") -> None:
+def _check_keys(node: Any, kind: Any, where: str, path: str = "") -> None:
     """Refuse keys that a section does not know, here and in the sections inside it. Keys that Unsloth or TRL take move to
     `extra`."""
     if isinstance(node, list):
+        item_kind = next(iter(typing.get_args(kind)), None)
         for i, item in enumerate(node):
-            _check_keys(item, (*typing.get_args(kind), None)[0], where, f"{path}{i}.")
+            _check_keys(item, item_kind, where, f"{path}{i}.")
     if not (dataclasses.is_dataclass(kind) and isinstance(node, dict)):
         return
     known = {f.name: f.type for f in dataclasses.fields(kind) if f.name != "extra"}
+    if kind is Recipe:
+        known["train"] = Train
     extra = {key: node.pop(key) for key in [*node] if key not in known}
     for key in extra:
         if path + key in OWNED:
@@ -375,8 +508,30 @@ def _check_keys(node, kind, where: str, path: str = "") -> None:
         node["extra"] = extra
 
 
-WORDS = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false", "array": "a list",
-         "object": "keys", "null": "nothing"}  # fmt: skip
+def _convert(values: dict[str, Any], kind: type, where: str, section: str = "") -> Any:
+    """Plain values, or one section of them, as a dataclass: types, ranges and choices are checked. Raises ToolkitError
+    with msgspec's words and the dotted key."""
+    try:
+        return msgspec.convert(values.get(section, {}) if section else values, kind)
+    except msgspec.ValidationError as error:
+        text, _, location = str(error).replace("`key` in ", "").partition(" - at `$")
+        keys = [section] * bool(section) + re.findall(r"[^.`\[\]]+", location)
+        key = ".".join(keys) or "recipe"
+        words = text[0].lower() + text[1:].replace("`", "").partition(", got")[0]
+        if "missing required field" in text:
+            raise ToolkitError(f"{where}: {key}: {words} (data_recipes/pocket.yaml shows a whole recipe)") from error
+        if text.startswith("Invalid enum"):
+            words = f"expected one of {', '.join(CHOICES[keys[-1]])}"
+        raise ToolkitError(f"{where}: {key}: {words}, found {_value_at(values, keys)!r:.100}") from error
+
+
+def _value_at(values: Any, keys: Sequence[str]) -> Any:
+    """The value that dotted keys lead to."""
+    for key in keys:
+        values = values[int(key)] if isinstance(values, list) else values[key]
+    return values
+
+
 CHOICES = {
     f.name: typing.get_args(f.type)
     for section in (Source, Data, Train, Evaluate)
@@ -386,40 +541,28 @@ CHOICES = {
 """Names of the keys that take one of a few words → those words."""
 
 
-def _explain(error: str, values: dict) -> str:
-    """msgspec's message with the recipe's words: dotted key, what was expected, the value found."""
-    text, _, location = error.replace("`key` in ", "").partition(" - at `$")
-    keys = re.findall(r"[^.`\[\]]+", location)
-    if missing := re.search(r"missing required field `(\w+)`", text):
-        return f"{'.'.join([*keys, missing[1]])} is missing (data_recipes/pocket.yaml shows a whole recipe)"
-    # the value that msgspec refused, by walking along the keys it names
-    found = functools.reduce(lambda node, key: node[int(key)] if isinstance(node, list) else node[key], keys, values)
-    expected = text.removeprefix("Expected ").partition(", got")[0]
-    expected = re.sub(
-        "`(.+?)`", lambda kinds: " or ".join(dict.fromkeys(WORDS[k] for k in kinds[1].split(" | "))), expected
-    )
-    if text.startswith("Invalid enum"):
-        expected = f"one of {', '.join(CHOICES[keys[-1]])}"
-    return f"{'.'.join(keys)}: expected {expected}, found {found!r:.100}"
-
-
 def _named(sources: tuple[Source, ...]) -> tuple[Source, ...]:
-    """Sources with a name each: that of the file; where two are equal also its folder's, then a number."""
+    """Sources with a name each: that of the file; where two are equal also its folder's, then a number. Their paths below
+    the home folder are written with `~`."""
     # rows.jsonl.gz#500 is called rows
     paths = [re.sub(r"(\.(jsonl?|csv|tsv|parquet|gz))*(#\d+)?$", "", s.path.rstrip("/")).split("/") for s in sources]
     names = [s.name or path[-1] or s.path for s, path in zip(sources, paths, strict=True)]
-    names = [
-        name if s.name or names.count(name) == 1 else "-".join(path[-2:])
-        for s, path, name in zip(sources, paths, names, strict=True)
-    ]
-    names = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, start=1)]
-    return tuple(dataclasses.replace(s, name=name) for s, name in zip(sources, names, strict=True))
+    longer = []
+    for source, path, name in zip(sources, paths, names, strict=True):
+        is_unique = bool(source.name) or names.count(name) == 1
+        longer.append(name if is_unique else "-".join(path[-2:]))
+    numbered = [name if longer.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(longer, start=1)]
+    return tuple(
+        dataclasses.replace(source, name=name, path=home_relative(source.path))
+        for source, name in zip(sources, numbered, strict=True)
+    )
 
 
 def _with_fractions(data: Data, where: str) -> tuple[Source, ...]:
     """Named sources whose fractions sum to 1 and obey `data.reasoning`; or none has a fraction: the mix is then the
     sources' `#N` counts, or all they hold."""
-    sources, shared = list(_named(data.sources)), data.budget is not None or data.reasoning is not None
+    sources = list(_named(data.sources))
+    shared = data.budget is not None or data.reasoning is not None
     if len({s.name for s in sources}) < max(1, len(sources)):
         raise ToolkitError(f"{where}: data.sources: expected at least one source, and names that differ")
     # a lone source is all of the mix, unless it asks for a number of rows
@@ -473,7 +616,7 @@ def passthrough(section: type) -> list[str]:
 
     Read from the installed source, since importing it takes seconds. Empty for closed sections.
     """
-    names = set()
+    names: set[str] = set()
     for package, file, name in TAKEN_BY.get(section, ()):
         spec = importlib.util.find_spec(package)
         if spec is None:

@@ -21,7 +21,7 @@ from toolkit.data.readers import (
     refuse_bytes,
     without_nulls,
 )
-from toolkit.files import ToolkitError, find
+from toolkit.files import ToolkitError, check_regular, find
 from toolkit.recipe import Source
 
 __all__ = ["Rejected", "Rows", "canonical", "conversations", "detect", "fingerprint", "open_rows", "split_count"]
@@ -69,7 +69,7 @@ def detect(source: Source, rows: Rows) -> str:
 
 
 def open_rows(source: Source) -> Rows:
-    """Raw rows of `path`, `path:subset` or `path#500`: local (from here or the project's root), ModelScope or Hub.
+    """Raw rows of `path`, `path:subset` or `path#500`: local (from here), ModelScope or Hub.
 
     `#500` and `max_rows` keep that many rows of the seed's order. Raises ToolkitError.
     """
@@ -112,15 +112,15 @@ def _located(source: Source) -> tuple[Source, tuple[Path, list[Path]] | None]:
         near = find(Path(path).parent)
         names = sorted(f.name for f in near.iterdir() if ending(f)) if near and near.is_dir() else []
         beside = f"; {near} has {', '.join(names[:8])}" if names else ""
-        raise ToolkitError(
-            f"{path[:200]}: no such file or folder, from here or from the project's root{beside}. A Hub name is owner/name"
-        )
+        raise ToolkitError(f"{path[:200]}: no such file or folder here{beside}. A Hub name is owner/name")
     if folder and source.subset:
         folder /= source.subset
         if not folder.is_dir():
             raise ToolkitError(
                 f"{folder}: no such folder: the subset {source.subset!r} of a local path is a folder in it"
             )
+    if folder:
+        check_regular(folder)
     return source, (folder, data_files(folder, source.split)) if folder else None
 
 

@@ -5,6 +5,7 @@ merged = open_merged(run, "16bit"); divergence(log_probs(merged, "adapter", text
 
 import contextlib
 import itertools
+import os
 import pickle
 import subprocess
 import sys
@@ -113,7 +114,10 @@ def _in_own_process(model: Checkpoint | Merged, which: str, sequences: list[list
         "pickle.dump(log_probs(*pickle.load(sys.stdin.buffer)), out.buffer)"
     )
     given = pickle.dumps((model, which, sequences))
-    done = subprocess.run([sys.executable, "-c", code], input=given, cwd=ROOT, capture_output=True, check=False)
+    # the paths in `model` are from this folder: the process starts in it too
+    search = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": search}
+    done = subprocess.run([sys.executable, "-c", code], input=given, env=environment, capture_output=True, check=False)
     if done.returncode:
         raise ToolkitError(f"the reference forward pass failed: {done.stderr.decode(errors='replace')[-400:]}")
     return pickle.loads(done.stdout)

@@ -460,6 +460,8 @@ def _now() -> str:
 
 def commit() -> str | None:
     """The toolkit's git commit, with + when files differ from it; None outside a checkout."""
+    if not (ROOT / ".git").exists():  # an installed copy may lie in a checkout of something else
+        return None
     try:
         done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
     except FileNotFoundError:  # no git on this machine
