@@ -1,6 +1,7 @@
 """The command line: options leave overrides alone, mistakes get a suggestion, failures say where the log is."""
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -11,12 +12,12 @@ import pytest
 
 from tests.support.pocket_run import make_run
 from toolkit import __main__ as cli
-from toolkit.files import ROOT
+from toolkit.files import ROOT, read_json
 
 PROBE = """
 import signal, sys, time
 from toolkit import __main__ as cli
-@cli.verb(cli.arg("run", nargs="?", default=""))
+@cli.verb("probe", cli.arg("run", nargs="?", default=""))
 def probe(run):
     "probe"
     print("started", flush=True)
@@ -133,7 +134,7 @@ def test_signals_end_a_verb_in_order_and_say_how_to_resume(name, tmp_path):
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=20)
     assert out == "closed\n"
-    assert err == "interrupted: finished steps are kept; run the same command again to resume\n"
+    assert err == "interrupted: run the same command again; it resumes from what is finished\n"
     assert process.returncode == 128 + getattr(signal, name)
 
 
@@ -170,3 +171,144 @@ def test_an_override_after_export_s_quantizations_is_no_quantization(tmp_path, c
     run = make_run(tmp_path / "tuned")
     assert cli.main(["export", str(run), "--quant", "q8_0", "train.max_steps=3"]) == 2
     assert "train.max_steps=3: a finished run takes no overrides" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "try: time.sleep(60)\n    finally: time.sleep(60)",
+        "import atexit; atexit.register(time.sleep, 60); time.sleep(60)",
+        "import threading; threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)",
+    ],
+)
+def test_a_second_interrupt_ends_at_once_without_a_traceback(body, tmp_path):
+    process = start(body, tmp_path)
+    assert process.stdout.readline() == "started\n"
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert "Traceback" not in err
+    assert process.returncode == 130
+
+
+def test_an_interrupt_that_a_library_turns_into_its_own_error_is_no_bug(tmp_path):
+    process = start(
+        "try: time.sleep(60)\n    except BaseException: raise ImportError('partially initialized module')", tmp_path
+    )
+    process.stdout.readline()
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert err.startswith("interrupted: ")
+    assert process.returncode == 130
+
+
+WITHOUT_PACKAGES = [sys.executable, "-S", "-m", "toolkit"]
+"""Python that finds no installed package at all."""
+
+
+def test_doctor_works_without_any_package_and_names_setup(tmp_path):
+    environment = os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path)}
+    done = subprocess.run([*WITHOUT_PACKAGES, "doctor"], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "missing" in done.stdout
+    assert "python -m toolkit setup" in done.stdout
+    assert "bug" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["train pocket", "mix pocket", "fit", "evaluate x", "compare", "export x", "verify x", "chat x", "serve x", "sweep",
+     "generate x a b", "diff a b", "reproduce x", "replay", "list", "doctor --gpu"],
+)  # fmt: skip
+def test_every_verb_names_setup_where_packages_are_missing(line, tmp_path):
+    environment = os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path)}
+    done = subprocess.run([*WITHOUT_PACKAGES, *line.split()], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "is not installed: run `python -m toolkit setup`" in done.stderr
+    assert "bug" not in done.stderr
+
+
+FAILS = """
+import sys
+from toolkit import __main__ as cli
+@cli.verb("probe", cli.arg("run"), cli.arg("--api-key", dest="key"))
+def probe(run, key):
+    "probe"
+    open(run)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_the_log_holds_neither_keys_nor_the_home_folder(tmp_path):
+    home = tmp_path / "home"
+    environment = os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path), "HOME": str(home)}
+    words = [sys.executable, "-c", FAILS, "probe", str(home / "mine"), "--api-key", "sesame"]
+    subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True)
+    log = (tmp_path / "toolkit.log").read_text()
+    assert "FileNotFoundError" in log
+    assert "~/mine --api-key …" in log
+    assert str(home) not in log
+
+
+def test_help_names_every_verb_within_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for words in [["--help"], *([name, "--help"] for name in cli.VERBS)]:
+        with pytest.raises(SystemExit):
+            cli.main(words)
+        shown = capsys.readouterr().out
+        assert max(len(line) for line in shown.splitlines()) <= 80
+        if words == ["--help"]:
+            assert set(re.findall(r"(?m)^    (\w+)", shown)) == set(cli.VERBS)
+
+
+def test_no_verb_s_function_is_named_like_a_module():
+    from tests.test_package import NAMES
+
+    modules = {name.split(".")[-1] for name in NAMES}
+    assert {function.__name__ for function, _ in cli.VERBS.values()} & modules == set()
+
+
+def as_json(line: str, capsys) -> tuple[int, dict]:
+    """(exit code, the one object on stdout) of a command with --json."""
+    import json
+
+    code = cli.main(line.split())
+    out = capsys.readouterr().out
+    return code, json.loads(out)
+
+
+def test_mix_and_fit_give_one_json_object(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
+    code, mixed = as_json("mix pocket data.budget=3000 --json", capsys)
+    assert code == 0
+    assert mixed["achieved"] == read_json(next((tmp_path / ".mixes").glob("*/mix.json")))["achieved"]
+    code, planned = as_json("mix pocket --dry-run --json", capsys)
+    assert set(planned) == {"unit", "budget", "sources"}
+    code, forecast = as_json("fit pocket --vram 8 --json", capsys)
+    assert forecast["fits"] is True
+    assert forecast["peak_bytes"] == max(sum(parts.values()) for parts in forecast["phases"].values())
+
+
+def test_an_error_keeps_stdout_empty_under_json(capsys):
+    assert cli.main(["mix", "nowhere", "--json"]) == 2
+    assert capsys.readouterr().out == ""
+
+
+def test_list_names_runs_with_their_state_and_recipes_with_their_purpose(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
+    make_run(tmp_path / "tuned")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "recipe.yaml").write_text("name: broken")
+    (tmp_path / "broken" / "manifest.json").write_text("{")
+    assert cli.main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert "tuned" in out
+    assert "manifest.json is damaged" in out
+    assert "hybrid" in out
+    _, listed = as_json("list --json", capsys)
+    assert {run["name"] for run in listed["runs"]} == {"tuned", "broken"}
+    assert {"pocket", "hybrid"} <= {recipe["name"] for recipe in listed["recipes"]}

@@ -4,38 +4,48 @@ python -m toolkit --help     (then `python -m toolkit train hybrid train.max_ste
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
-import os
+import json
 import re
 import shlex
-import signal
 import sys
-import time
-import traceback
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from toolkit.files import ToolkitError, did_you_mean, outputs, safe_output
+from toolkit.files import ToolkitError, did_you_mean, finite, outputs
+from toolkit.machine import command
 
-VERBS: dict[str, tuple] = {}
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from toolkit.recipe import Recipe
+
+Argument = tuple[tuple[str, ...], dict[str, Any]]
+VERBS: dict[str, tuple[Callable[..., "Outcome | int | None"], tuple[Argument, ...]]] = {}
 """Verb → (function, its `arg`s), in the order in which `--help` lists them."""
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
-class Stopped(KeyboardInterrupt):
-    """SIGTERM or SIGHUP: handled like Ctrl-C, so that every `finally` runs. `args[0]` is the signal's number."""
+class Outcome(NamedTuple):
+    """What a verb returns that can answer with --json."""
+
+    value: Mapping[str, Any]
+    code: int = 0
 
 
-def arg(*flags: str, **options) -> tuple[tuple[str, ...], dict]:
+def arg(*flags: str, **options: Any) -> Argument:
     """One argument of a verb: what argparse's `add_argument` takes."""
     return flags, options
 
 
-def verb(*arguments):
-    """Make a function a verb: its name on the command line, its docstring as help, `arguments` as its options."""
+def verb(name: str, *arguments: Argument) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make a function a verb: `name` on the command line, its docstring as help, `arguments` as its options."""
 
-    def register(function):
-        VERBS[function.__name__] = function, arguments
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        VERBS[name] = function, arguments
         return function
 
     return register
@@ -43,44 +53,38 @@ def verb(*arguments):
 
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 1 (a check failed or a bug), 2 (an error with its fix), 128 + signal."""
-    safe_output()
     words = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
-    args = argparse.Namespace()  # filled as far as parsing comes
-    try:
-        _catch_signals()
-        # argparse's own message would list the verbs, but not the nearest one
-        if words[0] not in VERBS and not words[0].startswith("-"):
-            raise ToolkitError(f"{words[0]}: no such verb{did_you_mean(words[0], VERBS)}")
-        words, overrides = take_overrides(words)
-        options = vars(parser().parse_args(words, args))
-        if "overrides" in options:
-            options["overrides"] += overrides
-        verb = options.pop("verb")
-        if verb not in ("setup", "doctor"):
+    options = argparse.Namespace()  # filled as far as parsing comes
+    return command.exit_code(lambda: run_verb(words, options), lambda: str(getattr(options, "run", "")))
+
+
+def run_verb(words: list[str], options: argparse.Namespace) -> int:
+    """Parse a command line into `options` and run its verb."""
+    # argparse's own message would list the verbs, but not the nearest one
+    if words[0] not in VERBS and not words[0].startswith("-"):
+        raise ToolkitError(f"{words[0]}: no such verb{did_you_mean(words[0], VERBS)}")
+    words, overrides = take_overrides(words)
+    values = vars(parser().parse_args(words, options))
+    if "overrides" in values:
+        values["overrides"] += overrides
+    name, as_json = values.pop("verb"), values.pop("json", False)
+    if values.pop("trust_remote_code", False):
+        from toolkit import recipe
+
+        recipe.allow_remote_code()
+    # under --json what people read goes to stderr, and stdout holds the answer alone
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        if name not in ("setup", "doctor", "list"):
             from toolkit.machine import doctor
 
             # before torch is imported, which numbers the cards once
             doctor.use_largest_card(print)
-        return VERBS[verb][0](**options) or 0
-    except KeyboardInterrupt as stop:
-        print("interrupted: finished steps are kept; run the same command again to resume", file=sys.stderr)
-        return 128 + (stop.args[0] if isinstance(stop, Stopped) else signal.SIGINT)
-    except BrokenPipeError:  # the reader of a pipe left (`… | head`); Python would complain once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except ToolkitError as error:
-        if os.environ.get("TOOLKIT_DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:  # the last resort: whatever a library raises becomes a line that helps, and a log
-        if os.environ.get("TOOLKIT_DEBUG"):
-            raise
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        print(f"error: {type(error).__name__}: {reason}\nThis is a bug, or a library that failed: "
-              f"{_traceback_of(error, str(getattr(args, 'run', '')))}. Run the same command again to resume.",
-              file=sys.stderr)  # fmt: skip
-        return 1
+        outcome = VERBS[name][0](**values)
+    if not isinstance(outcome, Outcome):
+        return outcome or 0
+    if as_json:
+        print(json.dumps(finite(outcome.value), ensure_ascii=False, default=str))
+    return outcome.code
 
 
 def parser() -> argparse.ArgumentParser:
@@ -90,7 +94,8 @@ def parser() -> argparse.ArgumentParser:
     )
     verbs = top.add_subparsers(dest="verb", metavar="VERB")
     for name, (function, arguments) in VERBS.items():
-        sub = verbs.add_parser(name, help=function.__doc__.splitlines()[0], description=function.__doc__)
+        text = function.__doc__ or ""
+        sub = verbs.add_parser(name, help=text.partition("\n")[0], description=text)
         for flags, options in arguments:
             sub.add_argument(*flags, **options)
     return top
@@ -109,45 +114,20 @@ def take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     }
     kept, overrides = words[:1], []
     for before, word in itertools.pairwise(words):
-        (overrides if OVERRIDE.match(word) and before not in takes_one else kept).append(word)
+        is_override = OVERRIDE.match(word) and before not in takes_one
+        target = overrides if is_override else kept
+        target.append(word)
     return kept, overrides
 
 
-def _catch_signals() -> None:
-    """SIGTERM and SIGHUP raise Stopped from now on; one that is ignored (nohup) stays ignored."""
-
-    def stop(number, _frame):
-        raise Stopped(number)
-
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, stop)
-
-
-def _traceback_of(error: Exception, run: str) -> str:
-    """Say where an error's traceback is: in the log that `run.train` wrote, else it is added to the run's here."""
-    for note in getattr(error, "__notes__", ()):
-        if note.startswith("log: "):
-            return f"the traceback is in {note.removeprefix('log: ')}"
-    log = outputs() / run / "run.log" if (outputs() / run / "recipe.yaml").is_file() else outputs() / "toolkit.log"
-    try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a", encoding="utf-8") as file:
-            print(time.strftime("%Y-%m-%d %H:%M:%S"), *sys.argv, file=file)
-            traceback.print_exception(error, file=file)
-    except OSError:  # the disk may be what failed
-        return "set TOOLKIT_DEBUG=1 to see the traceback"
-    return f"the traceback is in {log}"
-
-
-def console():
+def console() -> "Console":
+    """Where a verb prints what people read."""
     from toolkit.run import default_console
 
     return default_console()
 
 
-def _recipe(path: str | None, overrides: list[str]):
+def _recipe(path: str | None, overrides: list[str]) -> "Recipe":
     """The recipe of a `[RECIPE] [key=value …]` command line; prints which one, and why, when none was named."""
     from toolkit import recipe
 
@@ -163,8 +143,8 @@ def _folder(run: str) -> Path:
     """A run's folder by its path, else by its name under outputs/, finished or not. Raises ToolkitError."""
     from toolkit.training import model
 
-    found = Path(run) if Path(run).is_dir() else outputs() / run
-    return found if found.is_dir() else model.run_folder(run)  # which says that there is none
+    folder = Path(run) if Path(run).is_dir() else outputs() / run
+    return folder if folder.is_dir() else model.run_folder(run)  # which says that there is none
 
 
 def whole(text: str, least: int = 1) -> int:
@@ -174,13 +154,16 @@ def whole(text: str, least: int = 1) -> int:
     return int(text)
 
 
+REMOTE = arg("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 RECIPE = (
     arg("recipe", nargs="?", help="a YAML file or a name in data_recipes/; default: hybrid on a GPU, else pocket"),
     arg("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=10 data.reasoning=0.5"),
+    REMOTE,
 )
+JSON = arg("--json", action="store_true", help="one JSON object on stdout, messages on stderr")
 DETAILS = arg("--details", action="store_true", help="show every metric")
 FRESH = arg("--fresh", action="store_true", help="start anew: an old run is moved aside, a mix compiled again")
-RUN = arg("run", type=Path, help="a run's folder, or its name under outputs/")
+RUN = (arg("run", type=Path, help="a run's folder, or its name under outputs/"), REMOTE)
 WEIGHTS = (
     arg("--from", dest="source", choices=("adapter", "merged-gguf"), default="adapter",
         help="default: the adapter beside its base; merged-gguf is the file that `export` wrote"),
@@ -196,8 +179,8 @@ SERVER = (
 )
 
 
-@verb()
-def setup():
+@verb("setup")
+def install_packages() -> None:
     """Install requirements.txt into this Python."""
     from toolkit.machine import install
 
@@ -208,29 +191,43 @@ def setup():
 
 
 @verb(
+    "doctor",
     arg("--gpu", action="store_true", help="try the CUDA path on random weights (three minutes, 4 GB); writes doctor.json"),
     arg("--cpu-rehearsal", action="store_true", help="the same steps on the CPU, where there is no card"),
 )  # fmt: skip
-def doctor(gpu, cpu_rehearsal):
+def diagnose(gpu: bool, cpu_rehearsal: bool) -> int:
     """Say what is installed, what will run, and the fix for what will not."""
-    from toolkit.machine import doctor
+    from toolkit.machine import install
 
-    if gpu or cpu_rehearsal:
-        from toolkit.machine import gpu_check
+    try:
+        from toolkit.machine import doctor
 
-        doctor.use_largest_card(print)
-        return gpu_check.check(console(), rehearsal=cpu_rehearsal)
-    doctor.show(doctor.examine(), console())
+        if gpu or cpu_rehearsal:
+            from toolkit.machine import gpu_check
+
+            doctor.use_largest_card(print)
+            return gpu_check.check(console(), rehearsal=cpu_rehearsal)
+        doctor.show(doctor.examine(), console())
+    except ModuleNotFoundError as error:
+        if gpu or cpu_rehearsal:
+            raise
+        # printed plainly: what draws the table may be what is missing
+        differing = install.differing()
+        print(f"! packages    {error.name} is missing; {len(differing)} of {len(install.pins())} are not as pinned")
+        print(f"  → python -m toolkit setup   (installs {', '.join(word.split()[0] for word in differing[:5])} …)")
+        return 1
     return 0
 
 
 @verb(
+    "mix",
     *RECIPE,
     FRESH,
     arg("--dry-run", action="store_true", help="only the plan"),
     arg("--show", type=whole, default=0, metavar="N", help="print N rows per source, supervised tokens coloured"),
+    JSON,
 )
-def mix(recipe, overrides, fresh, dry_run, show):
+def show_mix(recipe: str | None, overrides: list[str], fresh: bool, dry_run: bool, show: int) -> Outcome:
     """Compile a recipe's mix and show it: plan, achieved shares, drops, lengths."""
     from toolkit import run
     from toolkit.data import mix, render
@@ -239,8 +236,9 @@ def mix(recipe, overrides, fresh, dry_run, show):
 
     out, loaded = console(), _recipe(recipe, overrides)
     if dry_run:
-        out.print(tables.plan_table(mix.plan(loaded.data)))
-        return
+        planned = mix.plan(loaded.data)
+        out.print(tables.plan_table(planned))
+        return Outcome({"unit": loaded.data.unit, "budget": loaded.data.budget, "sources": planned})
     loaded = run.resolve(loaded, out)
     # what the reader would type next, with the changes of this command
     words = ["python", "-m", "toolkit", "train", recipe or loaded.name, *overrides]
@@ -250,10 +248,11 @@ def mix(recipe, overrides, fresh, dry_run, show):
         chat = render.load_chat(loaded.model.model_name, loaded.model.revision)
         out.print(labels.coloured(mixed, chat, show))
     out.print(f"mix.json and quarantine.jsonl: {mixed.folder}")
+    return Outcome({**mixed.report, "folder": str(mixed.folder)})
 
 
-@verb(*RECIPE, FRESH, DETAILS)
-def train(recipe, overrides, **options):
+@verb("train", *RECIPE, FRESH, DETAILS)
+def train_run(recipe: str | None, overrides: list[str], **options: Any) -> None:
     """Fine-tune by a recipe; an unfinished run resumes, a finished one is left alone."""
     from toolkit import run
     from toolkit.machine import doctor
@@ -263,45 +262,52 @@ def train(recipe, overrides, **options):
 
 
 @verb(
-    RUN,
+    "evaluate",
+    *RUN,
     arg("--level", choices=("fast", "quick", "full"), help="default: the recipe's"),
     arg("--minutes", type=float, help="time for replies; default: a third of the training's, at least 3"),
     DETAILS,
+    JSON,
 )
-def evaluate(run, **options):
+def evaluate_run(run: Path, **options: Any) -> Outcome:
     """Score a run against its own base, in every mode it has, with intervals."""
     from toolkit.run import evaluate
 
-    evaluate(run, console(), **options)
+    return Outcome(evaluate(run, console(), **options))
 
 
 @verb(
+    "fit",
     arg("recipe", nargs="?", default="hybrid", help="default: hybrid"),
-    RECIPE[1],
+    *RECIPE[1:],
     arg("--model", help="instead of the recipe's, e.g. unsloth/Qwen3-8B-unsloth-bnb-4bit"),
     arg("--vram", type=float, default=0, metavar="GB", help="a card's size; default: the one here, else 8"),
     arg("--card", metavar="NAME", help='a card by its name, for hours too: "RTX 3060", T4 …'),
     arg("--table", action="store_true", help="every Qwen3 on cards of 6 to 24 GB"),
+    JSON,
 )
-def fit(recipe, overrides, model, vram, card, table):
+def forecast_memory(
+    recipe: str, overrides: list[str], model: str | None, vram: float, card: str | None, table: bool
+) -> Outcome:
     """Say what a run will need in memory and hours, before it is run, and what would make it fit."""
     from toolkit.machine import choose, fit
 
     if table:
         fit.show_table(console())
-        return
+        return Outcome({})
     chosen = [f"model.model_name={model}"] if model else []
-    choose.show(_recipe(recipe, [*chosen, *overrides]), vram, card, console())
+    return Outcome(choose.show(_recipe(recipe, [*chosen, *overrides]), vram, card, console()))
 
 
 @verb(
+    "sweep",
     arg("recipe", nargs="?", default="data_recipes/sweep_pocket.yaml", help="default: sweep_pocket"),
-    RECIPE[1],
+    *RECIPE[1:],
     arg("--reasoning", "--shares", dest="shares", nargs="+", type=float, metavar="SHARE", help="default: 0 0.25 0.5 0.75 1"),
     arg("--of", default="reasoning", metavar="SOURCE", help="whose share; default: all thinking sources together"),
     arg("--seeds", type=whole, default=1, help="runs per share, seeds counted up from data.seed"),
 )  # fmt: skip
-def sweep(recipe, overrides, shares, **options):
+def sweep_shares(recipe: str, overrides: list[str], shares: list[float] | None, **options: Any) -> None:
     """Train every reasoning share at one budget, compare, recommend; the same command resumes it."""
     from toolkit.comparison import sweep
 
@@ -309,29 +315,42 @@ def sweep(recipe, overrides, shares, **options):
 
 
 @verb(
+    "compare",
     arg("runs", nargs="*", help="run folders or names; without any, every scored run"),
     arg("--out", type=Path, help="where table, picture and page go; default: outputs/comparison"),
+    JSON,
 )
-def compare(runs, out):
+def compare_runs(runs: list[str], out: Path | None) -> Outcome:
     """Several runs: one table, one picture, one recommendation."""
-    from toolkit.comparison import decide as compare
-    from toolkit.comparison import report
+    from toolkit.comparison import decide, report
 
     # runs without an evaluation have nothing to compare
-    found = [_folder(run) for run in runs] or sorted(p.parent for p in outputs().glob("*/eval.json"))
-    report.conclude(compare.compare(found), out or outputs() / "comparison", console())
+    folders = [_folder(run) for run in runs] or sorted(p.parent for p in outputs().glob("*/eval.json"))
+    comparison = decide.compare(folders)
+    report.conclude(comparison, out or outputs() / "comparison", console())
+    recommended = comparison.recommended
+    return Outcome(
+        {
+            "axis": comparison.axis,
+            "recommended": recommended.label if recommended else None,
+            "verdict": comparison.verdict,
+            "notes": comparison.notes,
+            "left_out": comparison.left_out,
+            "points": comparison.table().to_dict("records"),
+        }
+    )
 
 
-@verb(arg("first", help="a run's folder, or its name under outputs/"), arg("second"))
-def diff(first, second):
+@verb("diff", arg("first", help="a run's folder, or its name under outputs/"), arg("second"))
+def explain_difference(first: str, second: str) -> None:
     """Two runs: in words, what differed between them and what it did to the scores."""
-    from toolkit.comparison import decide as compare
+    from toolkit.comparison import decide
 
-    console().print("\n".join(compare.difference_report(_folder(first), _folder(second))), markup=False)
+    console().print("\n".join(decide.difference_report(_folder(first), _folder(second))), markup=False)
 
 
-@verb(RUN)
-def reproduce(run):
+@verb("reproduce", *RUN)
+def reproduce_run(run: Path) -> int:
     """Train a run again from its folder alone, and say whether it is equal; exit 1 when it is not."""
     from toolkit.comparison.reproduce import reproduce
 
@@ -341,11 +360,12 @@ def reproduce(run):
 
 
 @verb(
+    "replay",
     *RECIPE,
     arg("--prompts", metavar="FILE", help="rows to answer; default: the recipe's own that it does not train on"),
     arg("--count", type=whole, default=100, help="rows to keep, half of them in each mode"),
 )
-def replay(recipe, overrides, **options):
+def write_replay(recipe: str | None, overrides: list[str], **options: Any) -> None:
     """Write the base model's own verified answers as a source that keeps what training would make it forget."""
     from data_recipes import replay
 
@@ -353,7 +373,8 @@ def replay(recipe, overrides, **options):
 
 
 @verb(
-    RUN,
+    "export",
+    *RUN,
     arg("--to", nargs="+", choices=("merged", "gguf"), default=["merged", "gguf"]),
     arg("--quant", nargs="+", metavar="Q", help="f16 bf16 q8_0 q4_k_m …; default: the recipe's"),
     arg("--onto", choices=("16bit", "4bit"), default="16bit", help="the base that is merged into"),
@@ -361,7 +382,9 @@ def replay(recipe, overrides, **options):
     arg("--really-push", action="store_true", help="with --push: upload it"),
     arg("--details", action="store_true", help="every check of the certificate"),
 )
-def export(run, to, quant, push, really_push, **options):
+def export_run(
+    run: Path, to: list[str], quant: list[str] | None, push: str | None, really_push: bool, **options: Any
+) -> None:
     """Write merged weights and GGUF files and prove that they are the run: certificate.json."""
     from toolkit import export, recipe
     from toolkit.training import model
@@ -371,34 +394,40 @@ def export(run, to, quant, push, really_push, **options):
     if really_push and not push:
         raise ToolkitError("--really-push: to which repository? Add --push REPO")
     folder, say = model.run_folder(run), functools.partial(console().print, markup=False)
-    own = folder / "recipe.yaml"
-    quants = quant or (recipe.load(own).export if own.is_file() else recipe.Export()).quantization_method
+    # a folder of export_model has none
+    has_recipe = (folder / "recipe.yaml").is_file()
+    section = recipe.of_run(folder).export if has_recipe else recipe.Export()
+    quants = quant or section.quantization_method
     export.export(folder, quants if "gguf" in to else (), say=say, **options)
     if push:
         export.push(folder, push, dry_run=not really_push, say=say)
 
 
-@verb(RUN)
-def verify(run):
+@verb("verify", *RUN, JSON)
+def verify_export(run: Path) -> Outcome:
     """Check an export against its run again; exit 1 when a gate fails."""
     from toolkit.export import certificate
     from toolkit.training import model
 
-    found = certificate.verify(model.run_folder(run), say=console().print)
-    failed = "; ".join(certificate.failures(found))
-    console().print(f"FAILED: {failed}" if failed else f"verified: {len(found['checks'])} checks passed", markup=False)
-    return 1 if failed else 0
+    checked = certificate.verify(model.run_folder(run), say=console().print)
+    failed = "; ".join(certificate.failures(checked))
+    verdict = f"FAILED: {failed}" if failed else f"verified: {len(checked['checks'])} checks passed"
+    console().print(verdict, markup=False)
+    return Outcome(checked, 1 if failed else 0)
 
 
 @verb(
-    RUN,
+    "chat",
+    *RUN,
     *WEIGHTS,
     arg("--no-think", action="store_true", help="begin in non-thinking mode"),
     arg("--max-new-tokens", dest="max_tokens", type=whole, default=2048, metavar="N", help="of a reply; default 2048"),
     SCALE,
     *SERVER,
 )
-def chat(run, no_think, url, source, quant, context, **options):
+def chat_with_run(
+    run: Path, no_think: bool, url: str | None, source: str, quant: str | None, context: int, **options: Any
+) -> None:
     """Talk to a run in the terminal, in every mode it has, and to its base."""
     from toolkit.serving.chat import chat
 
@@ -408,6 +437,7 @@ def chat(run, no_think, url, source, quant, context, **options):
 
 
 @verb(
+    "serve",
     arg("runs", nargs="+", metavar="run", help="folders or names; several: runs of one base"),
     *WEIGHTS,
     SCALE,
@@ -416,8 +446,9 @@ def chat(run, no_think, url, source, quant, context, **options):
     arg("--host", default="127.0.0.1", help="another needs an API key"),
     arg("--port", type=int, default=8000),
     arg("--api-key", dest="key", help="what requests must bring; made when --host is not this machine"),
+    REMOTE,
 )
-def serve(runs, **options):
+def serve_runs(runs: list[str], **options: Any) -> None:
     """OpenAI-compatible API and a chat page on 127.0.0.1; run and base from one copy of the weights."""
     from toolkit.serving import serve
 
@@ -425,7 +456,8 @@ def serve(runs, **options):
 
 
 @verb(
-    RUN,
+    "generate",
+    *RUN,
     arg("prompts", type=Path, help=".txt (one a line), .jsonl, .json, .csv or .parquet"),
     arg("replies", type=Path, help="a .jsonl, new or to be continued"),
     arg("--mode", choices=("both", "thinking", "non_thinking"), default="both"),
@@ -434,7 +466,7 @@ def serve(runs, **options):
     SCALE,
     *SERVER,
 )
-def generate(run, prompts, replies, **options):
+def answer_prompts(run: Path, prompts: Path, replies: Path, **options: Any) -> None:
     """Answer a file of prompts in one mode or both; the same command resumes it."""
     from rich.progress import Progress
 
@@ -442,13 +474,26 @@ def generate(run, prompts, replies, **options):
 
     with Progress(console=console()) as bar:
         task = bar.add_task("answering", total=None)
-        counts = answer_file(run, prompts, replies, **options,
-                             progress=lambda done, total: bar.update(task, completed=done, total=total))  # fmt: skip
+
+        def show_progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        counts = answer_file(run, prompts, replies, **options, progress=show_progress)
     # three show what is wrong; the count is in the line below
     for reason in counts.rejected[:3]:
         console().print(f"left out: {reason}", style="yellow", markup=False)
     console().print(f"{counts.prompts} prompts, {len(counts.rejected)} left out; {replies}: "
                     f"{counts.answered} replies, {counts.there} from before, {counts.unfinished} cut short")  # fmt: skip
+
+
+@verb("list", JSON)
+def list_runs_and_recipes() -> Outcome:
+    """The runs in the outputs folder with their state, and the recipes that ship."""
+
+    from toolkit.view import listing
+
+    console().print("\n".join(listing.lines()), markup=False)
+    return Outcome({"runs": listing.runs(), "recipes": listing.recipes()})
 
 
 if __name__ == "__main__":

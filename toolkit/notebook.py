@@ -145,7 +145,7 @@ def ask(folder: Path, prompts: Sequence[str], *, max_new_tokens: int = 512, gree
 
     gc.collect()  # models that nothing refers to any more: a card rarely holds two
     torch.cuda.empty_cache()
-    seed = recipes.load(folder / "recipe.yaml").data.seed
+    seed = recipes.of_run(folder).data.seed
     return base_and_tuned(*load_run(folder), prompts, max_new_tokens=max_new_tokens, seed=seed, greedy=greedy)
 
 

@@ -109,7 +109,7 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, minu
     console.file = console.file
     folder = models.run_folder(folder)
     with lock(folder, "evaluate"):
-        recipe = recipes.load(folder / "recipe.yaml")
+        recipe = recipes.of_run(folder)
         if loaded is None:
             with loading(recipe.model, console):
                 loaded = models.load_run(folder)

@@ -72,8 +72,10 @@ def has_card() -> bool:
     return torch.cuda.is_available()
 
 
-def show(recipe: Recipe, gigabytes: float, card: str | None, console: Any) -> None:
-    """Print whether a recipe fits a card, what would make it fit, and how long it takes. Raises ToolkitError."""
+def show(recipe: Recipe, gigabytes: float, card: str | None, console: Any) -> dict[str, Any]:
+    """Print whether a recipe fits a card, what would make it fit, and how long it takes; returns the same as values.
+
+    Raises ToolkitError."""
     vram, speed = planned_for(gigabytes, card, console.print)
     if recipe.model.model_name == "auto":
         name, why = largest_model(recipe, vram, speed)
@@ -81,13 +83,25 @@ def show(recipe: Recipe, gigabytes: float, card: str | None, console: Any) -> No
         recipe = replace(recipe, model=replace(recipe.model, model_name=name))
     planned = fit.forecast(recipe, vram=vram)
     fit.show(planned, vram, console)
+    trained = planned.as_trained(vram)
+    answer: dict[str, Any] = {
+        "model": trained.shape.name,
+        "fits": trained.fits(vram),
+        "peak_bytes": trained.peak,
+        "vram_bytes": vram,
+        "phases": trained.phases,
+        "seconds": None,
+    }
     work = duration.planned_work(recipe)
     if speed is None:
         console.print('time: name a card for its hours, e.g. --card "RTX 3060"')
     elif work is None:
         console.print("time: not known before the mix is compiled, as no data.budget bounds it: python -m toolkit mix")
     else:
-        console.print(f"time: {duration.forecast(recipe, planned.shape, work, speed).text()}")
+        forecast = duration.forecast(recipe, planned.shape, work, speed)
+        console.print(f"time: {forecast.text()}")
+        answer["seconds"] = forecast.total
+    return answer
 
 
 def hours_of_mix(recipe: Recipe, lengths: Sequence[int], validation_lengths: Sequence[int]) -> Duration | None:

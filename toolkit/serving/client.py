@@ -11,7 +11,7 @@ from typing import Any
 
 from toolkit.export.llama import Engine
 from toolkit.files import ToolkitError
-from toolkit.recipe import load
+from toolkit.recipe import of_run
 from toolkit.serving.engine import BASE, Say, check_scale, sampling_by_mode, start
 from toolkit.training.model import checkpoint_file
 
@@ -40,7 +40,7 @@ def open_engine(
     if not url:
         return start([folder], scale=scale, say=say, **options)
     engine = connect(url, folder.name, key, scale)
-    model = load(folder / "recipe.yaml").model
+    model = of_run(folder).model
     config = checkpoint_file(model, "config.json") | checkpoint_file(model, "generation_config.json")
     engine.sampling = sampling_by_mode(folder, config)
     return engine

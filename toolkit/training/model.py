@@ -232,7 +232,7 @@ def load_run(folder: str | Path):
 
     folder = run_folder(folder)
     check_adapter(folder)
-    resolved = recipe.load(folder / "recipe.yaml")
+    resolved = recipe.of_run(folder)
     check_base(resolved.model, read_json(folder / "manifest.json").get("model", {}).get("files", {}))
     model, tokenizer = load_base(resolved.model)
     with quiet():

@@ -22,7 +22,18 @@ import numpy as np
 
 from toolkit import recipe as recipes
 from toolkit.data.mix import Mix, check_data
-from toolkit.files import ROOT, ToolkitError, flat, outputs, read_json, write_error, write_json, write_jsonl, write_text
+from toolkit.files import (
+    ROOT,
+    ToolkitError,
+    flat,
+    outputs,
+    read_json,
+    read_text,
+    write_error,
+    write_json,
+    write_jsonl,
+    write_text,
+)
 from toolkit.machine import fit
 from toolkit.recipe import Recipe
 from toolkit.training import tracking
@@ -71,7 +82,7 @@ def claim(recipe: Recipe, *, fresh: bool = False) -> tuple[Path, str]:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(written, recipes.to_yaml(recipe))
         return folder, "new"
-    if written.read_text(encoding="utf-8") != recipes.to_yaml(recipe):
+    if not holds_run_of(recipe, folder):
         raise ToolkitError(
             f"{folder} holds a run of another recipe ({_changes(recipes.load(written), recipe)}). "
             "Runs are never overwritten: choose another name (name=...), or pass --fresh to move the old run aside"
@@ -80,6 +91,19 @@ def claim(recipe: Recipe, *, fresh: bool = False) -> tuple[Path, str]:
     # a damaged adapter is written again from its checkpoint, without training
     finished = "finished" in made and damaged(folder / "adapter", made.get("adapter", {})) is None
     return folder, "finished" if finished else "unfinished"
+
+
+def holds_run_of(recipe: Recipe, folder: Path) -> bool:
+    """Whether a folder's run is of this recipe, by its recipe.yaml; where an editor changed or damaged that, by the
+    manifest, and the file is written anew."""
+    written, text = folder / "recipe.yaml", recipes.to_yaml(recipe)
+    with contextlib.suppress(ToolkitError):
+        if read_text(written) == text:
+            return True
+    if read_manifest(folder).get("recipe_sha256") != recipes.sha256(recipe):
+        return False
+    write_text(written, text)
+    return True
 
 
 def _changes(old: Recipe, new: Recipe) -> str:
