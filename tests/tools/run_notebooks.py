@@ -23,12 +23,15 @@ from toolkit.files import ROOT, ToolkitError, outputs
 FOLDER = ROOT / "notebooks"
 SETUP = """\
 # @title Set-up: installs the toolkit where it is missing: a few minutes the first time
+import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path("..").resolve()))  # opened in a checkout, a notebook takes the toolkit beside it
+if Path("../toolkit/recipe.py").is_file():  # a notebook of a checkout works in its root, as commands do
+    os.chdir("..")
+sys.path.insert(0, os.getcwd())
 if find_spec("toolkit") is None:
     source = next(map(str, Path().glob("*.zip")), "{source}")
     assert source, "The toolkit is not here: upload the project as a zip beside this notebook"
