@@ -157,7 +157,8 @@ def recipe_page() -> str:
         for field, kind, default, text in fields(classes[name]):
             if field == "extra":
                 continue
-            says = cell(text) or owner
+            section = f"see `{field}:` below" if name == "Recipe" and kind in SECTIONS else ""
+            says = cell(text) or section or owner
             rows.append(f"| `{field}` | `{cell(kind)}` | `{cell(default)}` | {says} |")
         if owner:
             rows.append(f"| any other | | | {owner}, passed on as it is |")

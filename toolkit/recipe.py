@@ -40,7 +40,9 @@ class Source:
     name: str = ""
     """What reports call it; by default the last part of `path`."""
     split: str = "train"
+    """Of a Hub dataset."""
     subset: str | None = None
+    """Of a Hub dataset that has several: its configuration."""
     revision: str | None = None
     """Pins a Hub dataset to a commit; the commit used is recorded either way."""
     format: str = "auto"
@@ -57,6 +59,7 @@ class Source:
     turns: Literal["last", "each"] = "last"
     """Supervise the last assistant turn, or make every assistant turn an example of its own."""
     max_rows: Positive | None = None
+    """Use at most so many examples."""
     max_repeats: Positive = 1
     """How often a row may be used when the source is smaller than its quota."""
     soft_switch: Share = 0.0
@@ -68,8 +71,11 @@ class Data:
     """What is mixed, counted in which unit, and what is held out."""
 
     sources: tuple[Source, ...]
+    """The datasets; their fractions or counts are the mix."""
     seed: Seed = 3407
+    """Draws rows, shuffles them and initializes the adapter: same recipe and seed, same run."""
     unit: Literal["supervised_tokens", "tokens", "examples"] = "supervised_tokens"
+    """What fractions and budget count; supervised tokens are those that the loss sees."""
     budget: Positive | None = None
     """Size of the mix in `unit`; null takes as much as the fractions allow."""
     validation_size: Count = 100
@@ -242,6 +248,7 @@ class Recipe:
     """One run."""
 
     name: str
+    """Of the run, and of its folder."""
     data: Data
     model: Model
     lora: Lora = field(default_factory=Lora)
