@@ -10,6 +10,7 @@ from pathlib import Path
 
 from toolkit import recipe as recipes
 from toolkit.files import ToolkitError, write_json
+from toolkit.records import Evaluation
 
 SAME_16_BIT, SAME_4_BIT = 0.002, 0.01
 """Relative difference that rounding to another 16-bit type, or quantizing on another device, makes in a weight."""
@@ -37,7 +38,7 @@ def compile_mix(recipe: str | Path | dict | recipes.Recipe, tokenizer=None, over
     return mix.compile_mix(recipe, tokenizer)
 
 
-def evaluate_model(model, tokenizer, mixed=None, **options) -> dict:
+def evaluate_model(model, tokenizer, mixed=None, **options) -> Evaluation:
     """Score a PeftModel against its own base (adapter on and off) in every mode its template has, with intervals.
 
     Reasoning questions are the mix's held-out rows with an expected answer, otherwise those that ship; chat questions are

@@ -31,8 +31,8 @@ class Scores(TypedDict):
 def summarize(marks: Iterable[Mark], seed: int) -> Scores:
     """All numbers of the long table. A value that is not a number counts as not measured."""
     sections = by_section_and_metric(marks)
-    scores: Scores = {name: {section: {} for section in sections} for name in (*MODELS, "difference")}
-    scores["per_question"] = {section: {model: {} for model in MODELS} for section in sections}
+    scores: dict[str, Sections] = {name: {section: {} for section in sections} for name in (*MODELS, "difference")}
+    per_question: PerQuestion = {section: {model: {} for model in MODELS} for section in sections}
     for section, metrics in sections.items():
         # One entry for each question asked, so that every metric of `per_question` pairs with every other
         asked = max((question_count(pair) for metric, pair in metrics.items() if metric in KEPT), default=0)
@@ -43,19 +43,23 @@ def summarize(marks: Iterable[Mark], seed: int) -> Scores:
                 scores[model][section][metric] = interval(sample, seed=seed, rate=is_rate(metric))
                 if metric in KEPT:
                     sums_and_counts = [np.round(x, 6).tolist() for x in (sample.sums, sample.counts)]
-                    scores["per_question"][section][model][metric] = sums_and_counts
+                    per_question[section][model][metric] = sums_and_counts
             scores["difference"][section][metric] = paired_difference(
                 samples["base"], samples["tuned"], seed=seed, rate=is_rate(metric)
             )
-    return scores
+    return Scores(
+        base=scores["base"], tuned=scores["tuned"], difference=scores["difference"], per_question=per_question
+    )
 
 
 def by_section_and_metric(marks: Iterable[Mark]) -> dict[str, dict[str, dict[str, list[Mark]]]]:
     """{section: {metric: {model: its marks}}}."""
-    grouped = defaultdict(lambda: defaultdict(lambda: {model: [] for model in MODELS}))
+    grouped: defaultdict[str, defaultdict[str, dict[str, list[Mark]]]] = defaultdict(
+        lambda: defaultdict(lambda: {model: [] for model in MODELS})
+    )
     for mark in marks:
         grouped[mark.section][mark.metric][mark.model].append(mark)
-    return grouped
+    return {section: dict(metrics) for section, metrics in grouped.items()}
 
 
 def question_count(pair: dict[str, list[Mark]]) -> int:

@@ -181,10 +181,11 @@ def planned_work(recipe: Recipe) -> Work | None:
     for source in data.sources:
         length = usual_length("non_thinking" if source.mode == "non_thinking" else "thinking", longest)
         counted_length = {"examples": 1.0, "tokens": length}.get(data.unit, max(1.0, length - PROMPT))
-        count = source.fraction * data.budget / counted_length
+        share = source.fraction or 0.0
+        count = share * data.budget / counted_length
         rows += count
         tokens += count * length
-        held_out += source.fraction * data.validation_size * length
+        held_out += share * data.validation_size * length
     return counted(recipe, rows, tokens, held_out, recomputes=True)
 
 
