@@ -249,3 +249,12 @@ def test_twenty_steps_on_this_cpu_take_what_was_forecast_to_a_quarter(tmp_path):
     done = subprocess.run([sys.executable, "-c", TRAIN], capture_output=True, text=True, check=True, cwd=ROOT, env=env)
     forecast, measured = json.loads(done.stdout.splitlines()[-1])
     assert forecast == pytest.approx(measured, rel=0.25)
+
+
+def test_the_page_of_hours_and_memory_is_current():
+    from tests.tools import time_and_memory
+
+    assert time_and_memory.PAGE.read_text(encoding="utf-8") == time_and_memory.page(), (
+        "python -m tests.tools.time_and_memory"
+    )
+    assert "nothing was measured on a card" in time_and_memory.page()
