@@ -14,7 +14,7 @@ help:  ## this list
 setup: .venv/.toolkit-requirements  ## make .venv and install requirements.txt (only when it changed)
 
 .venv/.toolkit-requirements: requirements.txt requirements.lock
-	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -m pip --version >/dev/null 2>&1 || { rm -rf .venv && $(PYTHON) -m venv .venv; }  # one without pip was cut short
 	@$(PY) -m toolkit setup
 	@touch $@
 

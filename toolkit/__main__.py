@@ -9,13 +9,12 @@ import functools
 import itertools
 import json
 import re
-import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from toolkit.files import ToolkitError, did_you_mean, finite, outputs
+from toolkit.files import ToolkitError, command_line, did_you_mean, finite, outputs
 from toolkit.machine import command
 
 if TYPE_CHECKING:
@@ -187,7 +186,7 @@ def install_packages() -> None:
     install.setup()
     from toolkit.machine import doctor
 
-    doctor.show([*doctor.compiler(), *doctor.gpu(doctor.look())], console())
+    doctor.show([*doctor.compiler(), *doctor.fused_kernels(), *doctor.gpu(doctor.look())])
 
 
 @verb(
@@ -197,25 +196,14 @@ def install_packages() -> None:
 )  # fmt: skip
 def diagnose(gpu: bool, cpu_rehearsal: bool) -> int:
     """Say what is installed, what will run, and the fix for what will not."""
-    from toolkit.machine import install
+    from toolkit.machine import doctor
 
-    try:
-        from toolkit.machine import doctor
+    if gpu or cpu_rehearsal:
+        from toolkit.machine import gpu_check
 
-        if gpu or cpu_rehearsal:
-            from toolkit.machine import gpu_check
-
-            doctor.use_largest_card(print)
-            return gpu_check.check(console(), rehearsal=cpu_rehearsal)
-        doctor.show(doctor.examine(), console())
-    except ModuleNotFoundError as error:
-        if gpu or cpu_rehearsal:
-            raise
-        # printed plainly: what draws the table may be what is missing
-        differing = install.differing()
-        print(f"! packages    {error.name} is missing; {len(differing)} of {len(install.pins())} are not as pinned")
-        print(f"  → python -m toolkit setup   (installs {', '.join(word.split()[0] for word in differing[:5])} …)")
-        return 1
+        doctor.use_largest_card(print)
+        return gpu_check.check(console(), rehearsal=cpu_rehearsal)
+    doctor.show(doctor.examine())
     return 0
 
 
@@ -242,7 +230,7 @@ def show_mix(recipe: str | None, overrides: list[str], fresh: bool, dry_run: boo
     loaded = run.resolve(loaded, out)
     # what the reader would type next, with the changes of this command
     words = ["python", "-m", "toolkit", "train", recipe or loaded.name, *overrides]
-    mixed = run.compile_mix(loaded, out, fresh=fresh, next_command=shlex.join(words))
+    mixed = run.compile_mix(loaded, out, fresh=fresh, next_command=command_line(words))
     choose.say_hours(loaded, mixed, out.print)
     if show:
         chat = render.load_chat(loaded.model.model_name, loaded.model.revision)
@@ -255,9 +243,7 @@ def show_mix(recipe: str | None, overrides: list[str], fresh: bool, dry_run: boo
 def train_run(recipe: str | None, overrides: list[str], **options: Any) -> None:
     """Fine-tune by a recipe; an unfinished run resumes, a finished one is left alone."""
     from toolkit import run
-    from toolkit.machine import doctor
 
-    doctor.show([*doctor.compiler()], console())  # what would fail at the first step on a GPU
     run.train(_recipe(recipe, overrides), console(), **options)
 
 

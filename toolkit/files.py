@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -36,6 +37,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     names = sorted(known)
     near = difflib.get_close_matches(word, names, n=1)
     return f". Did you mean {near[0]!r}?" if near else f". Known: {', '.join(names[:40]) or 'none yet'}"
+
+
+def command_line(words: Iterable[str]) -> str:
+    """A command as it is typed here: quoted for a POSIX shell, on Windows for PowerShell."""
+    if os.name != "nt":
+        return shlex.join(words)
+    return " ".join(
+        word if re.fullmatch(r"[\w=.:/\\-]+", word) else "'" + word.replace("'", "''") + "'" for word in words
+    )
 
 
 def outputs() -> Path:

@@ -3,11 +3,15 @@
 import importlib.metadata
 import os
 import re
+import shutil
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
+from toolkit.files import ROOT, ToolkitError
 from toolkit.machine import doctor, install
 from toolkit.machine.doctor import Card, Machine
 
@@ -20,8 +24,8 @@ T4 = Card("Tesla T4", 15 * GIB, 15 * GIB, "GPU-b")
     ("machine", "state", "fix"),
     [
         (Machine(), "none: .* CPU cores", "^$"),
-        (Machine(has_driver=True), "this torch has no CUDA", "pytorch.org.*UNSLOTH_FORCE_CPU=1"),
-        (Machine(True, (RTX,), "12.4", torch_cuda="13.0"), "supports CUDA 12.4, this torch needs 13.0", "update the driver"),
+        (Machine(has_driver=True), "this torch has no CUDA", "pip install --force-reinstall torch==.*UNSLOTH_FORCE_CPU=1"),
+        (Machine(True, (RTX,), "12.4", torch_cuda="13.0"), "supports CUDA 12.4, this torch needs 13.0", "update the driver, or python -m pip install .*whl/cu129"),
         (Machine(True, (RTX,), "12.4", torch_cuda="12.8", visible=""), "hidden: CUDA_VISIBLE_DEVICES='' names no card", "unset it"),
         (Machine(True, (RTX,), "12.8", torch_cuda="12.8", visible="1"), "='1' names no card", "unset it.*numbered 0 to 0"),
         (Machine(True, (RTX,), "12.8", torch_cuda="12.8"), "torch cannot open it", "restart"),
@@ -61,16 +65,107 @@ def test_the_larger_of_two_cards_is_chosen_unless_somebody_chose():
     assert doctor.largest_card((RTX, RTX), {}) is None
 
 
+def tools(*names: str):
+    """Stands in for shutil.which on a machine that has these."""
+    return lambda name: f"/usr/bin/{name}" if name in names else None
+
+
 def test_a_missing_compiler_or_header_is_found_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.delenv("CC", raising=False)
-    [both] = doctor.compiler(lambda _: None, tmp_path, is_gpu=True)
-    assert both.state.startswith("a C compiler and Python.h missing")
+    [both] = doctor.compiler(tools(), tmp_path, is_gpu=True)
+    assert both.state.startswith("gcc or clang and Python.h missing")
     assert "gcc python3-dev" in both.fix
     (tmp_path / "Python.h").touch()
-    [one] = doctor.compiler(lambda _: None, tmp_path, is_gpu=True)
-    assert one.state.startswith("a C compiler missing")
-    assert not list(doctor.compiler(lambda _: "/usr/bin/cc", tmp_path, is_gpu=True))
-    assert not list(doctor.compiler(lambda _: None, tmp_path, is_gpu=False))
+    [one] = doctor.compiler(tools("cc", "c99", "tcc"), tmp_path, is_gpu=True)
+    assert one.state.startswith("gcc or clang missing"), "Triton does not look for `cc`"
+    for name in ("gcc", "clang"):
+        assert not doctor.compiler(tools(name), tmp_path, is_gpu=True)
+    assert not doctor.compiler(tools(), tmp_path, is_gpu=False)
+    monkeypatch.setenv("CC", "cc")
+    assert not doctor.compiler(tools("cc"), tmp_path, is_gpu=True)
+    monkeypatch.setenv("CC", "/opt/gone/gcc")
+    [named] = doctor.compiler(tools("gcc"), tmp_path, is_gpu=True)
+    assert "the C compiler that CC='/opt/gone/gcc' names missing" in named.state
+
+
+def test_a_missing_compiler_stops_a_run_on_a_card_and_none_on_a_cpu(monkeypatch):
+    monkeypatch.setenv("CC", "/opt/gone/gcc")
+    doctor.check_compiler(is_gpu=False)
+    with pytest.raises(ToolkitError, match=r"the first step on the GPU will fail. apt install gcc python3-dev"):
+        doctor.check_compiler(is_gpu=True)
+
+
+def test_what_triton_itself_looks_for_is_what_is_looked_for():
+    """Triton's own source: $CC, else gcc, else clang."""
+    import importlib.util
+
+    root = importlib.util.find_spec("triton").submodule_search_locations[0]
+    text = (Path(root) / "runtime" / "build.py").read_text()
+    assert set(re.findall(r'shutil.which\("(\w+)"\)', text)) == {"gcc", "clang"}
+    assert 'os.environ.get("CC")' in text
+
+
+def test_a_card_without_triton_is_told_that_fused_kernels_are_off(monkeypatch):
+    assert doctor.fused_kernels(is_gpu=True) == doctor.fused_kernels(is_gpu=False) == []
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda _: None)
+    [found] = doctor.fused_kernels(is_gpu=True)
+    assert "fused kernels are off" in found.state
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Windows")
+    assert "triton-windows" in doctor.fused_kernels(is_gpu=True)[0].fix
+    assert doctor.fused_kernels(is_gpu=False) == []
+
+
+BARE = """
+import importlib.abc, sys
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] not in sys.stdlib_module_names | {"toolkit"}:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Missing())
+import importlib.util, importlib.metadata
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, package=None: real(name, package) if name.startswith("toolkit") else None
+def version(name): raise importlib.metadata.PackageNotFoundError(name)
+importlib.metadata.version = version
+from toolkit.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_where_no_package_is_installed_the_doctor_works_and_names_set_up():
+    done = subprocess.run([sys.executable, "-S", "-c", BARE, "doctor"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "0 of " in done.stdout
+    assert "torch, rich, transformers, msgspec missing" in done.stdout
+    assert "python -m toolkit setup" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_the_doctor_takes_little_and_imports_no_torch_where_there_is_no_driver():
+    code = "import sys; from toolkit.__main__ import main; main(['doctor']); print({'torch', 'transformers'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_an_environment_that_was_cut_short_is_made_again(tmp_path):
+    """`python -m venv` without Debian's python3-venv leaves a Python without pip behind."""
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for name in ("requirements.txt", "requirements.lock"):
+        (tmp_path / name).touch()
+    folder = tmp_path / ".venv" / "bin"
+    folder.mkdir(parents=True)
+    half = folder / "python"
+    half.write_text("#!/bin/sh\necho No module named pip >&2\nexit 1\n")
+    half.chmod(0o755)
+    maker = tmp_path / "maker"
+    maker.write_text(
+        "#!/bin/sh\nmkdir -p .venv/bin\necho '#!/bin/sh\necho \"$@\" >> calls' > .venv/bin/python\nchmod +x .venv/bin/python\n"
+    )
+    maker.chmod(0o755)
+    done = subprocess.run(["make", "setup", f"PYTHON={maker}"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == "-m toolkit setup"
 
 
 @pytest.mark.slow
@@ -126,14 +221,87 @@ def test_the_lock_holds_every_pin_with_its_hashes_but_for_torch_whose_build_depe
     assert all("--hash=sha256:" in entry for entry in re.split(r"(?m)^(?=[\w-]+==)", text) if entry)
 
 
+@pytest.mark.parametrize(
+    ("cuda", "system", "index", "why"),
+    [
+        ("", "Linux", None, "no NVIDIA driver"),
+        ("13.0", "Linux", None, "PyPI's build for CUDA 13, as the driver here supports CUDA 13.0"),
+        ("14.1", "Linux", None, "as the driver here supports CUDA 14.1"),
+        (
+            "12.9",
+            "Linux",
+            "cu129",
+            "the build for CUDA 12 from .*pytorch.org.*cu129, as the driver here supports CUDA 12.9",
+        ),
+        ("12.0", "Linux", "cu129", "PyPI's is for CUDA 13"),
+        ("12.4", "Windows", "cu129", "PyPI's for Windows has no CUDA"),
+        ("13.0", "Windows", "cu130", "PyPI's for Windows has no CUDA"),
+        ("", "Windows", None, "no NVIDIA driver"),
+    ],
+)
+def test_torch_is_the_build_that_the_driver_runs_and_it_is_said_why(cuda, system, index, why, monkeypatch):
+    monkeypatch.delenv("UNSLOTH_FORCE_CPU", raising=False)
+    source = install.torch_source(cuda, system)
+    assert re.search(why, source.reason)
+    assert source.options == (["--index-url", f"https://download.pytorch.org/whl/{index}"] if index else [])
+
+
+def test_a_driver_that_no_build_fits_is_refused_before_the_download(monkeypatch):
+    monkeypatch.delenv("UNSLOTH_FORCE_CPU", raising=False)
+    with pytest.raises(SystemExit, match=r"supports CUDA 11.4.*update the driver to 525 or newer"):
+        install.torch_source("11.4", "Linux")
+    monkeypatch.setenv("UNSLOTH_FORCE_CPU", "1")
+    assert install.torch_source("11.4", "Linux").options == []
+
+
+HEADER = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: {}     |"
+NOTE = "NVRM version: NVIDIA UNIX {} Kernel Module  {}  Tue Sep 17 2024\nGCC version: gcc version 12.3.0"
+
+
+@pytest.mark.parametrize(
+    ("printed", "note", "cuda"),
+    [
+        (HEADER.format("12.4"), "", "12.4"),
+        ("", NOTE.format("x86_64", "560.35.03"), "12.0"),
+        ("", NOTE.format("Open", "for x86_64  580.82.07"), "13.0"),
+        ("", NOTE.format("x86_64", "470.256.02"), "11.0"),
+        ("NVIDIA-SMI has failed", NOTE.format("x86_64", "525.60.13"), "12.0"),
+        ("", "unreadable", ""),
+        ("", "", ""),
+    ],
+)
+def test_the_driver_s_cuda_is_read_from_its_tool_or_its_own_note(printed, note, cuda, tmp_path, monkeypatch):
+    file = tmp_path / "version"
+    if note:
+        file.write_text(note)
+    monkeypatch.setattr(install, "DRIVER_NOTE", file)
+    monkeypatch.setattr(install, "nvidia_smi", lambda *_: printed)
+    assert install.driver_cuda() == cuda
+
+
+def test_a_tool_of_the_driver_that_hangs_or_fails_says_nothing(tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho broken\nexit 9\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert install.nvidia_smi() == ""
+    assert install.has_driver()
+
+
 def test_a_new_environment_is_installed_from_the_lock_and_one_with_a_torch_keeps_its_own(monkeypatch):
     asked = []
     monkeypatch.setattr(
         install.subprocess, "run", lambda command: asked.append(command[6:]) or types.SimpleNamespace(returncode=0)
     )
+    monkeypatch.setattr(install, "driver_cuda", lambda: "12.8")
+    monkeypatch.delenv("UNSLOTH_FORCE_CPU", raising=False)
     monkeypatch.setattr(install, "installed", {}.get)
     install.setup()
-    assert asked == [[f"torch=={install.pins()['torch']}"], ["--no-deps", "--require-hashes", "-r", str(install.LOCK)]]
+    index = ["--index-url", "https://download.pytorch.org/whl/cu129"]
+    assert asked == [
+        [f"torch=={install.pins()['torch']}", *index],
+        ["--no-deps", "--require-hashes", "-r", str(install.LOCK)],
+    ]
     asked.clear()
     monkeypatch.setattr(install, "installed", {"torch": "2.11.0+cu128"}.get)
     install.setup()
@@ -154,3 +322,12 @@ def test_a_module_that_setup_replaced_under_a_running_kernel_is_noticed():
 
 def test_nothing_imported_here_counts_as_replaced():
     assert install.replaced(dict(sys.modules)) == []
+
+
+def test_a_next_command_is_quoted_for_the_shell_it_is_typed_in(monkeypatch):
+    from toolkit import files
+
+    words = ["python", "-m", "toolkit", "train", "my recipe.yaml", "train.lr=1e-4", "a=[x, 'y']"]
+    assert files.command_line(words).endswith("""train 'my recipe.yaml' train.lr=1e-4 'a=[x, '"'"'y'"'"']'""")
+    monkeypatch.setattr(files, "os", types.SimpleNamespace(name="nt"))
+    assert files.command_line(words).endswith("train 'my recipe.yaml' train.lr=1e-4 'a=[x, ''y'']'")

@@ -11,6 +11,7 @@ from typing import Any
 from toolkit.files import ToolkitError, read_json, write_json
 from toolkit.machine import duration, fit
 from toolkit.machine.duration import Duration
+from toolkit.machine.install import has_driver
 from toolkit.machine.speed import Speed, here, measured_card, of_card, operations
 from toolkit.recipe import Recipe
 
@@ -63,8 +64,6 @@ def planned_for(gigabytes: float, card: str | None, say: Callable[[str], Any]) -
 
 def has_card() -> bool:
     """Whether torch can use a card here; torch is imported only where there is a driver."""
-    from toolkit.machine.doctor import has_driver
-
     if not has_driver():
         return False
     import torch

@@ -4,26 +4,30 @@ from toolkit.machine.doctor import examine; print(*examine(), sep="\\n")     (`p
 """
 
 import contextlib
+import importlib.util
 import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import sysconfig
+import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from toolkit.files import ROOT
+from toolkit.files import ROOT, ToolkitError
 from toolkit.machine import install
-from toolkit.machine.fit import CONTEXT
+from toolkit.machine.install import has_driver, nvidia_smi
 
-DRIVER_FILES = ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/nvidia-smi")  # what unsloth_zoo/device_type.py asks
 CARD_QUERY = "--query-gpu=name,memory.total,memory.free,uuid", "--format=csv,noheader,nounits"
 GIB = 2**30
+CONTEXT = int(0.4 * GIB)
+"""CUDA's own memory, beside what torch reserves; at most 0.23 GiB was left for it on a published T4 run."""
 ON_CPU = "to train on the CPU instead: UNSLOTH_FORCE_CPU=1"
+NEEDED = ("torch", "rich", "transformers", "msgspec")
+"""Packages without which no verb but `setup` and `doctor` works."""
 
 
 class Finding(NamedTuple):
@@ -64,38 +68,55 @@ class Machine:
 
 
 def examine() -> list[Finding]:
-    """All findings, quickest first."""
+    """All findings, quickest first; what is not installed is named, and what needs it left out."""
+    findings = [
+        Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", python_fix())
+    ]
+    findings += [packages(), *compiler(), *fused_kernels()]
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        reason = f"{', '.join(missing)} missing: nothing else can be examined, or trained"
+        return [*findings, Finding("toolkit", reason, "python -m toolkit setup")]
     from toolkit.training.tracking import has_account
 
-    wrong, count, free = install.differing(), len(install.pins()), shutil.disk_usage(ROOT).free / GIB
-    system = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    pinned = f"{count - len(wrong)} of {count} as pinned; torch {install.installed('torch')}"
-    hub, account = hub_answers(), has_account()
-    recipe, why = default_recipe()
-    checks = {  # what → is it as it should be?, state, fix
-        "python": (sys.version_info >= (3, 11), system, "install Python 3.11 or newer and make the .venv again"),
-        "packages": (not wrong, pinned, f"{', '.join(wrong)}: python -m toolkit setup"),
-        "hub": (hub, "answers" if hub else "does not answer", "local folders and the pocket model still work"),
-        "wandb": (account, "account found" if account else "no account: runs stay offline", "optional: wandb login"),
-        "disk": (free > 20, f"{free:.0f} GiB free", "a 4B export needs about 20 GiB"),
-        "make train": (True, f"{recipe}: {why}", ""),
-    }
-    found = [Finding(what, state, "" if is_good else fix) for what, (is_good, state, fix) in checks.items()]
-    return [*found[:2], *compiler(), *gpu(look()), *found[2:]]
+    answers, account = hub_answers(), has_account()
+    recipe, why = default_recipe(answers)
+    free = shutil.disk_usage(ROOT).free / GIB
+    return [
+        *findings,
+        *gpu(look()),
+        Finding("hub", "answers") if answers else Finding(
+            "hub", "does not answer", "local folders and the pocket model still work"),
+        Finding("wandb", "account found") if account else Finding(
+            "wandb", "no account: runs stay offline", "optional: wandb login"),
+        Finding("disk", f"{free:.0f} GiB free", "" if free > 20 else "a 4B export needs about 20 GiB"),
+        Finding("make train", f"{recipe}: {why}"),
+    ]  # fmt: skip
 
 
-def default_recipe() -> tuple[str, str]:
+def python_fix() -> str:
+    """What to do about a Python that is too old."""
+    return "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer and make the .venv again"
+
+
+def packages() -> Finding:
+    """Whether what is pinned is installed."""
+    different, count = install.differing(), len(install.pins())
+    state = f"{count - len(different)} of {count} as pinned; torch {install.installed('torch') or 'missing'}"
+    named = ", ".join(different[:5]) + (f" and {len(different) - 5} more" if len(different) > 5 else "")
+    return Finding("packages", state, f"{named}: python -m toolkit setup" if different else "")
+
+
+def default_recipe(answers: bool | None = None) -> tuple[str, str]:
     """(recipe, why): `hybrid` where there is a CUDA card and the Hub answers, else `pocket`."""
-    import torch
-
-    if not torch.cuda.is_available():
-        card = next(iter(gpu(look())))
+    machine = look()
+    if not machine.seen:
+        card = next(iter(gpu(machine)))
         # where there is a driver, the reason why torch cannot use it
         reason = "no CUDA card here" if card.state.startswith("none") else card.state
         return "data_recipes/pocket.yaml", f"{reason}: the pocket Qwen3 that ships with the package, on the CPU"
-    if not hub_answers():
+    if not (hub_answers() if answers is None else answers):
         return "data_recipes/pocket.yaml", "the Hub does not answer: the pocket Qwen3 that ships with the package"
-    return "data_recipes/hybrid.yaml", f"{torch.cuda.get_device_name(0)} and the Hub answers"
+    return "data_recipes/hybrid.yaml", f"{machine.seen[0].name} and the Hub answers"
 
 
 def hub_answers(seconds: float = 3.0) -> bool:
@@ -111,16 +132,19 @@ def hub_answers(seconds: float = 3.0) -> bool:
     return False
 
 
-def show(findings: list[Finding], console) -> None:
-    """Print findings, each with its fix below it."""
+def show(findings: list[Finding], say: Callable[[str], Any] = print) -> None:
+    """Print findings, each with its fix below it. Plain text: rich may be what is missing."""
+    width = max(60, shutil.get_terminal_size().columns)
     for what, state, fix in findings:
-        console.print(f"{'[yellow]![/]' if fix else '[green]✓[/]'} {what:<11} {state}")
+        say(textwrap.fill(f"{'!' if fix else '✓'} {what:<11} {state}", width, subsequent_indent=" " * 14))
         if fix:
-            console.print(f"{'':14}→ {fix}", markup=False)
+            say(textwrap.fill(f"→ {fix}", width, initial_indent=" " * 14, subsequent_indent=" " * 16))
 
 
 def look() -> Machine:
-    """This machine."""
+    """This machine; torch is imported where there is a driver."""
+    if not has_driver():
+        return Machine()
     import torch
 
     from toolkit.training.model import has_bf16
@@ -128,24 +152,16 @@ def look() -> Machine:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     memory = [torch.cuda.mem_get_info(i) for i in range(count)]
     apps = nvidia_smi("--query-compute-apps=pid,process_name,used_memory", "--format=csv,noheader,nounits")
-    header = re.search(r"CUDA Version: *([\d.]+)", nvidia_smi())
     return Machine(
-        has_driver=has_driver(),
+        has_driver=True,
         cards=read_cards(nvidia_smi(*CARD_QUERY)),
-        driver_cuda=header[1] if header else "",
+        driver_cuda=install.driver_cuda(),
         processes=read_processes(apps),
         visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
         torch_cuda=torch.version.cuda,
         seen=tuple(Card(torch.cuda.get_device_name(i), total, free) for i, (free, total) in enumerate(memory)),
         half="bf16" if count and has_bf16() else "fp16 (no bf16 on this card)",
     )
-
-
-def nvidia_smi(*options: str) -> str:
-    """What the tool prints; nothing where it is missing or fails."""
-    tool = shutil.which("nvidia-smi")
-    done = tool and subprocess.run([tool, *options], capture_output=True, text=True, timeout=30)
-    return done.stdout if done and not done.returncode else ""
 
 
 def read_cards(text: str) -> tuple[Card, ...]:
@@ -190,16 +206,23 @@ def _unreachable(m: Machine) -> tuple[str, str]:
         fix = f"unset it to train on the card; cards are numbered 0 to {max(0, len(m.cards) - 1)}"
         return f"{name} is hidden: CUDA_VISIBLE_DEVICES={m.visible!r} names no card", fix
     if not needed:
-        fix = "install torch with CUDA by the command that pytorch.org shows for your system: set-up keeps it"
-        return f"{name} is here, but this torch has no CUDA", f"{fix}; {ON_CPU}"
+        return f"{name} is here, but this torch has no CUDA", f"{torch_command(m.driver_cuda)}; {ON_CPU}"
     # a driver runs programs built for its CUDA or an older one
     if 0 < driver < needed:
         state = f"{name}: its driver supports CUDA {m.driver_cuda}, this torch needs {m.torch_cuda}"
-        return state, f"update the driver, or install a build of torch for CUDA {driver}; {ON_CPU}"
+        return state, f"update the driver, or {torch_command(m.driver_cuda)}; {ON_CPU}"
     return f"{name} is here, but torch cannot open it", f"restart after a driver update; {ON_CPU}"
 
 
-def largest_card(cards: tuple[Card, ...], environment: dict) -> Card | None:
+def torch_command(cuda: str) -> str:
+    """How to install the build of torch that fits a driver."""
+    with contextlib.suppress(SystemExit):
+        options = install.torch_source(cuda, platform.system()).options
+        return " ".join(["python -m pip install --force-reinstall", f"torch=={install.pins()['torch']}", *options])
+    return "no build of torch fits it"
+
+
+def largest_card(cards: tuple[Card, ...], environment: dict[str, str]) -> Card | None:
     """The card to use where several of different size are there and nobody has chosen; None: leave it as it is."""
     chosen = "CUDA_VISIBLE_DEVICES" in environment or "LOCAL_RANK" in environment  # by hand, or by accelerate
     if chosen or len({card.total for card in cards}) < 2:
@@ -215,18 +238,40 @@ def use_largest_card(say: Callable[[str], None]) -> None:
         say(f"using {card.name}, the largest of {len(cards)} cards (CUDA_VISIBLE_DEVICES chooses another)")
 
 
-def compiler(which: Callable = shutil.which, headers: Path | None = None, is_gpu: bool | None = None) -> list[Finding]:
-    """Triton compiles its launcher with a C compiler and Python.h at the first step (triton/runtime/build.py)."""
-    folder = headers or Path(sysconfig.get_paths()["include"])
-    has_compiler = os.environ.get("CC") or any(map(which, ("cc", "gcc", "clang")))
-    lacking = [] if has_compiler else ["a C compiler"]
-    lacking += [] if (folder / "Python.h").is_file() else ["Python.h"]
-    if not (has_driver() if is_gpu is None else is_gpu) or not lacking or platform.system() == "Windows":
+def compiler(
+    which: Callable[[str], str | None] = shutil.which, headers: Path | None = None, is_gpu: bool | None = None
+) -> list[Finding]:
+    """Triton compiles its launcher at the first step: with $CC, else gcc or clang, and Python.h (triton/runtime/build.py)."""
+    if platform.system() == "Windows" or not (has_driver() if is_gpu is None else is_gpu):
+        return []
+    chosen = os.environ.get("CC")
+    lacking = []
+    if chosen is not None and which(chosen) is None:
+        lacking.append(f"the C compiler that CC={chosen!r} names")
+    # `cc` alone is not asked for
+    if chosen is None and not (which("gcc") or which("clang")):
+        lacking.append("gcc or clang")
+    if not ((headers or Path(sysconfig.get_paths()["include"])) / "Python.h").is_file():
+        lacking.append("Python.h")
+    if not lacking:
         return []
     state = f"{' and '.join(lacking)} missing: the first step on the GPU will fail"
     return [Finding("compiler", state, "apt install gcc python3-dev (or your system's names for them)")]
 
 
-def has_driver() -> bool:
-    """Whether NVIDIA's driver is loaded; nothing is imported for it."""
-    return any(Path(file).exists() for file in DRIVER_FILES)
+def check_compiler(is_gpu: bool | None = None) -> None:
+    """Raises ToolkitError where the first step on a card would fail for want of a compiler: before anything is downloaded."""
+    for finding in compiler(is_gpu=is_gpu):
+        raise ToolkitError(f"{finding.state}. {finding.fix}, then the same command again")
+
+
+def fused_kernels(is_gpu: bool | None = None) -> list[Finding]:
+    """Without Triton Unsloth goes on, slower, and says so in the log only (unsloth/_gpu_init.py)."""
+    if not (has_driver() if is_gpu is None else is_gpu) or importlib.util.find_spec("triton") is not None:
+        return []
+    fix = (
+        f'python -m pip install "{install.TRITON_FOR_WINDOWS}"'
+        if platform.system() == "Windows"
+        else "python -m toolkit setup"
+    )
+    return [Finding("triton", "missing: Unsloth's fused kernels are off, training is slower or fails", fix)]

@@ -19,11 +19,10 @@ import msgspec
 
 from toolkit.family import FAMILIES
 from toolkit.files import ToolkitError, find, read_json
+from toolkit.machine.doctor import CONTEXT
 from toolkit.recipe import REPLY_LIMIT, Lora, Recipe
 
 GIB = 1024**3
-CONTEXT = int(0.4 * GIB)
-"""CUDA's own, beside what torch reserves; at most 0.23 GiB was left for it on a published T4 run."""
 FRAGMENTATION = 0.012  # of everything else; two published measurements: 0.9% and 1.3% above the sum of the parts
 ROWS = (32768, 16384, 8192, 4096, 2048, 1024, 512)
 """Limits in tokens that suggestions and the table try."""

@@ -4,6 +4,7 @@ python -m toolkit doctor --gpu
 """
 
 import dataclasses
+import functools
 import gc
 import json
 import platform
@@ -135,7 +136,7 @@ def check(console: Console, *, rehearsal: bool = False) -> int:
     `rehearsal`: on the CPU, where there is no card; otherwise the reason why none can be used is all there is to say.
     """
     machine, done = doctor.look(), []
-    doctor.show(doctor.gpu(machine), console)
+    doctor.show([*doctor.gpu(machine)], functools.partial(console.print, markup=False))
     table = Table("step", "", "seconds", "what", title="the CUDA path on random weights", title_justify="left")
     # left over from an earlier check, they would count as finished
     for name in (WEIGHTS, PLAIN, PACKED):

@@ -6,10 +6,15 @@ python -m toolkit setup
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
 
 from toolkit.files import PACKAGE, ROOT
 
@@ -23,6 +28,21 @@ NO_DEPS = ("unsloth", "unsloth_zoo")
 TORCH = (2, 4), (2, 15)
 """Unsloth's range, the end excluded. A torch inside it stays, whatever requirements.txt pins: it may be the only build for
 the driver here, and torchvision fits it (unsloth/import_fixes.py refuses a torchvision of another torch)."""
+
+DRIVER_NOTE = Path("/proc/driver/nvidia/version")
+DRIVER_FILES = (DRIVER_NOTE, Path("/usr/lib/wsl/lib/nvidia-smi"))  # what unsloth_zoo/device_type.py asks
+FIRST_DRIVERS = {13: 580, 12: 525, 11: 450}
+"""CUDA's major version → the first Linux driver that runs it (NVIDIA's CUDA compatibility guide)."""
+INDEXES = {13: "https://download.pytorch.org/whl/cu130", 12: "https://download.pytorch.org/whl/cu129"}
+"""CUDA's major version → where PyTorch's builds for it are; a driver runs builds for all minor versions of its major one."""
+TRITON_FOR_WINDOWS = "triton-windows>=3.7,<3.8"  # Triton's own wheels are for Linux; this one fits torch 2.13
+
+
+class TorchSource(NamedTuple):
+    """Where torch is installed from: options for pip, and why, in words."""
+
+    options: list[str]
+    reason: str
 
 
 def setup() -> None:
@@ -42,14 +62,70 @@ def setup() -> None:
     else:
         if torch:  # companions built for the old one would stop `import unsloth`
             subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"])
-        steps = [[f"torch=={pins()['torch']}"], ["--no-deps", "--require-hashes", "-r", str(LOCK)]]
-        if not LOCK.is_file():  # an installed copy, for which pip resolved what these packages need
-            steps[1:] = others
+        source = torch_source(driver_cuda(), platform.system())
+        print(f"torch {pins()['torch']}: {source.reason}", flush=True)
+        # an installed copy has no lock: there pip resolved what these packages need
+        locked = [["--no-deps", "--require-hashes", "-r", str(LOCK)]] if LOCK.is_file() else others
+        steps = [[f"torch=={pins()['torch']}", *source.options], *locked]
+        if platform.system() == "Windows" and source.options:
+            steps.append([TRITON_FOR_WINDOWS])
     print("installing packages (a few minutes the first time)", flush=True)
     for packages in steps:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         if subprocess.run([*pip, *packages]).returncode:
             raise SystemExit("pip could not install the packages above: check the network, then run the same again")
+
+
+def torch_source(cuda: str, system: str) -> TorchSource:
+    """Which build of torch fits the newest CUDA that the driver supports, `12.4`, or "" without a driver.
+
+    A wrong one is 3 GB that ends in "no CUDA card here". Raises SystemExit for a driver that no build fits."""
+    if os.environ.get("UNSLOTH_FORCE_CPU"):
+        return TorchSource([], "PyPI's build, as UNSLOTH_FORCE_CPU asks for the CPU")
+    if not cuda:
+        return TorchSource([], "PyPI's build, as no NVIDIA driver is here")
+    major = int(cuda.split(".")[0])
+    if major < min(INDEXES):
+        raise SystemExit(
+            f"the NVIDIA driver here supports CUDA {cuda}, and torch {pins()['torch']} needs {min(INDEXES)} or newer: update the "
+            f"driver to {FIRST_DRIVERS[min(INDEXES)]} or newer, or install for the CPU: UNSLOTH_FORCE_CPU=1"
+        )
+    newest = max(INDEXES)
+    if major >= newest and system == "Linux":
+        return TorchSource([], f"PyPI's build for CUDA {newest}, as the driver here supports CUDA {cuda}")
+    index = INDEXES[min(major, newest)]
+    reason = f"the build for CUDA {min(major, newest)} from {index}, as the driver here supports CUDA {cuda}"
+    if system == "Linux":
+        return TorchSource(["--index-url", index], f"{reason}; PyPI's is for CUDA {newest}")
+    return TorchSource(["--index-url", index], f"{reason}; PyPI's for {system} has no CUDA")
+
+
+def driver_cuda() -> str:
+    """The newest CUDA that the NVIDIA driver here supports, `12.4`; its major version by the driver's own where nvidia-smi
+    is missing; "" without a driver."""
+    if header := re.search(r"CUDA Version: *([\d.]+)", nvidia_smi()):
+        return header[1]
+    text = DRIVER_NOTE.read_text(encoding="utf-8", errors="replace") if DRIVER_NOTE.is_file() else ""
+    version = re.search(r"Kernel Module[^\n]*?\b(\d{3})\.\d+", text)
+    majors = [cuda for cuda, driver in FIRST_DRIVERS.items() if version and int(version[1]) >= driver]
+    return f"{majors[0]}.0" if majors else ""
+
+
+def nvidia_smi(*options: str) -> str:
+    """What the tool prints; nothing where it is missing or fails."""
+    tool = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=str(DRIVER_FILES[1].parent))
+    if tool is None:
+        return ""
+    try:
+        done = subprocess.run([tool, *options], capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):  # a driver that hangs after a failed update
+        return ""
+    return "" if done.returncode else done.stdout
+
+
+def has_driver() -> bool:
+    """Whether NVIDIA's driver is here; nothing is imported for it."""
+    return any(file.exists() for file in DRIVER_FILES) or shutil.which("nvidia-smi") is not None
 
 
 def pins() -> dict[str, str]:
@@ -83,7 +159,7 @@ def torch_fits(version: str | None) -> bool:
     return bool(found) and TORCH[0] <= (int(found[1]), int(found[2])) < TORCH[1]
 
 
-def replaced(modules: dict) -> list[str]:
+def replaced(modules: dict[str, ModuleType]) -> list[str]:
     """Imported packages of which another version is installed by now, e.g. `pyarrow 18.1.0 → 26.0.1`."""
     loaded = {name: getattr(module, "__version__", None) for name, module in modules.items() if "." not in name}
     here = {name: installed(name) for name, version in loaded.items() if isinstance(version, str)}
