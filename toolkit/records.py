@@ -201,6 +201,7 @@ class Manifest(TypedDict):
     processes: NotRequired[int]  # how many trained together
     packing: NotRequired[bool]  # whether rows were packed
     padding_free: NotRequired[bool]  # whether rows of a batch were joined without padding
+    resumed_at: NotRequired[int]  # the step at which the last process took up the training; 0: at its beginning
     skipped_steps: NotRequired[int]  # steps whose fp16 gradients overflowed
     peak_memory_bytes: NotRequired[int]  # reserved on the card at the peak, or resident on a CPU
     train_seconds: NotRequired[float]  # steps alone

@@ -33,6 +33,7 @@ def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = Tr
 
     An unfinished run of the same recipe resumes from its last checkpoint; a finished one is left as it is.
     """
+    from toolkit.machine import choose, doctor
     from toolkit.training import trainer as training
     from toolkit.view import trained
 
@@ -44,6 +45,7 @@ def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = Tr
     if training.is_main():
         # before minutes of loading: a tracker's package that is missing, a network that is away
         tracking.check(recipe.train, folder, console.print)
+        doctor.check_compiler(choose.has_card())
     recipe = resolve(recipe, console)
     # not at the export, after hours of training
     check_export(recipe, console)

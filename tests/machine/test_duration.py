@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from toolkit import recipe
+from toolkit.evaluation import plan
 from toolkit.files import ROOT, ToolkitError
 from toolkit.machine import choose, duration, fit, speed
 from toolkit.machine.duration import Work, words_of
@@ -70,15 +71,17 @@ def test_the_hours_of_the_default_recipe_are_those_worked_out_by_hand(card, mode
 def test_the_evaluation_is_planned_for_three_minutes_at_least():
     assert duration.evaluation_seconds(HYBRID, 60) == 180
     assert duration.evaluation_seconds(HYBRID, 3600) == 1200
+    assert duration.evaluation_seconds(recipe.load("hybrid", ["evaluate.minutes=7"]), 3600) == 420
+    assert (duration.LEAST_EVALUATION, duration.FULL_EVALUATION) == (60 * plan.LEAST_MINUTES, 60 * plan.FULL_MINUTES)
 
 
 def test_the_work_of_a_mix_is_its_tokens_epochs_and_validations():
     settings = ["train.num_train_epochs=2", "train.eval_steps=0.25", "train.per_device_train_batch_size=2",
                 "train.gradient_accumulation_steps=2"]  # fmt: skip
-    plan = recipe.load("hybrid", settings)
-    found = duration.work_of(plan, [10, 30, 20, 40, 50, 50, 5, 5], [7, 9], on_card=True)
+    wanted = recipe.load("hybrid", settings)
+    found = duration.work_of(wanted, [10, 30, 20, 40, 50, 50, 5, 5], [7, 9], on_card=True)
     assert (found.tokens, found.micro_batches, found.validation_tokens) == (420, 8, 4 * 16)
-    padded = duration.work_of(plan, [10, 30, 20, 40, 50, 50, 5, 5], [7, 9], on_card=False)
+    padded = duration.work_of(wanted, [10, 30, 20, 40, 50, 50, 5, 5], [7, 9], on_card=False)
     assert padded.tokens == 2 * 2 * (30 + 40 + 50 + 5)
     assert not padded.recomputes
     by_steps = duration.work_of(recipe.load("hybrid", [*settings, "train.max_steps=1"]), [10] * 8, [], on_card=True)
@@ -89,10 +92,10 @@ def test_the_work_of_a_mix_is_its_tokens_epochs_and_validations():
     ("strategy", "every", "count"), [("no", 0.25, 0), ("epoch", 0.25, 3), ("steps", 0.25, 4), ("steps", 30, 3), ("steps", 0.5, 2)]
 )  # fmt: skip
 def test_validations_are_counted_as_transformers_does(strategy, every, count):
-    plan = recipe.load(
+    wanted = recipe.load(
         "hybrid", [f"train.eval_strategy={strategy}", f"train.eval_steps={every}", "train.save_steps=30"]
     )
-    assert duration.validations(plan, steps=100, epochs=3) == count
+    assert duration.validations(wanted, steps=100, epochs=3) == count
 
 
 def test_what_only_the_data_decide_is_not_made_up():
@@ -201,15 +204,15 @@ def test_a_forecast_of_the_pocket_model_imports_nothing_heavy():
 
 
 def test_a_short_run_is_not_measured_first():
-    plan = recipe.load("pocket", ["train.max_steps=4"])
-    assert choose.hours_of_mix(plan, [100] * 64, [100] * 8) is None
+    wanted = recipe.load("pocket", ["train.max_steps=4"])
+    assert choose.hours_of_mix(wanted, [100] * 64, [100] * 8) is None
 
 
 def test_a_model_of_unknown_shape_is_a_reason_and_stops_nothing():
-    plan = recipe.load("pocket", ["model.model_name=somebody/unknown"])
+    wanted = recipe.load("pocket", ["model.model_name=somebody/unknown"])
     said: list[str] = []
     mixed = type("Mixed", (), {"train": [], "validation": []})
-    assert choose.say_hours(plan, mixed, said.append) is None
+    assert choose.say_hours(wanted, mixed, said.append) is None
     assert said[0].startswith("no forecast of hours: ")
 
 

@@ -151,3 +151,44 @@ def test_every_step_of_the_doctor_passes_on_a_cpu_with_the_pocket_models_shape(r
     assert next(s for s in record["steps"] if s["step"] == "resume")["facts"]["bit_for_bit"]
     assert record["on_cpu"]
     assert str(rehearsed) not in json.dumps(record)
+
+
+def manifests(loss: float, resumed_at: int):
+    """Stands in for a second training, which ended with this loss after it had begun at this step."""
+
+    def train() -> tuple[str, dict]:
+        files = {"adapter_model.safetensors": "same"}
+        return "", {"train_loss": loss, "resumed_at": resumed_at, "adapter": files}
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("loss", "step", "passes"), [(6.5, 2, True), (6.5, 0, False), (6.5, 4, False), (7.5, 2, False)]
+)
+def test_a_resume_that_begins_anew_or_ends_otherwise_fails(tmp_path, monkeypatch, loss, step, passes):
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
+    folder = tmp_path / gpu_check.PLAIN
+    for name in ("adapter", "checkpoints/checkpoint-2", "checkpoints/checkpoint-4"):
+        (folder / name).mkdir(parents=True)
+    before = {"train_loss": 6.5, "adapter": {"adapter_model.safetensors": "same"}}
+    (folder / "manifest.json").write_text(json.dumps(before))
+    monkeypatch.setattr(gpu_check, "train", manifests(loss, step))
+    assert gpu_check.attempt(gpu_check.resume)["passed"] == passes
+
+
+FROM_THE_BEGINNING = """
+from toolkit.machine import gpu_check
+from toolkit.training import trainer
+gpu_check.weights()
+gpu_check.train()
+trainer.last_checkpoint = lambda *_: None
+print(gpu_check.attempt(gpu_check.resume)["said"])
+"""
+
+
+@pytest.mark.slow
+def test_a_trainer_that_ignores_its_checkpoint_is_noticed(tmp_path):
+    env = os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", FROM_THE_BEGINNING], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert "it trained from step 0, and not from its checkpoint at 2" in done.stdout, done.stderr[-2000:]

@@ -20,7 +20,10 @@ LAUNCH = 0.009
 36 layers (Unsloth's own measurement, padding_choice.py). Short rows take at least this."""
 EVALUATION_SHARE = 1 / 3
 LEAST_EVALUATION = 180
-"""Of the training's time, and at least so many seconds, unless a recipe says `evaluate.minutes`."""
+"""Of the training's time, and at least so many seconds, unless a recipe says `evaluate.minutes` (evaluation/plan.py)."""
+FULL_EVALUATION = 7200
+FAST_EVALUATION = 60
+"""Seconds of the other levels."""
 EVENING = 4 * 3600
 """Seconds that `model_name: auto` may plan for: one evening."""
 LENGTHS = {"thinking": (2500, 0.73), "non_thinking": (250, 0.75)}
@@ -90,8 +93,10 @@ def validation_seconds(shape: Shape, work: Work, speed: Speed) -> float:
 
 def evaluation_seconds(recipe: Recipe, training: float) -> float:
     """Seconds that scoring base against tuned is planned for: the number of questions follows from it."""
-    minutes = getattr(recipe.evaluate, "minutes", None)
-    return 60 * minutes if minutes else max(LEAST_EVALUATION, EVALUATION_SHARE * training)
+    if recipe.evaluate.minutes:
+        return 60 * recipe.evaluate.minutes
+    planned = {"fast": FAST_EVALUATION, "full": FULL_EVALUATION}
+    return planned.get(recipe.evaluate.level, max(LEAST_EVALUATION, EVALUATION_SHARE * training))
 
 
 def reply_seconds(shape: Shape, speed: Speed, rows: int, prompt: int, new_tokens: int, gemv_rows: int = 1) -> float:

@@ -11,7 +11,9 @@ import platform
 import shutil
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -22,7 +24,7 @@ from toolkit.evaluation.generate import generate, modes_of
 from toolkit.files import POCKET, ROOT, ToolkitError, outputs, read_json, write_text
 from toolkit.machine import doctor, install
 from toolkit.training import model as models
-from toolkit.training.trainer import PACKAGES, all_checkpoints, commit
+from toolkit.training.trainer import PACKAGES, all_checkpoints, commit, step_of
 
 CAP = int(3.6 * 2**30)
 """Bytes that torch may reserve: with CUDA's own, less than a card of 4 GB has."""
@@ -32,7 +34,7 @@ SHAPE = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 14
          "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32768, "layer_types": None}  # fmt: skip
 """Half the layers of Qwen3-0.6B and a fifth of its vocabulary; on a CPU the pocket model's own shape is used."""
 WEIGHTS, PLAIN, PACKED = "gpu-check-weights", "gpu-check", "gpu-check-packed"
-CHANGES = """data.budget=6000 data.validation_size=4 evaluate.max_new_tokens=32 train.report_to=none train.max_steps=5
+CHANGES = """data.budget=6000 data.validation_size=4 evaluate.max_new_tokens=8 train.report_to=none train.max_steps=5
 train.save_steps=2 train.eval_steps=2 train.save_total_limit=5 train.load_best_model_at_end=false
 train.per_device_train_batch_size=4 train.gradient_accumulation_steps=2 train.per_device_eval_batch_size=4""".split()
 
@@ -45,8 +47,11 @@ def plan(name: str) -> recipe.Recipe:
 
 # --- the steps: each returns what to say and what to keep ------------------------------------------------------------
 
+Result = tuple[str, dict[str, Any]]
 
-def weights() -> tuple[str, dict]:
+
+def weights() -> Result:
+    """A random model on the disk; on a card, no more memory than a card of 4 GB has."""
     models.unsloth()  # before transformers, which it patches
     import torch
 
@@ -55,7 +60,7 @@ def weights() -> tuple[str, dict]:
     return f"{random_model(outputs() / WEIGHTS, SHAPE if has_card else {}) / 1e6:.0f}M parameters", {}
 
 
-def random_model(folder: Path, shape: dict) -> int:
+def random_model(folder: Path, shape: dict[str, Any]) -> int:
     """A Qwen3 of that shape with random 16-bit weights and the pocket model's tokenizer. Returns its parameters."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -68,7 +73,8 @@ def random_model(folder: Path, shape: dict) -> int:
     return built.num_parameters()
 
 
-def load() -> tuple[str, dict]:
+def load() -> Result:
+    """The model in 4-bit."""
     model, _ = models.load_base(plan(PLAIN).model)
     count = sum(type(module).__name__ == "Linear4bit" for module in model.modules())
     if model.device.type == "cuda" and not count:
@@ -76,38 +82,60 @@ def load() -> tuple[str, dict]:
     return f"{count} layers in 4-bit on {model.device}, {model.dtype}", {"linear_4bit": count}
 
 
-def train(name: str = PLAIN) -> tuple[str, dict]:
+def train(name: str = PLAIN) -> Result:
+    """Five steps; packed, where that is asked for, on a card."""
     run.train(plan(name), Console(quiet=True), score=False)
-    made = read_json(outputs() / name / "manifest.json")
-    way = "packed" if made["packing"] else "padding-free" if made["padding_free"] else "padded"
-    if made["gpu"] and name == PACKED and way != "packed":
+    manifest = read_json(outputs() / name / "manifest.json")
+    way = "packed" if manifest["packing"] else "padding-free" if manifest["padding_free"] else "padded"
+    if manifest["gpu"] and name == PACKED and way != "packed":
         raise ToolkitError(f"train.packing=true trained {way}")
-    return f"{made['steps']} steps, {way}, loss {made['train_loss']:.3f} in {made['train_seconds']:.0f} s", made
+    if name == PACKED and way != "packed":
+        way = f"{way}, as packing needs a card: not tried"
+    return (
+        f"{manifest['steps']} steps, {way}, loss {manifest['train_loss']:.3f} in {manifest['train_seconds']:.0f} s",
+        manifest,
+    )
 
 
-def sample() -> tuple[str, dict]:
+def sample() -> Result:
+    """A reply in each mode."""
     model, tokenizer = models.load_run(PLAIN)
-    asked = [[{"role": "user", "content": "What is 12 + 30?"}]]
-    modes = modes_of(tokenizer)
-    texts = {m: generate(model, tokenizer, asked, m, max_new_tokens=32, seed=3407)[0].text for m in modes}
+    conversation = [[{"role": "user", "content": "What is 12 + 30?"}]]
+    texts = {}
+    for mode in modes_of(tokenizer):
+        texts[mode] = generate(model, tokenizer, conversation, mode, max_new_tokens=32, seed=3407)[0].text
     return f"a reply in {' and '.join(texts)}", texts
 
 
-def resume() -> tuple[str, dict]:
-    """As after a kill: without its adapter and all checkpoints but the first, a run ends with the loss it had."""
+def resume() -> Result:
+    """As after a kill: without its adapter and all checkpoints but the first, a run goes on from there and ends alike."""
     folder = outputs() / PLAIN
     before = read_json(folder / "manifest.json")
-    for lost in (folder / "adapter", *all_checkpoints(folder)[1:]):
+    first, *later = all_checkpoints(folder)
+    for lost in (folder / "adapter", *later):
         shutil.rmtree(lost)
     _, after = train()
+    # from the beginning it would end alike, too
+    if after["resumed_at"] != step_of(first):
+        raise ToolkitError(
+            f"it trained from step {after['resumed_at']}, and not from its checkpoint at {step_of(first)}"
+        )
     loss = {"before": before["train_loss"], "after": after["train_loss"]}
     if not abs(loss["after"] / loss["before"] - 1) < 0.01:
         raise ToolkitError(f"resumed, it ended with another loss: {loss}")
     exact = before["adapter"]["adapter_model.safetensors"] == after["adapter"]["adapter_model.safetensors"]
-    return f"the same loss, {'bit for bit' if exact else 'to 1%'}", loss | {"bit_for_bit": exact}
+    said = f"from step {after['resumed_at']} to the same loss, {'bit for bit' if exact else 'to 1%'}"
+    return said, loss | {"bit_for_bit": exact, "resumed_at": after["resumed_at"]}
 
 
-def export() -> tuple[str, dict]:
+def evaluate() -> Result:
+    """Base and tuned scored by a few short replies: adapter off and on, divergence, the held-out loss."""
+    result = run.evaluate(outputs() / PLAIN, Console(quiet=True), level="quick")
+    return f"scored: {result['verdict'][-1]}"[:200], {"verdict": result["verdict"]}
+
+
+def export() -> Result:
+    """Merged weights and a GGUF with their certificate."""
     from toolkit.export import export
 
     certificate = export(outputs() / PLAIN, quants=("q8_0",), say=lambda _: None)
@@ -116,18 +144,30 @@ def export() -> tuple[str, dict]:
     return "merged and q8_0, certificate passed", {}
 
 
-def forecast() -> tuple[str, dict]:
-    made = {name: read_json(outputs() / name / "manifest.json").get("fit") for name in (PLAIN, PACKED)}
-    if not any(made.values()):
+def forecast() -> Result:
+    """Memory as it was forecast and as it was measured."""
+    manifests = [read_json(outputs() / name / "manifest.json") for name in (PLAIN, PACKED)]
+    memory = [manifest["fit"] for manifest in manifests if "fit" in manifest]
+    if not memory:
         return "not measured: no card", {}
-    said = "; ".join(f"{m['forecast'] / 2**20:.0f} MiB, measured {m['measured'] / 2**20:.0f}" for m in made.values())
-    if any(abs(m["forecast"] - m["measured"]) > max(SLACK, 0.05 * m["measured"]) for m in made.values()):
+    said = "; ".join(f"{m['forecast'] / 2**20:.0f} MiB, measured {m['measured'] / 2**20:.0f}" for m in memory)
+    if any(abs(m["forecast"] - m["measured"]) > max(SLACK, 0.05 * m["measured"]) for m in memory):
         raise ToolkitError(f"wrong by more than 5% and {SLACK / 2**20:.0f} MiB: {said}")
-    return said, made
+    return said, {"memory": memory}
 
 
-STEPS = {"random weights": weights, "load in 4-bit": load, "train": train, "train, packed": lambda: train(PACKED),
-         "sample": sample, "resume": resume, "export a GGUF": export, "memory forecast": forecast}  # fmt: skip
+STEPS: dict[str, Callable[[], Result]] = {
+    "random weights": weights,
+    "load in 4-bit": load,
+    "train": train,
+    "train, packed": lambda: train(PACKED),
+    "sample": sample,
+    "resume": resume,
+    "evaluate": evaluate,
+    "export a GGUF": export,
+    "memory forecast": forecast,
+}
+"""In the order of what is most likely to fail first."""
 
 
 def check(console: Console, *, rehearsal: bool = False) -> int:
@@ -153,7 +193,7 @@ def check(console: Console, *, rehearsal: bool = False) -> int:
     return 0 if done and all(step["passed"] for step in done) else 1
 
 
-def write(machine: doctor.Machine, steps: list[dict]) -> None:
+def write(machine: doctor.Machine, steps: list[dict[str, Any]]) -> None:
     """outputs/doctor.json, which strangers will read: without the paths of this machine."""
     versions = {"python": platform.python_version()} | {p: install.installed(p) for p in (*PACKAGES, "triton")}
     record = {"commit": commit(), "system": platform.platform(), "versions": versions, "on_cpu": not machine.seen,
@@ -164,7 +204,7 @@ def write(machine: doctor.Machine, steps: list[dict]) -> None:
     write_text(outputs() / "doctor.json", text)
 
 
-def attempt(step) -> dict:
+def attempt(step: Callable[[], Result]) -> dict[str, Any]:
     """{"passed", "said", "facts" or "traceback", "seconds"} of one step."""
     began = time.monotonic()
     try:

@@ -123,6 +123,7 @@ class Record(TrainerCallback, ExportableState):
             "processes": args.world_size,
             "packing": args.packing,
             "padding_free": args.padding_free,
+            "resumed_at": state.global_step,
         }
         self.trainer._total_train_tokens = self.totals["tokens"]  # TRL's `num_tokens` would start again at 0
         self._adapter, self._first = adapter_sum(model), state.global_step

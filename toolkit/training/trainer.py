@@ -45,7 +45,7 @@ WRITE_ERRORS = {
 }
 NO_SPACE = r"No space left|os error (27|28)|PytorchStreamWriter|unexpected pos|iostream error"
 """How torch.save and safetensors report a failed write: as a RuntimeError and a SafetensorError of their own."""
-FROM_TOTALS = ("batch", "processes", "packing", "padding_free", "skipped_steps", "peak_memory_bytes")
+FROM_TOTALS = ("batch", "processes", "packing", "padding_free", "resumed_at", "skipped_steps", "peak_memory_bytes")
 """What the manifest takes from the record's totals as it is."""
 PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "wandb")
 
