@@ -204,7 +204,7 @@ def diagnose(gpu: bool, cpu_rehearsal: bool) -> int:
         doctor.use_largest_card(print)
         return gpu_check.check(console(), rehearsal=cpu_rehearsal)
     doctor.show(doctor.examine())
-    return 0
+    return 1 if doctor.missing_packages() else 0
 
 
 @verb(

@@ -73,7 +73,7 @@ def examine() -> list[Finding]:
         Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}", python_fix())
     ]
     findings += [packages(), *compiler(), *fused_kernels()]
-    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+    if missing := missing_packages():
         reason = f"{', '.join(missing)} missing: nothing else can be examined, or trained"
         return [*findings, Finding("toolkit", reason, "python -m toolkit setup")]
     from toolkit.training.tracking import has_account
@@ -91,6 +91,11 @@ def examine() -> list[Finding]:
         Finding("disk", f"{free:.0f} GiB free", "" if free > 20 else "a 4B export needs about 20 GiB"),
         Finding("make train", f"{recipe}: {why}"),
     ]  # fmt: skip
+
+
+def missing_packages() -> list[str]:
+    """Those of NEEDED that are not installed."""
+    return [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
 
 def python_fix() -> str:
