@@ -291,10 +291,11 @@ def forecast_memory(
     *RECIPE[1:],
     arg("--reasoning", "--shares", dest="shares", nargs="+", type=float, metavar="SHARE", help="default: 0 0.25 0.5 0.75 1"),
     arg("--of", default="reasoning", metavar="SOURCE", help="whose share; default: all thinking sources together"),
-    arg("--seeds", type=whole, default=1, help="runs per share, seeds counted up from data.seed"),
+    arg("--over", nargs="+", default=(), metavar=("KEY", "VALUE"), help="instead of shares: values of a recipe key"),
+    arg("--seeds", type=whole, help="trainings of each, seeds counted up from data.seed; default: 3 where a run is short, else 1"),
 )  # fmt: skip
 def sweep_shares(recipe: str, overrides: list[str], shares: list[float] | None, **options: Any) -> None:
-    """Train every reasoning share at one budget, compare, recommend; the same command resumes it."""
+    """Train every share (or value) at one budget, compare, recommend; the same command resumes it."""
     from toolkit.comparison import sweep
 
     sweep.sweep(recipe, overrides, shares=shares or sweep.RATIOS, console=console(), **options)
@@ -303,7 +304,7 @@ def sweep_shares(recipe: str, overrides: list[str], shares: list[float] | None, 
 @verb(
     "compare",
     arg("runs", nargs="*", help="run folders or names; without any, every scored run"),
-    arg("--out", type=Path, help="where table, picture and page go; default: outputs/comparison"),
+    arg("--out", type=Path, metavar="FOLDER", help="write picture and numbers there; log to wandb if the runs did"),
     JSON,
 )
 def compare_runs(runs: list[str], out: Path | None) -> Outcome:
@@ -313,18 +314,8 @@ def compare_runs(runs: list[str], out: Path | None) -> Outcome:
     # runs without an evaluation have nothing to compare
     folders = [_folder(run) for run in runs] or sorted(p.parent for p in outputs().glob("*/eval.json"))
     comparison = decide.compare(folders)
-    report.conclude(comparison, out or outputs() / "comparison", console())
-    recommended = comparison.recommended
-    return Outcome(
-        {
-            "axis": comparison.axis,
-            "recommended": recommended.label if recommended else None,
-            "verdict": comparison.verdict,
-            "notes": comparison.notes,
-            "left_out": comparison.left_out,
-            "points": comparison.table().to_dict("records"),
-        }
-    )
+    report.conclude(comparison, console(), out)
+    return Outcome(report.as_json(comparison))
 
 
 @verb("diff", arg("first", help="a run's folder, or its name under outputs/"), arg("second"))

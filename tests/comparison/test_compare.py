@@ -5,7 +5,9 @@ import io
 import json
 import math
 import re
+import subprocess
 import sys
+from dataclasses import asdict
 from statistics import NormalDist
 
 import numpy as np
@@ -14,8 +16,9 @@ import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
-from toolkit.comparison.decide import Point, Run, compare, difference_report, simultaneous_margin
-from toolkit.comparison.report import LOST, conclude, figure, scores, terminal_table, write
+from toolkit.comparison.decide import SEED_SPREAD, Average, Point, compare, difference_report, simultaneous_margin
+from toolkit.comparison.report import conclude, figure, notes, numbers, terminal_table, write
+from toolkit.comparison.runs import Run, Score
 from toolkit.evaluation.stats import Sample, interval, is_rate, paired_difference
 from toolkit.files import ROOT, ToolkitError
 
@@ -101,7 +104,7 @@ def printed(found, width=80, folder=None):
     """What the command prints on a terminal of that width."""
     console = Console(file=io.StringIO(), width=width)
     if folder:
-        conclude(found, folder, console)
+        conclude(found, console, folder)
     else:
         console.print(terminal_table(found))
     return console.file.getvalue()
@@ -124,10 +127,10 @@ def test_values_intervals_and_differences_are_those_of_commit_8b55c9c_to_the_las
     expected = frozen["expected"]
     assert [point.label for point in found.points] == [point["label"] for point in expected["points"]]
     for point, known in zip(found.points, expected["points"], strict=True):
-        row = point.row()
+        (row,) = [row for row in numbers(found) if row["label"] == point.label]
         assert {unit: row[f"reasoning_share_{unit}"] for unit in known["shares"]} == known["shares"]
-        assert {"/".join(key): value for key, value in point.values.items()} == known["values"]
-        changes = {"/".join(key): [found["low"], found["high"]] for key, found in point.changes.items()}
+        assert {"/".join(key): asdict(value) for key, value in point.values.items()} == known["values"]
+        changes = {"/".join(key): [change.low, change.high] for key, change in point.changes.items()}
         assert {key: changes[key] for key in known["change"]} == known["change"]
         for key, ends in known["change"].items():
             members = [run for run in frozen["runs"] if run["name"] in [run.name for run in point.runs]]
@@ -166,14 +169,14 @@ def test_a_change_has_the_interval_that_the_evaluation_gave_it(tmp_path):
     write_json(run / "eval.json", content)
     expected = paired_difference(*(Sample.of(*side) for side in pair), seed=3407, rate=True)
     change = compare([run]).points[0].changes["thinking", "accuracy"]
-    assert [change[end] for end in ("value", "low", "high")] == [expected[end] for end in ("value", "low", "high")]
+    assert [change.value, change.low, change.high] == [expected[end] for end in ("value", "low", "high")]
 
 
 def test_a_change_without_a_single_question_that_differs_has_the_exact_bound(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "QUESTIONS", 8)
     run = make_run(tmp_path, 0.5, adherence=1.0)
     change = compare([run]).points[0].changes["thinking", "adherence"]
-    assert [change["value"], change["low"], change["high"]] == pytest.approx([0, -0.3694, 0.3694], abs=1e-4)
+    assert [change.value, change.low, change.high] == pytest.approx([0, -0.3694, 0.3694], abs=1e-4)
 
 
 def test_equal_ratios_are_rarely_given_a_winner():
@@ -188,10 +191,11 @@ def test_equal_ratios_are_rarely_given_a_winner():
 
 
 def equal_point(name, right):
-    found = {"value": float(np.mean(right)), "low": 0.0, "high": 1.0, "n": QUESTIONS}
-    counted = {"thinking": {"tuned": {"accuracy": (right, [1.0] * QUESTIONS)}}}
-    content = {"tuned": {"thinking": {"accuracy": found}}, "per_question": counted}
-    return Point(name, [Run(name, {}, {}, content, {}, {}, {})], {("thinking", "accuracy"): found}, {})
+    key, mean = ("thinking", "accuracy"), float(np.mean(right))
+    scores = {"tuned": {key: Score(mean, 0.0, 1.0, QUESTIONS)}}
+    counted = {"tuned": {key: np.array([right, [1.0] * QUESTIONS])}}
+    run = Run(name, {}, {}, scores=scores, counted=counted)
+    return Point(name, [run], {key: Average(mean, 0.0, 1.0, QUESTIONS)}, {})
 
 
 def test_unanimous_answers_to_few_questions_prove_nothing(tmp_path, monkeypatch):
@@ -200,7 +204,7 @@ def test_unanimous_answers_to_few_questions_prove_nothing(tmp_path, monkeypatch)
     found = compare(runs)
     assert simultaneous_margin(found.points, found.goal) > 0.7  # three of three: 29% to 100%
     gain = found.points[1].changes[found.goal]
-    assert gain["low"] < 0.5 < gain["value"]
+    assert gain.low < 0.5 < gain.value
     lines = difference_report(*runs)
     assert any(line.startswith("reasoning questions with thinking 0% → 100%") for line in lines)
 
@@ -209,15 +213,15 @@ def test_seeds_are_averaged_and_each_stays_visible(tmp_path):
     runs = [make_run(tmp_path, s, seed=n, thinking=a + n / 10) for s, a in ((0.25, 0.4), (0.75, 0.6)) for n in (1, 2)]
     found = compare(runs)
     value = found.points[0].values["thinking", "accuracy"]
-    assert value["value"] == pytest.approx(0.55, abs=0.02)
-    assert value["each"] == pytest.approx([0.5, 0.6], abs=0.02)
+    assert value.value == pytest.approx(0.55, abs=0.02)
+    assert value.each == pytest.approx([0.5, 0.6], abs=0.02)
     alone = compare(runs[:1]).points[0].values["thinking", "accuracy"]
-    assert value["high"] - value["low"] > alone["high"] - alone["low"]  # the seeds' own scatter is added
+    assert value.high - value.low > alone.high - alone.low  # the seeds' own scatter is added
     assert [len(point.runs) for point in found.points] == [2, 2]
 
 
 def test_shares_are_the_achieved_ones_in_all_three_units(tmp_path):
-    row = compare([make_run(tmp_path, 0.5), make_run(tmp_path, 0.75)]).table().iloc[1]
+    row = numbers(compare([make_run(tmp_path, 0.5), make_run(tmp_path, 0.75)]))[1]
     shares = [row[f"reasoning_share_{unit}"] for unit in ("examples", "tokens", "supervised_tokens")]
     assert shares == pytest.approx([0.2, 0.5, 0.5])
 
@@ -228,7 +232,7 @@ def test_a_source_with_rows_of_both_modes_counts_by_its_rows(tmp_path):
     mix["sources"]["maths"]["mode"] = "auto"
     mix["achieved_modes"] = {unit: {"thinking": 0.3, "non_thinking": 0.7} for unit in mix["achieved"]}
     write_json(run / "mix.json", mix)
-    assert compare([run]).table()["reasoning_share_tokens"][1] == 0.3
+    assert numbers(compare([run]))[1]["reasoning_share_tokens"] == 0.3
     del mix["achieved_modes"]
     write_json(run / "mix.json", mix)
     with pytest.raises(ToolkitError, match="achieved_modes"):
@@ -239,7 +243,8 @@ def test_an_eval_file_without_values_per_question_is_left_out_with_the_reason(tm
     runs = [make_run(tmp_path, s) for s in (0.0, 1.0)]
     content = json.loads((runs[0] / "eval.json").read_text())
     write_json(runs[0] / "eval.json", {name: content[name] for name in ("base", "tuned")})
-    assert compare(runs).left_out == {runs[0].name: "unreadable: KeyError: 'per_question'"}
+    (reason,) = compare(runs).left_out.values()
+    assert reason.startswith("unreadable: KeyError: 'per_question'; `python -m toolkit evaluate r0")
 
 
 # --- what is recommended
@@ -248,8 +253,9 @@ def test_an_eval_file_without_values_per_question_is_left_out_with_the_reason(tm
 def test_the_best_ratio_that_keeps_both_modes_is_recommended_in_two_short_sentences_and_a_command(tmp_path):
     accuracy, chat, direct = (0.4, 0.6, 0.8, 0.85, 0.95), (0.95, 0.95, 0.93, 0.9, 0.5), (1, 1, 1, 0.95, 0.3)
     runs = [
-        make_run(tmp_path, s, thinking=a, chat=c, direct=d)
+        make_run(tmp_path, s, seed=seed, thinking=a, chat=c, direct=d)
         for s, a, c, d in zip(SHARES, accuracy, chat, direct, strict=True)
+        for seed in (1, 2)
     ]
     found = compare(runs)
     assert found.recommended.label in ("50% reasoning", "75% reasoning")
@@ -288,7 +294,8 @@ def test_where_one_run_is_left_nothing_is_said_about_chance_between_runs(tmp_pat
 
 
 def test_the_next_command_can_be_pasted_and_what_to_do_with_it_stands_before_it(tmp_path):
-    first, second, command = compare([make_run(tmp_path, s) for s in (0.25, 0.75)]).verdict
+    first, second, seeds, command = compare([make_run(tmp_path, s) for s in (0.25, 0.75)]).verdict
+    assert seeds.startswith("One seed: ")
     assert command == "next: python -m toolkit evaluate r0.25-s1quickq1 --level full"
     assert first.startswith("No ratio is recommended")
     assert second.endswith(
@@ -355,7 +362,9 @@ def test_runs_of_an_instruct_model_have_one_mode_everywhere_and_their_axis_is_a_
     assert found.recommended.label == "50% maths"  # of the tied ones, the lower KL
     shown = printed(found, folder=tmp_path / "report")
     assert "thinking" not in shown
-    assert "thinking" not in " ".join(table for table in found.table().columns if not table.startswith("non_thinking"))
+    assert "thinking" not in " ".join(
+        name for row in numbers(found) for name in row if not name.startswith("non_thinking")
+    )
 
 
 def test_what_the_base_never_finished_and_a_forgetting_that_is_no_number_are_left_out_of_table_and_picture(tmp_path):
@@ -408,8 +417,7 @@ def test_runs_evaluated_differently_or_unfinished_are_named_and_left_out(tmp_pat
     assert any("`python -m toolkit evaluate NAME --level full` for each" in note for note in found.notes)
     assert f"no eval.json; `python -m toolkit evaluate {runs[5].name}`" in reasons[runs[5].name]
     assert "mix.json: expected a JSON file" in reasons["damaged"]
-    page = write(found, tmp_path / "report")["html"].read_text()
-    assert all(name in page for name in reasons)
+    assert all(any(name in note for note in notes(found)) for name in reasons)
 
 
 def test_the_largest_group_evaluated_alike_is_compared_and_not_a_mixture_that_no_run_has(tmp_path):
@@ -428,7 +436,7 @@ def test_of_groups_of_equal_size_the_one_with_more_questions_is_compared(tmp_pat
     monkeypatch.setattr(sys.modules[__name__], "QUESTIONS", 8)
     few = make_run(tmp_path, 0.75, name="few")
     found = compare([few, many])
-    assert found.left_out == {"few": "evaluated differently: other questions"}
+    assert found.left_out == {"few": "evaluated differently: other questions; 8 questions kept instead of 60"}
 
 
 def test_no_run_at_all_is_an_error_that_says_why(tmp_path):
@@ -459,7 +467,10 @@ def test_the_terminal_shows_every_run_and_number_whole(tmp_path, width):
 
 
 def test_long_names_that_differ_at_the_end_stay_apart_at_80_columns(tmp_path):
-    runs = [make_run(tmp_path, 0.5, settings={"learning_rate": r}, name=f"{'long_' * 8}{r}") for r in (1e-4, 2e-4)]
+    runs = [
+        make_run(tmp_path, 0.5, settings={"learning_rate": r, "optim": f"adam{r}"}, name=f"{'long_' * 8}{r}")
+        for r in (1e-4, 2e-4)
+    ]
     shown = "".join(re.sub(r" +[-0-9]*%.*", "", line).strip() for line in printed(compare(runs)).splitlines())
     assert all(run.name in shown for run in runs)
 
@@ -467,14 +478,14 @@ def test_long_names_that_differ_at_the_end_stay_apart_at_80_columns(tmp_path):
 @pytest.mark.parametrize("named", [False, True])
 def test_every_label_of_the_picture_lies_inside_and_no_two_names_are_equal(tmp_path, named):
     if named:
-        runs = [make_run(tmp_path, 0.5, thinking=a, kl=k, settings={"learning_rate": r}, name=f"a_rather_long_name_{r}")
+        runs = [make_run(tmp_path, 0.5, thinking=a, kl=k, settings={"learning_rate": r, "optim": f"o{r}"}, name=f"a_rather_long_name_{r}")
                 for a, k, r in ((0.3, 0.1, 1e-4), (0.9, 0.8, 2e-4), (0.9, 0.8, 3e-4))]  # fmt: skip
     else:
         runs = [make_run(tmp_path, s, thinking=0.3 + s / 2, kl=s, chat=1 - s / 5) for s in SHARES]
     picture = figure(compare(runs))
     picture.savefig(tmp_path / "drawn.png", dpi=60)
     renderer = FigureCanvasAgg(picture).get_renderer()
-    frontier = picture.axes[-1]
+    frontier = picture.axes[0]
     inside = frontier.get_window_extent(renderer)
     texts = [text for text in frontier.texts if text.get_text()]
     assert len(texts) >= 3
@@ -490,57 +501,135 @@ def test_every_label_of_the_picture_lies_inside_and_no_two_names_are_equal(tmp_p
         assert [name.split() for name in names] == [[str(i), run.name] for i, run in enumerate(runs, 1)]
 
 
-def test_the_base_and_every_point_are_in_every_panel_and_the_recommended_is_dark(tmp_path):
+def drawn(axes):
+    """(colour, x, y) of every point of a panel, in the order of the comparison."""
+    bars = [container.lines[0] for container in axes.containers]
+    return [(line.get_color(), line.get_xdata()[0], line.get_ydata()[0]) for line in bars]
+
+
+def test_the_base_and_every_point_are_in_the_picture_in_per_cent_and_the_recommended_is_dark(tmp_path):
+    found = compare([make_run(tmp_path, s, thinking=0.3 + s / 2, kl=0.1 + s) for s in SHARES])
+    gained, distance = (drawn(axes) for axes in figure(found).axes)
+    assert len(gained) == 6
+    assert [round(x) for _, x, _ in gained] == [40, 30, 43, 55, 68, 80]
+    assert {round(y) for _, _, y in gained} == {90}
+    colours = [colour for colour, _, _ in gained]
+    best = 1 + found.points.index(found.recommended)
+    assert [i for i, colour in enumerate(colours) if colours.count(colour) == 1] == [0, best]
+    assert [(x, pytest.approx(y)) for _, x, y in distance] == [(s, 0.1 + s) for s in SHARES]
+
+
+def test_the_intervals_of_the_picture_are_those_of_the_table(tmp_path):
     found = compare([make_run(tmp_path, s, thinking=0.3 + s / 2) for s in SHARES])
-    *panels, scattered = figure(found).axes
-    assert [len(axes.patches) for axes in panels] == [6] * 5
-    colours = [bar.get_facecolor() for bar in panels[0].patches]
-    assert [i for i, colour in enumerate(colours) if colours.count(colour) == 1] == [
-        0,
-        1 + found.points.index(found.recommended),
-    ]
-    assert len(scattered.collections[0].get_offsets()) == 6
+    (bars, *_) = figure(found).axes[0].containers[3].lines[2]
+    (left, _), (right, _) = bars.get_segments()[0]
+    score = found.points[2].values["thinking", "accuracy"]
+    assert [left, right] == pytest.approx([100 * score.low, 100 * score.high])
 
 
-def test_the_page_is_one_file_that_needs_no_network_and_the_csv_reads_back(tmp_path):
+def test_the_csv_reads_back_and_the_same_runs_give_the_same_files(tmp_path):
     found = compare(many(tmp_path))
     paths = write(found, tmp_path / "report")
-    page = paths["html"].read_text()
-    assert "http" not in page.replace("http-equiv", "")
-    assert found.verdict[0].split(" → ")[0] in page
     rows = list(csv.DictReader(paths["csv"].open()))
     assert [row["label"] for row in rows] == ["base", *(f"{100 * s:g}% reasoning" for s in SHARES)]
     assert float(rows[-1]["thinking/accuracy"]) == pytest.approx(0.8, abs=0.01)
     assert float(rows[2]["reasoning_share_examples"]) == pytest.approx(1 / 13)
-    assert write(found, tmp_path / "again")["html"].read_text() == page  # nothing in it depends on the hour
+    again = write(compare(many(tmp_path / "more")), tmp_path / "again")
+    # nothing in them depends on the hour
+    assert [path.read_bytes() for path in again.values()] == [path.read_bytes() for path in paths.values()]
 
 
-def around(value):
-    return {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 50}
+def test_a_table_needs_neither_matplotlib_nor_wandb_nor_pandas(tmp_path):
+    runs = [str(make_run(tmp_path, s)) for s in SHARES]
+    code = (
+        "import sys; from toolkit.__main__ import main; main(['compare', *sys.argv[1:]]); "
+        "print(sorted({'matplotlib', 'wandb', 'pandas', 'torch', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *runs], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "next: python -m toolkit" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_scores_show_one_panel_for_each_metric_that_was_measured(tmp_path):
-    def scored(name, result):
-        (tmp_path / name).mkdir()
-        write_json(tmp_path / name / "eval.json", result)
-        return tmp_path / name
+# --- one seed, and what differs beside the ratio
 
-    side = {
-        "non_thinking": {
-            "accuracy/chat": around(0.5),
-            "adherence": around(0.9),
-            "accuracy": around(0.4) | {"value": None},
-        }
-    }
-    instruct = {"base": side, "tuned": side | {"forgetting": {"kl": around(0.2)}}}
-    titles = [axes.get_title() for axes in scores({"tuned": scored("a", instruct)}).axes]
-    assert len(titles) == 3
-    assert not any("with thinking" in title for title in titles)
-    both = side | {"thinking": {"accuracy": around(0.6), "adherence": around(0.9)}}
-    hybrid = {"base": both, "tuned": both | {"forgetting": {"kl": around(0.2)}}}
-    assert len(scores({"tuned": scored("b", hybrid)}).axes) == 5
-    figure = scores({"with replay": tmp_path / "b", "without": tmp_path / "b"}, LOST)
-    assert [len(axes.patches) for axes in figure.axes] == [2, 3, 3]
+
+def test_one_seed_each_is_said_with_the_spread_that_seeds_had_and_no_recommendation_in_words(tmp_path):
+    runs = [make_run(tmp_path, s, thinking=a) for s, a in ((0.25, 0.5), (0.75, 0.9))]
+    verdict = compare(runs).verdict
+    assert verdict[0].startswith("Best so far, with one seed each: 75% reasoning")
+    (sentence,) = [line for line in verdict if line.startswith("One seed: ")]
+    assert f"up to {100 * SEED_SPREAD:.0f} points on the pocket model" in sentence
+    runs += [make_run(tmp_path, s, thinking=a, seed=2) for s, a in ((0.25, 0.5), (0.75, 0.9))]
+    verdict = compare(runs).verdict
+    assert verdict[0].startswith("Recommended: 75% reasoning")
+    assert not any(line.startswith("One seed") for line in verdict)
+
+
+def test_rows_per_step_are_said_where_they_differ(tmp_path):
+    sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2}
+    few = make_run(tmp_path, 1.0, settings=sizes | {"gradient_accumulation_steps": 1}, name="few")
+    found = compare([make_run(tmp_path, 0.0, settings=sizes, name="some"), few])
+    assert found.axis == "reasoning"
+    assert any("16 (0% reasoning), 8 (100% reasoning)" in note for note in found.notes)
+    same = [make_run(tmp_path, s, settings=sizes, name=f"same{s}") for s in (0.0, 1.0)]
+    assert not any("Rows per step" in note for note in compare(same).notes)
+
+
+def test_runs_that_differ_in_one_key_are_points_on_its_axis(tmp_path):
+    runs = [
+        make_run(tmp_path, 0.5, thinking=a, seed=seed, settings={"learning_rate": r}, name=f"rate{r}-s{seed}")
+        for r, a in ((5e-4, 0.9), (1e-4, 0.5), (2e-4, 0.9))
+        for seed in (1, 2)
+    ]
+    found = compare(runs)
+    assert found.axis == "train.learning_rate"
+    assert [point.label for point in found.points] == [f"learning_rate {r}" for r in ("0.0001", "0.0002", "0.0005")]
+    assert "between 3 values are chance" in found.verdict[1]
+
+
+# --- damage
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("eval.json", lambda text: text[: len(text) // 2]),
+        ("eval.json", lambda _: "[]"),
+        ("eval.json", lambda text: text.replace("0.", '"0."', 3)),
+        ("eval.json", lambda _: '{"base": 1, "tuned": {}, "per_question": {}}'),
+        ("mix.json", lambda text: text.replace("planned", "plan")),
+        ("manifest.json", lambda _: "null"),
+        ("recipe.yaml", lambda _: "- a\n- list\n"),
+        ("recipe.yaml", lambda _: "name: {"),
+        ("recipe.yaml", lambda _: b"\xff\xfe\x00"),
+    ],
+)
+def test_a_damaged_file_costs_one_run_and_says_which(tmp_path, file, damage):
+    runs = [make_run(tmp_path, s) for s in SHARES]
+    text = (runs[2] / file).read_text()
+    content = damage(text)
+    (runs[2] / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    found = compare(runs)
+    assert list(found.left_out) == [runs[2].name]
+    assert len(found.points) == 4
+
+
+def test_a_run_whose_questions_were_cut_is_left_out_and_stops_nothing(tmp_path):
+    runs = [make_run(tmp_path, s) for s in SHARES]
+    content = json.loads((runs[2] / "eval.json").read_text())
+    sums = content["per_question"]["thinking"]["tuned"]["accuracy"]
+    content["per_question"]["thinking"]["tuned"]["accuracy"] = [row[:40] for row in sums]
+    write_json(runs[2] / "eval.json", content)
+    found = compare(runs)
+    assert "questions kept instead of 60" in found.left_out[runs[2].name]
+    assert len(found.points) == 4
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    run = make_run(tmp_path, 0.5)
+    file = run / "recipe.yaml"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
+    assert compare([run]).left_out == {}
 
 
 # --- two runs

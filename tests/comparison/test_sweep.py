@@ -20,7 +20,7 @@ from rich.console import Console
 from tests.comparison.test_compare import evaluation, sums
 from toolkit import recipe as recipes
 from toolkit.comparison import sweep as sweeps
-from toolkit.comparison.sweep import common_steps, plan, rows_per_step, sweep, work
+from toolkit.comparison.sweep import common_steps, plan, rows_per_step, settings_of_share, sweep, work
 from toolkit.data.mix import compile_mix
 from toolkit.data.render import load_chat
 from toolkit.evaluation.questions import SHIPPED, from_mix
@@ -124,14 +124,21 @@ def scripted(project):
 
 def do(project, ratios, console=None):
     """Plan and work, without the picture at the end; returns the runs that failed."""
-    runs = plan(recipes.load(project / "tiny.yaml"), ratios, 1, silent())
+    runs = planned(recipes.load(project / "tiny.yaml"), ratios)
     folder = project / "out/tiny-sweep"
     sweeps.write_plan(folder, runs)
     return work(runs, folder, scripted(project), console or silent())
 
 
-def run_sweep(project, *, shares=(0, 1), console=None):
-    return sweep(project / "tiny.yaml", shares=shares, console=console or silent(), command=scripted(project))
+def planned(base, shares, seeds=1, console=None, of="reasoning"):
+    """The plan of a sweep over shares."""
+    return plan(base, settings_of_share(of, shares, base), seeds, console or silent())
+
+
+def run_sweep(project, *, shares=(0, 1), seeds=1, console=None):
+    return sweep(
+        project / "tiny.yaml", shares=shares, seeds=seeds, console=console or silent(), command=scripted(project)
+    )
 
 
 def ran(project):
@@ -142,7 +149,7 @@ def ran(project):
 
 
 def test_every_ratio_gets_the_same_supervised_tokens_in_the_same_steps(project):
-    runs = plan(recipes.load(project / "tiny.yaml"), RATIOS, 1, silent())
+    runs = planned(recipes.load(project / "tiny.yaml"), RATIOS, 1)
     plans = pd.DataFrame([run.row for run in runs])
     assert plans.reasoning_share.tolist() == pytest.approx(RATIOS, abs=0.01)
     assert plans.steps.nunique() == 1
@@ -157,11 +164,11 @@ def test_every_ratio_gets_the_same_supervised_tokens_in_the_same_steps(project):
 
 def test_a_source_that_limits_one_ratio_limits_all_of_them_and_is_named(project):
     with loud() as console:
-        runs = plan(recipes.load(project / "tiny.yaml", ["data.budget=8000"]), RATIOS, 1, console)
+        runs = planned(recipes.load(project / "tiny.yaml", ["data.budget=8000"]), RATIOS, 1, console)
     budgets = {run.recipe.data.budget for run in runs}
     assert len(budgets) == 1
     assert 2000 < min(budgets) < 8000
-    assert "talk cannot fill 8,000 at every ratio" in console.export_text()
+    assert "talk cannot fill 8,000 in every run" in console.export_text()
     assert [run.row["supervised_tokens"] for run in runs] == pytest.approx([min(budgets)] * 5, rel=0.02)
 
 
@@ -184,14 +191,14 @@ def test_a_budget_that_a_part_of_a_row_overshoots_is_lowered_until_every_ratio_r
         return compile_mix(recipe)
 
     monkeypatch.setattr(sweeps, "compile_mix", once)
-    runs = plan(recipes.load(project / "tiny.yaml", ["data.budget=200000"]), [0.3, 0.6], 1, silent())
+    runs = planned(recipes.load(project / "tiny.yaml", ["data.budget=200000"]), [0.3, 0.6], 1)
     budget = runs[0].recipe.data.budget
     assert [run.row["supervised_tokens"] for run in runs] == pytest.approx([budget] * 2, rel=0.01)
 
 
 def test_the_mean_row_count_decides_the_steps_when_the_recipe_counts_epochs(project):
     overrides = ["train.max_steps=-1", "train.num_train_epochs=2", "train.per_device_train_batch_size=4"]
-    runs = plan(recipes.load(project / "tiny.yaml", overrides), RATIOS, 1, silent())
+    runs = planned(recipes.load(project / "tiny.yaml", overrides), RATIOS, 1)
     plans = pd.DataFrame([run.row for run in runs])
     assert plans.steps[0] == pytest.approx(2 * plans.rows.mean() / 4, rel=0.2)
     # whole rows: 3 or 4 a step
@@ -210,11 +217,11 @@ def test_common_steps_fit_whole_rows_and_never_exceed_the_memory_of_the_recipes_
 
 def test_more_steps_than_rows_are_refused_with_the_number_that_fits(project):
     with pytest.raises(ToolkitError, match=r"set train.max_steps to at most \d+"):
-        plan(recipes.load(project / "tiny.yaml", ["train.max_steps=2000"]), RATIOS, 1, silent())
+        planned(recipes.load(project / "tiny.yaml", ["train.max_steps=2000"]), RATIOS, 1)
 
 
 def test_runs_are_named_after_share_and_seed(project):
-    runs = plan(recipes.load(project / "tiny.yaml"), [0.5], 2, silent())
+    runs = planned(recipes.load(project / "tiny.yaml"), [0.5], 2)
     assert [run.recipe.name for run in runs] == ["tiny-r0.5-s3407", "tiny-r0.5-s3408"]
     assert [run.recipe.data.seed for run in runs] == [3407, 3408]
 
@@ -223,15 +230,15 @@ def test_the_share_of_one_source_can_be_swept_where_no_source_thinks(project):
     plain = ["data.sources.0.mode=non_thinking", "data.duplicates=exact"]
     write_rows(project / "maths.jsonl", 200, "")
     base = recipes.load(project / "tiny.yaml", ["data.budget=1500", *plain])
-    runs = plan(base, [0, 0.25, 0.5], 1, silent(), of="talk")
+    runs = planned(base, [0, 0.25, 0.5], of="talk")
     assert [run.recipe.name for run in runs] == ["tiny-talk0-s3407", "tiny-talk0.25-s3407", "tiny-talk0.5-s3407"]
     shares = [[source.fraction for source in run.recipe.data.sources] for run in runs]
     assert shares == [[1, 0], [0.75, 0.25], [0.5, 0.5]]
     assert len({run.row["steps"] for run in runs}) == 1
     with pytest.raises(ToolkitError, match=r"no source has mode thinking.*\(--of talk\)"):
-        plan(base, [0, 0.5], 1, silent())
+        planned(base, [0, 0.5], 1)
     with pytest.raises(ToolkitError, match=r"tlak: no such source. Did you mean 'talk'\?"):
-        plan(base, [0, 0.5], 1, silent(), of="tlak")
+        planned(base, [0, 0.5], of="tlak")
 
 
 def test_a_mix_given_in_counts_has_no_share_to_sweep(project):
@@ -243,13 +250,13 @@ def test_a_mix_given_in_counts_has_no_share_to_sweep(project):
     (project / "tiny.yaml").write_text(yaml.safe_dump(values))
     base = recipes.load(project / "tiny.yaml")
     with pytest.raises(ToolkitError, match=r"counts \(path#500\), so it has no share to sweep"):
-        plan(base, [0, 1], 1, silent())
+        planned(base, [0, 1], 1)
 
 
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_plan_shows_every_name_and_number_whole(project, width):
     console = Console(file=io.StringIO(), width=width)
-    console.print(sweeps.plan_table(plan(recipes.load(project / "tiny.yaml"), RATIOS, 1, silent())))
+    console.print(sweeps.plan_table(planned(recipes.load(project / "tiny.yaml"), RATIOS, 1)))
     shown = console.file.getvalue()
     assert max(map(len, shown.splitlines())) <= width
     assert "…" not in shown
@@ -262,7 +269,7 @@ def test_the_plan_shows_every_name_and_number_whole(project, width):
 )
 def test_what_cannot_be_compared_fairly_is_refused(project, override, fix):
     with pytest.raises(ToolkitError, match=f"add {fix}"):
-        plan(recipes.load(project / "tiny.yaml", [override]), [0, 1], 1, silent())
+        planned(recipes.load(project / "tiny.yaml", [override]), [0, 1], 1)
 
 
 # --- the questions
@@ -284,7 +291,7 @@ def test_every_run_is_asked_the_questions_that_the_recipe_as_it_stands_holds_out
     with_answers(project, "maths")
     with_answers(project, "talk")
     base = recipes.load(project / "tiny.yaml", ["data.budget=2000", "data.validation_size=8"])
-    runs = plan(base, [0, 0.5, 1], 2, silent())
+    runs = planned(base, [0, 0.5, 1], 2)
     expected = {q["messages"][-1]["content"] for q in from_mix(compile_mix(base))["questions"]}
     found = [questions(run.recipe, compile_mix(run.recipe)) for run in runs]
     assert all(pair == found[0] for pair in found)
@@ -294,12 +301,12 @@ def test_every_run_is_asked_the_questions_that_the_recipe_as_it_stands_holds_out
     for run in runs:
         mixed = compile_mix(run.recipe)
         assert not [text for text in texts(mixed) if any(f"\n{question}<" in text for question in expected)]
-    again = plan(base, [0, 0.5, 1], 2, silent())
+    again = planned(base, [0, 0.5, 1], 2)
     assert [recipes.to_yaml(run.recipe) for run in again] == [recipes.to_yaml(run.recipe) for run in runs]
 
 
 def test_a_sweep_without_any_expected_answer_asks_the_questions_that_ship(project):
-    runs = plan(recipes.load(project / "tiny.yaml"), [0, 1], 1, silent())
+    runs = planned(recipes.load(project / "tiny.yaml"), [0, 1], 1)
     assert [run.recipe.evaluate.questions for run in runs] == [SHIPPED] * 2
 
 
@@ -307,7 +314,7 @@ def test_questions_that_a_run_could_train_on_are_refused(project):
     with_answers(project, "maths")
     base = recipes.load(project / "tiny.yaml", ["data.decontaminate=false"])
     with pytest.raises(ToolkitError, match=r"data\.decontaminate=true"):
-        plan(base, [0, 1], 1, silent())
+        planned(base, [0, 1], 1)
 
 
 # --- doing it
@@ -352,7 +359,14 @@ def test_a_run_that_crashes_shows_the_end_of_its_log_stops_no_other_and_is_done_
 def test_a_folder_of_another_recipe_is_refused_before_anything_trains(project):
     do(project, [0, 1])
     with pytest.raises(ToolkitError, match="holds a run of another recipe"):
-        sweep(project / "tiny.yaml", ["train.max_steps=10"], shares=[0, 1], console=silent(), command=scripted(project))
+        sweep(
+            project / "tiny.yaml",
+            ["train.max_steps=10"],
+            shares=[0, 1],
+            seeds=1,
+            console=silent(),
+            command=scripted(project),
+        )
     assert sum(ran(project).values()) == 2
 
 
@@ -380,7 +394,10 @@ def test_progress_shows_the_time_left_for_the_whole_sweep(project, monkeypatch):
     assert do(project, [0, 1], console) == []
     lines = [line for line in console.export_text().splitlines() if " left" in line]
     assert len(lines) >= 4
-    steps = [re.fullmatch(r"tiny-sweep, steps: (\d+) of (\d+), about \d+ s left", line).groups() for line in lines]
+    steps = [
+        re.fullmatch(r"tiny-sweep, run \d of 2, steps: (\d+) of (\d+), about \d+ s left", line).groups()
+        for line in lines
+    ]
     assert len({total for _, total in steps}) == 1
     done, total = [int(n) for n, _ in steps], int(steps[0][1])
     assert done == sorted(done)
@@ -391,10 +408,10 @@ def test_a_killed_sweep_resumes_and_waits_for_the_run_that_still_trains(project,
     monkeypatch.setenv("TEST_SECONDS", "1.5")
     code = (
         "import sys; from toolkit.comparison import sweep; from rich.console import Console\n"
-        "sweep.sweep(sys.argv[1], shares=[0, 1], console=Console(quiet=True),\n"
+        "sweep.sweep(sys.argv[1], shares=[0, 1], seeds=1, console=Console(quiet=True),\n"
         "            command=lambda file: [sys.executable, sys.argv[2], str(file)])"
     )
-    plan(recipes.load(project / "tiny.yaml"), [0, 1], 1, silent())
+    planned(recipes.load(project / "tiny.yaml"), [0, 1], 1)
     first = subprocess.Popen(
         [sys.executable, "-c", code, str(project / "tiny.yaml"), str(project / "runner.py")], cwd=ROOT
     )
