@@ -171,7 +171,7 @@ def test_every_step_from_mix_to_generate_works_in_the_modes_the_model_has(name, 
     assert [title for title in map(mode_title, MODES) if f" {title}" in said] == list(map(mode_title, modes))
 
     compared = compare(runs)
-    report.conclude(compared, tmp_path / "comparison", console)
+    report.conclude(compared, console, tmp_path / "comparison")
     assert (tmp_path / "comparison" / "comparison.png").is_file()
 
     certificate = export(runs[0], quants=loaded.export.quantization_method, say=lambda _: None)

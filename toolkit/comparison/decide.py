@@ -167,7 +167,7 @@ def compare(folders: Iterable[Path]) -> Comparison:
 def compare_runs(runs: Sequence[Run], left_out: dict[str, str] | None = None) -> Comparison:
     """The same for runs that are in memory; `left_out` says why others are not."""
     left_out = dict(left_out or {})
-    goal = max(GOALS, key=lambda goal: sum(run.score("tuned", goal) is not None for run in runs))
+    goal = usual_goal(runs)
     # only what was asked the same way can be ranked
     alike: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in runs:
@@ -184,6 +184,11 @@ def compare_runs(runs: Sequence[Run], left_out: dict[str, str] | None = None) ->
         if difference_in_words := evaluated_differently(run, largest[0]):
             differently[run.name] = difference_in_words
     return conclusion(largest, goal, left_out | differently, [REMEDY] if differently else [])
+
+
+def usual_goal(runs: Sequence[Run]) -> Key:
+    """By what runs are ranked: the first of GOALS that most of them have."""
+    return max(GOALS, key=lambda goal: sum(run.score("tuned", goal) is not None for run in runs))
 
 
 def _questions(run: Run, goal: Key) -> int:

@@ -68,7 +68,7 @@ def log(comparison: Comparison, folder: Path, console: Console) -> None:
     recipes = [run.recipe for point in comparison.points for run in point.runs]
     if any("wandb" in tracking.trackers(recipe["train"]) for recipe in recipes):
         rows = [
-            {"": point.label, **texts, "runs": " ".join(run.name for run in point.runs)}
+            {"settings": point.label, **texts, "runs": " ".join(run.name for run in point.runs)}
             for point, texts in zip(comparison.everyone(), in_words(comparison), strict=True)
         ]
         tracking.comparison(folder, rows, " ".join(comparison.verdict[:-1]), console)

@@ -32,6 +32,8 @@ CONDITIONS = {
     "fingerprints.probes": "other probes",
     "per_question": "{} questions kept instead of {}",
     "budget.max_new_tokens": "a limit of {} tokens instead of {}",
+    "budget.limits.thinking": "a limit of {} tokens with thinking instead of {}",
+    "budget.limits.non_thinking": "a limit of {} tokens without thinking instead of {}",
     "budget.samples": "{} samples instead of {}",
     "model.name": "base model {} instead of {}",
     "model.revision": "revision {} of the base model instead of {}",

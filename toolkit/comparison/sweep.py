@@ -44,6 +44,8 @@ SEEDS = 3
 questions."""
 SHORT = 300.0
 """Seconds of a run, evaluation included, up to which the further seeds are trained without being asked for."""
+QUESTIONS = {"fast": None, "quick": 32, "full": 500}
+"""Questions of each kind by level, asked whatever they take: runs that were asked differently cannot be compared."""
 LOG_TAIL_LINES, POLL_SECONDS = 15, 1.0
 """Lines of a failed run's log that are shown; seconds between looks at a run."""
 SET_BY_SWEEP = re.compile(r"data\.(budget|unit|reasoning)$|train\.(max_steps|num_train_epochs|packing)$")
@@ -241,6 +243,7 @@ def plan(base: Recipe, settings: Sequence[Setting], seeds: int, console: Console
         raise ToolkitError("a sweep gives every run the same supervised tokens, row by row: add train.packing=false")
     # the questions first, since every run must be asked the same
     base = with_questions(resolve(base, console))
+    base = with_equal_evaluation(base)
     group = []
     for seed in range(base.data.seed, base.data.seed + seeds):
         group += [run_recipe(base, setting, seed) for setting in settings]
@@ -265,6 +268,17 @@ def with_questions(base: Recipe) -> Recipe:
             write_jsonl(file, rows)
             sets.append(Source(str(file), name=source.name, format="messages", mode=source.mode))
     return dataclasses.replace(base, evaluate=dataclasses.replace(base.evaluate, questions=tuple(sets) or SHIPPED))
+
+
+def with_equal_evaluation(base: Recipe) -> Recipe:
+    """The recipe with what an evaluation would else decide by itself, from the run's own mix and the speed of the machine:
+    how many questions, and how long a reply may be."""
+    settings = base.evaluate
+    count = settings.questions_per_mode or QUESTIONS[settings.level]
+    limit = settings.max_new_tokens or max(from_mix(compile_mix(base))["limits"].values(), default=None)
+    return dataclasses.replace(
+        base, evaluate=dataclasses.replace(settings, questions_per_mode=count, max_new_tokens=limit)
+    )
 
 
 def same_budget(group: list[Recipe], console: Console) -> list[Planned]:
