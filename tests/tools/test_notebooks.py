@@ -233,6 +233,18 @@ def test_no_number_is_typed_in_prose(name):
             assert typed_numbers(text(cell)) == [], text(cell)
 
 
+CHINESE = re.compile("[\u3400-\u9fff]")
+
+
+@every
+def test_chinese_stands_beside_every_step(name):
+    """In each cell of text, and as much as the English says: about one character for four or five letters."""
+    for cell in read(name)["cells"]:
+        if cell["cell_type"] == "markdown":
+            english = prose(re.sub(r"(?m)^>.*$", "", text(cell)))
+            assert len(CHINESE.findall(text(cell))) > len(english) / 7, text(cell)
+
+
 def test_a_typed_number_would_be_found():
     assert typed_numbers("Qwen3 on a T4 with 4-bit weights: `r=16`, $x^2$, [02_train](02_train.ipynb)") == []
     assert typed_numbers("It trains for 60 steps of Qwen3.5 at 14-bit") == ["60", "Qwen3.5", "14-bit"]
