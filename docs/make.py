@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.tools import time_and_memory
 from toolkit import __main__ as command_line
 from toolkit.files import PACKAGE, write_text
 
@@ -36,6 +37,7 @@ def pages() -> dict[Path, str]:
     made = {FOLDER / "recipe.md": recipe_page(), FOLDER / "run_folder.md": records_page()}
     for name, verb in verbs().items():
         made[FOLDER / "verbs" / f"{name}.md"] = verb_page(name, verb)
+    made[FOLDER / "time_and_memory.md"] = time_and_memory.page()
     made[FOLDER / "README.md"] = index_page()
     return made
 
@@ -45,6 +47,7 @@ def index_page() -> str:
     lines = ["# Reference", "", "| page | what it lists |", "|---|---|"]
     lines += ["| [recipe](recipe.md) | every key of a recipe, with its default |"]
     lines += ["| [run folder](run_folder.md) | every key of the files that a run leaves |"]
+    lines += ["| [time and memory](time_and_memory.md) | hours and memory by card and model, calculated |"]
     lines += [f"| [{name}](verbs/{name}.md) | {cell(first_line(verb))} |" for name, verb in verbs().items()]
     return MADE.format(source="the code") + "\n".join(lines) + "\n"
 

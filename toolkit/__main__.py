@@ -418,8 +418,6 @@ def chat_with_run(
     arg("runs", nargs="+", metavar="run", help="folders or names; several: runs of one base"),
     *WEIGHTS,
     SCALE,
-    arg("--base", action="store_true", help="serve the base alone, for tools that cannot ask for it in a request"),
-    arg("--check", dest="checked", action="store_true", help="first measure that run and base are served as they are"),
     arg("--host", default="127.0.0.1", help="another needs an API key"),
     arg("--port", type=int, default=8000),
     arg("--api-key", dest="key", help="what requests must bring; made when --host is not this machine"),

@@ -1,10 +1,9 @@
-"""Write docs/time_and_memory.md from the formulas of `toolkit.machine`: `python -m tests.tools.time_and_memory`."""
+"""docs/time_and_memory.md, from the formulas of `toolkit.machine`: `make docs` writes it."""
 
 from toolkit import recipe
-from toolkit.files import ROOT, ToolkitError
+from toolkit.files import ToolkitError
 from toolkit.machine import choose, duration, fit, speed
 
-PAGE = ROOT / "docs" / "time_and_memory.md"
 CARDS = (
     "RTX 4060",
     "RTX 3060",
@@ -21,7 +20,7 @@ CARDS = (
 MODELS = ("0.6B", "1.7B", "4B", "8B", "14B", "32B")
 INTRODUCTION = """# Hours and memory by card and model
 
-**Everything on this page is calculated; nothing was measured on a card.** It is written by `python -m tests.tools.time_and_memory`
+**Everything on this page is calculated; nothing was measured on a card.** It is written by `make docs`
 from the formulas in `toolkit/machine/` and the default recipe (`data_recipes/hybrid.yaml`: {tokens:,.0f} tokens in rows of up to
 {longest:,}, scored {validations} times on {held_out} held-out rows). For another recipe: `python -m toolkit fit RECIPE --card "RTX 3060"`. A run
 measures the card it is on for two seconds, says its hours before it trains, and keeps them in `manifest.json` beside what it
@@ -131,9 +130,3 @@ def page() -> str:
     )  # fmt: skip
     text += HOURS.format(evening=duration.EVENING // 3600) + hours_table(plan)
     return text + MEMORY + memory_table(plan) + REPLIES + replies_table()
-
-
-if __name__ == "__main__":
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(), encoding="utf-8")
-    print(PAGE)

@@ -156,29 +156,31 @@ def cpu_step(shape: "Shape", rows: int, length: int, recomputes: bool) -> tuple[
 
 
 def layer_pass(shape: "Shape", rows: int, length: int, recomputes: bool) -> Callable[[], None]:
-    """One decoder layer with LoRA, forward and backward, as a training step on a CPU computes it."""
+    """One decoder layer with LoRA, forward and backward, as a training step on a CPU computes it: its parts one by one."""
     import torch
     from torch.nn import functional
 
-    tokens, layers = rows * length, shape.num_hidden_layers
-    matrices = [matrix for matrix in shape.matrices for _ in range(max(1, matrix.copies // layers))]
-    weights = [torch.randn(matrix.outputs, matrix.inputs) for matrix in matrices]
-    down = [torch.randn(16, matrix.inputs, requires_grad=True) for matrix in matrices]
-    up = [torch.randn(matrix.outputs, 16, requires_grad=True) for matrix in matrices]
-    inputs = [torch.randn(tokens, matrix.inputs, requires_grad=True) for matrix in matrices]
-    hidden = torch.randn(tokens, shape.hidden_size, requires_grad=True)
-    inner = torch.randn(tokens, shape.intermediate_size, requires_grad=True)
-    heads = shape.num_attention_heads
-    queries = torch.randn(rows, heads, length, shape.q_dim // heads, requires_grad=True)
+    def trained(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, requires_grad=True)
+
+    tokens, heads = rows * length, shape.num_attention_heads
+    products = [
+        (trained(tokens, inputs), torch.randn(outputs, inputs), trained(16, inputs), trained(outputs, 16))
+        for _, inputs, outputs, _ in shape.matrices
+    ]
+    hidden, inner = trained(tokens, shape.hidden_size), trained(tokens, shape.intermediate_size)
+    queries = trained(rows, heads, length, shape.q_dim // heads)
+    keep = torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
 
     def forward() -> list[torch.Tensor]:
         results = [
-            functional.linear(value, weight) + functional.linear(functional.linear(value, a), b)
-            for value, weight, a, b in zip(inputs, weights, down, up, strict=True)
+            functional.linear(x, weight) + functional.linear(functional.linear(x, a), b) for x, weight, a, b in products
         ]
-        results += [functional.rms_norm(hidden, hidden.shape[-1:]) + hidden for _ in range(2)]
-        rotated = queries * 0.5 + queries.flip(-1) * 0.5
-        results += [functional.scaled_dot_product_attention(rotated, rotated, queries, is_causal=True)]
+        # two norms with their residuals, and those of queries and keys, as transformers writes them
+        for x in (hidden, hidden, queries, queries):
+            results.append(x + x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6))
+        rotated = queries * 0.5 + torch.cat((-queries, queries), -1)[..., : queries.shape[-1]] * 0.5
+        results.append(functional.scaled_dot_product_attention(rotated, rotated, queries, keep))
         return [*results, functional.silu(inner) * inner]
 
     def both() -> None:

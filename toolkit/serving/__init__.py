@@ -15,18 +15,15 @@ from typing import Any
 from toolkit.export.llama import Engine
 from toolkit.files import ToolkitError
 from toolkit.serving import guard
-from toolkit.serving.engine import BASE, Say, check, start
+from toolkit.serving.engine import BASE, Say, start
 
 
 def serve(runs: Sequence[str | Path], *, host: str = "127.0.0.1", port: int = 8000,
-          key: str | None = None, checked: bool = False, say: Say = print, **options: Any) -> None:  # fmt: skip
+          key: str | None = None, say: Say = print, **options: Any) -> None:  # fmt: skip
     """Serve until Ctrl-C. `options` are those of `engine.start`. A host other than this machine needs an API key, and
-    gets one when none is given. `checked` first holds what is served against the run. Raises ToolkitError."""
+    gets one when none is given. Raises ToolkitError."""
     key = checked_key(host, key, say)
     served = public(runs, host, port, key, say, options)
-    for run in runs if checked else ():
-        measured = check(run, served, options.get("quant"))
-        say("checked against the run: " + ", ".join(f"{name} KL {m['mean']:.1g}" for name, m in measured.items()))
     say(welcome(served))
     try:
         threading.Event().wait()

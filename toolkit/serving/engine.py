@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from toolkit.data.render import load_chat
-from toolkit.export.certificate import LIMITS
 from toolkit.export.gguf_file import GgufFile, chat_template, check_quant, write_gguf, write_lora_gguf, written_files
 from toolkit.export.llama import Engine, launch
 from toolkit.export.merge import Checkpoint, Merged, open_merged
-from toolkit.export.parity import Tokens, file_divergence, log_probs, probe_sequences
 from toolkit.family import KINDS, family_of, sampling_of
 from toolkit.files import ToolkitError, complete, lock, outputs, read_json, sha256, write_text
 from toolkit.serving.guard import listening_socket
@@ -45,47 +43,42 @@ class Files(NamedTuple):
 
 
 def start(
-    runs: Sequence[str | Path], *, source: str = "adapter", quant: str | None = None, base: bool = False,
+    runs: Sequence[str | Path], *, source: str = "adapter", quant: str | None = None,
     scale: float = 1.0, host: str = "127.0.0.1", port: int = 0, key: str | None = None, context: int = CONTEXT,
     say: Say = lambda _: None,
 ) -> Engine:  # fmt: skip
     """Load runs of one base into llama.cpp's server; `source` is adapter or merged-gguf, port 0 is any free one.
 
-    `base` leaves the adapters out, for clients that cannot name one in their requests. `scale` is how much of an adapter
-    requests get that do not say it. `say` gets a line before each step that takes long. Raises ToolkitError before
-    anything is loaded where it can."""
+    `scale` is how much of the first run's adapter requests get that do not say it: with 0 they get the base. `say` gets a
+    line before each step that takes long. Raises ToolkitError before anything is loaded where it can."""
     folders = [run_folder(run).resolve() for run in runs]
-    check_request(folders, source, base, scale)
+    check_request(folders, source, scale)
     # a port that is taken is known before a model is loaded
     listening_socket(host, port).close()
     files = (
         converted(folders, (quant or QUANT).lower(), say) if source == "adapter" else exported(folders[0], quant, say)
     )
-    # they are converted all the same, so that the next start has both
-    loras = [] if base else files.loras
     chat = load_chat(str(folders[0] / "adapter"))
     sampling = sampling_by_mode(folders[0], files.config)
     say(f"loading {files.weights.stat().st_size / 1e9:.2f} GB of weights")
     engine = launch(
-        files.weights, loras, context=min(context, files.config["max_position_embeddings"]), slots=SLOTS,
-        sampling=next(iter(sampling.values())), template=chat.template_text, alias=BASE if base else folders[0].name,
+        files.weights, files.loras, context=min(context, files.config["max_position_embeddings"]), slots=SLOTS,
+        sampling=next(iter(sampling.values())), template=chat.template_text, alias=folders[0].name,
         host=host, port=port, key=key, scale=scale,
     )  # fmt: skip
     engine.sampling = sampling
-    engine.runs = tuple(folder.name for folder in folders) if loras else ()
+    engine.runs = tuple(folder.name for folder in folders) if files.loras else ()
     return engine
 
 
-def check_request(folders: Sequence[Path], source: str, base: bool, scale: float) -> None:
+def check_request(folders: Sequence[Path], source: str, scale: float) -> None:
     """Raises ToolkitError for runs and options that cannot be served together."""
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names) or BASE in names:
         raise ToolkitError(f"{', '.join(map(str, folders))}: runs are told apart by their folders' names, not {BASE!r}")
-    if len(folders) > 1 and (source != "adapter" or base):
-        raise ToolkitError("several runs are served as adapters beside their base: leave out --from and --base")
     check_scale(scale)
-    if scale != 1 and (source != "adapter" or base):
-        raise ToolkitError("--scale is of an adapter beside its base: leave out --from and --base")
+    if source != "adapter" and (len(folders) > 1 or scale != 1):
+        raise ToolkitError("several runs, or a --scale, are adapters beside their base: leave out --from")
 
 
 def check_scale(scale: float) -> None:
@@ -104,29 +97,6 @@ def sampling_by_mode(folder: Path, config: dict[str, Any]) -> dict[str, dict[str
     """The recommended values of each mode, by the facts of config.json and generation_config.json."""
     family = family_of(config.get("model_type", ""))
     return {mode: sampling_of(family, mode, config) for mode in modes_of_run(folder)}
-
-
-def check(run: str | Path, engine: Engine, quant: str | None = None) -> dict[str, dict[str, float]]:
-    """{"RUN" | "base": KL from the run and its base in PyTorch}, measured and limited as in an export's certificate.
-
-    Raises ToolkitError when what is served is not the run."""
-    folder = run_folder(run).resolve()
-    if folder.name not in engine.runs:
-        raise ToolkitError("only an adapter beside its base is checked here: an export has `python -m toolkit verify`")
-    tokens = Tokens(folder / "adapter")
-    merged = open_merged(folder, "16bit")
-    limit = LIMITS[quant or QUANT]["mean"]
-    sequences = probe_sequences(tokens)
-    measured = {}
-    for name, weights in ((folder.name, "adapter"), (BASE, "base")):
-        expected = log_probs(merged, weights, sequences)
-        request = engine.lora(name, scale=1.0)
-        measured[name] = file_divergence(engine, expected, sequences, tokens.encode("a")[0], **request)
-        if measured[name]["mean"] > limit:
-            raise ToolkitError(
-                f"{name}: served with a KL of {measured[name]['mean']:.2g} from the run, limit {limit:g}"
-            )
-    return measured
 
 
 # --- files that llama.cpp reads --------------------------------------------------------------------------------------
