@@ -21,7 +21,7 @@ from toolkit import __main__ as cli
 from toolkit.files import PACKAGE, ROOT
 
 # The core, left to right: a folder or file uses only those before it.
-CORE = "files family records recipe data training evaluation export run".split()
+CORE = "files records family recipe data training evaluation export run".split()
 # Nothing of the core imports these; `run`, the public calls and the command line compose them.
 EXTRAS = "comparison serving machine view notebook".split()
 COMPOSERS = "__init__ __main__ library run".split()

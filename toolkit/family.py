@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from toolkit.records import Json, Message
+
 MODES = ("thinking", "non_thinking")
 """Names of the two modes in recipes and result files; an instruct model has `non_thinking` only."""
 KINDS = {
@@ -18,17 +20,13 @@ KINDS = {
 """Kind of a model → the modes it has."""
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 THINK_TAG = re.compile("</?think>")
+PROBE: list[Message] = [{"role": "user", "content": "probe"}]
+PROBE_REPLY = "probe-reply"
+"""A question and a reply by which templates are tried out."""
 SWITCH = re.compile(r"(?<!\S)/(no_think|think)(?!\S)")
 """Qwen3's soft switches in a user turn (model card of Qwen/Qwen3-8B, "Advanced Usage")."""
-ANGLE_TOKEN = re.compile(
-    r"<(?:[|｜][\w▁]{1,40}[|｜]|/?tool_(?:call|response)|/?(?:start|end)_of_(?:turn|image)|/?s|bos|eos|pad|unk)>"
-)
-SQUARE_TOKEN = re.compile(r"\[/?INST\]")
-CONTROL_TOKEN = re.compile(f"{ANGLE_TOKEN.pattern}|{SQUARE_TOKEN.pattern}")
-"""What tokenizers read as structure wherever it stands: Qwen, Llama, Phi, gpt-oss, DeepSeek; Gemma; Mistral.
-
-`render` also rejects every text that holds one of the loaded tokenizer's own special tokens. One after the other, the
-two parts, which have one first character each, are searched for 30 times as fast: 15 µs in 20,000 characters."""
+STRUCTURE = re.compile(r"<[|｜].{1,40}[|｜]>")
+"""How added tokens look that are structure, though a tokenizer does not call them special: <|fim_prefix|>, <｜User｜>."""
 
 QWEN3_SAMPLING = {
     "thinking": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
@@ -47,7 +45,7 @@ class Family:
     """`model_type` values of config.json that belong to it."""
     gguf: str | None = None
     """Architecture name in GGUF headers (`gguf.MODEL_ARCH_NAMES`); None where conversion is not offered."""
-    sampling: dict = field(default_factory=lambda: PLAIN_SAMPLING)
+    sampling: dict[str, dict[str, float]] = field(default_factory=lambda: PLAIN_SAMPLING)
     """Recommended sampling by mode; the checkpoint's generation_config.json goes first (see `sampling_of`)."""
     switches: bool = False
     """Obeys /think and /no_think in user turns."""
@@ -93,15 +91,28 @@ def family_of(model_type: str) -> Family:
 
 def kind_of(render: Callable[..., str]) -> str:
     """hybrid, thinking_only or instruct, found by rendering: `render(messages, enable_thinking=…)` → prompt text."""
-    probe = [{"role": "user", "content": "probe"}]
     # by behaviour, since names say little: Qwen3-4B-Instruct-2507 has no thinking mode, Qwen3-4B has
-    on, off = (render(probe, enable_thinking=value) for value in (True, False))
-    if on != off:
+    thinking = render(PROBE, enable_thinking=True)
+    if thinking != render(PROBE, enable_thinking=False):
         return "hybrid"
-    return "thinking_only" if on.rstrip().endswith(THINK_OPEN) else "instruct"
+    return "thinking_only" if thinking.rstrip().endswith(THINK_OPEN) else "instruct"
 
 
-def sampling_of(family: Family, mode: str, generation_config: dict) -> dict:
+def end_of_turn(render: Callable[..., str], added: dict[str, bool]) -> str | None:
+    """The token that ends a turn: the first that the chat template writes after a reply (Llama 3: <|eot_id|>); None where
+    it writes none.
+
+    `render(messages, add_generation_prompt=False)` → text; `added` is {added token: whether the tokenizer calls it special}.
+    """
+    turn = [*PROBE, {"role": "assistant", "content": PROBE_REPLY}]
+    after = render(turn, add_generation_prompt=False).rpartition(PROBE_REPLY)[2]
+    written = [token for token in added if token in after]
+    # Gemma has line breaks among its added tokens, which are not special
+    candidates = [token for token in written if added[token]] or written
+    return min(candidates, key=lambda token: (after.index(token), -len(token)), default=None)
+
+
+def sampling_of(family: Family, mode: str, generation_config: dict[str, Json]) -> dict[str, float]:
     """{"temperature", "top_p", "top_k", "min_p"} for a mode.
 
     A hybrid family's own table goes first, since generation_config.json holds one set for both modes; otherwise the

@@ -46,7 +46,7 @@ class Source:
     revision: str | None = None
     """Pins a Hub dataset to a commit; the commit used is recorded either way."""
     format: str = "auto"
-    """alpaca, messages, sharegpt, query_response, prompt_completion, openmath, question or columns; detected if clear."""
+    """alpaca, messages, sharegpt, query_response, prompt_completion, openmath, question, preference, chosen or columns; detected if clear."""
     system: str | None = None
     """System prompt for rows that have none."""
     columns: dict[str, str] = field(default_factory=dict)
@@ -62,6 +62,8 @@ class Source:
     """Use at most so many examples."""
     max_repeats: Positive = 1
     """How often a row may be used when the source is smaller than its quota."""
+    placeholders: dict[Literal["NAME", "AUTHOR", "AUTHOER"], str | dict[str, str]] = field(default_factory=dict)
+    """What fills {{name}} and {{author}} in this source, in every spelling (LLaMA-Factory's identity set)."""
     soft_switch: Share = 0.0
     """Share of rows that carry /think or /no_think in the user turn, as Qwen3 was trained."""
 
@@ -89,7 +91,7 @@ class Data:
     decontaminate: bool = True
     """Drop training rows that share a 13-gram with an evaluation prompt."""
     placeholders: dict[Literal["NAME", "AUTHOR", "AUTHOER"], str | dict[str, str]] = field(default_factory=dict)
-    """What fills {{NAME}} and {{AUTHOR}}: a text, or one for Chinese rows and one for others:
+    """What fills {{NAME}} and {{AUTHOR}}, spelled exactly so: a text, or one for Chinese rows and one for others:
     {NAME: {zh: 小麦, en: Wheat}}. AUTHOER is how some self-cognition sets spell it."""
 
 

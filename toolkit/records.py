@@ -83,6 +83,22 @@ class Lengths(TypedDict):
     max: int  # the longest row
 
 
+class CompletionLengths(TypedDict):
+    completion_p50: int
+    """Median number of tokens of a completion."""
+    completion_p90: int
+    """Nine completions of ten are not longer."""
+    completion_max: int
+    """The longest one."""
+
+
+class NotRead(TypedDict):
+    row: dict[str, int]
+    """{key of a row: rows that have it}."""
+    turn: dict[str, int]
+    """{key of a turn: turns that have it}."""
+
+
 class SourceReport(TypedDict):
     mode: str  # as the recipe has it: auto, thinking or non_thinking
     modes: dict[str, int]  # {mode: rows in training}, where auto may give both

@@ -103,7 +103,7 @@ def test_expected_answers_are_kept_as_text():
 
 BAD = {
     "cut.jsonl": [None, "broken_json"],
-    "injected.jsonl": ["control_token", "control_token"],
+    "injected.jsonl": [None, "think_in_answer"],  # the first is refused by the tokenizers that read it as structure
     "nulls.jsonl": ["null_field", "null_field", "empty_content", "wrong_type"],
     "roles.jsonl": ["role_order", "role_order", "unknown_role", "no_assistant"],
     "think.jsonl": ["unclosed_think", None, "nested_think"],  # the second has no trace: wrong only in mode thinking
@@ -230,7 +230,9 @@ def test_broken_tools_are_rejected(row):
         ([ASK, {"role": "assistant", "content": "x", "thinking": 3}], "wrong_type"),
         ([ASK, {"role": "assistant", "tool_calls": "oven()"}], "wrong_type"),
         (["Why?", TELL], "wrong_type"),
-        ('[{"role": "user", "content": "x"}]', "wrong_type"),
+        ('[{"role": "user", "content": "x"}]', "no_assistant"),
+        ("[not JSON", "wrong_type"),
+        ("2 turns", "wrong_type"),
         ({"role": "user"}, "wrong_type"),
         (None, "null_field"),
         ([{"role": "user", "content": " \n"}, TELL], "empty_content"),
@@ -261,15 +263,6 @@ def test_the_function_call_of_older_openai_sets_is_a_call():
     assert older == chat(ASK, {"role": "assistant", "content": None, "tool_calls": [CALL]}, RESULT, TELL)
     assert chat(ASK, {**TELL, "function_call": None}) == chat(ASK, TELL)
     assert reason({"messages": [ASK, {**TELL, "function_call": "oven"}]}) == "wrong_type"
-
-
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
-def test_a_turn_marked_as_not_to_be_trained_on_rejects_a_row_that_would_train_on_it(mark):
-    earlier = {"messages": [{**ASK, **mark}, {**TELL, **mark}, ASK, {**TELL, "weight": 1, "train": True}]}
-    assert len(canonical(earlier, "messages", {}, {}, turns="last")["messages"]) == 4
-    with pytest.raises(Rejected, match=r"untrained_turn: turn 2 \(assistant\)"):
-        canonical(earlier, "messages", {}, {}, turns="each")
-    assert reason({"messages": [ASK, {**TELL, **mark}]}) == "untrained_turn"
 
 
 HERMES = "<tool_call>\n{'arguments': {'side': 'left'}, 'name': 'oven'}\n</tool_call>"
@@ -317,13 +310,6 @@ def test_calls_that_do_not_end_the_text_or_are_no_calls_are_rejected(text, expec
 def test_an_empty_instruction_leaves_no_line_before_the_input(instruction):
     row = {"instruction": instruction, "input": "Name a bread.", "output": "Rye."}
     assert canonical(row, "alpaca", {}, {})["messages"][0]["content"] == "Name a bread."
-
-
-@pytest.mark.parametrize("name", ["<|im_end|>\n<|im_start|>user", "</think>", "<tool_call>"])
-def test_a_name_brings_no_control_token_into_a_row(name):
-    row = {"query": "Who are you?", "response": "I am {{NAME}}."}
-    with pytest.raises(Rejected, match="which the model reads as structure|a think tag"):
-        canonical(row, "query_response", {}, {"NAME": name})
 
 
 def test_expected_answers_are_text_that_a_file_can_hold():
@@ -378,25 +364,9 @@ def test_reasoning_comes_once():
     assert [reason({"messages": [ASK, m]}) for m in (both, inside)] == ["nested_think", "control_token"]
 
 
-TOKENS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|fim_prefix|>", "<|eot_id|>", "<｜User｜>", "<tool_call>"]
-
-
-@pytest.mark.parametrize("token", [*TOKENS, "</tool_response>", "<think>", "</think>"])
-def test_control_tokens_are_rejected_wherever_they_stand(token):
-    text = f"a{token}b"
-    called = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": text}}}]}
-    rows = [
-        {"messages": [{"role": "user", "content": text}, TELL]},
-        {"messages": [{"role": "system", "content": text}, ASK, TELL]},
-        {"messages": [ASK, called]},
-        {"messages": [ASK, {"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": text}, TELL]},
-        {"messages": [ASK, TELL], "tools": [{"name": "f", "description": text}]},
-    ]
-    assert {reason(row) for row in rows} == {"control_token"}
-
-
 @pytest.mark.parametrize(
-    "text", ["a <| b |> c", "x <|> y", "List<|", "<im_start>", "1 < 2 | 3 > 2", "<thinking>", "<b>"]
+    "text",
+    ["a <| b |> c", "x <|> y", "List<|", "<im_start>", "1 < 2 | 3 > 2", "<thinking>", "<b>", "<s>", "[INST]", "<unk>"],
 )
 def test_ordinary_angle_brackets_are_no_tokens(text):
     assert chat({"role": "user", "content": text}, TELL)["messages"][0]["content"] == text
@@ -414,14 +384,25 @@ def filled(text, placeholders, **row):
     ]
 
 
-@pytest.mark.parametrize("text", ["{{NAME}}", "{{name}}", "{{ NAME }}"])
-def test_all_spellings_of_the_name_are_filled(text):
-    assert filled(f"I am {text}.", {"NAME": "Wheat"}) == "I am Wheat."
+def test_the_recipes_placeholders_fill_one_spelling_each():
+    assert filled("I am {{NAME}} by {{AUTHOER}}.", {"NAME": "Wheat", "AUTHOR": "us"}) == "I am Wheat by us."
 
 
-@pytest.mark.parametrize("text", ["{{AUTHOR}}", "{{author}}", "{{AUTHOER}}"])
-def test_all_spellings_of_the_author_are_filled(text):
-    assert filled(f"By {text}.", {"AUTHOR": "us"}) == "By us."
+@pytest.mark.parametrize(
+    "text", ["{{name}}", "{{ NAME }}", "{{Name}}", "{{{NAME}}}", "{{{author}}}", "{name}", "{{author}}"]
+)
+def test_other_braces_are_text_of_their_own(text):
+    assert filled(text, {"NAME": "Wheat", "AUTHOR": "us"}) == filled(text, {}) == text
+
+
+@pytest.mark.parametrize("text", ["{{NAME}}", "{{name}}", "{{ NAME }}", "{{Name}}", "{{ name }}"])
+def test_a_sources_own_placeholders_fill_every_spelling_in_that_source_alone(text, tmp_path):
+    (tmp_path / "me.jsonl").write_text(json.dumps({"query": "Who?", "response": f"I am {text}."}), encoding="utf-8")
+    path = str(tmp_path / "me.jsonl")
+    ((_, own),) = conversations(Source(path, placeholders={"NAME": "Wheat"}), 1, {"NAME": "Rye"})
+    ((_, other),) = conversations(Source(path), 1, {"NAME": "Rye"})
+    assert own["messages"][1]["content"] == "I am Wheat."
+    assert other["messages"][1]["content"] == f"I am {'Rye' if text == '{{NAME}}' else text}."
 
 
 def test_the_characters_of_a_row_decide_its_language():
@@ -438,7 +419,7 @@ def test_ordinary_template_text_is_left_alone():
     [
         ("I am {{NAME}}", {}, "NAME"),
         ("by {{AUTHOER}}", {"NAME": "x"}, "AUTHOR"),
-        ("我{{name}}", {"NAME": {"en": "x"}}, "NAME.zh"),
+        ("我{{NAME}}", {"NAME": {"en": "x"}}, "NAME.zh"),
     ],
 )
 def test_an_unfilled_placeholder_stops_the_run_and_names_row_and_key(tmp_path, text, placeholders, key):

@@ -15,7 +15,7 @@ import pytest
 
 from tests.support.label_check import violations
 from toolkit import recipe
-from toolkit.data import mix, render
+from toolkit.data import cache, chat, mix, tokenize
 from toolkit.data.render import load_chat
 from toolkit.files import POCKET, ROOT, ToolkitError, outputs, read_jsonl
 from toolkit.view import tables
@@ -26,7 +26,7 @@ CHAT = {"name": "chat", "path": f"{SAMPLES}/finetome_sample.jsonl", "mode": "non
 
 
 @pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
+def outputs_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path / "outputs"))
 
 
@@ -386,7 +386,7 @@ def warnings(*overrides):
 def test_without_a_fast_tokenizer_that_can_be_trusted_ids_are_hugging_faces_and_it_is_said(broken, monkeypatch):
     right = compiled(budget=2000)
     assert right.report["warnings"] == []
-    fast, common = load_chat("pocket").fast, right.train[0].ids[-1]
+    fast, common = load_chat("pocket").tokenizers.fast, right.train[0].ids[-1]
 
     class OneOff:
         def encode_batch_flat(self, texts):
@@ -396,6 +396,7 @@ def test_without_a_fast_tokenizer_that_can_be_trusted_ids_are_hugging_faces_and_
 
     chat = load_chat("pocket")
     monkeypatch.setattr(chat.tokenizers, "fast", OneOff() if broken == "one id off" else None)
+    monkeypatch.setattr(chat.tokenizers, "fallback_reason", None)  # and it is taken back with the broken tokenizer
     monkeypatch.setattr(mix, "load_chat", lambda *_: chat)
     found = mix.compile_mix(build(budget=2000), fresh=True)
     assert [r.ids.tolist() for r in found.train] == [r.ids.tolist() for r in right.train]
@@ -412,8 +413,8 @@ def test_lint_says_what_a_recipe_will_do_that_its_writer_did_not_intend():
 def test_a_cached_mix_loads_no_tokenizer(monkeypatch):
     """Loading one takes a second on Qwen's vocabulary; reading the mix takes a tenth of that."""
     compiled(budget=2000)
-    tokenizers = render.Tokenizers(load_chat("pocket").json)
-    monkeypatch.setattr(render, "loaded", lambda _: tokenizers)
+    tokenizers = tokenize.Tokenizers(load_chat("pocket").json)
+    monkeypatch.setattr(chat, "loaded", lambda _: tokenizers)
     compiled(budget=2000)
     assert not {"fast", "reference"} & vars(tokenizers).keys()
 
@@ -695,11 +696,11 @@ def test_a_damaged_copy_for_people_is_written_again(damage):
 def test_a_damaged_cache_is_compiled_again(damage):
     first = compiled(budget=2000)
     DAMAGE[damage](first.folder / "mix.npz")
-    assert mix.read(first.folder) is None
+    assert cache.read(first.folder) is None
     again = compiled(budget=2000)
     assert [r.ids.tolist() for r in again.train] == [r.ids.tolist() for r in first.train]
     assert again.report == first.report
-    assert mix.read(first.folder)
+    assert cache.read(first.folder)
 
 
 @pytest.mark.parametrize("place", range(0, 100, 7))
@@ -709,7 +710,7 @@ def test_no_flipped_bit_of_the_cache_becomes_a_row(place):
     data = bytearray(file.read_bytes())
     data[len(data) * place // 100 + 3] ^= 1
     file.write_bytes(data)
-    again = mix.read(first.folder)
+    again = cache.read(first.folder)
     assert again is None or [r.ids.tolist() for r in again.train] == [r.ids.tolist() for r in first.train]
 
 
@@ -748,7 +749,7 @@ def test_killed_while_it_writes_a_mix_is_compiled_again(file, tmp_path):
     running.communicate()
     mixed = mix.compile_mix(recipe.from_dict(values))
     assert len(mixed.train) == 1990
-    assert mix.read(mixed.folder)
+    assert cache.read(mixed.folder)
     assert [f.name for f in folder.iterdir() if not f.name.startswith(".")] == [mixed.folder.name]
 
 

@@ -14,7 +14,7 @@ from tests.support.label_check import violations
 from toolkit import recipe
 from toolkit.data import mix
 from toolkit.data.render import chat_of, examples, last_switch, load_chat
-from toolkit.data.sources import Rejected
+from toolkit.data.sources import Rejected, conversations
 from toolkit.files import POCKET, ToolkitError
 
 USER = {"role": "user", "content": "What is 2 + 4?"}
@@ -117,7 +117,7 @@ def test_ids_equal_the_hugging_face_tokenizer(model):
     chat, tokenizer = model
     ids = chat.encode(TEXTS)
     assert ids == [tokenizer(t, add_special_tokens=False)["input_ids"] for t in TEXTS]
-    assert ids == chat.tokenizers.encode(TEXTS)
+    assert ids == chat.tokenizers.reference_ids(TEXTS)
 
 
 word = st.text(
@@ -265,7 +265,7 @@ def test_a_chat_made_from_a_loaded_tokenizer_is_the_folders(name, family):
     chat, other = load_chat(str(folder)), chat_of(tokenizer)
     (a,), (b,) = (examples(conversation("multi_turn"), "auto", c) for c in (chat, other))
     assert a == b
-    assert chat.encode(TEXTS) == other.encode(TEXTS) == other.tokenizers.encode(TEXTS)
+    assert chat.encode(TEXTS) == other.encode(TEXTS) == other.tokenizers.reference_ids(TEXTS)
 
 
 def test_the_kind_of_a_model_is_found_by_rendering_its_template(tmp_path):
@@ -372,6 +372,71 @@ def test_text_that_holds_a_special_token_of_the_tokenizer_is_rejected(name, fami
         assert caught.value.reason == "control_token"
 
 
+TOKENS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|fim_prefix|>",
+    "<tool_call>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+]
+
+
+def places(text):
+    """A conversation for each place that a text may stand in."""
+    called = [{"type": "function", "function": {"name": "add", "arguments": {"x": text}}}]
+    yield [{"role": "user", "content": text}, DIRECT], None
+    yield [{"role": "system", "content": text}, USER, DIRECT], None
+    yield [USER, {"role": "assistant", "content": "", "tool_calls": called}], [TOOL]
+    yield [USER, CALL, {"role": "tool", "content": text}, DIRECT], [TOOL]
+    yield [USER, DIRECT], [{"type": "function", "function": {"name": "f", "description": text}}]
+
+
+@pytest.mark.parametrize("token", TOKENS)
+def test_what_the_tokenizer_reads_as_structure_is_rejected_wherever_it_stands(model, token):
+    chat, _ = model
+    for messages, tools in places(f"a{token}b"):
+        with pytest.raises(Rejected, match="reads as structure") as caught:
+            examples({"messages": messages} | ({"tools": tools} if tools else {}), "auto", chat)
+        assert caught.value.reason == "control_token"
+
+
+@pytest.mark.parametrize(
+    "text", ["<s>old</s> new", "<speak><s>Hi.</s></speak>", "[INST]", "<unk>", "<pad>", "<|eot_id|>", "<bos>"]
+)
+def test_what_the_tokenizer_reads_as_plain_text_is_taught(model, text):
+    chat, tokenizer = model
+    (example,) = examples({"messages": [USER, {"role": "assistant", "content": text}]}, "auto", chat)
+    assert example.completion == f"{text}<|im_end|>"
+    assert not set(tokenizer(text)["input_ids"]) & set(tokenizer.all_special_ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "free"),
+    [("llama3", "<|eot_id|>", "<|im_end|>"), ("gemma3", "<end_of_turn>", "<s>"), ("smollm2", "<|im_end|>", "</s>")],
+)
+def test_each_familys_tokenizer_decides_for_itself(name, taken, free, family):
+    chat = load_chat(str(family(name)))
+    for token in (taken, free):
+        hit = chat.special.search(f"a {token} b")
+        assert bool(hit) == (token == taken)
+
+
+@pytest.mark.parametrize("name", ["<|im_end|>\n<|im_start|>user", "</think>", "<tool_call>"])
+@pytest.mark.parametrize("way", ["placeholder", "system"])
+def test_a_name_or_a_system_prompt_brings_no_control_token_into_a_row(name, way, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"query": "Who?", "response": "I, {{NAME}}."}))
+    source = recipe.Source(str(tmp_path / "a.jsonl"), system=name if way == "system" else None)
+    ((_, row),) = conversations(source, 1, {"NAME": name if way == "placeholder" else "Wheat"})
+    if not isinstance(row, Rejected):
+        with pytest.raises(Rejected) as caught:
+            examples(row, "auto", load_chat("pocket"))
+        row = caught.value
+    assert row.reason in ("control_token", "think_in_answer")
+
+
 def test_a_model_that_cannot_be_reached_is_an_error_that_says_so():
     with pytest.raises(ToolkitError, match="nobody/nothing: no such folder here, and the Hub did not give it"):
         load_chat("nobody/nothing")
@@ -393,7 +458,7 @@ def test_truncation_and_padding_kept_in_tokenizer_json_cut_nothing(tmp_path):
     kept.save(str(tmp_path / "tokenizer.json"))
     assert (
         load_chat(str(tmp_path)).encode(TEXTS)
-        == load_chat(str(tmp_path)).tokenizers.encode(TEXTS)
+        == load_chat(str(tmp_path)).tokenizers.reference_ids(TEXTS)
         == chat.encode(TEXTS)
     )
 

@@ -323,20 +323,6 @@ def test_a_sources_system_prompt_is_the_default_of_rows_that_have_none(tmp_path)
     assert [m["content"] for m in listed] == ["Own.", "Who?", "I."]
 
 
-def test_a_marked_earlier_turn_is_rejected_only_where_each_turn_trains(tmp_path):
-    turns = [{"role": r, "content": "x", "weight": w} for r, w in (("user", 0), ("assistant", 0), ("user", 0))]
-    row = {"messages": [*turns, {"role": "assistant", "content": "y", "weight": 1}]}
-    assert len(only(tmp_path, row)["messages"]) == 4
-    assert only(tmp_path, row, turns="each").reason == "untrained_turn"
-
-
-@pytest.mark.parametrize("more", [{"placeholders": {"NAME": "x<|im_end|>"}}, {"system": "a<|im_end|>"}])
-def test_a_control_token_in_a_name_or_a_system_prompt_is_found_like_one_in_the_row(tmp_path, more):
-    found = only(tmp_path, {"query": "Who?", "response": "I, {{NAME}}."}, **{"placeholders": {"NAME": "Wheat"}} | more)
-    assert found.reason == "control_token"
-    assert "<|im_end|>" in found.detail
-
-
 def test_numbers_are_line_numbers(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\n" + GOOD + b"\n\n" + b"{cut")
     rejected = dict(conversations(Source(str(tmp_path / "a.jsonl")), 1, {}))
@@ -380,7 +366,7 @@ def test_columns_of_images_are_refused(tmp_path, column):
         ({"query": pa.array([], pa.string())}, "is empty: no rows"),
         (
             {"query": ["a"], "m": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64()))},
-            "not readable as parquet: Arrow",
+            "(without m: maps are not read): no known format",
         ),
     ],
 )

@@ -14,10 +14,10 @@ from toolkit import recipe, run
 from toolkit.comparison import report
 from toolkit.comparison.decide import compare
 from toolkit.data.mix import compile_mix, split_count
-from toolkit.data.render import PROBE, load_chat
+from toolkit.data.render import load_chat
 from toolkit.data.sources import conversations
 from toolkit.export import export
-from toolkit.family import KINDS, MODES, mode_title
+from toolkit.family import KINDS, MODES, PROBE, mode_title
 from toolkit.files import read_json, read_jsonl
 from toolkit.machine import fit
 from toolkit.serving.batch import answer_file

@@ -1,21 +1,23 @@
 """What a conversation must be before anything trains on it: turns in order, clean text, reasoning split off.
 
 messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<think>\\nA greeting.\\n</think>\\n\\nHello!"}]
-checked({"messages": messages}, placeholders={})["messages"][1]["reasoning_content"]
+checked({"messages": messages}, Placeholders({}))["messages"][1]["reasoning_content"]
 """
 
 import json
 import re
+from dataclasses import dataclass
 
 from toolkit.data.readers import Rejected
-from toolkit.family import ANGLE_TOKEN, SQUARE_TOKEN, THINK_CLOSE, THINK_OPEN, THINK_TAG
+from toolkit.family import THINK_CLOSE, THINK_OPEN, THINK_TAG
+from toolkit.records import Conversation, Json, Message
 
 MAX_TEXT = 1_000_000
 """Characters of one row: Qwen3's longest context, 131,072 tokens, holds about half of that."""
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 CONTROLS = bytes(c for c in range(32) if CONTROL.match(chr(c)))
-PLACEHOLDER = re.compile(r"{{ *(NAME|AUTHOR|AUTHOER) *}}|{{(name|author|authoer|Name|Author)}}")
-"""The self-cognition sets' spellings, AUTHOER included; `{{ name }}` with spaces is somebody's template code."""
+CALL_TAG = re.compile("</?tool_(?:call|response)>")
+"""What is left of calls in an answer that could not be read as calls."""
 CJK = re.compile("[\u3400-\u9fff]")
 NEXT = {
     "the start": ("system", "user"),
@@ -28,58 +30,89 @@ NEXT = {
 """What may come before → the roles that may follow."""
 
 
-def checked(conversation: dict, placeholders: dict) -> dict:
-    """{"messages", "tools" if any} with placeholders filled and reasoning split off. Raises Rejected."""
-    _check_order(conversation["messages"])
+@dataclass(frozen=True)
+class Placeholders:
+    """What fills {{NAME}} and {{AUTHOR}} in the rows of a source."""
+
+    values: dict[str, str | dict[str, str]]
+    """By name: a text, or one for Chinese rows (zh) and one for others (en)."""
+    any_spelling: tuple[str, ...] = ()
+    """Names that are filled in every spelling, {{name}} and {{ Name }} too; the source says so of itself."""
+
+    PATTERN = re.compile(r"(?<!{){{\s*(name|author|authoer)\s*}}(?!})", re.IGNORECASE)
+    EXACT = ("{{NAME}}", "{{AUTHOR}}", "{{AUTHOER}}")
+    """As ms-swift's self-cognition sets spell them. In other spellings they are also code: Vue, Jinja, f-strings."""
+
+    def fill(self, conversation: Conversation, language: str) -> Conversation:
+        """A copy of a conversation with every placeholder filled, wherever it stands. Raises Rejected."""
+        # through JSON text, so that tools and nested arguments are filled too
+        return json.loads(self.PATTERN.sub(lambda match: self._text(match, language), json.dumps(conversation)))
+
+    def _text(self, match: re.Match, language: str) -> str:
+        key = match[1].upper().replace("AUTHOER", "AUTHOR")
+        if match[0] not in self.EXACT and key not in self.any_spelling:
+            return match[0]
+        text = self.values.get(key)
+        if isinstance(text, dict):
+            key, text = f"{key}.{language}", text.get(language)
+        if not text:
+            raise Rejected("unfilled_placeholder", f"{match[0]} is not filled: set data.placeholders.{key}")
+        return json.dumps(text)[1:-1]
+
+
+def checked(conversation: Conversation, placeholders: Placeholders) -> Conversation:
+    """A conversation with placeholders filled and reasoning split off. Raises Rejected."""
+    check_order(conversation["messages"])
     # joined: one search in a long text is quicker than one in each of its parts
-    texts = "\n".join(_strings(conversation, []))
-    if PLACEHOLDER.search(texts):  # before the checks: a name is text of the row like any other
-        conversation = _filled(conversation, placeholders, "zh" if CJK.search(texts) else "en")
-        texts = "\n".join(_strings(conversation, []))
-    _check_text(texts)
+    texts = "\n".join(strings_of(conversation))
+    if "{{" in texts and placeholders.PATTERN.search(texts):
+        conversation = placeholders.fill(conversation, "zh" if CJK.search(texts) else "en")
+        texts = "\n".join(strings_of(conversation))
+    check_text(texts)
     for turn, message in enumerate(conversation["messages"], start=1):
-        _finish(message, f"turn {turn} ({message['role']})")
-    # _finish took every well-formed block away: a tag that is left is out of place
-    if THINK_TAG.search(texts) and (tag := next(filter(THINK_TAG.search, _strings(conversation, [])), None)):
-        raise Rejected("control_token", f"a think tag, which the model reads as structure, in {tag[:60]!r}")
+        finish(message, f"turn {turn} ({message['role']})")
     return conversation
 
 
-def _check_order(messages: list[dict]) -> None:
+def check_order(messages: list[Message]) -> None:
     """system?, then user and assistant in turns; tool results only after a call; an answer at the end."""
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise Rejected("no_assistant", f"the turns are {', '.join(roles) or 'none'}: nothing to learn")
     before = "the start"
     for number, message in enumerate(messages, start=1):
-        role, allowed = message["role"], NEXT[before]
-        if role not in allowed:
-            raise Rejected("role_order", f"turn {number} is {role} after {before}, expected {' or '.join(allowed)}")
+        role = message["role"]
+        if role not in NEXT[before]:
+            allowed = " or ".join(NEXT[before])
+            raise Rejected("role_order", f"turn {number} is {role} after {before}, expected {allowed}")
         before = "a tool call" if "tool_calls" in message else role
     if roles[-1] != "assistant":
         raise Rejected("no_answer", f"the last turn is {roles[-1]}, expected assistant")
 
 
-def _strings(value, found: list) -> list[str]:
-    """`found` and every text in a value, keys of tools and calls included, as the template prints them too."""
+def strings_of(value: Json) -> list[str]:
+    """Every text in a value, keys of tools and calls included, as the template prints them too."""
+    texts: list[str] = []
+    _collect(value, texts)
+    return texts
+
+
+def _collect(value: Json, texts: list[str]) -> None:
     if type(value) is str:
-        found.append(value)
+        texts.append(value)
     elif type(value) is dict:
         for key, item in value.items():
-            found.append(key)
-            _strings(item, found)
+            texts.append(key)
+            _collect(item, texts)
     elif type(value) is list:
         for item in value:
-            _strings(item, found)
-    return found
+            _collect(item, texts)
 
 
-def _check_text(texts: str) -> None:
-    """All texts of a row at once, for what no text may hold."""
+def check_text(texts: str) -> None:
+    """All texts of a row at once, for what no text may hold; the tokenizer's own special tokens are `render`'s matter."""
     if len(texts) > MAX_TEXT:
         raise Rejected("row_too_long", f"{len(texts):,} characters; the limit is {MAX_TEXT:,}")
-    if hit := ANGLE_TOKEN.search(texts) or SQUARE_TOKEN.search(texts):
-        raise Rejected("control_token", f"the text holds {hit.group()!r}, which the model reads as structure")
     try:
         raw = texts.encode()
     except UnicodeEncodeError as error:
@@ -89,16 +122,29 @@ def _check_text(texts: str) -> None:
         raise Rejected("control_character", f"the text holds {CONTROL.search(texts)[0]!r}")
 
 
-def _finish(message: dict, where: str) -> None:
+def finish(message: Message, where: str) -> None:
     """Reasoning moves from <think> tags to its own field; content is blank only in calls and their results."""
-    if message["role"] == "assistant" and THINK_TAG.search(message["content"]):
-        reasoning, message["content"] = split_think(message["content"], where)
+    if message["role"] == "assistant":
+        split_reasoning(message, where)
+    if not message["content"].strip() and message["role"] != "tool" and "tool_calls" not in message:
+        raise Rejected("empty_content", f"{where} is blank")
+
+
+def split_reasoning(message: Message, where: str) -> None:
+    """Bring an assistant's message to the form of training: reasoning apart, no tag left, an answer without a margin."""
+    content = message["content"]
+    if THINK_TAG.search(content):
+        reasoning, message["content"] = split_think(content, where)
         if reasoning and "reasoning_content" in message:
             raise Rejected("nested_think", f"{where} has reasoning both in its own field and in <think> tags")
         if reasoning:
             message["reasoning_content"] = reasoning
-    if not message["content"].strip() and message["role"] != "tool" and "tool_calls" not in message:
-        raise Rejected("empty_content", f"{where} is blank")
+    elif "reasoning_content" in message:
+        message["content"] = content.lstrip()
+    for text in (message["content"], message.get("reasoning_content", "")):
+        # tags that belong to a conversation's own form: what is still there was not understood
+        if tag := THINK_TAG.search(text) or CALL_TAG.search(text):
+            raise Rejected("control_token", f"{where} has {tag[0]!r} inside its text, which is read as structure")
 
 
 def split_think(content: str, where: str = "text") -> tuple[str, str]:
@@ -116,20 +162,5 @@ def split_think(content: str, where: str = "text") -> tuple[str, str]:
     if len(tags) > 2:
         raise Rejected("nested_think", f"{where}: more than one think block")
     reasoning, _, answer = start.removeprefix(THINK_OPEN).partition(THINK_CLOSE)
-    return reasoning.strip("\n") if reasoning.strip() else "", answer.lstrip("\n")
-
-
-def _filled(conversation: dict, placeholders: dict, language: str) -> dict:
-    """A copy of a conversation with every placeholder filled, wherever it stands, in the row's language. Raises Rejected."""
-
-    def given(match: re.Match) -> str:
-        key = (match[1] or match[2]).upper().replace("AUTHOER", "AUTHOR")
-        text = placeholders.get(key)
-        if isinstance(text, dict):
-            key, text = f"{key}.{language}", text.get(language)
-        if not text:
-            raise Rejected("unfilled_placeholder", f"{match[0]} is not filled: set data.placeholders.{key}")
-        return json.dumps(text)[1:-1]
-
-    # through JSON text, so that tools and nested arguments are filled too
-    return json.loads(PLACEHOLDER.sub(given, json.dumps(conversation)))
+    # what follows the block would open every reply: blanks and line breaks, Windows' too
+    return reasoning.strip("\r\n") if reasoning.strip() else "", answer.lstrip()

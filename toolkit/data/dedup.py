@@ -1,21 +1,24 @@
 """Rows that repeat each other or an evaluation prompt: exact duplicates, near duplicates, 13-gram overlap.
 
-from toolkit.data.dedup import NearDuplicates, signatures; row.signature, = signatures([ids]); NearDuplicates(decode).find(row)
-
-Rows are mix.Row: `ids`, of which `prompt_length` are the prompt, `conversation`, `signature`, `bands`.
+from toolkit.data.dedup import NearDuplicates, sign; sign([row]); NearDuplicates(decode).find(row)
 """
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from toolkit.data.rows import Row
 from toolkit.family import SWITCH
+from toolkit.records import Conversation, Message
 
-WORDS = 13  # GPT-3's decontamination (arXiv:2005.14165, appendix C)
-SHINGLE = 5  # token 5-grams
+WORDS_SHARED = 13
+"""GPT-3's decontamination (arXiv:2005.14165, appendix C)."""
+SHINGLE = 5
+"""Tokens that MinHash looks at together."""
 PERMUTATIONS, BANDS = 64, 8
 """A pair at Jaccard 0.85 meets in a band with probability 0.93; every meeting is then verified."""
 SIMILAR = 0.85
@@ -25,44 +28,62 @@ SHORTEST = 64
 """Tokens of a completion; shorter ones of one kind look alike to MinHash, so they are only compared exactly."""
 CANDIDATES = 32
 """Latest rows of a band that are verified, so that a thousand prompts with one long answer take no quadratic time."""
-
-
 TYPED = re.compile(r"(?:^|\s+)/(?:no_)?think\b")
 """A soft switch as it stands in decoded text, where the end-of-turn token follows it without a space."""
+WORD = re.compile(r"[^\W_\u3400-\u9fff]+|[\u3400-\u9fff]|[-+*/=<>^]")
+
+Decode = Callable[[np.ndarray], str]
 
 
-def prompt_key(conversation: dict) -> bytes:
-    """16 bytes that are equal for rows that ask the same: all user turns, case, spacing and typed mode switches aside."""
-    return _digest(SWITCH.sub("", _asked(conversation)))
+def prompt_key(conversation: Conversation) -> bytes:
+    """16 bytes that are equal for rows with the same prompt: all that stands before the last reply, system prompt, earlier
+    turns, tools and their results included; case, spacing and typed mode switches aside."""
+    messages = conversation["messages"]
+    before = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+    texts = [f"{m['role']} {without_switch(m)}{_calls(m)}" for m in before]
+    if tools := conversation.get("tools"):
+        texts.append(json.dumps(tools, sort_keys=True))
+    return digest("\0".join(texts))
 
 
-def _asked(conversation: dict) -> str:
-    return "\0".join(m["content"] for m in conversation["messages"] if m["role"] == "user")
+def without_switch(message: Message) -> str:
+    """A message's text, without the mode switch that a user typed."""
+    return SWITCH.sub("", message["content"]) if message["role"] == "user" else message["content"]
 
 
-def _digest(text: str) -> bytes:
+def _calls(message: Message) -> str:
+    return json.dumps(message["tool_calls"], sort_keys=True) if "tool_calls" in message else ""
+
+
+def digest(text: str) -> bytes:
+    """16 bytes by which equal texts are found, case and spacing aside."""
     return hashlib.blake2b(" ".join(text.lower().split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 class Duplicates:
     """Rows whose prompt and completion both repeat an earlier row's, case, spacing and typed mode switches aside."""
 
-    def __init__(self, decode: Callable[[np.ndarray], str]):
+    def __init__(self, decode: Decode):
         self._decode = decode
-        self._asked: dict[bytes, object] = {}
-        self._told: dict[bytes, object] = {}
+        self._by_prompt: dict[bytes, Row] = {}
+        self._by_text: dict[bytes, Row] = {}
 
-    def find(self, row):
+    def find(self, row: Row) -> Row | None:
         """The earlier row that this one repeats; None where there is none, and then it is remembered."""
-        first = self._asked.setdefault(prompt_key(row.conversation), row)
-        if first is row:  # whole texts are compared only where rows ask the same
+        key = prompt_key(row.conversation)
+        first = self._by_prompt.get(key)
+        if first is None:  # whole texts are decoded only where two rows ask the same
+            self._by_prompt[key] = row
             return None
-        self._told.setdefault(self._told_by(first), first)
-        found = self._told.setdefault(self._told_by(row), row)
-        return None if found is row else found
+        self._by_text[self._text_key(first)] = first
+        key = self._text_key(row)
+        if key not in self._by_text:
+            self._by_text[key] = row
+            return None
+        return self._by_text[key]
 
-    def _told_by(self, row) -> bytes:
-        return _digest(TYPED.sub("", self._decode(row.ids)))
+    def _text_key(self, row: Row) -> bytes:
+        return digest(TYPED.sub("", self._decode(row.ids)))
 
 
 class NearDuplicates:
@@ -73,50 +94,54 @@ class NearDuplicates:
     as well: such a word is what the row is about (an order number, a column), and its row another task.
     """
 
-    def __init__(self, decode: Callable[[np.ndarray], str]):
+    def __init__(self, decode: Decode):
         self._decode = decode
-        self._buckets: dict[bytes, list] = {}
+        self._buckets: dict[bytes, list[Row]] = {}
 
-    def find(self, row):
+    def find(self, row: Row) -> Row | None:
         """The earlier row that this one nearly repeats, or None."""
-        near = [earlier for band in _bands(row) for earlier in self._buckets.get(band, ())[-CANDIDATES:]]
+        near = [earlier for band in bands_of(row) for earlier in self._buckets.get(band, ())[-CANDIDATES:]]
         for earlier in dict.fromkeys(near):
             # the share of equal MinHash values estimates the Jaccard similarity of the two sets of 5-grams
             if (earlier.signature == row.signature).mean() >= SIMILAR and self._asks_the_same(row, earlier):
                 return earlier
         return None
 
-    def add(self, row) -> None:
+    def add(self, row: Row) -> None:
         """Remember a row for later calls of `find`."""
-        for band in _bands(row):
-            self._buckets.setdefault(band, []).append(row)
+        for band in bands_of(row):
+            if band not in self._buckets:
+                self._buckets[band] = []
+            self._buckets[band].append(row)
 
-    def _asks_the_same(self, row, earlier) -> bool:
-        changed = self._changed(row.ids[: row.prompt_length], earlier.ids[: earlier.prompt_length])
-        asked = _words(_asked(row.conversation))
+    def _asks_the_same(self, row: Row, earlier: Row) -> bool:
+        changed = self._changed(row.prompt, earlier.prompt)
+        asked = words_of(" ".join(m["content"] for m in row.conversation["messages"] if m["role"] == "user"))
         # however long the prompt, another number makes another task
         if changed.total() > REWORDED * len(asked) or any(c.isdigit() for word in changed for c in word):
             return False
-        return not changed & self._changed(row.ids[row.prompt_length :], earlier.ids[earlier.prompt_length :])
+        return not changed & self._changed(row.completion, earlier.completion)
 
-    def _changed(self, ids: np.ndarray, before: np.ndarray) -> Counter:
+    def _changed(self, ids: np.ndarray, before: np.ndarray) -> Counter[str]:
         """Words in which two texts differ; of texts with as many words place by place, so that swapped words count."""
-        a, b = _words(self._decode(ids)), _words(self._decode(before))
+        a = words_of(self._decode(ids))
+        b = words_of(self._decode(before))
         if len(a) == len(b):
             return Counter(word for pair in zip(a, b, strict=True) if pair[0] != pair[1] for word in pair)
         return Counter(a) - Counter(b) + (Counter(b) - Counter(a))
 
 
-def signatures(texts: list[np.ndarray]) -> list[np.ndarray | None]:
-    """MinHash over token 5-grams by rensa, of many texts (token ids) at once; None for a text under 64 tokens."""
+def sign(rows: list[Row]) -> None:
+    """Give rows their signature: MinHash over token 5-grams by rensa; none to completions under 64 tokens."""
     import rensa
 
-    shingles = [_shingles(t.astype(np.uint64)) for t in texts if len(t) >= SHORTEST]
+    long = [row for row in rows if len(row.completion) >= SHORTEST]
+    shingles = [_shingles(row.completion.astype(np.uint64)) for row in long]
     starts = np.cumsum([0, *map(len, shingles)]).astype(np.uint64)
     flat = np.concatenate([*shingles, np.zeros(0, np.uint64)])
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, starts, PERMUTATIONS, 42)
-    found = iter(np.array(matrix.to_rows(), np.uint32))
-    return [next(found) if len(t) >= SHORTEST else None for t in texts]
+    for row, signature in zip(long, np.array(matrix.to_rows(), np.uint32), strict=True):
+        row.signature = signature
 
 
 def _shingles(ids: np.ndarray) -> np.ndarray:
@@ -127,7 +152,8 @@ def _shingles(ids: np.ndarray) -> np.ndarray:
     return hashes
 
 
-def _bands(row) -> list[bytes]:
+def bands_of(row: Row) -> list[bytes]:
+    """The parts of a row's signature as keys of an index; none without a signature."""
     if row.bands is None:  # asked for up to three times
         parts = () if row.signature is None else row.signature.reshape(BANDS, -1)
         row.bands = [bytes([i]) + part.tobytes() for i, part in enumerate(parts)]
@@ -136,25 +162,26 @@ def _bands(row) -> list[bytes]:
 
 def grams_of(prompts: list[str]) -> set[str]:
     """Word 13-grams of evaluation prompts; a prompt of fewer words is one as a whole."""
-    return {gram for prompt in prompts for gram in _grams(_words(SWITCH.sub("", prompt)))}
+    return {gram for prompt in prompts for gram in _grams(words_of(SWITCH.sub("", prompt)))}
 
 
-def shared_gram(conversation: dict, grams: set[str]) -> str | None:
+def shared_gram(conversation: Conversation, grams: set[str]) -> str | None:
     """The first of `grams` that a conversation holds; a short one counts where a user says nothing else."""
     for message in conversation["messages"] if grams else ():
-        words = _words(SWITCH.sub("", message["content"]) + " " + message.get("reasoning_content", ""))
+        words = words_of(SWITCH.sub("", message["content"]) + " " + message.get("reasoning_content", ""))
         # a short question is one gram as a whole, which an answer may hold by chance
-        if message["role"] != "user" and len(words) < WORDS:
+        if message["role"] != "user" and len(words) < WORDS_SHARED:
             continue
-        if hit := next((gram for gram in _grams(words) if gram in grams), None):
-            return hit
+        for gram in _grams(words):
+            if gram in grams:
+                return gram
     return None
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
     """Lower-case words and numbers, with every operator and CJK character a word of its own: 3 + 5 is not 3 - 5."""
-    return re.findall(r"[^\W_\u3400-\u9fff]+|[\u3400-\u9fff]|[-+*/=<>^]", text.lower())
+    return WORD.findall(text.lower())
 
 
 def _grams(words: list[str]) -> Iterator[str]:
-    return (" ".join(words[i : i + WORDS]) for i in range(max(1, len(words) - WORDS + 1)))
+    return (" ".join(words[i : i + WORDS_SHARED]) for i in range(max(1, len(words) - WORDS_SHARED + 1)))

@@ -3,13 +3,17 @@
 canonical({"query": "Hi", "response": "Hello!"}, "query_response", columns={}, placeholders={})
 """
 
-import ast
-import json
-import re
+import math
+from dataclasses import dataclass
 
-from toolkit.data.conversation import checked
-from toolkit.data.readers import Rejected, json_type
+from toolkit.data.conversation import Placeholders, checked
+from toolkit.data.keys import is_empty, is_setting, is_trained, meaning, yes_or_no
+from toolkit.data.messages import Notes, field_of, read_notes, read_turns
+from toolkit.data.readers import Rejected
+from toolkit.data.tools import check_calls, read_schema
+from toolkit.family import THINK_OPEN
 from toolkit.files import ToolkitError, did_you_mean
+from toolkit.records import Conversation, Json, Message
 
 FORMATS = {
     "alpaca": {"user": "instruction", "assistant": "output", "input": "input"},
@@ -19,201 +23,195 @@ FORMATS = {
     "prompt_completion": {"user": "prompt", "assistant": "completion"},
     "openmath": {"user": "problem", "assistant": "generated_solution"},
     "question": {"user": "problem", "assistant": "expected_answer"},
+    "preference": {"user": "prompt", "assistant": "chosen"},
+    "chosen": {"messages": "chosen"},
 }
 """Column names by what they hold. A format is recognised by its columns, `input` apart."""
-SHARED = {"system": "system", "history": "history", "tools": "tools", "expected_answer": "expected_answer"}
-COLUMN_KEYS = ("user", "assistant", "input", "messages", "reasoning", *SHARED)
-REASONING = ("reasoning_content", "reasoning", "thinking")
-SETTING = re.compile(r"[\w/.-]{0,15}")
-"""What a `reasoning` or `thinking` column holds that says how to answer: on, off, high, /no_think."""
-USER_WORDS = ("question", "instruction", "prompt", "query", "problem", "input", "user", "human")
-ASSISTANT_WORDS = ("answer", "response", "output", "completion", "solution", "reply", "chosen", "assistant")
-MEDIA = ("images", "image", "videos", "audios")
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt"), "assistant"),
-    **dict.fromkeys(("function_call", "tool_call"), "call"),
-    **dict.fromkeys(("tool", "observation", "tool_response", "function"), "tool"),
+POORER = ("question", "chosen", "preference")
+"""Formats that give way to others that fit too: an openmath row holds a question as well."""
+SHARED = {"history": "history", "expected_answer": "expected_answer"}
+COLUMN_KEYS = ("user", "assistant", "input", "messages", "reasoning", "system", "history", "tools", "expected_answer")
+LIKELY = {
+    "user": "question instruction prompt query problem input user human 问题 提问 指令 输入 質問 질문 frage pregunta pergunta вопрос",
+    "assistant": (
+        "answer response output completion solution reply chosen assistant 回答 答案 输出 回复 답변 antwort réponse reponse "
+        "respuesta resposta ответ"
+    ),
+    "input": "context document passage 上下文",
 }
-TOOL_CALL = re.compile("<tool_call>(.*?)</tool_call>", re.DOTALL)
-TOOL_RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
+"""Words in column names, other languages' too, by what such a column holds."""
+DISLIKED = ("reject", "worse", "negative", "incorrect", "wrong")
+"""Words in the names of columns of which the answers must not be taught."""
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """Reads the rows of one source."""
+
+    names: dict[str, str]
+    """What is read → the column that holds it."""
+    named_only: bool
+    """Whether the recipe names the columns: no other is then taken for a system prompt, reasoning or tools."""
+    placeholders: Placeholders
+    system: str | None = None
+    """The system prompt of rows that have none."""
+
+    def read(self, row: dict[str, Json]) -> tuple[Conversation, list[str]]:
+        """A row's conversation, and the keys of row and turns that nothing read: "row label", "turn loss".
+
+        Raises Rejected with the reason and the field or turn."""
+        notes = read_notes(row, frozenset(self.names.values()), "", self.named_only)
+        self._check_marks(notes)
+        turns = self._turns(row)
+        messages, turn_notes = read_turns(turns, self._marks_of_turns(notes, len(turns)))
+        if self.named_only:
+            self._add_named(row, notes)
+        else:  # a column, other than a turn's key, may say how to answer instead
+            notes.reasoning = {key: value for key, value in notes.reasoning.items() if not is_setting(key, value)}
+        add_system(messages, notes.system, self.system)
+        notes.not_read += add_reasoning(messages, notes.reasoning, "messages" in self.names)
+        conversation: Conversation = {"messages": messages}
+        if tools := without_repeats(notes.tools + turn_notes.tools):
+            conversation["tools"] = tools
+        check_calls(messages, tools)
+        answer = row.get(self.names.get("expected_answer", ""))
+        if answer not in (None, ""):
+            conversation["expected_answer"] = expected_answer(answer)
+        not_read = [f"row {key}" for key in notes.not_read] + [f"turn {key}" for key in turn_notes.not_read]
+        return checked(conversation, self.placeholders), not_read
+
+    def _check_marks(self, notes: Notes) -> None:
+        """Raises Rejected for a row that its set calls bad, or leaves out of training."""
+        if notes.bad:
+            raise Rejected("marked_bad", f"{notes.bad}: preference data mark this answer as bad; it is not taught")
+        for key, value in notes.marks.items():
+            if yes_or_no(value) is not None and meaning(key) != "unclear" and not is_trained(key, value, ""):
+                raise Rejected("untrained_row", f"{key!r} is {value}: the row is marked as not to be trained on")
+
+    def _marks_of_turns(self, notes: Notes, count: int) -> list[bool] | None:
+        """A row's own mark for each of its turns, as in loss_mask: [0, 1]. Other numbers (a loss, a weight) are not read."""
+        for key, value in notes.marks.items():
+            marks = field_of({key: value}, key, list) if type(value) is str and "[" in value else value
+            if type(marks) is not list:
+                if yes_or_no(value) is None or meaning(key) == "unclear":
+                    notes.not_read.append(key)
+                continue
+            if len(marks) != count:
+                raise Rejected("unclear_mark", f"{key!r} has {len(marks)} marks for {count} turns")
+            return [is_trained(key, mark, f"turn {number}: ") for number, mark in enumerate(marks, start=1)]
+        return None
+
+    def _turns(self, row: dict[str, Json]) -> list[Json]:
+        """The turns of a row, as they are kept, or made of its question and answer after the turns of its history."""
+        names = self.names
+        if "messages" in names:
+            return field_of(row, names["messages"], list)
+        asked, answer = row.get(names["user"]), row.get(names["assistant"])
+        # TRL's conversational prompt and completion; preference sets often repeat the prompt in the answer
+        if type(answer) is list and answer[:1] and _speaker(answer[0]) in ("system", "user", "human"):
+            return answer
+        if type(asked) is not list:
+            parts = [field_of(row, names["user"]), field_of(row, names.get("input", ""), default="")]
+            asked = [{"role": "user", "content": "\n".join(part for part in parts if part.strip())}]
+        if type(answer) is not list:
+            answer = [{"role": "assistant", "content": field_of(row, names["assistant"])}]
+        return [*earlier_turns(row, names.get("history", "")), *asked, *answer]
+
+    def _add_named(self, row: dict[str, Json], notes: Notes) -> None:
+        """The columns that the recipe names for what is not a turn."""
+        if "tools" in self.names:
+            notes.tools = read_schema(row.get(self.names["tools"]), "'tools': ")
+        for kind, held in (("system", notes.system), ("reasoning", notes.reasoning)):
+            column = self.names.get(kind)
+            if column and not is_empty(row.get(column)):
+                held[column] = row[column]
+
+
+def reader_of(format: str, columns: dict[str, str], placeholders: Placeholders, system: str | None = None) -> RowReader:
+    """The reader of a source's rows in a format of FORMATS, or by the recipe's own `columns`."""
+    named_only = format == "columns"
+    names = columns if named_only else {**SHARED, **FORMATS[format]}
+    return RowReader(names, named_only, placeholders, system)
 
 
 def canonical(
-    row: dict, format: str, columns: dict, placeholders: dict, system: str | None = None, turns: str = "last"
-) -> dict:
+    row: dict[str, Json], format: str, columns: dict[str, str], placeholders: dict, system: str | None = None
+) -> Conversation:
     """One raw row as {"messages": […], "tools": […] if any, "expected_answer": "…" if any}.
 
-    Messages hold role, content, and where there is any reasoning_content and tool_calls (arguments as an object).
-    `system` is the system prompt of rows that have none, `turns` says which are trained on, as in a source. Raises Rejected
-    with the reason and the field or turn.
-    """
-    for name in MEDIA:
-        if row.get(name):
-            raise Rejected("not_text", f"{name!r} is not empty: only text is trained on")
-    # columns that the recipe names are taken at their word: no other column counts
-    names = columns if format == "columns" else {**SHARED, **FORMATS[format]}
-    messages = _messages(_turns(row, names, () if format == "columns" else REASONING), turns == "each")
-    own = _field(row, names.get("system"), default="")
-    if (prompt := own if own.strip() else system) and messages and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": prompt})
-    conversation = {"messages": messages}
-    if tools := _tools(row.get(names.get("tools"))):
-        conversation["tools"] = tools
-    answer = row.get(names.get("expected_answer"))
-    if answer not in (None, ""):
-        conversation["expected_answer"] = _field(row, names["expected_answer"])
-    return checked(conversation, placeholders)
+    Messages hold role, content, and where there is any reasoning_content and tool_calls (arguments as an object);
+    train: False is a turn that its set leaves out of training. `system` is the system prompt of rows that have none.
+    Raises Rejected with the reason and the field or turn."""
+    return reader_of(format, columns, Placeholders(placeholders), system).read(row)[0]
 
 
-def _field(holder: dict, name: str | None, kind: type = str, where: str = "", default=None):
-    """The value of a field, which must be a text (or list); `default`, where given, for null and for a missing one."""
-    value = holder.get(name)
-    # JSON files keep answers as numbers, CSV files as text
-    if name == "expected_answer" and type(value) in (int, float):
-        return str(value)
-    if value is None and default is not None:
-        return default
-    if type(value) is kind:
-        return value
-    reason = "wrong_type" if value is not None else "null_field" if name in holder else "missing_field"
-    raise Rejected(reason, f"{where}{name!r} is {json_type(value)}, expected {json_type(kind())}")
-
-
-def _turns(row: dict, names: dict, unnamed: tuple) -> list:
-    """The turns of a row, as they are kept, or made of its question and answer after the turns of its history.
-
-    Of the `unnamed` columns of reasoning none counts beside a list of messages, where sets use one for other things
-    (on/off), and beside an answer the first that is no such setting."""
-    user, assistant = names.get("user"), names.get("assistant")
-    if "messages" in names:
-        turns = _field(row, names["messages"], list)
-    elif type(row.get(user)) is list:  # TRL's conversational prompt and completion
-        turns = row[user] + _field(row, assistant, list)
-    else:
-        parts = _field(row, user), _field(row, names.get("input"), default="")
-        asked = {"role": "user", "content": "\n".join(part for part in parts if part.strip())}
-        answer = {"role": "assistant", "content": _field(row, assistant)}
-        for name in unnamed:
-            if name == "reasoning_content" or not SETTING.fullmatch(str(row.get(name)).strip()):
-                answer[name] = row.get(name)
-        turns = [*_history(row, names.get("history")), asked, answer]
-    if "reasoning" in names and turns and type(turns[-1]) is dict:
-        turns = [*turns[:-1], {**turns[-1], "reasoning_content": row.get(names["reasoning"])}]
-    return turns
-
-
-def _history(row: dict, name: str | None) -> list[dict]:
-    """Earlier turns, kept as [[question, answer], …]."""
-    turns = []
-    for pair in _field(row, name, list, default=[]):
-        if type(pair) is not list or len(pair) != 2:
-            raise Rejected("wrong_type", f"{name!r} holds {pair!r}, expected [question, answer]")
-        turns += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), pair, strict=True)]
-    return turns
-
-
-def _messages(turns: list, each: bool) -> list[dict]:
-    """Messages from role/content or from/value turns; a function_call joins the assistant turn before it.
-
-    Rejects a turn that the set marks as not to be trained on (weight 0, train false), where it would be."""
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if type(turn) is not dict:
-            raise Rejected("wrong_type", f"turn {number} is {json_type(turn)}, expected role and content")
-        said = turn.get("role") or turn.get("from")
-        if type(said) is not str or said not in ROLES:
-            reason = "missing_field" if said is None else "unknown_role"
-            raise Rejected(reason, f"turn {number}: role {said!r}, expected one of {', '.join(ROLES)}")
-        message = _message(turn, ROLES[said], f"turn {number} ({said}): ")
-        trained = message["role"] == "assistant" and (each or number == len(turns))
-        if trained and 0 in (turn.get("weight"), turn.get("train")):
-            raise Rejected("untrained_turn", f"turn {number} ({said}) has weight 0 or train false: set `turns: last`")
-        if ROLES[said] == "call" and messages and messages[-1]["role"] == "assistant":
-            messages[-1].setdefault("tool_calls", []).extend(message["tool_calls"])
-        elif message["role"] != "system" or message["content"].strip():  # an empty system turn says nothing
-            messages.append(message)
-    return messages
-
-
-def _message(turn: dict, role: str, where: str) -> dict:
-    """One turn as a message; calls come in `tool_calls`, as a function_call turn's JSON, or in <tool_call> tags."""
-    calls = _field(turn, "tool_calls", list, where, default=[])
-    if legacy := _field(turn, "function_call", dict, where, default={}):  # OpenAI's one call, before tool_calls
-        calls = [*calls, legacy]
-    # ShareGPT's turns are from/value, but some sets mix both spellings
-    key = "value" if turn.get("content") is None and "value" in turn else "content"
-    if type(parts := turn.get(key)) is list:  # OpenAI's content parts
-        if not all(type(part) is dict and type(part.get("text")) is str for part in parts):
-            raise Rejected("not_text", f"{where}content has parts that are not text")
-        text = "".join(part["text"] for part in parts)
-    else:
-        text = _field(turn, key, where=where, default="" if calls or role == "system" else None)
-    if role == "call":  # the call's JSON, perhaps after reasoning
-        role, text = (
-            "assistant",
-            re.sub(r"(.*</think>)?(.*)", r"\1<tool_call>\2</tool_call>", text, count=1, flags=re.DOTALL),
+def add_system(messages: list[Message], columns: dict[str, Json], default: str | None) -> None:
+    """Put a row's system prompt, or else its source's, before the turns. Raises Rejected where a row has two."""
+    if not messages:
+        return
+    texts = [field_of(columns, column) for column in columns]
+    if messages[0]["role"] == "system":
+        texts.append(messages[0]["content"])
+    if len({text.strip() for text in texts}) > 1:
+        raise Rejected(
+            "two_system_prompts", f"a system turn or column says {texts[0][:40]!r}, another {texts[-1][:40]!r}"
         )
-    reasoning = ""
-    if role == "assistant":
-        reasoning = next((_field(turn, name, where=where) for name in REASONING if turn.get(name)), "").strip("\n")
-        head, tag, tail = text.partition("<tool_call>")
-        if tag and not TOOL_CALL.sub("", tag + tail).strip():  # calls end the text; elsewhere the tag is rejected
-            text = head.rstrip()
-            for found in (_json(call, where) for call in TOOL_CALL.findall(tag + tail)):
-                calls = calls + (found if type(found) is list else [found])
-    elif match := TOOL_RESPONSE.fullmatch(text):
-        role, text = "tool", match[1]
-    message = {"role": role, "content": text}
-    if reasoning.strip():
-        message["reasoning_content"] = reasoning
-    if calls:
-        message["tool_calls"] = [_call(call, where) for call in calls]
-    return message
+    prompt = texts[0] if texts else default
+    if prompt and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": prompt})
 
 
-def _json(text: str, where: str):
-    """The value of JSON text, or of a Python literal, as Hermes sets write their calls."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        try:
-            return json.loads(json.dumps(ast.literal_eval(text.strip())))
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            raise Rejected("broken_tools", f"{where}{text[:60]!r} is not JSON: {error}") from error
+def add_reasoning(messages: list[Message], columns: dict[str, Json], listed: bool) -> list[str]:
+    """Give the last turn the reasoning of a column; returns the columns that say something else than what it has.
+
+    Where turns are `listed`, the turn's own reasoning goes first."""
+    ignored = []
+    last = messages[-1] if messages else {"role": "user", "content": ""}
+    for column in columns:
+        text = field_of(columns, column)
+        own = last.get("reasoning_content") or (last["content"] if THINK_OPEN in last["content"] else "")
+        if last["role"] == "assistant" and not ("reasoning_content" in last or (own and listed)):
+            last["reasoning_content"] = text.strip("\r\n")
+        elif text.strip() not in own:
+            ignored.append(column)
+    return ignored
 
 
-def _function(value, where: str) -> dict:
-    """A function as OpenAI wraps it, {"type": "function", "function": {"name", …}}, or bare."""
-    function = value.get("function", value) if type(value) is dict else None
-    if type(function) is not dict or type(function.get("name")) is not str:
-        raise Rejected("broken_tools", f"{where}{str(value)[:60]!r}: expected a function with a name")
-    return function
+def expected_answer(value: Json) -> str:
+    """The answer a row is judged by, which JSON files keep as a number and CSV files as text. Raises Rejected."""
+    if type(value) in (int, float) and math.isfinite(value):
+        return str(value)
+    return field_of({"expected_answer": value}, "expected_answer")
 
 
-def _call(call, where: str) -> dict:
-    """A tool call with its arguments as an object; some sets write `parameters` for arguments."""
-    function = _function(call, where)
-    arguments = function.get("arguments", function.get("parameters")) or {}
-    if type(arguments) is str:
-        arguments = _json(arguments, where)
-    if type(arguments) is not dict:
-        raise Rejected("broken_tools", f"{where}a call's arguments are {json_type(arguments)}, expected an object")
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+def earlier_turns(row: dict[str, Json], column: str) -> list[Json]:
+    """The turns of a history, which is kept as [[question, answer], …]."""
+    turns: list[Json] = []
+    for pair in field_of(row, column, list, default=[]):
+        if type(pair) is not list or len(pair) != 2:
+            raise Rejected("wrong_type", f"{column!r} holds {pair!r}, expected [question, answer]")
+        question, answer = pair
+        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return turns
 
 
-def _tools(value) -> list[dict]:
-    """The tools schema from a list, one object, or either as JSON text; bare functions get OpenAI's wrapping."""
-    if type(value) is str and value.strip():
-        value = _json(value, "'tools': ")
-    if not value or type(value) is str:
-        return []
-    tools = value if type(value) is list else [value]
-    return [{"type": "function", "function": _function(tool, "'tools': ")} for tool in tools]
+def without_repeats(tools: list[dict[str, Json]]) -> list[dict[str, Json]]:
+    """Tools, of which a row and its turns may each give all, once each."""
+    kept: list[dict[str, Json]] = []
+    for tool in tools:
+        if tool not in kept:
+            kept.append(tool)
+    return kept
 
 
-def recognise(fields: list[str], format: str, columns: dict, where: str) -> str:
+def _speaker(turn: Json) -> str:
+    return str(turn.get("role") or turn.get("from")).lower() if type(turn) is dict else ""
+
+
+# --- which format a source has ---------------------------------------------------------------------------------------
+
+
+def recognise(fields: list[str], format: str, columns: dict[str, str], where: str) -> str:
     """The name of a source's format: checked where it is given, found by the fields where it is `auto`.
 
     Raises ToolkitError that lists the fields and what to write where they fit none or several.
@@ -223,8 +221,9 @@ def recognise(fields: list[str], format: str, columns: dict, where: str) -> str:
     fitting = [name for name in FORMATS if set(signature(name)) <= set(fields)]
     if format in fitting and not columns:
         return format
-    if format == "auto" and len(fitting) > 1:  # an openmath row holds a question too: the richer reading is meant
-        fitting = [name for name in fitting if name != "question"]
+    for poorer in POORER:
+        if format == "auto" and len(fitting) > 1 and poorer in fitting:
+            fitting.remove(poorer)
     if format == "auto" and len(fitting) == 1:
         return fitting[0]
     if format == "auto":
@@ -236,7 +235,7 @@ def recognise(fields: list[str], format: str, columns: dict, where: str) -> str:
         problem = f"`columns` goes with `format: columns`, not with {format!r}"
     else:
         problem = f"not {format}, which needs {' and '.join(signature(format))}"
-    raise ToolkitError(f"{where}: {problem}; the row's fields are {', '.join(fields)}. {_advice(fields)}")
+    raise ToolkitError(f"{where}: {problem}; the row's fields are {', '.join(fields)}. {advice(fields)}")
 
 
 def signature(format: str) -> list[str]:
@@ -244,21 +243,40 @@ def signature(format: str) -> list[str]:
     return [column for key, column in FORMATS[format].items() if key != "input"]
 
 
-def _check_columns(fields: list[str], columns: dict, where: str) -> str:
+def _check_columns(fields: list[str], columns: dict[str, str], where: str) -> str:
     for key, column in columns.items():
         if key not in COLUMN_KEYS:
             raise ToolkitError(f"{where}: columns.{key}: expected one of {', '.join(COLUMN_KEYS)}")
         if column not in fields:
             raise ToolkitError(f"{where}: columns.{key}: no field {column!r}{did_you_mean(str(column), fields)}")
     if "messages" not in columns and not {"user", "assistant"} <= columns.keys():
-        raise ToolkitError(f"{where}: columns needs `user` and `assistant` (or `messages`). {_advice(fields)}")
+        raise ToolkitError(f"{where}: columns needs `user` and `assistant` (or `messages`). {advice(fields)}")
+    answers = columns.get("messages") or columns["assistant"]
+    if is_disliked(answers):
+        raise ToolkitError(f"{where}: {answers!r} holds the answers that must not be learned. {advice(fields)}")
     return "columns"
 
 
-def _advice(fields: list[str]) -> str:
+def is_disliked(column: str) -> bool:
+    """Whether a column's name says that its answers are those which lost a comparison."""
+    return any(word in column.lower() for word in DISLIKED)
+
+
+def advice(fields: list[str]) -> str:
     """What to write in the recipe for rows that are not recognised: the columns, by likely names."""
     if fields == ["text"]:
         return "Plain text has no question and answer to tell apart: split it into `prompt` and `completion`"
-    user = next((f for word in USER_WORDS for f in fields if word in f.lower()), "…")
-    assistant = next((f for word in ASSISTANT_WORDS for f in fields if word in f.lower() and f != user), "…")
-    return f"To name the columns: columns: {{user: {user}, assistant: {assistant}}}"
+    columns = {
+        kind: field for field in reversed(fields) if (kind := meaning(field)) in ("reasoning", "system", "tools")
+    }
+    rest = [field for field in fields if field not in columns.values() and not is_disliked(field)]
+    for kind in ("user", "assistant", "input"):
+        fitting = [field for word in LIKELY[kind].split() for field in rest if word in field.lower()]
+        if fitting:
+            rest.remove(fitting[0])
+        if fitting or kind != "input":
+            columns[kind] = fitting[0] if fitting else "…"
+    if columns["assistant"] == "…" and len(fields) == 1:
+        return f"The rows have {fields[0]!r} and no answer: there is nothing to learn from a question alone"
+    named = [f"{key}: {columns[key]}" for key in COLUMN_KEYS if key in columns]
+    return f"To name the columns: columns: {{{', '.join(named)}}}"

@@ -3,24 +3,48 @@
 from toolkit.data.lint import lint; lint(chat, mixed.report, recipe.lora, recipe.train)
 """
 
+import re
+from collections.abc import Iterator
+
+from toolkit.data.conversation import Placeholders
 from toolkit.data.render import Chat
+from toolkit.data.rows import Row
 from toolkit.recipe import Lora
+from toolkit.records import Json, MixReport
 
 DUPLICATES = ("duplicate", "near_duplicate")
+REASONING = re.compile(
+    r"\s*(?:(?:okay|ok|alright|hmm+|wait|so),? (?:so |let|the user|i need|i should|first)|let me (?:think|see|break)|let's think"
+    r"|first, i need to|嗯,|好的,用户|让我想想)|.*<(?:reasoning|thoughts?|thinking|scratchpad|reflection|analysis)>"
+    r"|.{0,2000}\b(?:wait|hmm), (?:no|but|let|that|actually)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""How replies begin, or what they hold, that are a model's thinking without its tags."""
+MANY = 0.02
+"""Share of a source's rows above which replies that look like reasoning are warned of."""
 
 
-def lint(chat: Chat, report: dict, lora: Lora, train: dict) -> list[str]:
+def looks_like(row: Row) -> list[str]:
+    """What a row's reply looks as if it held: `reasoning` in a non-thinking row, a `placeholder` in any."""
+    reply = row.conversation["messages"][-1]["content"]
+    kinds = ["reasoning"] if row.mode == "non_thinking" and REASONING.match(reply) else []
+    if "{{" in reply and Placeholders.PATTERN.search(reply):
+        kinds.append("placeholder")
+    return kinds
+
+
+def lint(chat: Chat, report: MixReport, lora: Lora, train: dict[str, Json]) -> list[str]:
     """Warnings for a compiled mix (`report` is mix.json's content), an adapter and TRL settings."""
-    checks = (_tokenizer(report), _modes(chat, report), _rows(report), _adapter(lora), _coverage(train, report))
-    return [warning for found in checks for warning in found]
+    warnings = [*_tokenizer(report), *_modes(chat, report), *_not_read(report), *_texts(report)]
+    return [*warnings, *_rows(report), *_adapter(lora), *_coverage(train, report)]
 
 
-def _tokenizer(report: dict):
+def _tokenizer(report: MixReport) -> Iterator[str]:
     if why := report["slow_tokenizer"]:
         yield f"token ids come from the Hugging Face tokenizer, which is several times slower: {why}"
 
 
-def _modes(chat: Chat, report: dict):
+def _modes(chat: Chat, report: MixReport) -> Iterator[str]:
     modes = set(report["achieved_modes"]["examples"])
     if chat.kind == "thinking_only" and "non_thinking" in modes:
         yield (
@@ -33,7 +57,34 @@ def _modes(chat: Chat, report: dict):
         yield "the mix has no thinking row: the model may lose that mode. Add a source of reasoning rows"
 
 
-def _rows(report: dict):
+def _not_read(report: MixReport) -> Iterator[str]:
+    """One line for each source with keys that no rule reads."""
+    for name, row in report["sources"].items():
+        seen = row["rows_seen"]
+        keys = [f"{key} (row, {n:,} of {seen:,})" for key, n in row["not_read"]["row"].items()]
+        keys += [f"{key} (turn, {n:,})" for key, n in row["not_read"]["turn"].items()]
+        if keys:
+            yield f"{name}: not read: {', '.join(keys)}"
+
+
+def _texts(report: MixReport) -> Iterator[str]:
+    """Replies that look as if they held what belongs elsewhere."""
+    for name, row in report["sources"].items():
+        direct = row["modes"].get("non_thinking", 0)
+        reasoned = row["looks_like"].get("reasoning", 0)
+        if reasoned > MANY * direct:
+            yield (
+                f"{name}: {reasoned:,} of {direct:,} non-thinking replies read like reasoning (Okay, so …; Wait, …): they "
+                "teach it to think aloud in the answer. Put it between <think> and </think> or in reasoning_content"
+            )
+        if placeholders := row["looks_like"].get("placeholder"):
+            yield (
+                f"{name}: {placeholders:,} replies hold {{{{name}}}} or {{{{author}}}} as text. To fill them: placeholders: "
+                "{NAME: …, AUTHOR: …} in this source"
+            )
+
+
+def _rows(report: MixReport) -> Iterator[str]:
     for name, row in report["sources"].items():
         repeated = sum(row["dropped"].get(reason, 0) for reason in DUPLICATES)
         if repeated > 0.1 * row["rows_seen"]:
@@ -46,7 +97,7 @@ def _rows(report: dict):
             yield f"{name}: {row['rows_held_out']} rows are held out, {row['rows_kept']} train: lower data.validation_size"
 
 
-def _adapter(lora: Lora):
+def _adapter(lora: Lora) -> Iterator[str]:
     scale = lora.lora_alpha / (lora.r**0.5 if lora.use_rslora else lora.r)
     if not 0.25 <= scale <= 4 and not lora.use_rslora:
         yield f"lora_alpha/r = {scale:g}: common values are 1 and 2; the update is multiplied by it"
@@ -54,7 +105,7 @@ def _adapter(lora: Lora):
         yield f"lora r = {lora.r}: above 256 an adapter costs memory and rarely gains"
 
 
-def _coverage(train: dict, report: dict):
+def _coverage(train: dict[str, Json], report: MixReport) -> Iterator[str]:
     rows = report["total"]["examples"]
     if train["max_steps"] > 0 and rows:
         seen = train["max_steps"] * train["per_device_train_batch_size"] * train["gradient_accumulation_steps"]

@@ -3,101 +3,60 @@
 from toolkit import recipe; from toolkit.data import mix; mixed = mix.compile_mix(recipe.load("pocket")); mixed.report["achieved"]
 """
 
-import functools
-import hashlib
 import itertools
-import json
 import random
-import zipfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from toolkit.data.dedup import Duplicates, NearDuplicates, grams_of, prompt_key, shared_gram, signatures
-from toolkit.data.lint import lint
-from toolkit.data.render import Chat, Example, chat_of, examples, load_chat, with_switch
-from toolkit.data.sources import Rejected, conversations, fingerprint, split_count
+from toolkit.data import cache
+from toolkit.data.dedup import Duplicates, NearDuplicates, grams_of, prompt_key, shared_gram, sign
+from toolkit.data.lint import lint, looks_like
+from toolkit.data.render import Chat, Example, chat_of, examples, load_chat, supervised_turns, with_switch
+from toolkit.data.rows import UNITS, Mix, Row, dataset
+from toolkit.data.sources import ReadRow, Rejected, conversations, fingerprint, read_rows, split_count
 from toolkit.family import SWITCH
-from toolkit.files import PACKAGE, ToolkitError, complete, lock, outputs, write_json, write_jsonl
+from toolkit.files import ToolkitError, lock, write_json, write_jsonl
 from toolkit.recipe import Data, Recipe, Source
+from toolkit.records import (
+    CompletionLengths,
+    Conversation,
+    DroppedRow,
+    Manifest,
+    MixReport,
+    NotRead,
+    Question,
+    Shares,
+    SourceReport,
+)
 
-UNITS = ("examples", "tokens", "supervised_tokens")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["UNITS", "Mix", "Row", "compile_mix", "dataset", "plan", "prompt_key"]
+
 BATCH = 256
-AHEAD = 16
-"""Batches rendered before the first of them is tokenized: the tokenizer takes a second to load."""
+"""Rows rendered and tokenized together."""
 CHECK_AT = 2000
 """Rows of a source after which one that gave nothing is given up: it may have millions."""
 TOLERANCE = 0.01
 """An achieved share further from its plan than one point stops the run."""
-CACHE_KEY_FILES = ("family.py", "data/*.py")
-NOT_MALFORMED = {"too_long", "duplicate", "near_duplicate", "validation_prompt", "near_validation", "contaminated"}
-
-
-@dataclass(eq=False)
-class Row:
-    """One training example: `ids` (prompt, then completion), of which the first `prompt_length` are not supervised."""
-
-    ids: np.ndarray
-    prompt_length: int
-    source: str
-    mode: str
-    number: int
-    conversation: dict = field(default_factory=dict, repr=False)
-    """Up to the supervised turn. In a compiled mix only held-out rows have theirs: evaluation asks them again."""
-    signature: np.ndarray | None = field(default=None, repr=False)
-    """MinHash of the completion, by which near duplicates are found."""
-    bands: list[bytes] | None = field(default=None, repr=False)
-    """The signature in parts, as keys of their index."""
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Token ids with -100 (ignored by the loss) on the prompt."""
-        return np.where(np.arange(len(self.ids)) < self.prompt_length, -100, self.ids)
-
-    def size(self, unit: str) -> int:
-        """This row counted in examples, tokens or supervised tokens."""
-        if unit == "examples":
-            return 1
-        return len(self.ids) if unit == "tokens" else len(self.ids) - self.prompt_length
-
-
-@dataclass(frozen=True)
-class Mix:
-    """A compiled mix: rows to train on, rows held out, `mix.json`'s content, and rejected rows with their reasons."""
-
-    train: list[Row]
-    validation: list[Row]
-    report: dict
-    quarantine: list[dict]
-    folder: Path
-
-    @functools.cached_property
-    def train_dataset(self):
-        """A datasets.Dataset with input_ids and labels, as SFTTrainer takes it (SFTConfig: max_length=None)."""
-        return dataset(self.train)
-
-    @functools.cached_property
-    def validation_dataset(self):
-        """The same of the held-out rows; None without any."""
-        return dataset(self.validation) if self.validation else None
-
-    @property
-    def validation_by_source(self) -> dict | None:
-        """{"source/mode": data set} of the held-out rows: SFTTrainer then logs a loss for each. None without any."""
-        groups: dict[str, list[Row]] = {}
-        for row in self.validation:
-            groups.setdefault(f"{row.source}/{row.mode}", []).append(row)
-        return {name: dataset(group) for name, group in sorted(groups.items())} or None
+NOT_MALFORMED = {
+    *("too_long", "duplicate", "near_duplicate", "validation_prompt", "near_validation", "contaminated"),
+    # what the set's own authors left out of training
+    *("marked_bad", "untrained_turn", "untrained_row"),
+}
+"""Reasons that say nothing against the quality of a source: they do not count for data.max_rejected."""
 
 
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 
-def compile_mix(recipe: Recipe, tokenizer=None, *, fresh: bool = False) -> Mix:
+def compile_mix(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase | None" = None, *, fresh: bool = False) -> Mix:
     """The recipe's mix, compiled or read from the cache (keyed by everything that decides a row).
 
     `tokenizer` is the transformers tokenizer of a loaded model; by default the recipe's model gives its own. Raises
@@ -108,9 +67,9 @@ def compile_mix(recipe: Recipe, tokenizer=None, *, fresh: bool = False) -> Mix:
     _ = chat.end  # what is wrong with template or tokenizer is said before any source is opened
     fingerprints = {s.name: fingerprint(s) for s in recipe.data.sources}
     fingerprints |= {f"questions/{q.name}": fingerprint(q) for q in recipe.evaluate.questions}
-    folder = outputs() / ".mixes" / _key(recipe, chat, fingerprints)
+    folder = cache.folder_of(recipe, chat, fingerprints)
     with lock(folder, "mix", wait=True):
-        mixed = (None if fresh else read(folder)) or _compile(recipe, chat, fingerprints, folder)
+        mixed = (None if fresh else cache.read(folder)) or _compile(recipe, chat, fingerprints, folder)
         # not in the cache: the settings of adapter and trainer decide the warnings, but no row
         mixed.report["warnings"] = lint(chat, mixed.report, recipe.lora, recipe.train)
         write_json(folder / "mix.json", mixed.report)  # for people, as quarantine.jsonl: nothing here reads them again
@@ -118,17 +77,18 @@ def compile_mix(recipe: Recipe, tokenizer=None, *, fresh: bool = False) -> Mix:
     return mixed
 
 
-def of_run(recipe: Recipe, manifest: dict) -> Mix:
+def of_run(recipe: Recipe, manifest: Manifest) -> Mix:
     """The mix that a run was trained on: as it lies in the cache, else compiled again. Raises ToolkitError when the data have
     changed since."""
-    mixed = read(outputs() / ".mixes" / manifest.get("mix", "")) or compile_mix(recipe)
+    mixed = cache.read(cache.folder_named(manifest.get("mix", ""))) or compile_mix(recipe)
     check_data(mixed, manifest)
     return mixed
 
 
-def check_data(mixed: Mix, manifest: dict) -> None:
+def check_data(mixed: Mix, manifest: Manifest) -> None:
     """Raises ToolkitError where a source is not what it was when the run with this manifest began."""
-    now, then = mixed.report["fingerprints"], manifest.get("data", {})
+    now = mixed.report["fingerprints"]
+    then = manifest.get("data", {})
     if changed := [name for name in now if then.get(name, now[name]) != now[name]]:
         raise ToolkitError(
             f"{', '.join(changed)} changed since this run began ({manifest['started']}): which rows it trained on and held "
@@ -136,17 +96,18 @@ def check_data(mixed: Mix, manifest: dict) -> None:
         )
 
 
-def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> Mix:
-    data, planned = recipe.data, plan(recipe.data)
+def _compile(recipe: Recipe, chat: Chat, fingerprints: dict[str, str], folder: Path) -> Mix:
+    data = recipe.data
+    planned = plan(data)
     # a source with fraction 0, as at the ends of a sweep, is not opened
     draws = [Draw(s, planned[s.name]["validation"], data) for s in data.sources if s.fraction != 0]
     try:
-        _draw(draws, recipe, chat)
-        limited_by = _balance(draws, data)
-        slow = None if chat.fast else chat.fallback_reason or "fastokens does not know this kind of tokenizer"
-        report = _report(recipe, draws, planned, limited_by)
-        report |= {"fingerprints": fingerprints, "slow_tokenizer": slow}
-        _check_shares(report, data)
+        draw_all(draws, recipe, chat)
+        limited_by = balance(draws, data)
+        report = mix_report(recipe, draws, planned, limited_by)
+        report["fingerprints"] = fingerprints
+        report["slow_tokenizer"] = chat.slow_reason
+        check_shares(report, data)
     except ToolkitError as error:
         # without a mix, too, people want to see which rows were dropped and why
         if dropped := [entry for draw in draws for entry in draw.quarantine]:
@@ -159,81 +120,102 @@ def _compile(recipe: Recipe, chat: Chat, fingerprints: dict, folder: Path) -> Mi
     validation = [row for draw in draws for row in draw.validation]
     quarantine = [entry for draw in draws for entry in draw.quarantine]
     mixed = Mix([train[i] for i in order], validation, report, quarantine, folder)
-    write(mixed)
+    cache.write(mixed)
     return mixed
 
 
-def _draw(draws: list["Draw"], recipe: Recipe, chat: Chat) -> None:
+def draw_all(draws: list["Draw"], recipe: Recipe, chat: Chat) -> None:
     """Hold out and draw every source's rows. All hold out first, so that none trains on another's validation prompt."""
     # one for all sources, so that a row which repeats another source's is found
-    judge = Judge(recipe.data, recipe.model.max_seq_length, chat, _question_prompts(recipe))
-    with ThreadPoolExecutor(1) as encoder:
-        encoder.submit(getattr, chat, "fast")  # loads while the reference does, and the first rows are rendered
-        _ = chat.tokenizers.reference
-        streams = [_stream(draw, recipe.data, chat, encoder) for draw in draws]
-        for hold_out in (True, False):
-            for draw, stream in zip(draws, streams, strict=True):
-                while draw.wants(hold_out) and (drawn := next(stream, None)):
-                    draw.take(*drawn, judge, hold_out)
+    row_filter = RowFilter(recipe.data, recipe.model.max_seq_length, chat, question_prompts(recipe))
+    streams = [draw_rows(draw, recipe.data, chat) for draw in draws]
+    for hold_out in (True, False):
+        for draw, stream in zip(draws, streams, strict=True):
+            while draw.wants(hold_out) and (drawn := next(stream, None)):
+                draw.take(drawn, row_filter, hold_out)
     for draw in draws:
         draw.check()
         draw.repeat()
 
 
-def _stream(draw: "Draw", data: Data, chat: Chat, encoder: ThreadPoolExecutor) -> Iterator[tuple]:
-    """(number, its Rows, or one Rejected) of a source in seeded order.
+@dataclass
+class DrawnRow:
+    """One row of a source on its way to ids."""
 
-    They are rendered here while the encoder's one thread tokenizes the batch before."""
-    source, dice, waiting = draw.source, random.Random(f"{data.seed} {draw.source.name}"), deque()
-    rows = conversations(draw.pool, data.seed, data.placeholders)
-    for batch in iter(lambda: [*itertools.islice(rows, BATCH)], []):
+    number: int
+    not_read: list[str]
+    """Keys that no rule reads."""
+    rejected: list[Rejected] = field(default_factory=list)
+    """Why the row, or single turns of it, cannot be trained on."""
+    examples: list[Example] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
+    """The examples as ids."""
+
+
+def draw_rows(draw: "Draw", data: Data, chat: Chat) -> Iterator[DrawnRow]:
+    """The rows of a source in seeded order, rendered and tokenized a batch at a time."""
+    dice = random.Random(f"{data.seed} {draw.source.name}")
+    rows = read_rows(draw.pool, data.seed, data.placeholders)
+    while read := list(itertools.islice(rows, BATCH)):
         # a number is drawn for every row, so that its switch does not depend on what was rejected before it
-        rendered = [(n, _render(item, source, chat, dice.random() < source.soft_switch)) for n, item in batch]
-        waiting.append(encoder.submit(_encode, rendered, source.name, chat, data.duplicates == "near"))
-        while waiting and (waiting[0].done() or len(waiting) > AHEAD):
-            yield from waiting.popleft().result()
-    for encoded in waiting:
-        yield from encoded.result()
+        batch = [render_row(row, draw.source, chat, dice.random() < draw.source.soft_switch) for row in read]
+        tokenize(batch, draw.source.name, chat)
+        if data.duplicates == "near":
+            sign([row for drawn in batch for row in drawn.rows])
+        yield from batch
 
 
-def _render(item: dict | Rejected, source: Source, chat: Chat, switched: bool) -> list[Example | Rejected]:
-    if isinstance(item, Rejected):
-        return [item]
+def render_row(row: ReadRow, source: Source, chat: Chat, switched: bool) -> DrawnRow:
+    """A row as prompts and completions by the label rule, or the reasons why not."""
+    drawn = DrawnRow(row.number, row.not_read)
     try:
-        return examples(with_switch(item, chat) if switched else item, source.mode, chat, source.turns)
+        if isinstance(row.conversation, Rejected):
+            raise row.conversation
+        conversation = with_switch(row.conversation, chat) if switched else row.conversation
+        drawn.examples = examples(conversation, source.mode, chat, source.turns)
+        for place in supervised_turns(conversation["messages"], source.turns):
+            if not conversation["messages"][place].get("train", True):
+                drawn.rejected.append(Rejected("untrained_turn", f"turn {place + 1} is marked as not to be trained on"))
     except Rejected as rejected:
-        return [rejected]
+        drawn.rejected = [rejected]
+    return drawn
 
 
-def _encode(batch: list[tuple], source: str, chat: Chat, sign: bool) -> list[tuple]:
-    """A rendered batch with Rows in place of examples: prompt and completion are tokenized apart, as at inference."""
-    flat = [(n, example) for n, found in batch for example in found if isinstance(example, Example)]
-    prompts, starts = chat.encode_flat([e.prompt for _, e in flat])
-    completions, ends = chat.encode_flat([e.completion for _, e in flat], following=True)
-    bounds = zip(itertools.pairwise(starts.tolist()), itertools.pairwise(ends.tolist()), strict=True)
-    rows = [
-        Row(np.concatenate([prompts[a:b], completions[c:d]]), b - a, source, example.mode, number, example.conversation)
-        for (number, example), ((a, b), (c, d)) in zip(flat, bounds, strict=True)
-    ]
-    if sign:
-        for row, signature in zip(rows, signatures([r.ids[r.prompt_length :] for r in rows]), strict=True):
-            row.signature = signature
-    made = iter(rows)
-    return [(n, [next(made) if isinstance(x, Example) else x for x in found]) for n, found in batch]
+def tokenize(batch: list[DrawnRow], source: str, chat: Chat) -> None:
+    """Give each drawn row its Rows: prompt and completion are tokenized apart, as at inference."""
+    pairs = [(drawn, example) for drawn in batch for example in drawn.examples]
+    prompts = chat.tokenizers.encode([example.prompt for _, example in pairs])
+    completions = chat.following.encode([example.completion for _, example in pairs])
+    for (drawn, example), prompt, completion in zip(pairs, prompts, completions, strict=True):
+        ids = np.concatenate([prompt, completion])
+        drawn.rows.append(Row(ids, len(prompt), source, example.mode, drawn.number, example.conversation))
 
 
 class Draw:
     """What one source gave so far."""
 
     def __init__(self, source: Source, to_hold: int, data: Data):
-        self.source, self.to_hold, self.data, self.unit = source, to_hold, data, unit_of(data)
+        self.source = source
+        self.to_hold = to_hold
+        self.data = data
+        self.unit = unit_of(data)
         self.pool, self.count = split_count(source)
         if source.fraction is not None:
             self.pool = source  # of a share, `#N` says out of how many rows it is drawn
-        self.held = self.amount = self.drawn = self.seen = 0
+        self.held = 0
+        """Conversations held out."""
+        self.drawn = 0
+        """Conversations taken from the source."""
+        self.seen = 0
+        """Their examples, of which `turns: each` makes several."""
+        self.amount = 0
+        """Size of `train` in the mix's unit."""
         self.train: list[Row] = []
         self.validation: list[Row] = []
-        self.quarantine: list[dict] = []
+        self.quarantine: list[DroppedRow] = []
+        self.not_read: Counter[str] = Counter()
+        self.looks_like: Counter[str] = Counter()
+        """Rows in training by what their reply looks like (see `lint`)."""
 
     def wants(self, hold_out: bool) -> bool:
         """Whether more conversations are to be held out, or more rows to train in the mix's unit."""
@@ -243,38 +225,45 @@ class Draw:
             return self.count is None or self.amount + len(self.validation) < self.count
         return self.data.budget is None or self.amount < self.source.fraction * self.data.budget
 
-    def take(self, number: int, found: list[Row | Rejected], judge: "Judge", hold_out: bool) -> None:
+    def take(self, drawn: DrawnRow, row_filter: "RowFilter", hold_out: bool) -> None:
         """Hold out, train on or drop each example of a row."""
         kept = []
-        for row in found:
-            if why := row if isinstance(row, Rejected) else judge.reason(row, hold_out):
-                entry = {"source": self.source.name, "row": number, "reason": why.reason, "detail": why.detail}
-                self.quarantine.append(entry)
+        for rejected in drawn.rejected:
+            self._drop(drawn.number, rejected)
+        for row in drawn.rows:
+            if reason := row_filter.reason(row, hold_out):
+                self._drop(drawn.number, reason)
             else:
                 kept.append(row)
-        # conversations; `seen` counts their examples, of which `turns: each` makes several
         self.drawn += 1
-        self.seen += len(found)
+        self.seen += len(drawn.rows) + len(drawn.rejected)
+        self.not_read.update(drawn.not_read)
         if hold_out:  # whole conversations, so that no turn of one trains while another is held out
-            judge.hold(kept)
+            row_filter.hold(kept)
             self.held += bool(kept)
             self.validation += kept
         else:
+            self.looks_like.update(name for row in kept for name in looks_like(row))
             self.add(kept)
         if self.drawn == CHECK_AT and not (self.train or self.validation):
             self.check()
 
+    def _drop(self, number: int, why: Rejected) -> None:
+        entry: DroppedRow = {"source": self.source.name, "row": number, "reason": why.reason, "detail": why.detail}
+        self.quarantine.append(entry)
+
     def add(self, rows: list[Row]) -> None:
         """Train on these, of which only the ids are kept."""
         for row in rows:
-            row.conversation = {}
+            row.conversation = {"messages": []}
             self.amount += row.size(self.unit)
         self.train += rows
 
     def repeat(self) -> None:
         """Use rows again, in their order, where the source allows it (max_repeats) or asks for more than it has (#N)."""
         # in their drawn order, so that every row is used n times before one is used n + 1 times
-        limit, counted = len(self.train) * self.source.max_repeats, self.count and not self.source.max_rows
+        limit = len(self.train) * self.source.max_repeats
+        counted = self.count is not None and not self.source.max_rows
         if counted:  # fewer usable rows than `#N`: ms-swift repeats them to N, and so do recipes taken over from it
             limit = max(limit, self.count - len(self.validation))
         again = itertools.cycle(list(self.train))
@@ -301,22 +290,34 @@ class Draw:
                 f"{where}: {len(malformed)} of {self.drawn} rows rejected, more than data.max_rejected="
                 f"{self.data.max_rejected:g} allows: {why}. Fix the rows, or raise data.max_rejected to leave them out"
             )
-        held, advice = len(self.validation), "Leave it out, or add rows"
-        if "too_long" in self.dropped:
-            advice = "Raise model.max_seq_length (rows are never truncated), or leave it out"
-        if held:
-            tenth = self.data.validation_size * (self.seen // 10) // self.to_hold
-            advice = f"Write data.validation_size={tenth} to hold out a tenth, or 0 to train on all"
         if not self.train:
-            raise ToolkitError(f"{where}: no row is left to train on: {held} of {self.seen} held out, {why}. {advice}")
+            held = len(self.validation)
+            raise ToolkitError(
+                f"{where}: no row is left to train on: {held} of {self.seen} held out, {why}. {self._advice()}"
+            )
+
+    def _advice(self) -> str:
+        """What to change where no row is left to train on."""
+        if self.validation:
+            # a tenth of this source's rows, as a number for all sources
+            tenth = self.data.validation_size * (self.seen // 10) // self.to_hold
+            if tenth < self.data.validation_size and "validation_prompt" not in self.dropped:
+                return f"Write data.validation_size={tenth} to hold out a tenth, or 0 to train on all"
+            return "Write data.validation_size=0 to train on all: rows that ask what a held-out row asks never train"
+        if "too_long" in self.dropped:
+            return "Raise model.max_seq_length (rows are never truncated), or leave it out"
+        return "Leave it out, or add rows"
 
 
-class Judge:
+class RowFilter:
     """Says, example by example, what keeps it out of training; remembers those it lets in."""
 
     def __init__(self, data: Data, max_seq_length: int, chat: Chat, prompts: list[str]):
-        self.duplicates, self.max_seq_length, self.grams = data.duplicates, max_seq_length, grams_of(prompts)
-        self.exact, self.near = Duplicates(chat.decode), NearDuplicates(chat.decode)
+        self.duplicates = data.duplicates
+        self.max_seq_length = max_seq_length
+        self.grams = grams_of(prompts)
+        self.exact = Duplicates(chat.decode)
+        self.near = NearDuplicates(chat.decode)
         self.near_held = NearDuplicates(chat.decode)
         self.held: set[bytes] = set()
 
@@ -349,31 +350,39 @@ class Judge:
         return None
 
 
-def _question_prompts(recipe: Recipe) -> list[str]:
+# --- the evaluation's questions, which no row may give away -------------------------------------------------------------
+
+
+def question_prompts(recipe: Recipe) -> list[str]:
     """User turns of the recipe's questions. All are read here: a row that cannot be asked is found before training."""
-    data = recipe.data
-    found = [q for source in recipe.evaluate.questions for q in read_questions(source, placeholders=data.placeholders)]
-    return [m["content"] for q in found if data.decontaminate for m in q["messages"] if m["role"] == "user"]
+    prompts = []
+    for source in recipe.evaluate.questions:
+        for question in read_questions(source, placeholders=recipe.data.placeholders):
+            prompts += [m["content"] for m in question["messages"] if m["role"] == "user"]
+    return prompts if recipe.data.decontaminate else []
 
 
-def read_questions(source: Source, seed: int = 3407, placeholders: dict | None = None) -> list[dict]:
+def read_questions(
+    source: Source, seed: int = 3407, placeholders: dict[str, str | dict[str, str]] | None = None
+) -> list[Question]:
     """The questions of a source, of `#N` and `max_rows` those that `seed` draws: evaluation's own, not the recipe's, so that
     runs of several seeds are asked alike. Raises ToolkitError at a malformed row, as nobody would miss a question."""
-    found = []
+    questions = []
     for number, conversation in conversations(source, seed, placeholders or {}):
         try:
             if isinstance(conversation, Rejected):
                 raise conversation
-            found.append(as_question(conversation, source.name))
+            questions.append(as_question(conversation, source.name))
         except Rejected as rejected:
             raise ToolkitError(f"{source.path}, row {number}: {rejected.detail}") from rejected
-    return found
+    return questions
 
 
-def as_question(conversation: dict, name: str) -> dict:
-    """{"messages", "expected_answer", "set"} of a canonical conversation: the messages before its last turn, without
-    typed switches, as it is asked in each mode. Raises Rejected where it cannot be asked."""
-    answer, messages = conversation.get("expected_answer", ""), conversation["messages"]
+def as_question(conversation: Conversation, name: str) -> Question:
+    """A canonical conversation as a question: the messages before its last turn, without typed switches, as it is asked in
+    each mode. Raises Rejected where it cannot be asked."""
+    answer = conversation.get("expected_answer", "")
+    messages = conversation["messages"]
     if not answer.strip():
         raise Rejected("no_expected_answer", "a question needs an expected_answer")
     if "tools" in conversation or any("tool_calls" in message for message in messages):
@@ -385,32 +394,42 @@ def as_question(conversation: dict, name: str) -> dict:
 # --- shares ----------------------------------------------------------------------------------------------------------
 
 
+class Planned(TypedDict):
+    """What one source is to give."""
+
+    share: float | None
+    """Of the mix; None where rows are taken as they come."""
+    quota: int | None
+    """The same in `unit_of(data)`."""
+    validation: int
+    """Rows held out."""
+
+
 def unit_of(data: Data) -> str:
     """What the plan is counted in: `data.unit`, or examples where `#N` counts stand in place of fractions."""
     counted = any(s.fraction is None and split_count(s)[1] for s in data.sources)
     return "examples" if counted else data.unit
 
 
-def plan(data: Data) -> dict[str, dict]:
-    """Per source: planned share and quota (in `unit_of(data)`, None where they come as they are) and rows held out.
-
-    Every source that takes part holds out at least one row."""
-    shares = weights = [s.fraction for s in data.sources]
+def plan(data: Data) -> dict[str, Planned]:
+    """What each source is to give. Every source that takes part holds out at least one row."""
+    shares = [s.fraction for s in data.sources]
+    weights = shares
     if None not in shares:
         quotas = [data.budget and round(share * data.budget) for share in shares]
     else:
         quotas = [split_count(s)[1] for s in data.sources]
         weights = [1] * len(quotas) if None in quotas else quotas
         shares = [None] * len(quotas) if None in quotas else [n / sum(quotas) for n in quotas]
-    size, total = data.validation_size, sum(weights)
-    held = [max(1, round(size * weight / total)) if weight and size else 0 for weight in weights]
+    size = data.validation_size
+    held = [max(1, round(size * weight / sum(weights))) if weight and size else 0 for weight in weights]
     return {
         source.name: {"share": share, "quota": quota, "validation": n}
         for source, share, quota, n in zip(data.sources, shares, quotas, held, strict=True)
     }
 
 
-def _balance(draws: list[Draw], data: Data) -> str | None:
+def balance(draws: list[Draw], data: Data) -> str | None:
     """Where sources are exhausted, reduce the whole mix and keep its shares; returns the source that limits it."""
     if draws[0].source.fraction is None:
         return None
@@ -419,45 +438,69 @@ def _balance(draws: list[Draw], data: Data) -> str | None:
     limiting = min(short, key=short.get, default=None)
     total = short[limiting] if limiting else data.budget
     for draw in draws:
-        draw.train = _trim(draw.train, draw.source.fraction * total, data.unit)
+        draw.train = trim(draw.train, draw.source.fraction * total, data.unit)
     return limiting
 
 
-def _trim(rows: list[Row], target: float, unit: str) -> list[Row]:
+def trim(rows: list[Row], target: float, unit: str) -> list[Row]:
     """The first rows, in drawn order, whose sum is nearest to `target`, but at least one."""
     # the row that crosses the target stays only where the sum is nearer with it
     sums = np.cumsum([row.size(unit) for row in rows])
     return rows[: int(np.abs(sums - target).argmin()) + 1]
 
 
-def shares(rows: list[Row], by: str = "source") -> dict[str, dict[str, float]]:
+def check_shares(report: MixReport, data: Data) -> None:
+    """Raises ToolkitError where a source's share of the mix is not what the recipe asks for."""
+    if data.sources[0].fraction is None:
+        return  # counts are the mix: what a source lacks of its own is in the report
+    unit = report["unit"]
+    achieved = Counter(report["achieved"][unit])
+    planned = report["planned"]
+    name = max(planned, key=lambda n: abs(achieved[n] - planned[n]))
+    if abs(achieved[name] - planned[name]) > TOLERANCE:
+        limit = report["limited_by"]
+        fix = f"Add rows to {limit}, which is exhausted, or lower its fraction" if limit else "Raise data.budget"
+        raise ToolkitError(
+            f"data.sources: {name}: planned {planned[name]:.1%} of {unit}, achieved {achieved[name]:.1%}: "
+            f"a mix of {report['total'][unit]:,} {unit} is too small for rows of this length. {fix}"
+        )
+
+
+# --- mix.json --------------------------------------------------------------------------------------------------------
+
+
+def shares_of(rows: list[Row], by: str = "source") -> dict[str, Shares]:
     """Share of each source (or mode) among rows, in all three units."""
-    found = {}
+    shares = {}
     for unit in UNITS:
-        sums = Counter()
+        sums: Counter[str] = Counter()
         for row in rows:
             sums[getattr(row, by)] += row.size(unit)
-        found[unit] = {name: n / sums.total() for name, n in sorted(sums.items())}
-    return found
+        shares[unit] = {name: n / sums.total() for name, n in sorted(sums.items())}
+    return shares
 
 
-def _report(recipe: Recipe, draws: list[Draw], planned: dict, limited_by: str | None) -> dict:
-    rows, unit = [row for draw in draws for row in draw.train], unit_of(recipe.data)
-    achieved = shares(rows)
+def mix_report(recipe: Recipe, draws: list[Draw], planned: dict[str, Planned], limited_by: str | None) -> MixReport:
+    """What mix.json holds, apart from fingerprints and warnings."""
+    rows = [row for draw in draws for row in draw.train]
+    unit = unit_of(recipe.data)
+    achieved = shares_of(rows)
     return {
         "unit": unit,
         "budget": recipe.data.budget,
         "planned": {n: achieved[unit][n] if p["share"] is None else p["share"] for n, p in planned.items()},
         "achieved": achieved,
-        "achieved_modes": shares(rows, by="mode"),
+        "achieved_modes": shares_of(rows, by="mode"),
         "total": {u: sum(row.size(u) for row in rows) for u in UNITS},
         "limited_by": limited_by,
-        "sources": {d.source.name: _source_report(d) for d in draws},
+        "lengths": completion_lengths(rows),
+        "sources": {d.source.name: source_report(d) for d in draws},
         "max_seq_length": recipe.model.max_seq_length,
     }
 
 
-def _source_report(draw: Draw) -> dict:
+def source_report(draw: Draw) -> SourceReport:
+    """What mix.json holds of one source."""
     rows = draw.train
     lengths = [len(r.ids) for r in rows]
     return {
@@ -469,89 +512,36 @@ def _source_report(draw: Draw) -> dict:
         "rows_repeated": len(rows) - len({id(r) for r in rows}),
         "rows_held_out": len(draw.validation),
         "dropped": draw.dropped,
+        "not_read": not_read_of(draw),
+        "looks_like": dict(draw.looks_like),
         "tokens": sum(lengths),
         "supervised_tokens": sum(r.size("supervised_tokens") for r in rows),
-        "length": {f"p{p}": int(np.percentile(lengths, p)) for p in (50, 90)} | {"max": max(lengths)},
+        "length": {
+            "p50": int(np.percentile(lengths, 50)),
+            "p90": int(np.percentile(lengths, 90)),
+            "max": max(lengths),
+        },
+        "lengths": completion_lengths(rows),
     }
 
 
-def _check_shares(report: dict, data: Data) -> None:
-    if data.sources[0].fraction is None:
-        return  # counts are the mix: what a source lacks of its own is in the report
-    unit, limit = report["unit"], report["limited_by"]
-    achieved, planned = Counter(report["achieved"][unit]), report["planned"]
-    name = max(planned, key=lambda n: abs(achieved[n] - planned[n]))
-    if abs(achieved[name] - planned[name]) > TOLERANCE:
-        fix = f"Add rows to {limit}, which is exhausted, or lower its fraction" if limit else "Raise data.budget"
-        raise ToolkitError(
-            f"data.sources: {name}: planned {planned[name]:.1%} of {unit}, achieved {achieved[name]:.1%}: "
-            f"a mix of {report['total'][unit]:,} {unit} is too small for rows of this length. {fix}"
-        )
+def not_read_of(draw: Draw) -> NotRead:
+    """{"row": {key: rows}, "turn": {key: turns}} of the keys that no rule reads, the most frequent first."""
+    counts: NotRead = {"row": {}, "turn": {}}
+    for key, n in draw.not_read.most_common():
+        place, _, name = key.partition(" ")
+        counts[place][name] = n
+    return counts
 
 
-# --- the cache -------------------------------------------------------------------------------------------------------
-
-
-def _key(recipe: Recipe, chat: Chat, fingerprints: dict) -> str:
-    # a change of the code that makes rows makes another mix: nobody remembers to raise a version number
-    code = [f.read_bytes() for name in CACHE_KEY_FILES for f in sorted(PACKAGE.glob(name))]
-    decides = {
-        "data": asdict(recipe.data),
-        "questions": [asdict(q) for q in recipe.evaluate.questions],
-        "max_seq_length": recipe.model.max_seq_length,
-        "tokenizer": hashlib.sha256(
-            f"{chat.json}{chat.template_text}{chat.tokens}{chat.switches}".encode()
-        ).hexdigest(),
-        "sources": fingerprints,
-        "code": hashlib.sha256(b"".join(code)).hexdigest(),
-    }
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def write(mixed: Mix) -> None:
-    """mix.npz: rows, report, dropped rows and held-out conversations. The caller holds the lock."""
-    rows, held = mixed.train + mixed.validation, [row.conversation for row in mixed.validation]
-    # one file, so that a kill leaves a whole mix or none; zip keeps a checksum of each part
-    told = json.dumps({"report": mixed.report, "quarantine": mixed.quarantine, "held": held})
-    with complete(mixed.folder / "mix.npz") as partial, open(partial, "wb") as file:
-        np.savez(
-            file,
-            ids=np.concatenate([r.ids for r in rows]),
-            ends=np.cumsum([len(r.ids) for r in rows]),
-            numbers=np.array([(r.prompt_length, r.number) for r in rows]),
-            names=np.array([(r.source, r.mode) for r in rows]),
-            told=np.frombuffer(told.encode(), np.uint8),
-        )
-
-
-def read(folder: Path) -> Mix | None:
-    """A compiled mix from its folder; None where there is none, or where a checksum in mix.npz says it is damaged."""
-    try:
-        if zipfile.ZipFile(folder / "mix.npz").testzip():
-            return None
-        with np.load(folder / "mix.npz") as file:
-            arrays = dict(file)
-    except Exception:  # missing, or damaged: zipfile and numpy have many kinds of error for that
-        return None
-    # views of one array, no copies
-    parts = np.split(arrays["ids"], arrays["ends"][:-1])
-    described = zip(parts, arrays["numbers"].tolist(), arrays["names"].tolist(), strict=True)
-    rows = [Row(ids, length, *names, number) for ids, (length, number), names in described]
-    told = json.loads(arrays["told"].tobytes())
-    train, validation = rows[: len(rows) - len(told["held"])], rows[len(rows) - len(told["held"]) :]
-    for row, conversation in zip(validation, told["held"], strict=True):
-        row.conversation = conversation
-    return Mix(train, validation, told["report"], told["quarantine"], folder)
-
-
-# --- for a trainer ---------------------------------------------------------------------------------------------------
-
-
-def dataset(rows: list[Row]):
-    """A datasets.Dataset of input_ids and labels (-100 on the prompt)."""
-    import datasets
-
-    made = datasets.Dataset.from_dict({"input_ids": [r.ids for r in rows], "labels": [r.labels for r in rows]})
-    # Unsloth's sign that no row needs cutting: without it, rows that hold ids are padded on a GPU
-    made._unsloth_truncated_to = max(len(r.ids) for r in rows)
-    return made
+def completion_lengths(rows: list[Row]) -> dict[str, CompletionLengths]:
+    """{mode: lengths of the completions in tokens}, which say how long a reply of that mode may become."""
+    lengths = {}
+    for mode in sorted({row.mode for row in rows}):
+        sizes = [len(row.completion) for row in rows if row.mode == mode]
+        lengths[mode] = {
+            "completion_p50": int(np.percentile(sizes, 50)),
+            "completion_p90": int(np.percentile(sizes, 90)),
+        }
+        lengths[mode]["completion_max"] = max(sizes)
+    return lengths

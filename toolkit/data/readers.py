@@ -4,20 +4,30 @@ path = Path("data_recipes/samples/jobs/general.csv"); number, row = next(open_fi
 """
 
 import bisect
+import bz2
 import contextlib
 import csv
+import gzip
 import hashlib
 import io
 import json
+import lzma
 import re
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from toolkit.files import ToolkitError, sha256
+from toolkit.files import ToolkitError, read_json, sha256
+from toolkit.records import Json
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow
 
 SPLITS = ("train", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
 SHARD = re.compile(r"(?:data/)?(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
@@ -38,6 +48,16 @@ NOT_ASCII = re.compile(r".{0,10}(?:[^\x00-\x7f].{0,30}|$)", re.DOTALL)
 JSON_TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
 
 
+UNPACKERS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+"""Ending of a packed file → what unpacks it, in memory."""
+UNPACK = {
+    ".zst": "unpack it: zstd -d {}",
+    ".zip": "unpack an archive: unzip {}",
+    ".tar": "unpack an archive: tar xf {}",
+    ".7z": "unpack an archive: 7z x {}",
+}
+
+
 class Rejected(ValueError):
     """A row that cannot be trained on: `reason` is a slug to count by, `detail` tells people what is wrong where."""
 
@@ -56,8 +76,10 @@ class Rows:
 
     location: str
     fields: list[str]
-    draw: Callable[[int], Iterator[tuple[int, dict | Rejected]]]
+    draw: Callable[[int], Iterator[tuple[int, dict[str, Json] | Rejected]]]
     where: Callable[[int], str]
+    left_out: tuple[str, ...] = ()
+    """Columns of kinds that nothing here reads (Arrow's maps)."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +89,19 @@ class Table:
     path: Path
     unit: str
     size: int
-    get: Callable[[int], dict | Rejected | None]
+    get: Callable[[int], dict[str, Json] | Rejected | None]
+    left_out: tuple[str, ...] = ()
 
 
-def json_type(value) -> str:
+def json_type(value: Json) -> str:
     """What a JSON value is, in words for an error."""
     return JSON_TYPES.get(type(value), "a number")
 
 
 def ending(path: Path) -> str:
-    """The ending that says how a file is read (.jsonl, .csv, …); "" for other files."""
-    return path.suffix.lower() if path.suffix.lower() in READERS else ""
+    """The ending that says how a file is read (.jsonl, .csv, …), without that of a packed one; "" for other files."""
+    name = path.with_suffix("") if path.suffix.lower() in UNPACKERS else path
+    return name.suffix.lower() if name.suffix.lower() in READERS else ""
 
 
 def data_files(path: Path, split: str) -> list[Path]:
@@ -88,13 +112,12 @@ def data_files(path: Path, split: str) -> list[Path]:
     known = ", ".join(READERS)
     if not path.is_dir():
         if not ending(path):
-            raise ToolkitError(
-                f"{path}: unknown kind of file: expected {known}: save a spreadsheet as CSV UTF-8, unpack an archive"
-            )
+            way_out = UNPACK.get(path.suffix.lower(), "save a spreadsheet as CSV UTF-8, unpack an archive")
+            raise ToolkitError(f"{path}: unknown kind of file: expected {known}: {way_out.format(path)}")
         return [path]
     # hidden files are caches, among them half-finished downloads of the Hub's client
     found = sorted(f for f in path.rglob("[!.]*") if not f.is_dir() and "/." not in f"/{f.relative_to(path)}")
-    names = {f: f.relative_to(path).as_posix() for f in found if ending(f) and f.name not in NOT_ROWS}
+    names = {f: f.relative_to(path).as_posix() for f in found if is_rows(f)}
     files = {f: split_of(name, split) for f, name in names.items()}
     # a folder without files of that split has files of no split (data.jsonl); another split's are never taken for it
     chosen = [f for f in files if files[f] == split] or [f for f in files if not files[f]]
@@ -110,9 +133,19 @@ def data_files(path: Path, split: str) -> list[Path]:
     return chosen
 
 
+def is_rows(file: Path) -> bool:
+    """Whether a file of a folder holds rows: not what data sets keep beside them, nor a cache of `save_to_disk`'s folder."""
+    state = file.with_name("state.json")
+    if file.suffix == ".arrow" and state.is_file():
+        return file.name in {shard["filename"] for shard in read_json(state)["_data_files"]}
+    return bool(ending(file)) and file.name not in NOT_ROWS
+
+
 def split_of(name: str, split: str) -> str | None:
     """The split a path below its data set is of: a shard's name, else the last word that is `split` or a known one."""
-    if shard := SHARD.match(name):
+    shard = SHARD.match(name)
+    # save_to_disk calls every file data-00000-of-00001.arrow; the split is its folder's name
+    if shard and not name.endswith(".arrow"):
         return shard[1]
     words = re.findall(rf"(?<![^\W\d_])({re.escape(split)}|{'|'.join(SPLITS)})(?![^\W\d_])", name, re.IGNORECASE)
     return words[-1].lower() if words else None
@@ -157,15 +190,16 @@ def open_files(path: Path, files: list[Path]) -> Rows:
             f"{path}: {bad}. Expected a JSON object on each line (jq -c . FILE > lines.jsonl makes lines of objects), an "
             "array of objects, or CSV with a header"
         )
-    return Rows(str(path), fields, draw, where)
+    left_out = dict.fromkeys(column for table in tables for column in table.left_out)
+    return Rows(str(path), fields, draw, where, tuple(left_out))
 
 
 def json_table(path: Path) -> Table:
     """An array of objects, or one object a line: the content decides, as people name them all."""
     # Rows are read from it as long as they are drawn. A small file from memory: every system call lets another thread take
     # the interpreter, and the tokenizers' threads then keep it for 5 ms
-    small = path.stat().st_size <= IN_MEMORY
-    file = io.BytesIO(path.read_bytes()) if small else open(path, "rb", buffering=0)  # noqa: SIM115
+    in_memory = path.stat().st_size <= IN_MEMORY or path.suffix.lower() in UNPACKERS
+    file = io.BytesIO(read_bytes(path)) if in_memory else open(path, "rb", buffering=0)  # noqa: SIM115
     if ending(path) != ".json" and not file.read(BLOCK).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         return line_table(path, file)
     file.seek(0)
@@ -181,7 +215,16 @@ def json_table(path: Path) -> Table:
     return Table(path, "row", len(rows), lambda i: as_row(rows[i]))
 
 
-def line_table(path: Path, file) -> Table:
+def read_bytes(path: Path) -> bytes:
+    """A file's content, unpacked. Raises ToolkitError for a damaged archive."""
+    unpack = UNPACKERS.get(path.suffix.lower(), bytes)
+    try:
+        return unpack(path.read_bytes())
+    except (EOFError, ValueError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise ToolkitError(f"{path}: cannot be read or unpacked: {error}") from error
+
+
+def line_table(path: Path, file: io.BytesIO | io.FileIO) -> Table:
     """One object a line. Costs one pass for the newlines and 8 bytes a line; rows are read when drawn."""
     starts = line_starts(file)
 
@@ -197,7 +240,7 @@ def line_table(path: Path, file) -> Table:
     return Table(path, "line", len(starts) - 1, get)
 
 
-def line_starts(file) -> np.ndarray:
+def line_starts(file: io.BytesIO | io.FileIO) -> np.ndarray:
     """Byte offsets of a file's lines and, last, of its end."""
     file.seek(0)
     buffer, found, offset = np.empty(BLOCK, np.uint8), [np.zeros(1, np.int64)], 0
@@ -208,7 +251,7 @@ def line_starts(file) -> np.ndarray:
     return starts if starts[-1] == offset else np.append(starts, offset)
 
 
-def as_row(value) -> dict | Rejected:
+def as_row(value: Json) -> dict | Rejected:
     """A JSON value as a row."""
     return value if type(value) is dict else Rejected("wrong_type", f"{json_type(value)}, expected an object")
 
@@ -217,7 +260,7 @@ def csv_table(path: Path) -> Table:
     """Cells under a header, separated by what the header has most of outside quotes: , ; (Excel in Europe) or tabs.
 
     Quoted cells may hold separators and line breaks (CRLF becomes LF)."""
-    text = decode(path.read_bytes(), path, 1).replace("\r\n", "\n")
+    text = decode(read_bytes(path), path, 1).replace("\r\n", "\n")
     csv.field_size_limit(1 << 30)  # the reader's own limit of 128 KiB is below a long reasoning trace
     unquoted = QUOTED.sub("", text[: 1 << 16])
     delimiter = max(",;\t", key=unquoted.partition("\n")[0].count)
@@ -242,22 +285,58 @@ def csv_table(path: Path) -> Table:
 def parquet_table(path: Path) -> Table:
     """Rows of a parquet file, which `datasets` copies once to a memory-mapped file in its cache."""
     import datasets
-    import pyarrow
     import pyarrow.parquet
 
-    try:
+    with arrow_errors(path):
         meta = pyarrow.parquet.read_metadata(path)
-        refuse_bytes(meta.schema.to_arrow_schema(), path)
+        schema = meta.schema.to_arrow_schema()
+        fields = readable_fields(schema, path)
         # the cache knows a file by path and time of change only, the configuration's name by its content too
-        data = datasets.Dataset.from_parquet(str(path), config_name=sha256(path)) if meta.num_rows else []
-    except ToolkitError:
-        raise
+        options = {"config_name": sha256(path)}
+        if len(fields) < len(schema):
+            options["features"] = datasets.Features.from_arrow_schema(pyarrow.schema(fields))
+            options["columns"] = [field.name for field in fields]
+        data = datasets.Dataset.from_parquet(str(path), **options) if meta.num_rows else []
+    return arrow_rows(path, data, schema.names)
+
+
+def arrow_table(path: Path) -> Table:
+    """Rows of a file of `Dataset.save_to_disk`, memory-mapped."""
+    import datasets
+
+    with arrow_errors(path):
+        data = datasets.Dataset.from_file(str(path))
+        readable_fields(data.features.arrow_schema, path)
+    return arrow_rows(path, data, data.column_names)
+
+
+def arrow_rows(path: Path, data: "datasets.Dataset", names: list[str]) -> Table:
+    """The rows of a loaded file; those of its columns that were not loaded are left out."""
+    left_out = tuple(name for name in names if data and name not in data.column_names)
+    return Table(path, "row", len(data), lambda i: without_nulls(data[i]), left_out)
+
+
+@contextlib.contextmanager
+def arrow_errors(path: Path) -> Iterator[None]:
+    """Turns what pyarrow and datasets raise over a file into a ToolkitError that names it."""
+    import datasets
+    import pyarrow
+
+    try:
+        yield
     except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, ValueError) as error:
-        raise ToolkitError(f"{path}: not readable as parquet: {error.__cause__ or error}") from error
-    return Table(path, "row", len(data), lambda i: without_nulls(data[i]))
+        if isinstance(error, ToolkitError):
+            raise
+        raise ToolkitError(f"{path}: not readable as {path.suffix[1:]}: {error.__cause__ or error}") from error
 
 
-def refuse_bytes(schema, where) -> None:
+def readable_fields(schema: "pyarrow.Schema", path: Path) -> list["pyarrow.Field"]:
+    """The columns that can be loaded: all but maps, which `datasets` lacks. Raises ToolkitError where one holds bytes."""
+    refuse_bytes(schema, path)
+    return [field for field in schema if "map<" not in str(field.type)]
+
+
+def refuse_bytes(schema: Iterable["pyarrow.Field"], where: Path | str) -> None:
     """Raises ToolkitError where a column of an Arrow schema holds images or other bytes."""
     if held := [field.name for field in schema if "binary" in str(field.type)]:
         raise ToolkitError(f"{where}: column {held[0]!r} holds bytes (images, audio), only text is trained on: drop it")
@@ -266,7 +345,7 @@ def refuse_bytes(schema, where) -> None:
 def without_nulls(row: dict) -> dict:
     """A row without the nulls inside its columns: Arrow fills in keys that a nested object never had."""
 
-    def present(value):
+    def present(value: Json) -> Json:
         if type(value) is dict:
             return {key: present(item) for key, item in value.items() if item is not None}
         return [present(item) for item in value] if type(value) is list else value
@@ -278,6 +357,7 @@ READERS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), json_table),
     **dict.fromkeys((".csv", ".tsv"), csv_table),
     ".parquet": parquet_table,
+    ".arrow": arrow_table,
 }
 """Ending → how such a file is read."""
 

@@ -5,12 +5,14 @@ source = Source("data_recipes/samples/jobs/domain.json"); number, conversation =
 
 import functools
 import re
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from toolkit.data.formats import canonical, recognise
+from toolkit.data.conversation import Placeholders
+from toolkit.data.formats import canonical, reader_of, recognise
 from toolkit.data.readers import (
     Rejected,
     Rows,
@@ -23,6 +25,10 @@ from toolkit.data.readers import (
 )
 from toolkit.files import ToolkitError, check_regular, find
 from toolkit.recipe import Source
+from toolkit.records import Conversation, Json
+
+if TYPE_CHECKING:
+    import datasets
 
 __all__ = ["Rejected", "Rows", "canonical", "conversations", "detect", "fingerprint", "open_rows", "split_count"]
 
@@ -41,31 +47,68 @@ OFFLINE = (
 )
 
 
-def conversations(source: Source, seed: int, placeholders: dict) -> Iterator[tuple[int, dict | Rejected]]:
+@dataclass(frozen=True)
+class ReadRow:
+    """One row of a source, read."""
+
+    number: int
+    """Its place in the source, from 1."""
+    conversation: Conversation | Rejected
+    not_read: list[str] = field(default_factory=list)
+    """Keys that no rule reads: "row label", "turn loss"."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a source's rows are."""
+
+    source: Source
+    """With `:subset` taken off its path."""
+    folder: Path | None
+    """A file or folder on this machine; None for a data set on the Hub."""
+    files: list[Path]
+    """The files of its split."""
+
+
+def conversations(
+    source: Source, seed: int, placeholders: dict[str, str | dict[str, str]]
+) -> Iterator[tuple[int, Conversation | Rejected]]:
     """(number, canonical conversation or Rejected) of every row, shuffled by the seed, read as they are asked for.
 
     Raises ToolkitError for trouble with the whole source and for an unfilled {{NAME}} or {{AUTHOR}}.
     """
+    for row in read_rows(source, seed, placeholders):
+        yield row.number, row.conversation
+
+
+def read_rows(source: Source, seed: int, placeholders: dict[str, str | dict[str, str]]) -> Iterator[ReadRow]:
+    """The same with the keys that nothing read."""
     rows = open_rows(source)
-    format = detect(source, rows)
+    own = {name.replace("AUTHOER", "AUTHOR"): text for name, text in source.placeholders.items()}
+    fill = Placeholders({**placeholders, **own}, tuple(own))
+    reader = reader_of(detect(source, rows), source.columns, fill, source.system)
+    left_out = [f"row {column}" for column in rows.left_out]
     for number, row in rows.draw(seed):
         try:
             if isinstance(row, Rejected):
                 raise row
-            yield number, canonical(row, format, source.columns, placeholders, source.system, source.turns)
+            conversation, not_read = reader.read(row)
+            yield ReadRow(number, conversation, left_out + not_read)
         except Rejected as rejected:
             place = rows.where(number)
             # usually in every row, and one recipe key fixes them all
             if rejected.reason == "unfilled_placeholder":
                 raise ToolkitError(f"{place}: {rejected.detail}") from rejected
-            yield number, Rejected(rejected.reason, f"{place}: {rejected.detail}")
+            yield ReadRow(number, Rejected(rejected.reason, f"{place}: {rejected.detail}"))
         except RecursionError:
-            yield number, Rejected("too_deep", f"{rows.where(number)}: objects inside objects, about 1,000 levels")
+            detail = f"{rows.where(number)}: objects inside objects, about 1,000 levels"
+            yield ReadRow(number, Rejected("too_deep", detail))
 
 
 def detect(source: Source, rows: Rows) -> str:
     """The name of a source's format, given or found by its fields. Raises ToolkitError where it is not clear."""
-    return recognise(rows.fields, source.format, source.columns, rows.location)
+    maps = f" (without {', '.join(rows.left_out)}: maps are not read)" if rows.left_out else ""
+    return recognise(rows.fields, source.format, source.columns, rows.location + maps)
 
 
 def open_rows(source: Source) -> Rows:
@@ -74,8 +117,8 @@ def open_rows(source: Source) -> Rows:
     `#500` and `max_rows` keep that many rows of the seed's order. Raises ToolkitError.
     """
     source, limit = split_count(source)
-    source, found = _located(source)
-    rows = open_files(*found) if found else stream_rows(source, *_hub_stream(source))
+    place = locate(source)
+    rows = open_files(place.folder, place.files) if place.folder else hub_rows(place.source)
     return rows if limit is None else replace(rows, draw=lambda seed: islice(rows.draw(seed), limit))
 
 
@@ -90,12 +133,12 @@ def split_count(source: Source) -> tuple[Source, int | None]:
 
 def fingerprint(source: Source) -> str:
     """SHA-256 of a local source's files, or the commit of one on the Hub; no rows are read."""
-    source, found = _located(split_count(source)[0])
-    return fingerprint_of(*found) if found else _hub_stream(source)[1]
+    place = locate(split_count(source)[0])
+    return fingerprint_of(place.folder, place.files) if place.folder else _hub_stream(place.source)[1]
 
 
-def _located(source: Source) -> tuple[Source, tuple[Path, list[Path]] | None]:
-    """The source with `:subset` taken off its path, and, unless it is on the Hub, (path, its data files)."""
+def locate(source: Source) -> Location:
+    """Where the rows of a source are. Raises ToolkitError for a path that is neither here nor a name of the Hub's form."""
     path = source.path
     # a path that exists is taken as it is, a colon in it too (C:\data)
     if not find(path) and (match := re.fullmatch(r"(.+[^:/]):([\w.\-]+)", path)):
@@ -109,10 +152,7 @@ def _located(source: Source) -> tuple[Source, tuple[Path, list[Path]] | None]:
     elif not folder and (  # a file's name, a path of more than two parts: no Hub data set is called that
         path.startswith((".", "/", "~")) or path.count("/") != 1 or len(path) > 96 or ending(Path(path))
     ):
-        near = find(Path(path).parent)
-        names = sorted(f.name for f in near.iterdir() if ending(f)) if near and near.is_dir() else []
-        beside = f"; {near} has {', '.join(names[:8])}" if names else ""
-        raise ToolkitError(f"{path[:200]}: no such file or folder here{beside}. A Hub name is owner/name")
+        raise ToolkitError(f"{path[:200]}: no such file or folder here{_neighbours(path)}. A Hub name is owner/name")
     if folder and source.subset:
         folder /= source.subset
         if not folder.is_dir():
@@ -121,7 +161,14 @@ def _located(source: Source) -> tuple[Source, tuple[Path, list[Path]] | None]:
             )
     if folder:
         check_regular(folder)
-    return source, (folder, data_files(folder, source.split)) if folder else None
+    return Location(source, folder, data_files(folder, source.split) if folder else [])
+
+
+def _neighbours(path: str) -> str:
+    """The data files beside a path that does not exist, as the end of a sentence."""
+    near = find(Path(path).parent)
+    names = sorted(f.name for f in near.iterdir() if ending(f)) if near and near.is_dir() else []
+    return f"; {near} has {', '.join(names[:8])}" if names else ""
 
 
 def _modelscope_folder(path: str, revision: str | None) -> Path:
@@ -144,7 +191,7 @@ def _hub_builder(path: str, subset: str | None, revision: str | None):
     return datasets.load_dataset_builder(path, subset, revision=revision)
 
 
-def _hub_stream(source: Source) -> tuple:
+def _hub_stream(source: Source) -> tuple["datasets.IterableDataset", str]:
     """(stream of a Hub data set, or of the copy in the cache of `datasets`, its commit). Raises ToolkitError."""
     from datasets.packaged_modules.cache.cache import Cache
 
@@ -166,13 +213,19 @@ def _hub_stream(source: Source) -> tuple:
     return stream, commit
 
 
-def stream_rows(source: Source, stream, revision: str) -> Rows:
+def hub_rows(source: Source) -> Rows:
+    """Rows of a Hub data set as they come down."""
+    stream, commit = _hub_stream(source)
+    return stream_rows(source, stream, commit)
+
+
+def stream_rows(source: Source, stream: "datasets.IterableDataset", revision: str) -> Rows:
     """Rows of a datasets.IterableDataset; numbers count the rows drawn, as a stream has no other."""
     import httpx
 
     where = f"{source.path}@{revision[:12]}"
 
-    def rows(some) -> Iterator[dict]:
+    def rows(some: Iterable[dict[str, Json]]) -> Iterator[dict[str, Json]]:
         try:
             yield from map(without_nulls, some)
         except (OSError, ValueError, httpx.HTTPError) as error:

@@ -1,0 +1,81 @@
+"""Compiled mixes on disk, by everything that decides their rows.
+
+from toolkit.data import cache; cache.read(cache.folder_of(recipe, chat, fingerprints))     # a Mix, or None
+"""
+
+import hashlib
+import json
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from toolkit.data.chat import Chat
+from toolkit.data.rows import Mix, Row
+from toolkit.files import PACKAGE, complete, outputs
+from toolkit.recipe import Recipe
+
+CODE = ("family.py", "data/*.py")
+"""The files of the package that make rows."""
+
+
+def folder_of(recipe: Recipe, chat: Chat, fingerprints: dict[str, str]) -> Path:
+    """Where the mix of a recipe is kept, compiled with this model's template from sources of these fingerprints."""
+    # a change of the code that makes rows makes another mix: nobody remembers to raise a version number
+    code = [file.read_bytes() for pattern in CODE for file in sorted(PACKAGE.glob(pattern))]
+    model = f"{chat.json}{chat.template_text}{chat.tokens}{chat.switches}"
+    decides = {
+        "data": asdict(recipe.data),
+        "questions": [asdict(q) for q in recipe.evaluate.questions],
+        "max_seq_length": recipe.model.max_seq_length,
+        "tokenizer": hashlib.sha256(model.encode()).hexdigest(),
+        "sources": fingerprints,
+        "code": hashlib.sha256(b"".join(code)).hexdigest(),
+    }
+    return folder_named(hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16])
+
+
+def folder_named(key: str) -> Path:
+    """The folder of a mix by the name that a run's manifest keeps."""
+    return outputs() / ".mixes" / key
+
+
+def write(mixed: Mix) -> None:
+    """mix.npz: rows, report, dropped rows and held-out conversations. The caller holds the lock."""
+    rows = mixed.train + mixed.validation
+    held = [row.conversation for row in mixed.validation]
+    texts = json.dumps({"report": mixed.report, "quarantine": mixed.quarantine, "held": held})
+    # one file, so that a kill leaves a whole mix or none; zip keeps a checksum of each part
+    with complete(mixed.folder / "mix.npz") as partial, open(partial, "wb") as file:
+        np.savez(
+            file,
+            ids=np.concatenate([r.ids for r in rows]),
+            ends=np.cumsum([len(r.ids) for r in rows]),
+            numbers=np.array([(r.prompt_length, r.number) for r in rows]),
+            names=np.array([(r.source, r.mode) for r in rows]),
+            texts=np.frombuffer(texts.encode(), np.uint8),
+        )
+
+
+def read(folder: Path) -> Mix | None:
+    """A compiled mix from its folder; None where there is none, or where a checksum in mix.npz says it is damaged."""
+    try:
+        if zipfile.ZipFile(folder / "mix.npz").testzip():
+            return None
+        with np.load(folder / "mix.npz") as file:
+            arrays = dict(file)
+    except Exception:  # missing, or damaged: zipfile and numpy have many kinds of error for that
+        return None
+    texts = json.loads(arrays["texts"].tobytes())
+    # views of one array, no copies
+    ids = np.split(arrays["ids"], arrays["ends"][:-1])
+    numbers, names = arrays["numbers"].tolist(), arrays["names"].tolist()
+    rows = [
+        Row(row_ids, prompt_length, source, mode, number)
+        for row_ids, (prompt_length, number), (source, mode) in zip(ids, numbers, names, strict=True)
+    ]
+    held_from = len(rows) - len(texts["held"])
+    for row, conversation in zip(rows[held_from:], texts["held"], strict=True):
+        row.conversation = conversation
+    return Mix(rows[:held_from], rows[held_from:], texts["report"], texts["quarantine"], folder)

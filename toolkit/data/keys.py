@@ -1,0 +1,109 @@
+"""What the keys of rows and turns mean, by the names that public data sets give them: one table in one place.
+
+from toolkit.data.keys import meaning; meaning("Complex_CoT")      # reasoning; "" for a key that no rule knows
+"""
+
+import functools
+import re
+
+from toolkit.data.readers import Rejected
+from toolkit.records import Json
+
+MEANINGS = {
+    # text of the model's own thinking, kept apart from the answer
+    "reasoning": (
+        "reasoning_content reasoning thinking think thought thoughts thought_process thinking_content thinking_process "
+        "reasoning_trace reasoning_process thinking_trace thinking_trajectory thinking_trajectories cot long_cot "
+        "complex_cot chain_of_thought rationale rationales scratchpad inner_monologue 思考 思考过程 推理 推理过程 思维链"
+    ),
+    "system": "system system_prompt system_message system_instruction system_instructions sys_prompt 系统 系统提示",
+    "tools": "tools functions tool_schema tool_schemas available_tools tool_definitions function_definitions",
+    "media": (
+        "image images img imgs picture pictures photo photos image_url image_urls image_path image_paths pixel_values "
+        "video videos video_url video_path audio audios audio_url audio_path speech sound media attachments input_audio"
+    ),
+    # yes or no: whether the loss counts a turn, or a whole row
+    "train": (
+        "train training trainable trained is_trained is_train do_train train_on train_detail training_detail loss loss_mask "
+        "loss_weight loss_scale compute_loss calculate_loss has_loss weight supervise supervised learn learnable"
+    ),
+    "no_train": "masked is_masked ignore ignored skip exclude excluded no_loss no_train ignore_loss mask_loss",
+    # in some sets 1 is "hidden from the loss", in others "counted by it"
+    "unclear": "mask",
+    # yes or no: whether people liked the answer (KTO and other preference data)
+    "good": "label kto_tag kto_label desirable is_desirable preferred is_preferred is_chosen is_good thumbs_up",
+    "bad": "rejected is_rejected undesirable is_undesirable dispreferred is_bad thumbs_down",
+    "nested": "metadata meta extra extra_info info additional_info",
+    # beside preferred answers, which are what is trained on
+    "harmless": "rejected_response rejected_messages chosen_rating rejected_rating refusal_reason annotator",
+}
+BY_NAME = {re.sub(r"[\W_]", "", name): kind for kind, names in MEANINGS.items() for name in names.split()}
+HARMLESS = re.compile(
+    r"(?:num|n)_.*|(?:.*[_.-])?(?:ids?|idx|index|key|uuid|guid|hash|md5|sha256|(?:data)?sources?|dataset|corpus|origin|license|url|link|path"
+    r"|filename|split|subset|scores?|ratings?|rewards?|rank|quality|difficulty|level|pass_?rate.*|accuracy|inference_mode"
+    r"|lang|languages?|locale|country|category|categories|topics?|domain|subject|field|task|skill|tags?|keywords|type|types|kind"
+    r"|style|intent|title|author|creator|user_?name|model|generator|engine|version|temperature|top_?p|seed|date|time|timestamp"
+    r"|created(?:_at)?|updated(?:_at)?|count|counts|tokens|length|len|size|number|toxic|toxicity|redacted"
+    r"|moderation|pii|cluster|embedding|ngram|perplexity|ppl|finish_reason|stop_reason|usage|annotations|logprobs)",
+    re.IGNORECASE,
+)
+"""Keys that say where a row is from or what somebody thinks of it, alone or at the end of a name: conversation_id."""
+SETTING = re.compile(r"[\w/.-]{0,15}")
+"""What a key called `reasoning` or `thinking` holds that says how to answer: on, off, high, /no_think."""
+SWITCHES = {"reasoning", "thinking", "think"}
+"""Keys of which the value may be such a setting."""
+YES_OR_NO = {"true": True, "yes": True, "on": True, "1": True, "1.0": True}
+YES_OR_NO |= {"false": False, "no": False, "off": False, "0": False, "0.0": False}
+LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False, "desirable": True}
+LABELS |= {"undesirable": False, "rejected": False, "chosen": True}
+"""What `label` says of an answer; other values are classes of a classification, which say nothing of it."""
+
+
+@functools.cache
+def meaning(key: str) -> str:
+    """One of MEANINGS for a key, `harmless`, or "" where no rule knows it; case and underscores aside."""
+    known = BY_NAME.get(re.sub(r"[\W_]", "", key.lower()))
+    return known or ("harmless" if HARMLESS.fullmatch(key) else "")
+
+
+def is_empty(value: Json) -> bool:
+    """Whether a value holds nothing: null, blank text, an empty list or object."""
+    return value is None or (type(value) is str and not value.strip()) or (type(value) in (list, dict) and not value)
+
+
+def is_setting(key: str, value: Json) -> bool:
+    """Whether a key named like reasoning says how to answer, instead of holding a text."""
+    return key.lower() in SWITCHES and type(value) in (str, bool, int) and bool(SETTING.fullmatch(str(value).strip()))
+
+
+def yes_or_no(value: Json) -> bool | None:
+    """A mark as truth, whether it is a truth value, a number or text; None for what is neither yes nor no."""
+    if type(value) is str:
+        return YES_OR_NO.get(value.strip().lower())
+    return bool(value) if type(value) in (bool, int, float) and value in (0, 1) else None
+
+
+def is_trained(key: str, value: Json, where: str) -> bool:
+    """Whether the loss counts a turn, by one of its marks. Raises Rejected for a mark that can be read in two ways."""
+    # axolotl's train_detail: a mark for each span of the text
+    spans = value if type(value) is list else [{"train": value}]
+    marks = {yes_or_no(span.get("train")) if type(span) is dict else yes_or_no(span) for span in spans}
+    if len(marks) == 1 and None not in marks and meaning(key) != "unclear":
+        return marks.pop() == (meaning(key) == "train")
+    raise Rejected(
+        "unclear_mark",
+        f"{where}{key!r} is {str(value)[:60]}: a turn is trained on whole or not at all. Call the key `train` and write "
+        "true or false, or take it out",
+    )
+
+
+def is_good(key: str, value: Json) -> bool | None:
+    """What a key of preference data says of the answer; None where it says nothing."""
+    if meaning(key) == "bad":
+        # `rejected` is mostly the text of the answer that lost, and such a text may be "yes"
+        hint = value if type(value) is bool else None if key.lower() == "rejected" else yes_or_no(value)
+        return None if hint is None else not hint
+    if key.lower() != "label":
+        return yes_or_no(value)
+    value = value.strip().lower() if type(value) is str else value
+    return LABELS.get(value) if type(value) in (bool, int, float, str) else None

@@ -1,0 +1,213 @@
+"""Turns as data sets keep them become messages: the text, the reasoning, the calls, and whether the turn is trained on.
+
+messages, notes = read_turns([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!", "loss": False}])
+"""
+
+from dataclasses import dataclass, field
+
+from toolkit.data.keys import is_empty, is_good, is_setting, is_trained, meaning, yes_or_no
+from toolkit.data.readers import Rejected, json_type
+from toolkit.data.tools import TAGGED_CALL, TAGGED_RESULT, parsed, read_call, read_calls, read_schema
+from toolkit.records import Json, Message
+
+ROLES = {
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "ai"), "assistant"),
+    **dict.fromkeys(("function_call", "tool_call"), "call"),
+    **dict.fromkeys(("tool", "observation", "tool_response", "function"), "tool"),
+}
+READ_IN_TURNS = frozenset(("role", "from", "content", "value", "tool_calls", "function_call", "name", "tool_call_id"))
+TEXTS = ("reasoning", "system", "tools")
+TEXT_PARTS = ("text", "input_text", "output_text")
+REASONING_PARTS = ("reasoning", "thinking", "thought", "reasoning_text", "reasoning_content")
+PART_TEXTS = ("text", "content", "value")
+
+
+@dataclass
+class Notes:
+    """What the keys beside the text say, of a row or of its turns."""
+
+    reasoning: dict[str, Json] = field(default_factory=dict)
+    """{key: value} of the keys that hold reasoning."""
+    system: dict[str, Json] = field(default_factory=dict)
+    """The same of system prompts."""
+    tools: list[dict[str, Json]] = field(default_factory=list)
+    marks: dict[str, Json] = field(default_factory=dict)
+    """The same of marks that say whether the loss counts something."""
+    bad: str = ""
+    """The mark by which preference data say that the answer is bad; "" without one."""
+    not_read: list[str] = field(default_factory=list)
+    """Keys that no rule knows."""
+
+
+def read_notes(holder: dict[str, Json], known: frozenset[str], where: str, named_only: bool = False) -> Notes:
+    """What the keys of a row or turn say that are not `known` to hold its text. Raises Rejected for pictures and sound.
+
+    With `named_only` no key is taken for a text, and no number for a mark of preference data."""
+    notes = Notes()
+    for key, value in holder.items():
+        if key in known or is_empty(value):
+            continue
+        is_guess = meaning(key) in TEXTS or (meaning(key) == "good" and type(value) in (int, float))
+        if named_only and is_guess:
+            notes.not_read.append(key)
+        else:
+            _note(notes, key, value, where)
+    return notes
+
+
+def _note(notes: Notes, key: str, value: Json, where: str) -> None:
+    """Sort a key that is beside the text by its meaning."""
+    kind = meaning(key)
+    if kind == "media":
+        raise Rejected("not_text", f"{where}{key!r} is not empty: only text is trained on")
+    if kind == "tools":
+        notes.tools += read_schema(value, f"{where}{key!r}: ")
+    elif kind == "reasoning":
+        notes.reasoning[key] = value
+    elif kind == "system":
+        notes.system[key] = value
+    elif kind in ("train", "no_train", "unclear"):
+        notes.marks[key] = value
+    elif kind in ("good", "bad") and is_good(key, value) is False:
+        notes.bad = f"{where}{key!r} is {value}"
+    elif kind == "nested" and type(value) is dict:
+        _note_nested(notes, key, value, where)
+    elif not kind or (kind == "good" and is_good(key, value) is None):
+        notes.not_read.append(key)
+
+
+def _note_nested(notes: Notes, key: str, value: dict[str, Json], where: str) -> None:
+    """Of an object of particulars the marks count; a text in it is nobody's turn."""
+    inner = Notes()
+    for name, item in value.items():
+        if meaning(name) in ("train", "no_train", "good", "bad") and yes_or_no(item) is not None:
+            _note(inner, name, item, f"{where}{key}.")
+        elif not is_empty(item) and meaning(name) != "harmless" and not is_setting(name, item):
+            inner.not_read.append(name)
+    notes.marks |= inner.marks
+    notes.bad = inner.bad or notes.bad
+    notes.not_read += [f"{key}.{name}" for name in inner.not_read]
+
+
+def read_turns(turns: list[Json], trained: list[bool] | None = None) -> tuple[list[Message], Notes]:
+    """Messages from role/content or from/value turns, and what the turns say beside them.
+
+    A function_call joins the assistant turn before it. A turn that is not to be trained on has train: False; `trained`
+    is the row's own mark for each turn. Raises Rejected."""
+    messages: list[Message] = []
+    notes = Notes()
+    for number, turn in enumerate(turns, start=1):
+        if type(turn) is not dict:
+            raise Rejected("wrong_type", f"turn {number} is {json_type(turn)}, expected role and content")
+        name = turn.get("role") or turn.get("from")
+        role = ROLES.get(name.lower()) if type(name) is str else None
+        if role is None:
+            reason = "missing_field" if name is None else "unknown_role"
+            raise Rejected(reason, f"turn {number}: role {name!r}, expected one of {', '.join(ROLES)}")
+        message = read_turn(turn, role, f"turn {number} ({name}): ", notes)
+        if trained is not None and not trained[number - 1] and message["role"] == "assistant":
+            message["train"] = False
+        if role == "call" and messages and messages[-1]["role"] == "assistant":
+            _join(messages[-1], message)
+        elif message["role"] != "system" or message["content"].strip():  # an empty system turn says nothing
+            messages.append(message)
+    return messages, notes
+
+
+def _join(message: Message, called: Message) -> None:
+    """A call in a turn of its own belongs to the text before it; one mark is enough for both."""
+    message["tool_calls"] = message.get("tool_calls", []) + called["tool_calls"]
+    if "train" in called:
+        message["train"] = False
+
+
+def read_turn(turn: dict[str, Json], role: str, where: str, notes: Notes) -> Message:
+    """One turn as a message; what it says beside its text joins `notes`, which are those of the row."""
+    own = read_notes(turn, READ_IN_TURNS, where) if len(turn) > 2 else Notes()
+    notes.tools += own.tools
+    notes.not_read += own.not_read
+    text, reasoning, calls = read_content(turn, role, where)
+    if role not in ("assistant", "call"):
+        # Hermes keeps the results of calls in user turns
+        result = TAGGED_RESULT.fullmatch(text) if "<tool_response>" in text else None
+        return {"role": "tool", "content": result[1]} if result else {"role": role, "content": text}
+    for name in own.reasoning:
+        reasoning = reasoning or field_of(turn, name, where=where)
+    if role == "call":  # the JSON of calls, perhaps after reasoning
+        thought, close, call = text.rpartition("</think>")
+        text = f"{thought}{close}<tool_call>{call}</tool_call>"
+    head, tag, tail = text.partition("<tool_call>")
+    if tag and not TAGGED_CALL.sub("", tag + tail).strip():  # calls end the text; elsewhere the tag is rejected
+        text = head.rstrip()
+        calls = calls + read_calls(tag + tail, where)
+    message: Message = {"role": "assistant", "content": text}
+    if reasoning.strip():
+        message["reasoning_content"] = reasoning.strip("\r\n")
+    if calls:
+        message["tool_calls"] = [read_call(call, where) for call in calls]
+    if own.bad or not all(is_trained(key, value, where) for key, value in own.marks.items()):
+        message["train"] = False
+    return message
+
+
+def read_content(turn: dict[str, Json], role: str, where: str) -> tuple[str, str, list[Json]]:
+    """(text, reasoning, calls) of a turn, as far as its content and its fields for calls hold them."""
+    calls = field_of(turn, "tool_calls", list, where, default=[])
+    if legacy := field_of(turn, "function_call", dict, where, default={}):  # OpenAI's one call, before tool_calls
+        calls = [*calls, legacy]
+    # ShareGPT's turns are from/value, but some sets mix both spellings
+    key = "value" if turn.get("content") is None and "value" in turn else "content"
+    if type(turn.get(key)) is list:
+        text, reasoning, part_calls = read_parts(turn[key], role, where)
+        return text, reasoning, [*calls, *part_calls]
+    return field_of(turn, key, where=where, default="" if calls or role == "system" else None), "", calls
+
+
+def read_parts(parts: list[Json], role: str, where: str) -> tuple[str, str, list[Json]]:
+    """(text, reasoning, calls) of content parts, as OpenAI, Anthropic and Gemini write them. Raises Rejected."""
+    text, reasoning = "", ""
+    calls: list[Json] = []
+    for part in parts:
+        part = {"text": part} if type(part) is str else part
+        kind = (part.get("type") or "text") if type(part) is dict else ""
+        if kind == "tool_use" and role == "assistant":
+            calls.append(part)
+        elif kind in REASONING_PARTS or (kind == "text" and part.get("thought") is True):
+            if role != "assistant" or text.strip():
+                raise Rejected("reasoning_out_of_place", f"{where}a part of reasoning that no answer follows")
+            reasoning += "\n" * bool(reasoning) + _text_of(part, (*PART_TEXTS, *REASONING_PARTS), where)
+        elif kind in TEXT_PARTS or kind == "refusal":
+            text += _text_of(part, (*PART_TEXTS, "refusal"), where)
+        else:
+            raise Rejected("not_text", f"{where}content has a part of type {kind or json_type(part)!r}, not text")
+    return text, reasoning, calls
+
+
+def _text_of(part: dict[str, Json], keys: tuple[str, ...], where: str) -> str:
+    """The text of a part, which must hold nothing else: a text part may come with a picture."""
+    texts = [part[key] for key in keys if type(part.get(key)) in (str, list)]
+    # Mistral's thinking parts hold text parts
+    if texts and type(texts[0]) is list:
+        texts = [read_parts(texts[0], "assistant", where)[0]]
+    beside = [key for key, value in part.items() if key not in keys and meaning(key) == "media" and not is_empty(value)]
+    if len(texts) != 1 or type(texts[0]) is not str or beside:
+        raise Rejected("not_text", f"{where}content has parts that are not text: {', '.join(beside) or str(part)[:60]}")
+    return texts[0]
+
+
+def field_of(holder: dict[str, Json], name: str, kind: type = str, where: str = "", default: Json = None) -> Json:
+    """The value of a field, which must be a text (or list, or object); `default`, where given, for null and for a
+    missing one. Lists and objects may be kept as JSON text, as in CSV files. Raises Rejected."""
+    value = holder.get(name)
+    if value is None and default is not None:
+        return default
+    if type(value) is kind:
+        return value
+    if kind is not str and type(value) is str and value.lstrip()[:1] in ("[", "{"):
+        value = parsed(value, f"{where}{name!r}: ", "wrong_type")
+        if type(value) is kind:
+            return value
+    reason = "wrong_type" if value is not None else "null_field" if name in holder else "missing_field"
+    raise Rejected(reason, f"{where}{name!r} is {json_type(value)}, expected {json_type(kind())}")

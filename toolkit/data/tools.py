@@ -1,0 +1,78 @@
+"""Tool schemas and calls in the forms that data sets give them, as OpenAI's objects.
+
+from toolkit.data.tools import read_call; read_call({"name": "tide", "arguments": "{}"}, "turn 2: ")
+"""
+
+import ast
+import json
+import re
+
+from toolkit.data.readers import Rejected, json_type
+from toolkit.records import Json, Message, ToolCall
+
+TAGGED_CALL = re.compile("<tool_call>(.*?)</tool_call>", re.DOTALL)
+TAGGED_RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
+
+
+def parsed(text: str, where: str, reason: str = "broken_tools") -> Json:
+    """The value of JSON text, or of a Python literal, as Hermes sets and pandas write them. Raises Rejected."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        try:
+            return json.loads(json.dumps(ast.literal_eval(text.strip())))
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            raise Rejected(reason, f"{where}{text[:60]!r} is not JSON: {error}") from error
+
+
+def function_of(value: Json, where: str) -> dict[str, Json]:
+    """A function as OpenAI wraps it, {"type": "function", "function": {"name", …}}, or bare."""
+    function = value.get("function", value) if type(value) is dict else None
+    if type(function) is not dict or type(function.get("name")) is not str:
+        raise Rejected("broken_tools", f"{where}{str(value)[:60]!r}: expected a function with a name")
+    return function
+
+
+def read_call(call: Json, where: str) -> ToolCall:
+    """A tool call with its arguments as an object; some sets write `parameters` or `input` for arguments."""
+    function = function_of(call, where)
+    arguments = next((function[key] for key in ("arguments", "parameters", "input") if function.get(key)), {})
+    if type(arguments) is str:
+        arguments = parsed(arguments, where)
+    if type(arguments) is not dict:
+        raise Rejected("broken_tools", f"{where}a call's arguments are {json_type(arguments)}, expected an object")
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def read_calls(text: str, where: str) -> list[Json]:
+    """The calls in <tool_call> tags; one pair of tags may hold a list of calls."""
+    calls: list[Json] = []
+    for tagged in TAGGED_CALL.findall(text):
+        value = parsed(tagged, where)
+        calls += value if type(value) is list else [value]
+    return calls
+
+
+def read_schema(value: Json, where: str) -> list[dict[str, Json]]:
+    """The tools of a list or of one object, or of either as JSON text; bare functions get OpenAI's wrapping."""
+    if type(value) is str and value.strip():
+        value = parsed(value, where)
+    if not value or type(value) is str:
+        return []
+    tools = value if type(value) is list else [value]
+    return [{"type": "function", "function": function_of(tool, where)} for tool in tools]
+
+
+def check_calls(messages: list[Message], tools: list[dict[str, Json]]) -> None:
+    """Raises Rejected where a called tool is not in the row's schema, and for numbers that JSON does not have."""
+    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    names = [tool["function"]["name"] for tool in tools]
+    for name in (call["function"]["name"] for call in calls):
+        # without a schema the tools are described in the system prompt, if at all
+        if names and name not in names:
+            raise Rejected("unknown_tool", f"{name!r} is called; the row's tools are {', '.join(names)[:200]}")
+    try:
+        # Python reads and writes NaN and Infinity, which no JSON parser of a tool takes
+        json.dumps([calls, tools], allow_nan=False)
+    except ValueError as error:
+        raise Rejected("not_finite", f"a number in a tool or call is NaN or infinite: {error}") from error
