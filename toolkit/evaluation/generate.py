@@ -4,11 +4,12 @@ replies = generate(model, tokenizer, [[{"role": "user", "content": "12 + 30?"}]]
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from toolkit.evaluation.decode import Row, decode, room_for_reply
-from toolkit.family import KINDS, THINK_CLOSE, THINK_OPEN, family_of, kind_of, sampling_of
+from toolkit.family import KINDS, THINK_CLOSE, THINK_OPEN, end_of_turn, family_of, kind_of, sampling_of
 from toolkit.files import ToolkitError
 from toolkit.records import Message
 
@@ -90,10 +91,9 @@ def end_tokens(model, tokenizer) -> set[int]:
 
 def closing_token(tokenizer) -> int | None:
     """The token with which the chat template closes an assistant's turn; the end-of-sequence token where it has none."""
-    turn = [{"role": "user", "content": "probe"}, {"role": "assistant", "content": "probe-reply"}]
-    closing = tokenizer.apply_chat_template(turn, tokenize=False).rpartition("probe-reply")[2].strip()
-    first = tokenizer(closing, add_special_tokens=False)["input_ids"][:1]
-    return first[0] if first and first[0] in tokenizer.added_tokens_decoder else tokenizer.eos_token_id
+    added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
+    end = end_of_turn(functools.partial(tokenizer.apply_chat_template, tokenize=False), added)
+    return tokenizer.convert_tokens_to_ids(end) if end else tokenizer.eos_token_id
 
 
 def sampling_values(model, mode: str) -> dict[str, float]:
