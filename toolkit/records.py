@@ -38,6 +38,7 @@ class Message(TypedDict):
     content: str  # the text, without reasoning; blank only beside tool_calls or in a tool's result
     reasoning_content: NotRequired[str]  # what an assistant thought before the answer, without <think> tags
     tool_calls: NotRequired[list[ToolCall]]  # calls that an assistant makes
+    train: NotRequired[bool]  # false on an assistant's turn that its set leaves out of training; absent elsewhere
 
 
 class Conversation(TypedDict):
@@ -84,19 +85,14 @@ class Lengths(TypedDict):
 
 
 class CompletionLengths(TypedDict):
-    completion_p50: int
-    """Median number of tokens of a completion."""
-    completion_p90: int
-    """Nine completions of ten are not longer."""
-    completion_max: int
-    """The longest one."""
+    completion_p50: int  # median number of tokens of a completion
+    completion_p90: int  # nine completions of ten are not longer
+    completion_max: int  # the longest one
 
 
 class NotRead(TypedDict):
-    row: dict[str, int]
-    """{key of a row: rows that have it}."""
-    turn: dict[str, int]
-    """{key of a turn: turns that have it}."""
+    row: dict[str, int]  # {key of a row: rows that have it}
+    turn: dict[str, int]  # {key of a turn: turns that have it}
 
 
 class SourceReport(TypedDict):
@@ -108,9 +104,12 @@ class SourceReport(TypedDict):
     rows_repeated: int  # those of rows_kept that repeat an earlier row, by max_repeats or `#N`
     rows_held_out: int  # rows of the validation set
     dropped: dict[str, int]  # {reason: examples}; quarantine.jsonl names each of them
+    not_read: NotRead  # keys with a value that no rule reads; names that say where a row is from are left out
+    looks_like: dict[str, int]  # {reasoning or placeholder: rows whose reply looks as if it held one}
     tokens: int  # tokens in training
     supervised_tokens: int  # those of them that the loss counts
     length: Lengths  # tokens of a row
+    lengths: dict[str, CompletionLengths]  # {mode: tokens of its completions}
 
 
 class MixReport(TypedDict):
@@ -121,6 +120,7 @@ class MixReport(TypedDict):
     achieved_modes: dict[Unit, Shares]  # the same by mode instead of source
     total: dict[Unit, int]  # the size of the mix in each unit
     limited_by: str | None  # the exhausted source for which the whole mix was reduced; null where none was
+    lengths: dict[str, CompletionLengths]  # {mode: tokens of its completions}, in all sources
     sources: dict[str, SourceReport]  # {source: what was read, kept and dropped}
     max_seq_length: int  # longest row allowed; rows are never truncated
     fingerprints: dict[str, str]  # {source or questions/NAME: SHA-256 of its data}

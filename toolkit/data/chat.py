@@ -79,7 +79,7 @@ class Chat:
         except TEMPLATE_ERRORS as error:
             raise Rejected("template_error", f"the chat template of {self.name} refuses it: {error}") from error
 
-    def _probe(self, messages: list[Message], **values: bool) -> str:
+    def _probe(self, messages: list[Message], **values: Json) -> str:
         try:
             return self.render(messages, **values)
         except Rejected as error:

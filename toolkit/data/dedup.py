@@ -103,7 +103,7 @@ class NearDuplicates:
         near = [earlier for band in bands_of(row) for earlier in self._buckets.get(band, ())[-CANDIDATES:]]
         for earlier in dict.fromkeys(near):
             # the share of equal MinHash values estimates the Jaccard similarity of the two sets of 5-grams
-            if (earlier.signature == row.signature).mean() >= SIMILAR and self._asks_the_same(row, earlier):
+            if np.mean(earlier.signature == row.signature) >= SIMILAR and self._asks_the_same(row, earlier):
                 return earlier
         return None
 

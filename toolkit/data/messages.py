@@ -123,7 +123,7 @@ def _join(message: Message, called: Message) -> None:
         message["train"] = False
 
 
-def read_turn(turn: dict[str, Json], role: str, where: str, notes: Notes) -> Message:
+def read_turn(turn: dict[str, Json], role: Json, where: str, notes: Notes) -> Message:
     """One turn as a message; what it says beside its text joins `notes`, which are those of the row."""
     own = read_notes(turn, READ_IN_TURNS, where) if len(turn) > 2 else Notes()
     notes.tools += own.tools

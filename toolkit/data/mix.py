@@ -26,6 +26,7 @@ from toolkit.records import (
     CompletionLengths,
     Conversation,
     DroppedRow,
+    Json,
     Manifest,
     MixReport,
     NotRead,
@@ -85,7 +86,7 @@ def of_run(recipe: Recipe, manifest: Manifest) -> Mix:
     return mixed
 
 
-def check_data(mixed: Mix, manifest: Manifest) -> None:
+def check_data(mixed: Mix, manifest: Manifest | dict[str, Json]) -> None:
     """Raises ToolkitError where a source is not what it was when the run with this manifest began."""
     now = mixed.report["fingerprints"]
     then = manifest.get("data", {})

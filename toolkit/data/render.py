@@ -55,7 +55,8 @@ def supervised_turns(messages: list[Message], turns: str) -> list[int]:
 def check_special_tokens(conversation: Conversation, chat: Chat) -> None:
     """Raises Rejected for a text that holds what the tokenizer at hand reads as structure."""
     messages = conversation["messages"]
-    texts = [message.get(key, "") for message in messages for key in ("content", "reasoning_content")]
+    texts = [message["content"] for message in messages]
+    texts += [message["reasoning_content"] for message in messages if "reasoning_content" in message]
     calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
     if calls or "tools" in conversation:
         texts.append(str([calls, conversation.get("tools")]))

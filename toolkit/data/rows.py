@@ -27,7 +27,7 @@ class Row:
     source: str
     mode: str
     number: int
-    conversation: Conversation = field(default_factory=lambda: {"messages": []}, repr=False)
+    conversation: Conversation = field(default_factory=lambda: Conversation(messages=[]), repr=False)
     """Up to the supervised turn. In a compiled mix only held-out rows have theirs: evaluation asks them again."""
     signature: np.ndarray | None = field(default=None, repr=False)
     """MinHash of the completion, by which near duplicates are found."""

@@ -36,7 +36,7 @@ def function_of(value: Json, where: str) -> dict[str, Json]:
 def read_call(call: Json, where: str) -> ToolCall:
     """A tool call with its arguments as an object; some sets write `parameters` or `input` for arguments."""
     function = function_of(call, where)
-    arguments = next((function[key] for key in ("arguments", "parameters", "input") if function.get(key)), {})
+    arguments: Json = next((function[key] for key in ("arguments", "parameters", "input") if function.get(key)), {})
     if type(arguments) is str:
         arguments = parsed(arguments, where)
     if type(arguments) is not dict:
