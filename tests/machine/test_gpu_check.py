@@ -4,6 +4,7 @@ import importlib.util
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,12 +86,14 @@ def test_random_weights_on_a_card_take_less_than_four_gigabytes():
 
 # --- tests/gpu/run.sh ------------------------------------------------------------------------------------------------
 
-STEPS = ["doctor", "tests", "whole_run", "speed", "cards"]
+STEPS = ["import", "doctor", "weights", "ours", "notebook", "decode", "ours_without_expandable_segments", "whole_run", "cards",
+         "tests"]  # fmt: skip
+FILES = {"summary.txt", "log.txt", "doctor.json", "speed.jsonl", "decode.json", "whole_run.json", "cards.json"}
 
 
-def script(tmp_path, *arguments, python=sys.executable):
-    """tests/gpu/run.sh with its outputs in tmp_path."""
-    env = os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path), "PYTHON": str(python)}
+def script(tmp_path, *arguments, python=sys.executable, **environment):
+    """tests/gpu/run.sh with its results in tmp_path/out."""
+    env = os.environ | {"OUT": str(tmp_path / "out"), "PYTHON": str(python)} | environment
     command = ["bash", str(ROOT / "tests" / "gpu" / "run.sh"), *arguments]
     return subprocess.run(command, env=env, capture_output=True, text=True)
 
@@ -98,57 +101,84 @@ def script(tmp_path, *arguments, python=sys.executable):
 def stand_in(tmp_path, commands: str) -> Path:
     """Takes the interpreter's place: notes how it was called, then runs these shell commands."""
     file = tmp_path / "python"
-    file.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n{commands}\n')
+    file.write_text(f'#!/bin/sh\necho "$@" | head -1 >> {tmp_path}/calls\n{commands}\n')
     file.chmod(0o755)
     return file
 
 
-def measured() -> dict:
-    return {p.name: p.read_bytes() for p in (ROOT / "data_recipes" / "measured").glob("*_gpu.json")}
+def summary(tmp_path) -> list[str]:
+    """What the script says of each step, without seconds."""
+    lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    return [line.partition(" after")[0] for line in lines]
 
 
-def test_the_script_for_a_card_stops_for_nothing_and_says_what_failed(tmp_path):
-    before, done = measured(), script(tmp_path, "--cpu-rehearsal", python=stand_in(tmp_path, "exit 3"))
+def test_the_script_for_a_card_stops_for_nothing_but_an_import_and_says_what_failed(tmp_path):
+    fails = stand_in(tmp_path, 'case "$1" in -c) exit 0;; esac; exit 3')
+    done = script(tmp_path, "--cpu-rehearsal", python=fails)
     assert done.returncode == 1
     assert done.stderr == ""
-    summary = (tmp_path / "summary.txt").read_text().splitlines()
-    assert [line.partition(" after")[0] for line in summary] == [f"{name}: FAILED (3)" for name in STEPS]
+    assert summary(tmp_path) == ["import: passed", *(f"{name}: FAILED (3)" for name in STEPS[1:])]
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert all(importlib.util.find_spec(call.split()[1]) for call in calls)
-    assert measured() == before
+    assert all(importlib.util.find_spec(call.split()[1]) for call in calls if call.startswith("-m "))
+    assert {file.name for file in (tmp_path / "out").iterdir()} <= FILES
+
+
+def test_where_unsloth_cannot_be_imported_nothing_else_is_tried(tmp_path):
+    done = script(tmp_path, python=stand_in(tmp_path, "echo no module named unsloth; exit 1"))
+    assert done.returncode == 1
+    assert summary(tmp_path) == ["import: FAILED (1)"]
+    assert "no module named unsloth" in done.stdout
 
 
 def test_without_a_card_the_script_measures_nothing_and_says_how_to_rehearse(tmp_path):
-    no_card = stand_in(tmp_path, f"""echo '"on_cpu": true' > {tmp_path}/doctor.json; echo 'gpu: none'; exit 1""")
-    before, done = measured(), script(tmp_path, python=no_card)
+    no_card = """case "$1" in -c) exit 0;; esac
+mkdir -p $TOOLKIT_OUTPUTS; echo '"on_cpu": true' > $TOOLKIT_OUTPUTS/doctor.json; echo 'gpu: none'; exit 1"""
+    done = script(tmp_path, python=stand_in(tmp_path, no_card))
     assert done.returncode == 1
     assert "gpu: none" in done.stdout
     assert "--cpu-rehearsal" in done.stdout
-    assert (tmp_path / "calls").read_text().splitlines() == ["-m toolkit doctor --gpu"]
-    assert measured() == before
+    assert (tmp_path / "calls").read_text().splitlines()[1:] == ["-m toolkit doctor --gpu"]
+
+
+def test_what_the_time_does_not_reach_is_said(tmp_path):
+    script(tmp_path, python=stand_in(tmp_path, "exit 0"), LIMIT="10")
+    assert summary(tmp_path) == ["import: skipped, no time left"]
+
+
+def test_the_most_valuable_steps_end_within_five_hundred_seconds():
+    text = (ROOT / "tests" / "gpu" / "run.sh").read_text()
+    limits = {name: int(seconds) for name, seconds in re.findall(r"(?m)^step (\w+) (\d+)", text)}
+    assert limits["import"] + limits["doctor"] + limits["weights"] + 90 + limits["decode"] <= 510
+    assert "LIMIT:-500" in text
 
 
 @pytest.fixture(scope="module")
 def rehearsed(tmp_path_factory):
-    """The outputs of the whole script on a CPU, with a toy model: about four minutes of one core."""
+    """The results of the whole script on a CPU, with a toy model: about four minutes of one core."""
     folder = tmp_path_factory.mktemp("rehearsed")
     script(folder, "--cpu-rehearsal")
     return folder
 
 
 @pytest.mark.slow
-def test_every_step_of_the_script_passes_on_a_cpu(rehearsed):
-    summary = (rehearsed / "summary.txt").read_text().splitlines()
-    assert [line.partition(" after")[0] for line in summary] == [f"{name}: passed" for name in STEPS]
-    assert all((rehearsed / f"{name}_gpu.json").is_file() for name in ("doctor", "whole_run", "speed", "cards"))
+def test_every_step_of_the_script_passes_on_a_cpu_and_leaves_seven_files(rehearsed):
+    assert summary(rehearsed) == [f"{name}: passed" for name in STEPS]
+    assert {file.name for file in (rehearsed / "out").iterdir()} == FILES
+    lines = [json.loads(line) for line in (rehearsed / "out" / "speed.jsonl").read_text().splitlines()]
+    assert len(lines) == 3
+    assert all(line["tokens"] for line in lines)
+    decoded = json.loads((rehearsed / "out" / "decode.json").read_text())["batches"]
+    assert all(batch["same_tokens"] for batch in decoded)
 
 
 @pytest.mark.slow
 def test_every_step_of_the_doctor_passes_on_a_cpu_with_the_pocket_models_shape(rehearsed):
-    record = json.loads((rehearsed / "doctor.json").read_text(encoding="utf-8"))
+    record = json.loads((rehearsed / "out" / "doctor.json").read_text(encoding="utf-8"))
     assert [s["step"] for s in record["steps"] if not s["passed"]] == []
     assert [s["step"] for s in record["steps"]] == list(gpu_check.STEPS)
-    assert next(s for s in record["steps"] if s["step"] == "resume")["facts"]["bit_for_bit"]
+    resumed = next(s for s in record["steps"] if s["step"] == "resume")["facts"]
+    assert resumed["bit_for_bit"]
+    assert resumed["resumed_at"] == 2
     assert record["on_cpu"]
     assert str(rehearsed) not in json.dumps(record)
 

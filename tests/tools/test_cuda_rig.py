@@ -168,3 +168,30 @@ def test_out_of_memory_inside_a_step_frees_activations_and_optimizer_and_keeps_t
     sizes = [tuple(a[k] for k in ("per_device_train_batch_size", "gradient_accumulation_steps")) for a in attempts]
     assert sizes == [(4, 3), (2, 6), (1, 12)]
     assert [attempt["left"] for attempt in attempts] == [[], [], []]
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_greedy_replies_on_the_cuda_path_are_those_of_plain_transformers_token_for_token(tmp_path):
+    import contextlib
+
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    command = [sys.executable, "-m", "tests.tools.cuda_rig", "decoding", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    replies = json.loads(done.stdout.splitlines()[-1])
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    for name, reply in replies.items():
+        with contextlib.nullcontext() if name.endswith("tuned") else model.disable_adapter(), torch.no_grad():
+            for prompt, new in zip(reply["prompts"], reply["new"], strict=True):
+                logits = model(input_ids=torch.tensor([prompt + new])).logits[0, len(prompt) - 1 : -1]
+                assert logits.argmax(-1).tolist() == new, name
+    assert any(reply["new"] for reply in replies.values())
+    modes = {name.partition("/")[0] for name in replies}
+    assert all(replies[f"{mode}/base"] != replies[f"{mode}/tuned"] for mode in modes), "the adapter changes the replies"

@@ -3,6 +3,7 @@
 python -m tests.tools.cuda_rig probe
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -19,7 +20,9 @@ shim.enter()
 from tests.tools.cuda_rig import groups  # noqa: E402 - unsloth looks for a card as it is imported
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:
+    # a folder that is named keeps what the facts are about
+    kept = contextlib.nullcontext(sys.argv[2]) if len(sys.argv) > 2 else tempfile.TemporaryDirectory()
+    with kept as folder:
         os.environ["TOOLKIT_OUTPUTS"] = folder
         groups.use_the_cuda_trainer()
         facts = groups.GROUPS[sys.argv[1]](Path(folder))

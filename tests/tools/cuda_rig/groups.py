@@ -17,7 +17,8 @@ from tests.tools.cuda_rig import LAYERS, PROMPT
 from tests.tools.cuda_rig.shim import CALLS, with_card
 from toolkit import recipe, run
 from toolkit.data import mix
-from toolkit.evaluation.generate import LONG_PROMPTS, inference
+from toolkit.evaluation import decode
+from toolkit.evaluation.generate import LONG_PROMPTS, end_tokens, inference, modes_of, prompts, switched
 from toolkit.files import ToolkitError
 from toolkit.training import model as models
 from toolkit.training import trainer as train
@@ -26,6 +27,10 @@ QUICK = ["name=rig", "train.report_to=none", "train.optim=adamw_torch", "evaluat
          'evaluate.prompts=["Hi"]', "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2",
          "train.max_steps=2", "train.logging_steps=1", "train.save_steps=1", "train.eval_steps=1",
          "train.per_device_eval_batch_size=2", "train.lr_scheduler_type=constant"]  # fmt: skip
+
+
+NEW_TOKENS = 8
+"""Of each reply in `decoding`: Triton's interpreter takes seconds for one."""
 
 
 def use_the_cuda_trainer() -> None:
@@ -267,4 +272,31 @@ def memory(folder: Path) -> dict:
     return {"attempts": attempts}
 
 
-GROUPS = {"probe": probe, "ways": ways, "training": training, "memory": memory}
+def decoding(folder: Path) -> dict:
+    """Greedy replies of a left-padded batch on Unsloth's decode path, in both modes, the adapter off and on; base and adapter
+    stay in the folder, so that somebody else can answer the same prompts."""
+    model, tokenizer = load(recipe.load("pocket", QUICK), folder)
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.02)
+    model.save_pretrained(folder / "adapter")
+    questions = (
+        "What is 12 + 30?",
+        "Hi",
+        "Give the opposite of the word cold, and then one more word that rhymes with it.",
+    )
+    conversations = [[{"role": "user", "content": question}] for question in questions]
+    replies = {}
+    for mode in modes_of(tokenizer):
+        _, ids = prompts(tokenizer, conversations, mode)
+        for name in ("base", "tuned"):
+            rows = [decode.Row(number, number, prompt, NEW_TOKENS) for number, prompt in enumerate(ids)]
+            with switched(model, name == "tuned"), inference(model, tokenizer):
+                ends = end_tokens(model, tokenizer)
+                decode.continue_rows(model, tokenizer.pad_token_id, rows, NEW_TOKENS, ends, None, 1)
+            replies[f"{mode}/{name}"] = {"prompts": ids, "new": [row.new for row in rows]}
+    return replies
+
+
+GROUPS = {"probe": probe, "ways": ways, "training": training, "memory": memory, "decoding": decoding}
