@@ -252,14 +252,28 @@ def train_run(recipe: str | None, overrides: list[str], **options: Any) -> None:
     *RUN,
     arg("--level", choices=("fast", "quick", "full"), help="default: the recipe's"),
     arg("--minutes", type=float, help="time for replies; default: a third of the training's, at least 3"),
+    arg("--file", metavar="QUANT", help="score the exported file by llama.cpp: q4_k_m, q8_0 …"),
+    arg("--url", help="ask an OpenAI-compatible server instead: vLLM, llama.cpp, `serve`"),
+    arg("--base-model", default="base", help="the base's name there; default: base"),
+    arg("--tuned-model", help="the run's name there; default: the run's"),
+    arg("--api-key", dest="key", help="of that server"),
     DETAILS,
     JSON,
 )
-def evaluate_run(run: Path, **options: Any) -> Outcome:
+def evaluate_run(
+    run: Path, level: str | None, file: str | None, url: str | None, base_model: str, tuned_model: str | None,
+    key: str | None, **options: Any,
+) -> Outcome:  # fmt: skip
     """Score a run against its own base, in every mode it has, with intervals."""
     from toolkit.run import evaluate
+    from toolkit.serving import scored
 
-    return Outcome(evaluate(run, console(), **options))
+    if file:
+        return Outcome(scored.evaluate_file(run, file, level=level, console=console()))
+    if url:
+        models = base_model, tuned_model or Path(run).resolve().name
+        return Outcome(scored.evaluate_url(run, url, *models, key=key, level=level, console=console()))
+    return Outcome(evaluate(run, console(), level=level, **options))
 
 
 @verb(

@@ -105,22 +105,22 @@ def _speed(subject: LoadedRun, questions: Sequence[Question] | None, limits: dic
     return subject.speed(conversations[: subject.batch_size], mode, limits.get(mode, REPLY_LIMIT))
 
 
-def score(subject: LoadedRun, asked: Asked, console: Console | None = None) -> Evaluation:
-    """The same for anything that replies as a LoadedRun does."""
+def score(subject: LoadedRun, asked: Asked, console: Console | None = None, *, fast: bool = True) -> Evaluation:
+    """The same for anything that replies as a LoadedRun does; without `fast` evidence for what gives no probabilities."""
     started = time.perf_counter()
     console = console or Console(highlight=False)
     console.print(announcement(asked, subject.modes), markup=False)
     replies: ModeReplies = {}
     own_rows: list[OwnRowReplies] = []
-    prompts_per_mode = len(MODELS) * len(asked.numbers()) + len(asked.probes)
+    prompts_per_mode = len(MODELS) * len(asked.numbers()) + fast * len(asked.probes)
     total = len(subject.modes) * prompts_per_mode + len(MODELS) * len(asked.own_rows)
     with Progress(console, "evaluating", total) as progress:
-        evidence = fast_evidence(subject, asked, progress)
+        evidence = fast_evidence(subject, asked, progress).marks if fast else []
         if asked.questions:
             own_rows = own_row_replies(subject, asked, progress)
             replies = all_replies(subject, asked, progress)
         # after all replies, since a direct answer is measured by the length of the base's
-        scores = summarize([*answer_marks(replies, asked), *evidence.marks], subject.seed)
+        scores = summarize([*answer_marks(replies, asked), *evidence], subject.seed)
     limits = {mode: asked.plan.limit(mode) for mode in subject.modes}
     result = {
         "level": asked.level,
