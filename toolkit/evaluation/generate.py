@@ -167,7 +167,7 @@ def read_reply(tokenizer, row: Row, prompt: str) -> Reply:
 def base_and_tuned(model, tokenizer, questions: Sequence[str], **options) -> list[dict]:
     """Every question in each mode of a PeftModel, with its adapter off and on: rows {"prompt", "mode", "base": Reply,
     "tuned": Reply}, by mode. `options` are those of `generate`."""
-    conversations = [[{"role": "user", "content": question}] for question in questions]
+    conversations: list[Messages] = [[{"role": "user", "content": question}] for question in questions]
     rows = []
     for mode in modes_of(tokenizer):
         replies = {}

@@ -29,7 +29,7 @@ from toolkit.evaluation.questions import (
 )
 from toolkit.evaluation.score import AnswerChecker, Mark, longest_answers, reply_marks
 from toolkit.evaluation.stats import is_rate
-from toolkit.evaluation.subject import LoadedRun, ProgressBar
+from toolkit.evaluation.subject import LoadedRun, ProgressBar, Subject
 from toolkit.evaluation.table import MODELS, summarize
 from toolkit.evaluation.words import summary, verdict
 from toolkit.family import mode_title
@@ -105,7 +105,7 @@ def _speed(subject: LoadedRun, questions: Sequence[Question] | None, limits: dic
     return subject.speed(conversations[: subject.batch_size], mode, limits.get(mode, REPLY_LIMIT))
 
 
-def score(subject: LoadedRun, asked: Asked, console: Console | None = None, *, fast: bool = True) -> Evaluation:
+def score(subject: Subject, asked: Asked, console: Console | None = None, *, fast: bool = True) -> Evaluation:
     """The same for anything that replies as a LoadedRun does; without `fast` evidence for what gives no probabilities."""
     started = time.perf_counter()
     console = console or Console(highlight=False)
@@ -170,7 +170,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(1, seconds):.0f} seconds"
 
 
-def all_replies(subject: LoadedRun, asked: Asked, progress: ProgressBar) -> ModeReplies:
+def all_replies(subject: Subject, asked: Asked, progress: ProgressBar) -> ModeReplies:
     """A reply of base and tuned to every prompt in each mode."""
     conversations = [asked.questions[i]["messages"] for i in asked.numbers()]
     replies: ModeReplies = {}
@@ -183,7 +183,7 @@ def all_replies(subject: LoadedRun, asked: Asked, progress: ProgressBar) -> Mode
     return replies
 
 
-def own_row_replies(subject: LoadedRun, asked: Asked, progress: ProgressBar) -> list[OwnRowReplies]:
+def own_row_replies(subject: Subject, asked: Asked, progress: ProgressBar) -> list[OwnRowReplies]:
     """The person's own held-out rows answered by base and tuned, beside their reference."""
     rows = []
     for mode in subject.modes:

@@ -11,7 +11,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from statistics import mean, median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from toolkit.evaluation.answers import is_same_choice, normalized, required_words, sentences, words
 from toolkit.evaluation.generate import Reply
@@ -134,7 +134,8 @@ class AnswerChecker(contextlib.AbstractContextManager):
     def __init__(self, seconds: float = SECONDS):
         self.seconds = seconds
         self.timeouts = 0
-        self.process: subprocess.Popen[str] | None = None
+        self.process: Any = None
+        """math-verify's, with pipes of text; None where it is not needed or was ended."""
 
     def is_right(self, answer: str, expected: str) -> bool:
         """Whether the answer is the expected one. From the most to the least particular kind: the first that fits decides."""
@@ -178,9 +179,9 @@ class AnswerChecker(contextlib.AbstractContextManager):
         self.close()
 
 
-def _start(seconds: float) -> subprocess.Popen[str]:
+def _start(seconds: float) -> Any:
     command = [sys.executable, "-c", WORKER, str(seconds)]
-    process = subprocess.Popen(
+    process: Any = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8"
     )
     if not process.stdout.readline():  # "ready": importing sympy takes seconds, which are no comparison's

@@ -81,6 +81,18 @@ class ProgressBar(Protocol):
         """`count` need not be done."""
 
 
+class Subject(Protocol):
+    """Base and tuned, wherever they are: what `score` asks."""
+
+    modes: tuple[str, ...]
+    seed: int
+
+    def reply(
+        self, conversations: Sequence[Messages], mode: str, adapter: bool, progress: ProgressBar, *, max_new_tokens: int
+    ) -> list[Reply]:
+        """A reply of tuned (`adapter`) or base to each conversation."""
+
+
 class NoProgress:
     """Shows nothing."""
 

@@ -139,12 +139,13 @@ WITH = {"thinking": "with thinking", "non_thinking": "without thinking"}
 
 def never_ends(endless: Interval) -> bool:
     """Whether it is certain that more than a few tuned replies never end."""
-    return direction(endless) > 0 and endless["low"] > EXCESS
+    return direction(endless) > 0 and (endless["low"] or 0) > EXCESS
 
 
 def gains_and_losses(result: Evaluation) -> tuple[list[str], list[str]]:
     """Names of what is better and what is worse, of what the intervals are sure of."""
-    better, worse = [], []
+    better: list[str] = []
+    worse: list[str] = []
     for name, section, metric in [*judged_questions(result), *judged_otherwise(result)]:
         change = direction(result["difference"][section][metric])
         if metric.startswith(LOSS):  # a loss is better when it falls
@@ -185,7 +186,7 @@ def describe(result: Evaluation, mode: str, metric: str) -> str:
     cut = result["tuned"][mode]["cut"]["value"] or 0.0
     if change["value"] is None:
         return f"not measured ({_cut_note(cut) or 'no question'})"
-    before, after = round(100 * base["value"]), round(100 * tuned["value"])
+    before, after = (round(100 * (estimate["value"] or 0.0)) for estimate in (base, tuned))
     return str(Change(before, after, direction(change) * (after - before) > 0, cut))
 
 
@@ -278,5 +279,5 @@ def show(metric: str, estimate: Interval | None, sign: str = "", unit: str = "%"
     """A number with its interval, `70% [59, 81]`; a dash where nothing could be measured."""
     if estimate is None or estimate["value"] is None:
         return "-"
-    low, high = (amount(metric, estimate[end], sign, "") for end in ("low", "high"))
+    low, high = (amount(metric, estimate[end] or 0.0, sign, "") for end in ("low", "high"))
     return f"{amount(metric, estimate['value'], sign, unit)} [{low}, {high}]"

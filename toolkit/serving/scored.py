@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from toolkit import recipe as recipes
 from toolkit import run as runs
@@ -52,7 +53,7 @@ class Model:
     """What its replies are kept under: another file or server is another model."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ServedRun:
     """Base and tuned behind an API, asked as a LoadedRun is."""
 
@@ -139,8 +140,8 @@ def evaluate_url(
     engine.runs = served_loras(engine, [base_model, tuned_model])
     config = checkpoint_file(recipe.model, "config.json") | checkpoint_file(recipe.model, "generation_config.json")
     adapter = sha256(folder / "adapter" / "adapter_model.safetensors")
-    models = [Model(engine, name, f"{url} {adapter}") for name in (base_model, tuned_model)]
-    return evaluate_models(folder, *models, config, CLIENTS, "served", level, console)
+    base, tuned = (Model(engine, name, f"{url} {adapter}") for name in (base_model, tuned_model))
+    return evaluate_models(folder, base, tuned, config, CLIENTS, "served", level, console)
 
 
 def served_loras(engine: Engine, names: Sequence[str]) -> tuple[str, ...]:
@@ -170,7 +171,8 @@ def evaluate_file(run: str | Path, quant: str, *, level: str | None = None, cons
     tuned = exported(folder, quant, say)
     base = converted([folder], quant.lower(), say)
     limits = replies_asked(folder, level).plan.limits
-    models = [local_model(folder, files, max(limits.values())) for files in (base, tuned)]
+    limit = max(limits.values())
+    models = local_model(folder, base, limit), local_model(folder, tuned, limit)
     result = evaluate_models(folder, *models, base.config, SLOTS, quant.lower(), level, console)
     for line in kept_lines(folder, result, quant.lower()):
         console.print(line, markup=False)
@@ -181,7 +183,7 @@ def local_model(folder: Path, files: Files, limit: int) -> Model:
     """A file behind llama.cpp's server in this process, with room for the longest reply."""
     chat = load_chat(str(folder / "adapter"))
     context = min(files.config["max_position_embeddings"], 2 * limit + 1024)
-    engine = launch(files.weights, context=context, slots=SLOTS, template=chat.template_text)
+    engine = launch(files.weights, context=context, slots=SLOTS, template=chat.template_text or "")
     return Model(engine, files.weights.stem, sha256(files.weights))
 
 
@@ -220,12 +222,13 @@ def replies_asked(folder: Path, level: str | None) -> Asked:
         budget = earlier["budget"]
         size = replace(size, questions=budget["questions"], samples=budget["samples"])
         limits = budget["limits"]
-    return select(level, None, *runs.questions(recipe, mixed), plan=Plan(size, limits))
+    questions: Any = runs.questions(recipe, mixed)
+    return select(level, None, questions[0], questions[1], plan=Plan(size, limits))
 
 
 def kept_lines(folder: Path, result: Evaluation, name: str) -> list[str]:
     """`q4_k_m keeps 68 of the adapter's 70 right answers, and has 3 right that it had wrong`, by mode."""
-    adapter = read_json(folder / "eval.json") if runs.scored(folder) else None
+    adapter: Any = read_json(folder / "eval.json") if runs.scored(folder) else None
     if not adapter or adapter["fingerprints"]["questions"] != result["fingerprints"]["questions"]:
         return [f"the adapter was not asked the same: `python -m toolkit evaluate {folder.name}` first pairs both"]
     kept = had = gained = 0
