@@ -210,7 +210,7 @@ def replies_asked(folder: Path, level: str | None) -> Asked:
     """The questions, limits and samples of the run's own evaluation, so that both can be paired; those of its recipe where
     there is none, or where another level is named."""
     recipe = recipes.load(folder / "recipe.yaml")
-    manifest = read_json(folder / "manifest.json")
+    manifest: Any = read_json(folder / "manifest.json")
     mixed = mix.of_run(recipe, manifest)
     earlier = read_json(folder / "eval.json") if runs.scored(folder) else None
     level = level or recipe.evaluate.level
