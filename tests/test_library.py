@@ -66,11 +66,18 @@ def test_a_model_of_ones_own_is_scored_in_both_modes(trained, capsys):
     assert "result:" in capsys.readouterr().out
 
 
-def test_a_model_of_ones_own_is_exported_with_a_certificate(trained):
+def test_a_model_of_ones_own_is_exported_with_a_certificate_from_any_folder(trained, monkeypatch):
+    """By a relative path too, although other processes, which begin in folders of their own, take part in the check."""
     trainer, tokenizer, _, folder = trained
-    certificate = toolkit.export_model(trainer.model, tokenizer, folder / "my-model", gguf=["f16"])
+    monkeypatch.chdir(folder)
+    certificate = toolkit.export_model(trainer.model, tokenizer, "my-model", gguf=["f16"])
     assert certificate["passed"]
     assert (folder / "my-model" / "gguf").is_dir()
+
+
+def test_dir_shows_the_public_calls_and_nothing_else():
+    assert dir(toolkit) == ["__version__", "compile_mix", "evaluate_model", "export_model"]
+    assert all(getattr(toolkit, name) for name in dir(toolkit))
 
 
 def test_importing_the_three_names_loads_nothing_heavy():

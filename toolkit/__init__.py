@@ -1,9 +1,25 @@
-"""Fine-tune a chat model on one GPU and know what it did: `mixed = toolkit.compile_mix("data_recipes/pocket.yaml")`."""
+"""Fine-tune a chat model on one GPU and know what it did: `mixed = toolkit.compile_mix("data_recipes/pocket.yaml")`.
+
+The three calls for your own Unsloth or TRL notebook take and return what those libraries use: a tokenizer, data sets, a
+PeftModel, a folder. Importing this loads neither torch nor Unsloth.
+"""
 
 import logging
 import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+    from toolkit.data.mix import Mix
+    from toolkit.recipe import Recipe
+    from toolkit.records import Evaluation
 
 __version__ = "0.1.0"
+__all__ = ["__version__", "compile_mix", "evaluate_model", "export_model"]
 
 # Read once, when torch is imported. Spinning OpenMP threads collapse on shared cores: a training step of the pocket
 # model took 3.4 s instead of 0.7 s (2 cores, 2026-11-21).
@@ -15,10 +31,71 @@ for _name in ("torchao", "torch.utils._pytree"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
-def __getattr__(name: str):
-    """compile_mix, evaluate_model and export_model of `toolkit.library`, imported when first used."""
-    if name in ("compile_mix", "evaluate_model", "export_model"):
-        from toolkit import library
+def __dir__() -> list[str]:
+    """What `dir(toolkit)` and completion show: the public calls."""
+    return __all__
 
-        return getattr(library, name)
-    raise AttributeError(f"module 'toolkit' has no attribute {name!r}")
+
+def compile_mix(
+    recipe: "str | Path | dict[str, Any] | Recipe",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    overrides: Sequence[str] = (),
+) -> "Mix":
+    """A recipe's mix for a loaded tokenizer: `.train_dataset` and `.validation_dataset` hold input_ids and labels.
+
+    `recipe` is a file, a dict with its keys, or a Recipe; of its model only `max_seq_length` counts when a tokenizer is
+    given. Pass both data sets to SFTTrainer with SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, max_length=None):
+    without these two, TRL cuts every row at 1,024 tokens.
+    Raises ToolkitError on a recipe or row that cannot be used, and when the achieved shares are off their plan.
+    """
+    from toolkit import recipe as recipes
+    from toolkit import run
+    from toolkit.data import mix
+
+    if isinstance(recipe, str | Path):
+        loaded = recipes.load(recipe, overrides)
+    else:
+        values = recipe if isinstance(recipe, dict) else recipes.to_dict(recipe)
+        loaded = recipes.from_dict(values, overrides=overrides)
+    if tokenizer is None:
+        loaded = run.resolve(loaded, run.default_console())
+    return mix.compile_mix(loaded, tokenizer)
+
+
+def evaluate_model(
+    model: "PeftModel", tokenizer: "PreTrainedTokenizerBase", mixed: "Mix | None" = None, **options: Any
+) -> "Evaluation":
+    """Score a PeftModel against its own base (adapter on and off) in every mode its template has, with intervals.
+
+    Reasoning questions are the mix's held-out rows with an expected answer, otherwise those that ship; chat questions are
+    those that ship. `questions=` and `chat_questions=` are your own; further `options` as in
+    `toolkit.evaluation.measure.evaluate`. Prints the verdict; returns what a run keeps as eval.json.
+    """
+    from toolkit.evaluation import measure
+
+    questions = measure.from_mix(mixed) if mixed else {}
+    result = measure.evaluate(model, tokenizer, **(questions | options))
+    print("\n".join(measure.verdict(result)))
+    return result
+
+
+def export_model(
+    model: "PeftModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    folder: str | Path,
+    gguf: str | Sequence[str] = ("q8_0",),
+    **options: Any,
+) -> dict[str, Any]:
+    """Save the adapter into `folder`, merge it, write GGUF files and verify them; returns the certificate.
+
+    `gguf` names quantizations (none: merged weights only). The base is found again by the name the model was loaded from,
+    and compared with the one in memory.
+    Further `options` are those of `toolkit.export.export`. Raises ToolkitError when a check fails.
+    """
+    from toolkit.export import export
+    from toolkit.export.base import save_run
+
+    # the processes that check the export start in other folders
+    target = Path(folder).expanduser().absolute()
+    save_run(model, tokenizer, target)
+    return export(target, (gguf,) if isinstance(gguf, str) else tuple(gguf), **options)

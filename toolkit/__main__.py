@@ -111,7 +111,8 @@ def take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
     takes_one = {
         flag for flag, options in known.items() if flag.startswith("-") and not {"nargs", "action"} & options.keys()
     }
-    kept, overrides = words[:1], []
+    kept = words[:1]
+    overrides: list[str] = []
     for before, word in itertools.pairwise(words):
         is_override = OVERRIDE.match(word) and before not in takes_one
         target = overrides if is_override else kept
@@ -423,7 +424,7 @@ def chat_with_run(
     from toolkit.serving.chat import chat
 
     # a server has chosen its weights and context already
-    engine = {} if url else {"source": source, "quant": quant, "context": context}
+    engine: dict[str, Any] = {} if url else {"source": source, "quant": quant, "context": context}
     chat(run, mode="non_thinking" if no_think else None, url=url, **engine, **options)
 
 

@@ -588,7 +588,7 @@ def _with_fractions(data: Data, where: str) -> tuple[Source, ...]:
         return tuple(sources)
     if data.reasoning is not None:
         sources = _rescale(sources, data.reasoning, where)
-    total = sum(s.fraction for s in sources)
+    total = sum(s.fraction or 0.0 for s in sources)
     # written as decimals, thirds do not sum to exactly 1
     if abs(total - 1) > 1e-6:
         parts = " + ".join(f"{s.fraction:g} ({s.name})" for s in sources)
@@ -603,13 +603,13 @@ def _rescale(sources: list[Source], reasoning: float, where: str) -> list[Source
     # x of the whole for thinking sources together: each keeps its part of that
     factors = {}
     for mode, share in (("thinking", reasoning), ("non_thinking", 1.0 - reasoning)):
-        total = sum(s.fraction for s in sources if s.mode == mode)
+        total = sum(s.fraction or 0.0 for s in sources if s.mode == mode)
         if share and not total:
             raise ToolkitError(
                 f"{where}: data.reasoning={reasoning}: no source with mode {mode} and a fraction above 0"
             )
         factors[mode] = share / total if total else 0.0
-    return [dataclasses.replace(s, fraction=s.fraction * factors[s.mode]) for s in sources]
+    return [dataclasses.replace(s, fraction=(s.fraction or 0.0) * factors[s.mode]) for s in sources]
 
 
 TAKEN_BY = {
@@ -630,10 +630,10 @@ def passthrough(section: type) -> list[str]:
         spec = importlib.util.find_spec(package)
         if spec is None:
             raise ToolkitError(f"{package} is not installed: run `make setup` or `python -m toolkit setup`")
-        source = (Path(spec.submodule_search_locations[0]) / file).read_text(encoding="utf-8")
+        source = (Path(str(spec.origin)).parent / file).read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ClassDef) and node.name == name:
-                names |= {field.target.id for field in node.body if isinstance(field, ast.AnnAssign)}
+                names |= {ast.unparse(field.target) for field in node.body if isinstance(field, ast.AnnAssign)}
             if isinstance(node, ast.FunctionDef) and node.name == name:
                 names |= {argument.arg for argument in node.args.args + node.args.kwonlyargs}
     return sorted(names - {"model"})
