@@ -180,4 +180,4 @@ def test_every_step_from_mix_to_generate_works_in_the_modes_the_model_has(name, 
 
     (tmp_path / "ask.txt").write_text("Who are you?\n你是谁?\n", encoding="utf-8")
     counts = answer_file(runs[0], tmp_path / "ask.txt", tmp_path / "replies.jsonl", max_new_tokens=4)
-    assert counts["answered"] == 2 * len(modes)
+    assert counts.answered == 2 * len(modes)

@@ -101,6 +101,18 @@ def memory_table(plan: recipe.Recipe) -> str:
     return text
 
 
+def reply_seconds(
+    shape: fit.Shape, known: speed.Speed, rows: int, prompt: int, new_tokens: int, gemv_rows: int = 1
+) -> float:
+    """Seconds in which a batch of replies is generated on a card: each token reads all weights and the key-value cache.
+
+    Up to `gemv_rows` rows read the 4-bit weights; more dequantize them for every token (unsloth/kernels/utils.py)."""
+    four_bit = 0.516 * shape.linear_parameters
+    weights = four_bit if rows <= gemv_rows else four_bit + 4 * shape.linear_parameters
+    cache = rows * 4 * shape.num_hidden_layers * shape.kv_dim * (prompt + new_tokens / 2)
+    return new_tokens * (weights + cache + 2 * shape.vocab_size * shape.hidden_size) / known.bandwidth
+
+
 def replies_table() -> str:
     """Tokens a second by card and model."""
     text = header("card", MODELS)
@@ -108,7 +120,7 @@ def replies_table() -> str:
         known = speed.of_card(name)
         cells = []
         for model in MODELS:
-            seconds = duration.reply_seconds(fit.shape(model), known, rows=8, prompt=250, new_tokens=2000)
+            seconds = reply_seconds(fit.shape(model), known, rows=8, prompt=250, new_tokens=2000)
             room = fit.usable_vram(known.gigabytes) > fit.forecast(fit.Settings(max_new_tokens=8 * 2000), model).total(
                 "evaluation"
             )

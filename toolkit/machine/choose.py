@@ -113,8 +113,9 @@ def hours_of_mix(recipe: Recipe, lengths: Sequence[int], validation_lengths: Seq
     # measuring would take longer than what is forecast
     if work.tokens * operations(shape, work.mean_length) < A_MINUTE:
         return None
-    rows = recipe.train["per_device_train_batch_size"]
-    return duration.forecast(recipe, shape, work, here(shape, rows, round(work.mean_length)))
+    # runs of a sweep differ by a few tokens, and are measured once
+    length = 16 * max(1, round(work.mean_length / 16))
+    return duration.forecast(recipe, shape, work, here(shape, recipe.train["per_device_train_batch_size"], length))
 
 
 def say_hours(recipe: Recipe, mixed: Any, say: Callable[[str], Any]) -> Duration | None:

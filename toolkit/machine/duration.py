@@ -99,16 +99,6 @@ def evaluation_seconds(recipe: Recipe, training: float) -> float:
     return planned.get(recipe.evaluate.level, max(LEAST_EVALUATION, EVALUATION_SHARE * training))
 
 
-def reply_seconds(shape: Shape, speed: Speed, rows: int, prompt: int, new_tokens: int, gemv_rows: int = 1) -> float:
-    """Seconds in which a batch of replies is generated on a card: each token reads all weights and the key-value cache.
-
-    Up to `gemv_rows` rows read the 4-bit weights; more dequantize them for every token (unsloth/kernels/utils.py)."""
-    four_bit = 0.516 * shape.linear_parameters
-    weights = four_bit if rows <= gemv_rows else four_bit + 4 * shape.linear_parameters
-    cache = rows * 4 * shape.num_hidden_layers * shape.kv_dim * (prompt + new_tokens / 2)
-    return new_tokens * (weights + cache + 2 * shape.vocab_size * shape.hidden_size) / speed.bandwidth
-
-
 def forecast(recipe: Recipe, shape: Shape, work: Work, speed: Speed) -> Duration:
     """The three parts of a run."""
     training = training_seconds(shape, work, speed)

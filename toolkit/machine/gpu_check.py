@@ -20,7 +20,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from toolkit import recipe, run
-from toolkit.evaluation.generate import generate, modes_of
 from toolkit.files import POCKET, ROOT, ToolkitError, outputs, read_json, write_text
 from toolkit.machine import doctor, install
 from toolkit.training import model as models
@@ -97,16 +96,6 @@ def train(name: str = PLAIN) -> Result:
     )
 
 
-def sample() -> Result:
-    """A reply in each mode."""
-    model, tokenizer = models.load_run(PLAIN)
-    conversation = [[{"role": "user", "content": "What is 12 + 30?"}]]
-    texts = {}
-    for mode in modes_of(tokenizer):
-        texts[mode] = generate(model, tokenizer, conversation, mode, max_new_tokens=32, seed=3407)[0].text
-    return f"a reply in {' and '.join(texts)}", texts
-
-
 def resume() -> Result:
     """As after a kill: without its adapter and all checkpoints but the first, a run goes on from there and ends alike."""
     folder = outputs() / PLAIN
@@ -161,7 +150,6 @@ STEPS: dict[str, Callable[[], Result]] = {
     "load in 4-bit": load,
     "train": train,
     "train, packed": lambda: train(PACKED),
-    "sample": sample,
     "resume": resume,
     "evaluate": evaluate,
     "export a GGUF": export,
