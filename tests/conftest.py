@@ -21,6 +21,22 @@ def pytest_configure(config):
             signal.signal(number, usual)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def outputs_of_the_session(tmp_path_factory):
+    """$TOOLKIT_OUTPUTS for whatever is made before a test begins: nothing is ever written into the checkout."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("outputs_of_the_session"))
+        patch.setenv("TOOLKIT_OUTPUTS", folder)
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def outputs_of_the_test(outputs_of_the_session, tmp_path, monkeypatch):
+    """$TOOLKIT_OUTPUTS of each test: a folder of its own, unless its module's fixture chose one for all its tests."""
+    if os.environ["TOOLKIT_OUTPUTS"] == outputs_of_the_session:
+        monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path / "outputs"))
+
+
 @pytest.fixture(scope="session")
 def qwen3(tmp_path_factory):
     """A folder with the real Qwen3 tokenizer and chat template."""

@@ -25,11 +25,6 @@ THINKING = {"name": "math", "path": f"{SAMPLES}/openmath_sample.jsonl", "mode": 
 CHAT = {"name": "chat", "path": f"{SAMPLES}/finetome_sample.jsonl", "mode": "non_thinking", "fraction": 0.25}
 
 
-@pytest.fixture(autouse=True)
-def outputs_folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path / "outputs"))
-
-
 def build(*sources, overrides=(), **data):
     sources = [dict(s) for s in sources] or [THINKING, CHAT]
     values = {

@@ -21,8 +21,7 @@ from toolkit.files import ROOT, ToolkitError
 
 
 @pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path / "out"))
+def recipe(tmp_path):
     write_rows(tmp_path / "maths.jsonl", 60, "Carry the one.")
     write_rows(tmp_path / "talk.jsonl", 200, "")
     sources = [

@@ -30,8 +30,7 @@ def offline(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_compiles_on_rows_that_ship_and_loses_none_as_malformed(name, tmp_path, monkeypatch):
-    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
+def test_every_recipe_compiles_on_rows_that_ship_and_loses_none_as_malformed(name, tmp_path):
     changes = offline(name)
     if name == "smollm2":  # its weights come from the package index; rows and template do not need them
         families.build_tokenizer("smollm2", tmp_path / "smollm2")
@@ -64,13 +63,12 @@ def test_report_to_is_a_name_or_a_list_of_names():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TUTORIALS)
-def test_a_tutorials_recipe_trains_on_its_family(name, family, tmp_path, monkeypatch):
+def test_a_tutorials_recipe_trains_on_its_family(name, family):
     from toolkit.training.model import unsloth
 
     unsloth()  # before transformers, which it patches
     from toolkit import run
 
-    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
     changes = [f"model.model_name={family(TUTORIALS[name])}", "model.max_seq_length=4096", "train.max_steps=2",
                "train.eval_steps=1", "train.save_steps=1", "train.report_to=none", "evaluate.max_new_tokens=8"]  # fmt: skip
     folder = run.train(recipe.load(name, changes), Console(file=io.StringIO()), score=False)

@@ -13,9 +13,8 @@ from toolkit.training.model import load_run
 
 
 @pytest.fixture
-def model(tmp_path, monkeypatch):
+def model(tmp_path):
     """A folder with a copy of the pocket model."""
-    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path / "outputs"))
     return shutil.copytree(POCKET, tmp_path / "model")
 
 

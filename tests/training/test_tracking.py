@@ -29,7 +29,6 @@ SECRET = "planted-secret-0123456789"
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """(recipe, mix, an empty run folder), logging offline."""
-    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.delenv("WANDB_SERVICE", raising=False)
     loaded = recipe.load("data_recipes/pocket.yaml", ["data.budget=3000"])
