@@ -97,21 +97,12 @@ def test_the_smallest_change_needs_six_questions_that_differ():
 
 
 class CompiledMix:
-    """The two parts of a mix that decide a limit."""
+    """The part of a mix that decides a limit."""
 
-    def __init__(self, lengths: dict[str, list[int]], report: dict | None = None):
-        self.report = report or {}
-        self.train = [Row(mode, n) for mode, tokens in lengths.items() for n in tokens]
-
-
-class Row:
-    def __init__(self, mode: str, completion: int):
-        self.mode, self.prompt_length, self.ids = mode, 10, [0] * (10 + completion)
+    def __init__(self, **p90: int):
+        self.report = {"lengths": {mode: {"completion_p90": tokens} for mode, tokens in p90.items()}}
 
 
 def test_the_limit_of_a_mode_is_the_90th_percentile_of_what_it_was_taught_and_at_least_1024():
-    lengths = {"thinking": list(range(0, 5001, 50)), "non_thinking": [100] * 50}
-    assert reply_limits(CompiledMix(lengths)) == {"thinking": 4500, "non_thinking": 1024}
-    known = {"lengths": {"thinking": {"completion_p90": 2345.0}}}
-    assert reply_limits(CompiledMix(lengths, known))["thinking"] == 2345
-    assert reply_limits(CompiledMix({})) == {"thinking": 1024, "non_thinking": 1024}
+    assert reply_limits(CompiledMix(thinking=4500, non_thinking=100)) == {"thinking": 4500, "non_thinking": 1024}
+    assert Plan(LEVELS["quick"], reply_limits(CompiledMix())).limit("thinking") == 1024

@@ -36,10 +36,6 @@ class FastEvidence:
         own = [m for m in self.marks if (m.section, m.metric, m.model) == (section, metric, model)]
         return sum(mark.value for mark in own) / sum(mark.weight for mark in own)
 
-    def metrics(self) -> list[tuple[str, str]]:
-        """(section, metric) of all that was measured."""
-        return list(dict.fromkeys((mark.section, mark.metric) for mark in self.marks))
-
 
 def fast_evidence(subject: LoadedRun, asked: Asked, progress: ProgressBar | None = None) -> FastEvidence:
     """Held-out loss, token accuracy, KL and beginnings of what `asked` holds.

@@ -133,10 +133,9 @@ def plan_generation(
 
 
 def smaller_sizes(size: Level) -> list[Level]:
-    """The level itself, then with fewer replies to a question, then with fewer questions."""
-    samples = [s for s in (size.samples, 2, 1) if s <= size.samples]
+    """The level itself, then with one reply to a question, then with fewer questions."""
     fewer = [n for n in NUMBERS if n < size.questions]
-    return [replace(size, samples=s) for s in samples] + [replace(size, questions=n, samples=1) for n in fewer]
+    return [size, *(replace(size, questions=n, samples=1) for n in [size.questions, *fewer])]
 
 
 def generation_seconds(size: Level, plan: Plan, modes: Sequence[str], speed: Speed) -> float:

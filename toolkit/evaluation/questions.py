@@ -146,17 +146,8 @@ def reply_limits(mixed: Mix) -> dict[str, int]:
     """The longest reply by mode: the 90th percentile of what the model was taught to write in it, at least REPLY_LIMIT.
 
     A limit below it cuts replies that are as they should be, and a cut reply says nothing."""
-    limits = {}
-    for mode in ("thinking", "non_thinking"):
-        known = mixed.report.get("lengths", {}).get(mode, {}).get("completion_p90")
-        limits[mode] = max(REPLY_LIMIT, int(known or completion_p90(mixed, mode)))
-    return limits
-
-
-def completion_p90(mixed: Mix, mode: str) -> float:
-    """90th percentile of the completions of a mode in tokens; 0 for a mix without any."""
-    lengths = [len(row.ids) - row.prompt_length for row in mixed.train if row.mode == mode]
-    return float(np.percentile(lengths, 90)) if lengths else 0.0
+    taught = mixed.report.get("lengths", {})
+    return {mode: max(REPLY_LIMIT, lengths["completion_p90"]) for mode, lengths in taught.items()}
 
 
 # --- choosing --------------------------------------------------------------------------------------------------------
