@@ -223,7 +223,7 @@ def test_no_prompt_is_cut_to_the_training_length_while_replies_are_generated(mod
     ("file", "names"),
     [
         ("models/llama.py", [LONG_PROMPTS, "max_seq_length", "_flag_for_generation"]),
-        ("models/_decode_graphs.py", ["def release_for_training(model)"]),
+        ("models/_decode_graphs.py", ["def release_for_training(model)", "PREALLOC = ", "UNSLOTH_DECODE_CUDA_GRAPHS"]),
     ],
 )
 def test_private_names_of_unsloth_that_replies_rely_on_still_exist(file, names):
@@ -254,3 +254,83 @@ def test_a_temperature_of_zero_is_greedy(model, tokenizer, monkeypatch):
     cold = {"temperature": 0.0, "top_p": 0.8, "top_k": 20, "min_p": 0.0}
     monkeypatch.setattr(module, "sampling_values", lambda *_: cold)
     assert generate(model, tokenizer, CHATS, "non_thinking", max_new_tokens=8, seed=1) == wanted
+
+
+@pytest.mark.parametrize("greedy", [True, False])
+def test_a_long_reply_generated_in_parts_is_the_reply_generated_at_once(model, tokenizer, monkeypatch, greedy):
+    from toolkit.evaluation import decode
+
+    settings = {"max_new_tokens": 24, "seed": 1, "greedy": greedy}
+    whole = generate(model, tokenizer, CHATS, "thinking", **settings)
+    monkeypatch.setattr(decode, "FIRST_PART", 3)
+    kept = {}
+    parts = generate(model, tokenizer, CHATS, "thinking", batch_size=2, keep=kept.update, **settings)
+    assert parts == whole
+    assert [kept[place] for place in range(len(CHATS))] == whole
+    lengths = {reply.reasoning_tokens + reply.answer_tokens for reply in whole}
+    assert max(lengths) > 12, "some reply is longer than three parts"
+
+
+def test_parts_grow_so_that_little_is_read_twice():
+    from toolkit.evaluation.decode import part_length
+
+    parts = []
+    while sum(parts) < 3100:
+        parts.append(part_length(sum(parts), 3100))
+    assert parts == [256, 256, 512, 1024, 1052]
+    assert part_length(0, 160) == 160  # short replies are one part
+
+
+def test_few_rows_that_need_no_dequantizing_are_preferred_to_some_more_that_do():
+    from toolkit.evaluation.decode import rows_for_kernels
+
+    rtx_4090, rtx_3060, t4 = (8, 9), (8, 6), (7, 5)
+    assert [rows_for_kernels(fit, rtx_4090) for fit in (2, 10, 32)] == [2, 4, 32]
+    assert [rows_for_kernels(fit, rtx_3060) for fit in (4, 12)] == [1, 12]
+    assert rows_for_kernels(32, t4) == 16
+
+
+def test_decode_graphs_are_on_while_a_card_generates_and_as_they_were_afterwards(monkeypatch):
+    import sys
+    import types
+
+    import torch
+
+    from toolkit.evaluation import decode
+
+    released = []
+    graphs = types.SimpleNamespace(PREALLOC=False, release_for_training=released.append)
+    monkeypatch.setitem(sys.modules, "unsloth", types.ModuleType("unsloth"))
+    monkeypatch.setitem(sys.modules, "unsloth.models", types.SimpleNamespace(_decode_graphs=graphs))
+    monkeypatch.delenv(decode.GRAPHS, raising=False)
+    card = types.SimpleNamespace(device=torch.device("cuda"))
+    with decode.decode_graphs(card):
+        assert (decode.os.environ[decode.GRAPHS], graphs.PREALLOC) == ("1", True)
+    assert (decode.GRAPHS in decode.os.environ, graphs.PREALLOC, released) == (False, False, [card])
+    monkeypatch.setenv(decode.GRAPHS, "0")  # whoever switches them off is obeyed
+    with decode.decode_graphs(card):
+        assert decode.os.environ[decode.GRAPHS] == "0"
+
+
+def test_on_a_cpu_the_adapter_is_merged_for_replies_and_every_weight_is_as_before_afterwards(model, tokenizer):
+    import torch
+
+    from toolkit.evaluation.generate import merged_on_cpu
+
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = {"max_new_tokens": 12, "seed": 1}
+    separate = generate(model, tokenizer, CHATS, "thinking", **settings)
+    with merged_on_cpu(model):
+        layers = [m for m in model.modules() if vars(m).get("merged_adapters")]
+        assert layers, "the adapter is merged while replies are generated"
+        assert generate(model, tokenizer, CHATS, "thinking", **settings) == separate
+    assert not any(vars(m).get("merged_adapters") for m in model.modules())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_16_bit_weights_are_not_merged_since_the_sum_would_be_rounded(tokenizer):
+    from toolkit.evaluation.generate import merged_on_cpu
+
+    half = tiny_qwen3.model(tokenizer).bfloat16()
+    with merged_on_cpu(half):
+        assert not any(vars(m).get("merged_adapters") for m in half.modules())

@@ -187,6 +187,30 @@ def switched(model, adapter: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def merged_on_cpu(model) -> Iterator[None]:
+    """On a CPU, a PeftModel whose adapter is added into copies of the weights: token by token the adapter would cost more
+    than its base. In float32 alone, since 16 bits would round the sum to another model, and where memory allows."""
+    import psutil
+    import torch
+    from peft.tuners.lora import Linear
+
+    layers = [module for module in model.modules() if isinstance(module, Linear)]
+    weights = [layer.get_base_layer().weight.data for layer in layers]
+    plain = model.device.type == "cpu" and all(weight.dtype == torch.float32 for weight in weights)
+    if not plain or 2 * sum(weight.nbytes for weight in weights) > psutil.virtual_memory().available:
+        yield
+        return
+    try:
+        for layer in layers:
+            layer.merge(safe_merge=True)  # into a copy; the weights that are kept here stay what they are
+        yield
+    finally:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.get_base_layer().weight.data = weight
+            layer.merged_adapters.clear()
+
+
+@contextlib.contextmanager
 def inference(model, tokenizer) -> Iterator[None]:
     """Evaluation mode without gradients, prompts never cut; afterwards model and tokenizer are as they were, so it may
     interrupt a training."""

@@ -19,6 +19,7 @@ from toolkit.evaluation.generate import (
     end_tokens,
     generate,
     inference,
+    merged_on_cpu,
     modes_of,
     prompts,
     sampling_values,
@@ -138,7 +139,7 @@ class LoadedRun:
         progress.skip(len(conversations) - len(missing))
         if not missing:
             return [replies[place] for place in range(len(conversations))]
-        with switched(self.model, adapter):
+        with merged_on_cpu(self.model) if adapter else switched(self.model, False):
             new = generate(
                 self.model, self.tokenizer, [conversations[place] for place in missing], mode, numbers=missing,
                 batch_size=self.batch_size, progress=progress.advance, **settings,
