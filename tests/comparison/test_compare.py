@@ -239,6 +239,17 @@ def test_a_source_with_rows_of_both_modes_counts_by_its_rows(tmp_path):
         compare([run])
 
 
+def test_a_run_of_which_some_replies_never_end_is_left_out_of_the_choice(tmp_path):
+    folders = [make_run(tmp_path, share, thinking=right) for share, right in ((0.25, 0.6), (0.75, 0.99))]
+    content = json.loads((folders[1] / "eval.json").read_text())
+    endless = {"value": 0.4, "low": 0.3, "high": 0.5, "n": 60}
+    content["lengths"] = {"thinking": {"base": 9, "tuned": 9, "ratio": endless, "endless": endless}}
+    write_json(folders[1] / "eval.json", content)
+    found = compare(folders)
+    assert found.recommended.label == "25% reasoning"
+    assert any("replies with thinking never end" in note for note in found.notes)
+
+
 def test_an_eval_file_without_values_per_question_is_left_out_with_the_reason(tmp_path):
     runs = [make_run(tmp_path, s) for s in (0.0, 1.0)]
     content = json.loads((runs[0] / "eval.json").read_text())

@@ -3,7 +3,7 @@
 comparison = compare(Path("outputs").glob("sweep_pocket-r*")); print(*comparison.verdict, sep="\\n")
 
 The rule: points that lose more than 5 points against the base, beyond their 95% interval, in mode adherence or in chat
-accuracy without thinking are left out of the choice. Of the rest, the highest accuracy leads; those closer to it than the
+accuracy without thinking, or of which some replies never end, are left out of the choice. Of the rest, the highest accuracy leads; those closer to it than the
 range that chance alone gives this many points (95%, bootstrap over questions, all pairs at once) tie with it. Of the tied
 ones that are shown to beat the base, the lowest reasoning share is recommended, since direct rows are shorter and keep
 more of the base; where something else than the reasoning share differs, the one with the lowest KL from the base.
@@ -38,7 +38,7 @@ from toolkit.evaluation.stats import (
     resample_counts,
     resampled_ratios,
 )
-from toolkit.evaluation.words import amount, show, title
+from toolkit.evaluation.words import WITH, amount, show, title
 from toolkit.files import ToolkitError, flat
 
 CHAT: Key = ("non_thinking", "accuracy/chat")
@@ -371,7 +371,9 @@ def noun(axis: str) -> str:
 
 def broken_guards(point: Point, goal: Key) -> list[str]:
     """What a point lost that no recommendation may cost, in words."""
-    return [change_text(point, key) for key in GUARDS if key != goal and point.lost(key)]
+    endless = sorted({mode for run in point.runs for mode in run.endless})
+    lost = [change_text(point, key) for key in GUARDS if key != goal and point.lost(key)]
+    return lost + [f"replies {WITH[mode]} never end" for mode in endless]
 
 
 def why_none(points: list[Point], broken: dict[str, list[str]], tied: list[Point], better: list[Point]) -> str:

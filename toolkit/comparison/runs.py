@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from toolkit.evaluation.words import TITLES
+from toolkit.evaluation.words import TITLES, never_ends
 from toolkit.family import MODES
 from toolkit.files import ToolkitError, flat, read_json
 
@@ -81,6 +81,8 @@ class Run:
     """What was trained: {recipe key: value}, then the planned share of each source and of all thinking rows."""
     reasoning: dict[str, float] = field(default_factory=dict)
     """Achieved share of all thinking rows by unit."""
+    endless: tuple[str, ...] = ()
+    """Modes in which some of its replies never end."""
     rows_per_step: int = 0
     """Rows that each optimizer step averaged over; 0 where the recipe does not say."""
 
@@ -135,6 +137,7 @@ def run_of(
         conditions={key: str(asked.get(key)) for key in CONDITIONS},
         trained=trained_on(recipe, mix),
         reasoning={unit: float(shares.get("thinking", 0.0)) for unit, shares in mix["achieved_modes"].items()},
+        endless=tuple(mode for mode, lengths in result.get("lengths", {}).items() if never_ends(lengths["endless"])),
         rows_per_step=int(train.get("per_device_train_batch_size", 0) * train.get("gradient_accumulation_steps", 1)),
     )
 
