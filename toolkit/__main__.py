@@ -333,6 +333,21 @@ def compare_runs(runs: list[str], out: Path | None) -> Outcome:
     return Outcome(report.as_json(comparison))
 
 
+@verb(
+    "dial",
+    arg("runs", nargs="+", metavar="run", help="a finished run; several: one recipe with other seeds, averaged"),
+    arg("--scales", nargs="+", type=float, metavar="S", help="0 (base) to 2; default: 0.25 0.5 0.75 1 1.25"),
+    arg("--out", type=Path, metavar="FOLDER", help="where picture and numbers go; default: the run's folder dial"),
+    JSON,
+)
+def dial_runs(runs: list[str], scales: list[float] | None, out: Path | None) -> Outcome:
+    """How much of a trained adapter to keep: score it at several scales, without training, and recommend one."""
+    from toolkit.comparison import dial, report
+
+    comparison = dial.dial(runs, scales=scales or dial.SCALES, console=console(), out=out)
+    return Outcome(report.as_json(comparison))
+
+
 @verb("diff", arg("first", help="a run's folder, or its name under outputs/"), arg("second"))
 def explain_difference(first: str, second: str) -> None:
     """Two runs: in words, what differed between them and what it did to the scores."""

@@ -347,7 +347,7 @@ def decide(points: list[Point], goal: Key, axis: str) -> tuple[Point | None, lis
     margin, highest = simultaneous_margin(eligible, goal), eligible[0].values[goal].value
     tied = [point for point in eligible if highest - point.values[goal].value <= margin]
     better = [point for point in tied if goal in point.changes and point.changes[goal].low > 0]
-    reason = why_none(points, broken, tied, better)
+    reason = why_none(points, broken, tied, better, axis)
     # at equal cost the highest
     best = None if reason else min(better, key=lambda point: point.cost(axis))
     top = best or eligible[0]
@@ -376,13 +376,16 @@ def broken_guards(point: Point, goal: Key) -> list[str]:
     return lost + [f"replies {WITH[mode]} never end" for mode in endless]
 
 
-def why_none(points: list[Point], broken: dict[str, list[str]], tied: list[Point], better: list[Point]) -> str:
-    """Why nothing is recommended; empty where something is."""
-    if len(points) == 1:
+def why_none(
+    points: list[Point], broken: dict[str, list[str]], tied: list[Point], better: list[Point], axis: str
+) -> str:
+    """Why nothing is recommended; empty where something is. Of equal scales the lowest KL is always the better one, while
+    between trainings a difference in KL may be chance too."""
+    if len(points) == 1 and axis != SCALE:
         return "there is one setting only"
     if all(broken.values()):
         return "each breaks a mode or the chat"
-    if len(tied) == len(points):
+    if len(tied) == len(points) and axis != SCALE:
         return "the differences are within noise; more questions or seeds (sweep --seeds 3) show smaller ones"
     return "" if better else "none is shown to beat the base"
 

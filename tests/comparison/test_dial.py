@@ -1,0 +1,235 @@
+"""A dial moves one adapter between its base and a little beyond: exactly, reversibly, and with a recommendation by the rule."""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from tests.comparison.test_compare import evaluation, make_run, sums
+from tests.support.pocket_run import trained
+from toolkit import recipe as recipes
+from toolkit.comparison import dial as dials
+from toolkit.comparison.decide import KL
+from toolkit.comparison.dial import Dialled, compare_scales, dial, scaled, scales_for_replies
+from toolkit.files import ToolkitError
+
+FEW = [
+    "train.learning_rate=2.0e-2",
+    "evaluate.max_new_tokens=24",
+    "evaluate.questions_per_mode=4",
+    "evaluate.questions.0.max_rows=4",
+    "evaluate.questions.1.max_rows=4",
+]
+
+
+def tiny(**options):
+    """A small Qwen3 with a LoRA whose weights are not zero."""
+    torch.manual_seed(1)
+    config = Qwen3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    lora = LoraConfig(r=4, lora_alpha=6, target_modules=["q_proj", "v_proj", "down_proj"], **options)
+    model = get_peft_model(Qwen3ForCausalLM(config), lora).eval()
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    return model
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.tensor([[1, 5, 9, 3, 7]])).logits
+
+
+# --- scaling
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_rslora": True}, {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3}}]
+)
+def test_scale_0_is_the_base_scale_1_the_run_and_half_is_half_of_the_weight_change(options):
+    model = tiny(**options)
+    run = logits(model)
+    with model.disable_adapter():
+        base = logits(model)
+    with scaled(model, 1.0):
+        assert torch.equal(logits(model), run)
+    with scaled(model, 0.0):
+        assert torch.equal(logits(model), base)
+    # by hand, without a scale: half of each layer's change added to its weight
+    layers = [m for m in model.modules() if hasattr(m, "lora_A") and hasattr(m, "base_layer")]
+    changes = [0.5 * layer.get_delta_weight("default") for layer in layers]
+    with scaled(model, 0.5):
+        half = logits(model)
+    assert torch.equal(logits(model), run)
+    with torch.no_grad():
+        for layer, change in zip(layers, changes, strict=True):
+            layer.base_layer.weight += change
+    with model.disable_adapter():
+        assert torch.allclose(logits(model), half, atol=1e-5)
+    assert not torch.allclose(half, run, atol=1e-3)
+
+
+def test_the_scale_is_taken_back_when_something_fails():
+    model = tiny()
+    run = logits(model)
+    with pytest.raises(RuntimeError), scaled(model, 0.3):
+        raise RuntimeError
+    assert torch.equal(logits(model), run)
+
+
+@pytest.mark.parametrize("scale", [-0.1, 2.5, math.nan, math.inf])
+def test_a_scale_that_means_nothing_is_refused(scale):
+    with pytest.raises(ToolkitError, match=r"expected 0 \(the base\) to 2; 1 is the run"), scaled(tiny(), scale):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, r"trained more than its LoRA \(lm_head\)"),
+        ({"bias": "lora_only"}, "bias=lora_only"),
+    ],
+)
+def test_an_adapter_that_a_scale_does_not_reach_is_refused(options, reason):
+    with pytest.raises(ToolkitError, match=reason), scaled(tiny(**options), 0.5):
+        pass
+
+
+def test_a_merged_adapter_is_refused():
+    model = tiny()
+    model.merge_adapter()
+    with pytest.raises(ToolkitError, match="merged into the base already"), scaled(model, 0.5):
+        pass
+
+
+# --- the decision
+
+
+def member(tmp_path, name, by_scale):
+    """A run of which scales were measured: {scale: (thinking accuracy, chat accuracy, KL, held-out gain)}."""
+    folder = make_run(tmp_path, 0.5, name=name, scored=False)
+    results = {}
+    for scale, (accuracy, chat, kl, gained) in by_scale.items():
+        rates = {"thinking": (0.3, 0.9, 1.0), "non_thinking": (0.2, 0.9, 1.0)}, {
+            "thinking": (accuracy, 0.9, 1.0), "non_thinking": (0.2, chat, 1.0)}  # fmt: skip
+        result = evaluation(sums(*rates, kl))
+        result["difference"] = {"forgetting": {"loss/maths/thinking": {"value": -gained}}}
+        results[f"quick {scale:g}"] = result
+        silent = evaluation({"forgetting": sums(*rates, kl)["forgetting"]})
+        results[f"fast {scale:g}"] = silent | {"difference": result["difference"]}
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return Dialled(folder, None, manifest, results)
+
+
+CURVE = {
+    0.25: (0.3, 0.9, 0.05, 0.1),
+    0.5: (0.7, 0.9, 0.1, 0.6),
+    0.75: (0.85, 0.88, 0.3, 0.9),
+    1.0: (0.95, 0.4, 0.9, 1.0),
+}
+
+
+def test_the_highest_gain_among_scales_that_break_no_guard_is_recommended_with_its_export(tmp_path):
+    found = compare_scales([member(tmp_path, "run", CURVE)], list(CURVE))
+    assert found.recommended.label == "scale 0.75"
+    assert found.verdict[0].startswith("Recommended: scale 0.75: reasoning questions with thinking 30% → 85%")
+    assert found.verdict[-1] == "next: python -m toolkit export run --scale 0.75"
+    assert any(note.startswith("scale 1 is left out of the choice: chat questions without") for note in found.notes)
+    assert not any("One seed" in line for line in found.verdict)
+
+
+def test_scales_that_tie_go_to_the_lowest_kl(tmp_path):
+    curve = {scale: (0.9, 0.9, scale, 1.0) for scale in (0.5, 0.75, 1.0)}
+    assert compare_scales([member(tmp_path, "run", curve)], list(curve)).recommended.label == "scale 0.5"
+
+
+def test_only_scales_that_gain_something_get_replies_and_the_run_always(tmp_path):
+    run = member(tmp_path, "run", CURVE)
+    assert scales_for_replies([run], list(CURVE)) == [0.5, 0.75, 1.0]
+    run.results = {key: value for key, value in run.results.items() if key != "quick 0.25"}
+    found = compare_scales([run], list(CURVE))
+    (silent,) = [point for point in found.points if found.goal not in point.values]
+    assert silent.label == "scale 0.25"
+    assert silent.values[KL].value == pytest.approx(0.05)
+    assert any("no replies: scale 0.25 (KL 0.05)" in note for note in found.notes)
+
+
+def test_several_seeds_are_averaged_and_their_spread_is_in_the_interval(tmp_path):
+    other = {scale: (accuracy - 0.3, chat, kl, gain) for scale, (accuracy, chat, kl, gain) in CURVE.items()}
+    first, second = member(tmp_path, "s1", CURVE), member(tmp_path, "s2", other)
+    both = compare_scales([first, second], [0.5, 0.75, 1.0]).points[0].values["thinking", "accuracy"]
+    alone = compare_scales([first], [0.5, 0.75, 1.0]).points[0].values["thinking", "accuracy"]
+    assert both.value == pytest.approx(0.55, abs=0.02)
+    assert both.high - both.low > alone.high - alone.low
+
+
+# --- a real run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOOLKIT_OUTPUTS", str(tmp_path_factory.mktemp("out")))
+        yield trained("dialled", *FEW)[0]
+
+
+def test_a_dial_of_a_run_ends_with_table_picture_and_export_and_resumes_from_what_it_measured(run, monkeypatch):
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(run.parent))
+    console = Console(file=io.StringIO(), width=80)
+    found = dial([run], scales=[0.5, 1.0], console=console)
+    shown = console.file.getvalue()
+    assert [point.place for point in found.points] == [0.5, 1.0]
+    kl = [point.values[KL].value for point in found.points]
+    assert 0 < kl[0] < kl[1]
+    assert max(map(len, shown.splitlines())) <= 80 or str(run) in shown
+    assert shown.rstrip().splitlines()[-1].startswith("next: python -m toolkit export dialled --scale ")
+    assert (run / "dial" / "comparison.png").stat().st_size > 10_000
+    kept = (run / "dial.json").read_bytes()
+
+    def never(*_):
+        raise AssertionError("the model is loaded again")
+
+    monkeypatch.setattr(dials.models, "load_run", never)
+    again = dial([run], scales=[0.5, 1.0], console=Console(quiet=True))
+    assert again.verdict == found.verdict
+    assert (run / "dial.json").read_bytes() == kept
+    # a damaged record is measured again, not trusted
+    (run / "dial.json").write_bytes(kept[: len(kept) // 2])
+    with pytest.raises(AssertionError, match="loaded again"):
+        dial([run], scales=[0.5, 1.0], console=Console(quiet=True))
+
+
+def test_scale_1_of_a_dial_is_what_evaluate_says_of_the_run(run, monkeypatch):
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(run.parent))
+    from toolkit.run import evaluate
+
+    dial([run], scales=[1.0], console=Console(quiet=True))
+    result = json.loads((run / "dial.json").read_text())["results"]["quick 1"]
+    own = evaluate(run, Console(quiet=True))
+    assert {key: own[key] for key in ("tuned", "base")} == {key: result[key] for key in ("tuned", "base")}
+
+
+def test_a_run_that_changed_nothing_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
+    folder, _ = trained("idle", *FEW, "train.learning_rate=1.0e-30")
+    with pytest.raises(ToolkitError, match=r"idle: the adapter changes nothing .* nothing to dial"):
+        dial([folder], scales=[1.0], console=Console(quiet=True))
+
+
+def test_runs_of_different_recipes_are_not_averaged(tmp_path):
+    values = yaml.safe_load(recipes.to_yaml(recipes.load("data_recipes/pocket.yaml")))
+    members = []
+    for name, rate in (("a", 1e-3), ("b", 2e-3)):
+        changed = values | {"name": name, "train": values["train"] | {"learning_rate": rate}}
+        members.append(Dialled(tmp_path / name, recipes.from_dict(changed), {}, {}))
+    with pytest.raises(ToolkitError, match=r"differ in train\.learning_rate"):
+        dials.check_same_training(members)

@@ -1,0 +1,268 @@
+"""How much of a trained adapter to keep, chosen after training: from the base (scale 0) to a little beyond the run.
+
+from toolkit.comparison import dial; dial.dial([Path("outputs/pocket")])
+
+A LoRA layer adds `scaling` times its update to its weight. Multiplied by a scale, the model moves on the line from base to
+tuned without training, and an export at that scale is `lora_alpha` times the scale. Every scale gets fast evidence
+(held-out loss and KL, no generation); the few that may be recommended get replies too. The rule is that of `decide`.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from rich.console import Console
+
+from toolkit import recipe as recipes
+from toolkit.comparison.decide import KL, SCALE, Comparison, Point, Side, averages, decide, point, usual_goal
+from toolkit.comparison.report import conclude
+from toolkit.comparison.runs import Run, changed_keys, run_of
+from toolkit.comparison.sweep import QUESTIONS
+from toolkit.data import mix
+from toolkit.evaluation import measure as evaluation
+from toolkit.files import ToolkitError, flat, lock, read_json, write_json
+from toolkit.run import default_console, loading, questions
+from toolkit.training import model as models
+from toolkit.view.progress import Progress
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
+"""Scale 0 is the base, which every evaluation measures beside."""
+LARGEST = 2.0
+WITH_REPLIES = 4
+"""Scales that get replies, the run itself among them."""
+WORTH = 0.5
+"""Share of the largest gain in held-out loss from which a scale may be recommended, so that it gets replies."""
+NOTHING = 1e-6
+"""Nats of KL below which an adapter changes nothing."""
+Result = dict[str, Any]
+"""An evaluation, as in eval.json."""
+
+
+# --- one adapter at another scale ------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def scaled(model: "PeftModel", scale: float) -> Iterator[None]:
+    """The model with its adapter at a scale: 1 is the run, 0 its base. Afterwards it is as it was, to the last bit.
+
+    Raises ToolkitError for a scale that means nothing and an adapter that cannot be scaled."""
+    check_scale(scale)
+    layers = lora_layers(model)
+    # a rank pattern gives each layer a scaling of its own, rsLoRA another rule: both are factors here
+    before = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        for name, scaling in layer.scaling.items():
+            layer.scaling[name] = scaling * scale
+    try:
+        yield
+    finally:
+        for layer, scalings in zip(layers, before, strict=True):
+            layer.scaling.update(scalings)
+
+
+def check_scale(scale: float) -> None:
+    """Raises ToolkitError for a scale outside of 0 to 2; NaN too."""
+    if not 0 <= scale <= LARGEST:
+        raise ToolkitError(f"scale {scale:g}: expected 0 (the base) to {LARGEST:g}; 1 is the run as it was trained")
+
+
+def lora_layers(model: "PeftModel") -> "list[LoraLayer]":
+    """The layers of the active adapter. Raises ToolkitError where a scale would not lead from the base to the run."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    config = model.peft_config[model.active_adapter]
+    if not layers:
+        raise ToolkitError("the model has no LoRA layer: there is nothing to scale")
+    if any(layer.merged for layer in layers):
+        raise ToolkitError("the adapter is merged into the base already: load the run again, then scale it")
+    if config.use_dora:
+        raise ToolkitError("a DoRA adapter trains the length of each weight too, which no scale takes back")
+    trained_whole = config.modules_to_save or config.trainable_token_indices
+    if trained_whole or config.bias != "none":
+        names = ", ".join(map(str, trained_whole or [f"bias={config.bias}"]))
+        raise ToolkitError(f"the run trained more than its LoRA ({names}), which a scale does not reach")
+    return layers
+
+
+# --- a run at every scale --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Dialled:
+    """One run and what was measured of it so far, kept in its dial.json."""
+
+    folder: Path
+    recipe: recipes.Recipe
+    manifest: dict[str, Any]
+    results: dict[str, Result]
+    """{`fast 0.5` or `quick 0.5`: the evaluation at that scale}."""
+
+    @classmethod
+    def open(cls, name: str | Path) -> "Dialled":
+        """A finished run's folder. Raises ToolkitError where there is none, or its adapter is damaged."""
+        folder = models.run_folder(name)
+        if not (folder / "recipe.yaml").is_file():
+            raise ToolkitError(f"{folder}: a folder of export_model has no recipe, and so no questions to dial by")
+        models.check_adapter(folder)
+        recipe, manifest = recipes.load(folder / "recipe.yaml"), read_json(folder / "manifest.json")
+        results = {}
+        with contextlib.suppress(ToolkitError):  # none yet, or damaged: then it is measured again
+            kept = read_json(folder / "dial.json")
+            if kept.get("adapter") == manifest.get("adapter"):
+                results = kept["results"]
+        return cls(folder, recipe, manifest, results)
+
+    def measure(self, level: str, scales: Sequence[float], console: Console) -> None:
+        """Evaluate at each scale that was not measured before; every result is written at once."""
+        missing = [scale for scale in scales if f"{level} {scale:g}" not in self.results]
+        if not missing:
+            return
+        mixed = mix.of_run(self.recipe, self.manifest)
+        with loading(self.recipe.model, console):
+            model, tokenizer = models.load_run(self.folder)
+        lora_layers(model)
+        settings = self.settings(level, mixed)
+        with Progress(console, f"{self.folder.name}, {level} evidence, scales", len(missing)) as progress:
+            for scale in missing:
+                with scaled(model, scale):
+                    result = evaluation.evaluate(model, tokenizer, console=Console(quiet=True), **settings)
+                self.results[f"{level} {scale:g}"] = result
+                kept = {"adapter": self.manifest.get("adapter"), "results": self.results}
+                write_json(self.folder / "dial.json", kept)
+                progress.advance(1)
+
+    def settings(self, level: str, mixed: mix.Mix) -> dict[str, Any]:
+        """What is asked, the same at every scale."""
+        reasoning, chat = questions(self.recipe, mixed)
+        held_out = evaluation.from_mix(mixed)
+        count = self.recipe.evaluate.questions_per_mode or QUESTIONS["quick"]
+        return {
+            "questions": reasoning,
+            "chat_questions": chat,
+            "validation": held_out["validation"],
+            "limits": held_out["limits"],
+            "max_new_tokens": self.recipe.evaluate.max_new_tokens,
+            "level": level,
+            "steps": self.manifest.get("steps"),
+            "questions_per_mode": None if level == "fast" else count,
+        }
+
+    def at(self, scale: float) -> Run:
+        """The run at a scale, by the most that was measured there."""
+        result = self.results.get(f"quick {scale:g}") or self.results[f"fast {scale:g}"]
+        recipe = yaml.safe_load((self.folder / "recipe.yaml").read_text(encoding="utf-8-sig"))
+        run = run_of(self.folder.name, recipe, read_json(self.folder / "mix.json"), self.manifest, result)
+        return replace(run, trained=run.trained | {SCALE: float(scale)})
+
+    def has_replies(self, scale: float) -> bool:
+        """Whether it was asked questions at a scale."""
+        return f"quick {scale:g}" in self.results
+
+
+def dial(
+    runs: Sequence[str | Path],
+    *,
+    scales: Sequence[float] = SCALES,
+    console: Console | None = None,
+    out: Path | None = None,
+) -> Comparison:
+    """Measure a run at every scale and recommend one; several runs are one recipe with other seeds, and are averaged.
+
+    The table, the picture and the numbers go to the run's folder `dial`, or to `out`; what was measured is kept in
+    dial.json, so that the same command resumes it. Raises ToolkitError for a run that changed nothing."""
+    console = console or default_console()
+    scales = sorted({float(scale) for scale in scales if scale} | {1.0})
+    for scale in scales:
+        check_scale(scale)
+    members = [Dialled.open(run) for run in runs]
+    check_same_training(members)
+    with contextlib.ExitStack() as locks:
+        for member in members:
+            locks.enter_context(lock(member.folder, "dial"))
+        for member in members:
+            member.measure("fast", scales, console)
+            check_changed(member)
+        chosen = scales_for_replies(members, scales)
+        for member in members:
+            member.measure("quick", chosen, console)
+    comparison = compare_scales(members, scales)
+    conclude(comparison, console, out or members[0].folder / "dial")
+    return comparison
+
+
+def check_same_training(members: Sequence[Dialled]) -> None:
+    """Raises ToolkitError where runs differ in more than their seed: their scales cannot be averaged."""
+    settings = [flat(recipes.to_dict(member.recipe)) for member in members]
+    differing = [key for key in changed_keys(settings) if key not in ("name", "data.seed")]
+    if differing:
+        raise ToolkitError(f"dial averages over seeds of one recipe, but these runs differ in {', '.join(differing)}")
+
+
+def check_changed(member: Dialled) -> None:
+    """Raises ToolkitError for a run whose adapter does nothing, or breaks the model."""
+    kl = member.results["fast 1"]["tuned"]["forgetting"]["kl"]
+    if kl["value"] is None:
+        raise ToolkitError(
+            f"{member.folder.name}: at scale 1 the model computes no numbers (NaN): its training diverged"
+        )
+    if kl["value"] < NOTHING:
+        raise ToolkitError(
+            f"{member.folder.name}: the adapter changes nothing (KL {kl['value']:.1g} at scale 1), so there is nothing to "
+            "dial. Train longer, or with a higher train.learning_rate"
+        )
+
+
+def scales_for_replies(members: Sequence[Dialled], scales: Sequence[float]) -> list[float]:
+    """The run itself, and the smallest scales that keep WORTH of the largest gain in held-out loss: replies elsewhere
+    would cost time and could not be recommended."""
+    gains = {scale: sum(held_out_gain(member.results[f"fast {scale:g}"]) for member in members) for scale in scales}
+    enough = [scale for scale in scales if gains[scale] >= WORTH * max(gains.values())]
+    return sorted({1.0, *enough[: WITH_REPLIES - 1]})
+
+
+def held_out_gain(result: Mapping[str, Any]) -> float:
+    """By how much the loss on held-out rows fell, in nats per token, averaged over sources and modes; 0 without any."""
+    changes = [
+        change["value"] for metric, change in result["difference"]["forgetting"].items() if metric.startswith("loss/")
+    ]
+    known = [-change for change in changes if change is not None]
+    return sum(known) / len(known) if known else 0.0
+
+
+def compare_scales(members: Sequence[Dialled], scales: Sequence[float]) -> Comparison:
+    """The scales as points of one comparison; only those with replies can be recommended."""
+    points = [point([member.at(scale) for member in members], SCALE) for scale in scales]
+    with_replies = [p for p in points if all(member.has_replies(p.place) for member in members)]
+    goal = usual_goal([run for p in with_replies for run in p.runs])
+    asked = [p for p in with_replies if goal in p.values]
+    if not asked:
+        raise ToolkitError("no question was answered to the end at any scale: set evaluate.max_new_tokens higher")
+    recommended, verdict, notes = decide(asked, goal, SCALE)
+    base = Point("scale 0 (base)", [], averages(Side(asked[0].runs[:1], "base")), {})
+    notes = [*fast_only_note(points, asked), *training_note(members), *notes]
+    return Comparison(SCALE, goal, base, points, recommended, verdict, notes, {})
+
+
+def fast_only_note(points: Sequence[Point], asked: Sequence[Point]) -> list[str]:
+    """Which scales were not asked any question, and why."""
+    silent = ", ".join(
+        f"{p.place:g} (KL {p.values[KL].value:.2f})" for p in points if p not in asked and KL in p.values
+    )
+    if not silent:
+        return []
+    return [f"Held-out loss and KL only, no replies: scale {silent}."]
+
+
+def training_note(members: Sequence[Dialled]) -> list[str]:
+    """What one training cannot show."""
+    if len(members) > 1:
+        return [f"Means over {len(members)} trainings: {', '.join(member.folder.name for member in members)}."]
+    return ["One training: another seed may keep less or more at the same scale (dial RUN RUN RUN averages seeds)."]
