@@ -194,8 +194,13 @@ def records_page() -> str:
     return MADE.format(source="toolkit/records.py") + "\n\n".join(parts) + "\n"
 
 
+def made_before() -> set[Path]:
+    """The pages that lie here and were made, not written by hand."""
+    return {page for page in FOLDER.rglob("*.md") if page.read_text(encoding="utf-8").startswith(MADE[:12])}
+
+
 if __name__ == "__main__":
     for page, content in pages().items():
         write_text(page, content)
-    for page in set(FOLDER.rglob("*.md")) - pages().keys():  # of a verb that is gone
+    for page in made_before() - pages().keys():  # of a verb that is gone
         page.unlink()

@@ -18,7 +18,7 @@ def test_the_reference_pages_are_current(pages):
         page.name for page, text in pages.items() if not page.is_file() or page.read_text(encoding="utf-8") != text
     ]
     assert stale == [], "run `make docs`"
-    assert set(make.FOLDER.rglob("*.md")) == pages.keys(), "run `make docs`"
+    assert make.made_before() <= pages.keys(), "run `make docs`"
 
 
 def test_there_is_a_page_for_every_verb_and_it_names_every_option(pages):
