@@ -20,7 +20,7 @@ from rich.console import Console
 from tests.comparison.test_compare import evaluation, sums
 from toolkit import recipe as recipes
 from toolkit.comparison import sweep as sweeps
-from toolkit.comparison.sweep import common_steps, plan, rows_per_step, settings_of_share, sweep, work
+from toolkit.comparison.sweep import common_steps, plan, rows_per_step, settings_of_key, settings_of_share, sweep, work
 from toolkit.data.mix import compile_mix
 from toolkit.data.render import load_chat
 from toolkit.evaluation.questions import SHIPPED, from_mix
@@ -65,7 +65,8 @@ RUNNER = textwrap.dedent("""
                      "achieved_modes": {u: {modes[n]["mode"]: s for n, s in shares.items()}
                                         for u in ("examples", "tokens", "supervised_tokens")}},
         "eval.json": json.loads((home / "eval.json").read_text()),
-        "manifest.json": {"model": {"name": "pocket"}, "finished": "now", "group": os.environ["TOOLKIT_SWEEP"]},
+        "manifest.json": {"model": {"name": "pocket"}, "finished": "now", "group": os.environ["TOOLKIT_SWEEP"],
+                          "train_seconds": float(os.environ.get("TEST_TRAIN_SECONDS", 0))},
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content))
@@ -368,6 +369,97 @@ def test_a_folder_of_another_recipe_is_refused_before_anything_trains(project):
             command=scripted(project),
         )
     assert sum(ran(project).values()) == 2
+
+
+def damage_adapter(run):
+    """An adapter that is not what its manifest says."""
+    (run / "adapter").mkdir()
+    (run / "adapter/adapter_model.safetensors").write_bytes(b"flipped")
+    manifest = json.loads((run / "manifest.json").read_text())
+    manifest["adapter"] = {"adapter_model.safetensors": "0" * 64}
+    (run / "manifest.json").write_text(json.dumps(manifest))
+
+
+def cut(name):
+    def damage(run):
+        (run / name).write_bytes((run / name).read_bytes()[:40])
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage", [cut("manifest.json"), cut("eval.json"), cut("mix.json"), cut("metrics.jsonl"), damage_adapter]
+)
+def test_a_finished_run_with_a_damaged_file_is_done_again_and_not_trusted(project, damage):
+    assert do(project, [0, 1]) == []
+    damage(project / "out/tiny-r1-s3407")
+    assert do(project, [0, 1]) == []
+    expected = 1 if damage.__closure__ and damage.__closure__[0].cell_contents == "metrics.jsonl" else 2
+    assert ran(project) == {"tiny-r0-s3407": 1, "tiny-r1-s3407": expected}
+
+
+# --- seeds, and other keys than shares
+
+
+def test_short_runs_are_trained_with_three_seeds_and_the_cost_is_said(project):
+    console = loud()
+    run_sweep(project, seeds=None, console=console)
+    assert sorted(ran(project)) == [f"tiny-r{share}-s{seed}" for share in (0, 1) for seed in (3407, 3408, 3409)]
+    assert set(ran(project).values()) == {1}
+    shown = " ".join(console.export_text().split())
+    assert "two more seeds of each: about 0 min" in shown
+    assert "--seeds 1 leaves them out" in shown
+
+
+def test_long_runs_are_trained_once_and_three_seeds_are_offered_with_their_price(project, monkeypatch):
+    monkeypatch.setenv("TEST_TRAIN_SECONDS", "7200")
+    console = loud()
+    run_sweep(project, seeds=None, console=console)
+    assert sorted(ran(project)) == ["tiny-r0-s3407", "tiny-r1-s3407"]
+    shown = " ".join(console.export_text().split())
+    assert "a run took 120 min, so two more of each (about 8.0 h) are trained only on request: --seeds 3" in shown
+    assert "One seed: differences between runs this size came from the seed alone" in shown
+    # a number that was asked for is obeyed
+    run_sweep(project, seeds=2)
+    assert len(ran(project)) == 4
+
+
+def test_any_key_can_be_swept_at_one_budget(project):
+    base = recipes.load(project / "tiny.yaml")
+    runs = plan(base, settings_of_key(["train.learning_rate", "1e-4", "2e-4"], base), 1, silent())
+    assert [run.recipe.train["learning_rate"] for run in runs] == [1e-4, 2e-4]
+    assert [run.recipe.name for run in runs] == ["tiny-learning_rate1e-4-s3407", "tiny-learning_rate2e-4-s3407"]
+    assert len({(run.row["steps"], run.row["supervised_tokens"]) for run in runs}) == 1
+    folder = sweep(
+        project / "tiny.yaml", over=["train.learning_rate", "1e-4", "2e-4"], seeds=1, console=silent(),
+        command=scripted(project),
+    )  # fmt: skip
+    labels = pd.read_csv(folder / "comparison.csv").label.tolist()
+    assert labels == ["base", "learning_rate 0.0001", "learning_rate 0.0002"]
+
+
+@pytest.mark.parametrize(
+    ("over", "reason"),
+    [
+        (["train.learning_rate", "1e-4"], "at least two values"),
+        (["data.seed", "1", "2"], "keeps it equal"),
+        (["data.budget", "1000", "2000"], "keeps it equal"),
+        (["evaluate.level", "quick", "full"], "keeps it equal"),
+        (["train.per_device_train_batch_size", "1", "2"], "keeps it equal"),
+        (["train.learning_rte", "1e-4", "2e-4"], "learning_rate"),
+        (["lora.r", "8", "many"], "lora"),
+    ],
+)
+def test_a_key_that_cannot_be_swept_is_refused_before_anything_is_compiled(project, over, reason):
+    with pytest.raises(ToolkitError, match=reason):
+        settings_of_key(over, recipes.load(project / "tiny.yaml"))
+
+
+def test_every_run_is_asked_as_many_questions_with_the_same_limit(project):
+    runs = planned(recipes.load(project / "tiny.yaml"), [0, 1])
+    settings = {(run.recipe.evaluate.questions_per_mode, run.recipe.evaluate.max_new_tokens) for run in runs}
+    assert len(settings) == 1
+    assert None not in settings.pop()
 
 
 # --- stopped, or twice at once

@@ -1,0 +1,50 @@
+"""The page of findings, and the number that comparisons quote, are what the records hold."""
+
+import json
+
+import pytest
+
+from toolkit.comparison.decide import SEED_SPREAD
+from toolkit.files import ROOT
+
+MEASURED = ROOT / "data_recipes" / "measured"
+PAGE = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+
+
+def record(name):
+    return json.loads((MEASURED / name).read_text(encoding="utf-8"))
+
+
+def test_the_spread_that_a_comparison_of_one_seed_quotes_is_the_measured_one():
+    runs = record("seeds_pocket.json")["earlier"]["runs"]
+    same = [run["sums"] for run in runs if run["seed"] == 3407]
+    assert max(same) - min(same) == pytest.approx(SEED_SPREAD)
+    assert f"**{100 * SEED_SPREAD:.0f} points from two steps**" in PAGE
+
+
+def test_the_table_of_seeds_is_the_record():
+    rows = [
+        f"| {run['learning_rate']:g} | {run['steps']} | {run['rows_per_step']} | {run['seed']} | {run['sums']:.0%} "
+        f"| {run['chat']:.0%} | {run['kl']:.2f} |"
+        for run in record("seeds_pocket.json")["runs"]
+    ]
+    assert [line for line in PAGE.splitlines() if line.startswith("| 0.00")] == rows
+
+
+def test_the_table_of_shares_of_general_data_is_the_record():
+    for run in record("smollm2.json")["runs"]:
+        change = [100 * run["general"]["difference"][end] for end in ("value", "low", "high")]
+        row = (
+            f"| {run['share_of_general_data']:.0%} | {run['identity']['tuned']['value']:.0%} "
+            f"| {run['style']['tuned']['value']:.0%} | {change[0]:.0f} [{change[1]:.0f}, {change[2]:+.0f}] "
+            f"| {run['kl']['value']:.2f} |"
+        )
+        assert row in PAGE
+
+
+def test_every_record_that_the_page_names_is_there_with_its_command_and_conditions():
+    for name in ("seeds_pocket.json", "sweep_pocket.json", "smollm2.json", "label_rule.json", "replay.json"):
+        assert name in PAGE
+        assert {"date", "commit"} <= (
+            set(record(name)) | {k for v in record(name).values() if isinstance(v, dict) for k in v}
+        )
