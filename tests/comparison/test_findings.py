@@ -20,6 +20,7 @@ def test_the_spread_that_a_comparison_of_one_seed_quotes_is_the_measured_one():
     same = [run["sums"] for run in runs if run["seed"] == 3407]
     assert max(same) - min(same) == pytest.approx(SEED_SPREAD)
     assert f"**{100 * SEED_SPREAD:.0f} points from two steps**" in PAGE
+    assert f"up to {100 * SEED_SPREAD:.0f} points apart" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_table_of_seeds_is_the_record():
