@@ -222,7 +222,7 @@ def test_doctor_works_without_any_package_and_names_setup(tmp_path):
 @pytest.mark.parametrize(
     "line",
     ["train pocket", "mix pocket", "fit", "evaluate x", "compare", "export x", "verify x", "chat x", "serve x", "sweep",
-     "generate x a b", "diff a b", "reproduce x", "replay", "list", "doctor --gpu"],
+     "generate x a b", "diff a b", "reproduce x", "replay", "list", "doctor --gpu", "init x.jsonl"],
 )  # fmt: skip
 def test_every_verb_names_setup_where_packages_are_missing(line, tmp_path):
     environment = os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path)}

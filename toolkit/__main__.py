@@ -240,11 +240,39 @@ def show_mix(recipe: str | None, overrides: list[str], fresh: bool, dry_run: boo
     return Outcome({**mixed.report, "folder": str(mixed.folder)})
 
 
+SOURCE_KEYS = re.compile(r"data\.sources\.\d+\.")
+
+
+@verb(
+    "init",
+    arg("data", nargs="+", help="data files or folders; rows.csv#500 takes 500 rows"),
+    RECIPE[1],
+    arg("--model", default="auto", help="a Hub name, a folder, pocket or auto (default)"),
+    arg("--name", help="of the run; default: the first file's"),
+)
+def start_recipe(data: list[str], overrides: list[str], model: str, name: str | None) -> None:
+    """Write a recipe for your data files: format and columns are guessed, said and written down."""
+    from toolkit import recipe
+    from toolkit.data import guess
+
+    for word in overrides:
+        if not SOURCE_KEYS.match(word):
+            raise ToolkitError(f"{word}: `init` takes keys of data.sources only: change others in the file it writes")
+    file = guess.start(data, model, name, overrides, functools.partial(console().print, markup=False))
+    recipe.load(file)
+    console().print(f"written: {file}\nnext:    python -m toolkit train {file}", markup=False)
+
+
 @verb("train", *RECIPE, FRESH, DETAILS)
 def train_run(recipe: str | None, overrides: list[str], **options: Any) -> None:
-    """Fine-tune by a recipe; an unfinished run resumes, a finished one is left alone."""
+    """Fine-tune by a recipe, or on a data file; an unfinished run resumes, a finished one is left alone."""
     from toolkit import run
+    from toolkit.data import guess
 
+    if recipe and guess.is_data(recipe):
+        about_sources = [word for word in overrides if SOURCE_KEYS.match(word)]
+        say = functools.partial(console().print, markup=False)
+        recipe = str(guess.start([recipe], "auto", None, about_sources, say))
     run.train(_recipe(recipe, overrides), console(), **options)
 
 

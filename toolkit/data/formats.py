@@ -262,10 +262,8 @@ def is_disliked(column: str) -> bool:
     return any(word in column.lower() for word in DISLIKED)
 
 
-def advice(fields: list[str]) -> str:
-    """What to write in the recipe for rows that are not recognised: the columns, by likely names."""
-    if fields == ["text"]:
-        return "Plain text has no question and answer to tell apart: split it into `prompt` and `completion`"
+def likely_columns(fields: list[str]) -> dict[str, str]:
+    """{role: column} as the names of the columns suggest; a role without a likely column is left out."""
     columns = {
         kind: field for field in reversed(fields) if (kind := meaning(field)) in ("reasoning", "system", "tools")
     }
@@ -274,8 +272,15 @@ def advice(fields: list[str]) -> str:
         fitting = [field for word in LIKELY[kind].split() for field in rest if word in field.lower()]
         if fitting:
             rest.remove(fitting[0])
-        if fitting or kind != "input":
-            columns[kind] = fitting[0] if fitting else "…"
+            columns[kind] = fitting[0]
+    return columns
+
+
+def advice(fields: list[str]) -> str:
+    """What to write in the recipe for rows that are not recognised: the columns, by likely names."""
+    if fields == ["text"]:
+        return "Plain text has no question and answer to tell apart: split it into `prompt` and `completion`"
+    columns = {"user": "…", "assistant": "…"} | likely_columns(fields)
     if columns["assistant"] == "…" and len(fields) == 1:
         return f"The rows have {fields[0]!r} and no answer: there is nothing to learn from a question alone"
     named = [f"{key}: {columns[key]}" for key in COLUMN_KEYS if key in columns]
