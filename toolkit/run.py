@@ -130,7 +130,8 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, minu
             steps=manifest.get("steps"),
             minutes=minutes or recipe.evaluate.minutes,
             train_seconds=manifest.get("train_seconds"),
-            questions_per_mode=recipe.evaluate.questions_per_mode,
+            # whoever names a level or a time at the command line asks for more than the recipe fixes
+            questions_per_mode=None if level or minutes else recipe.evaluate.questions_per_mode,
             max_new_tokens=recipe.evaluate.max_new_tokens,
             console=console,
         )

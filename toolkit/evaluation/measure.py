@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -115,14 +116,14 @@ def score(subject: Subject, asked: Asked, console: Console | None = None, *, fas
     prompts_per_mode = len(MODELS) * len(asked.numbers()) + fast * len(asked.probes)
     total = len(subject.modes) * prompts_per_mode + len(MODELS) * len(asked.own_rows)
     with Progress(console, "evaluating", total) as progress:
-        evidence = fast_evidence(subject, asked, progress).marks if fast else []
+        evidence = fast_evidence(cast(LoadedRun, subject), asked, progress).marks if fast else []
         if asked.questions:
             own_rows = own_row_replies(subject, asked, progress)
             replies = all_replies(subject, asked, progress)
         # after all replies, since a direct answer is measured by the length of the base's
         scores = summarize([*answer_marks(replies, asked), *evidence], subject.seed)
     limits = {mode: asked.plan.limit(mode) for mode in subject.modes}
-    result = {
+    result: Any = {
         "level": asked.level,
         "seed": subject.seed,
         "modes": list(subject.modes),
@@ -185,7 +186,7 @@ def all_replies(subject: Subject, asked: Asked, progress: ProgressBar) -> ModeRe
 
 def own_row_replies(subject: Subject, asked: Asked, progress: ProgressBar) -> list[OwnRowReplies]:
     """The person's own held-out rows answered by base and tuned, beside their reference."""
-    rows = []
+    rows: list[Any] = []
     for mode in subject.modes:
         own = [row for row in asked.own_rows if row["mode"] == mode]
         conversations = [row["messages"] for row in own]
@@ -228,7 +229,8 @@ def reply_lengths(replies: ModeReplies, asked: Asked, seed: int) -> dict[str, Re
 
 def samples(replies: ModeReplies, asked: Asked) -> list[EvaluationSample]:
     """A few prompts of each mode with both models' replies, for people to read."""
-    numbers, rows = asked.numbers(), []
+    numbers = asked.numbers()
+    rows: list[Any] = []
     for mode, models in replies.items():
         for place in spread(len(numbers), SAMPLES):
             question = asked.questions[numbers[place]]

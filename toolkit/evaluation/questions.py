@@ -74,14 +74,14 @@ def select(
         raise ToolkitError(
             "nothing to ask: evaluation needs questions with an expected_answer (recipe: evaluate.questions)"
         )
-    probes = read_jsonl(PROBES) if probes is None else probes
-    kinds = {(probe["category"], probe["language"]) for probe in probes}
+    known: Sequence[Any] = read_jsonl(PROBES) if probes is None else probes
+    kinds = {(probe["category"], probe["language"]) for probe in known}
     sources = {row["source"] for row in own_rows}
     return Asked(
         level,
         plan,
         questions=_chosen(reasoning, size.questions, False) + _chosen(chat, size.questions, True),
-        probes=choose(probes, size.probes * len(kinds), "category", "language"),
+        probes=choose(known, size.probes * len(kinds), "category", "language"),
         validation=choose(validation, size.validation, "source", "mode"),
         own_rows=choose(own_rows, OWN_ROWS * len(sources), "source") if size.questions else [],
         starts=_chosen(reasoning, STARTS, False) + _chosen(chat, STARTS, True),
@@ -89,15 +89,16 @@ def select(
     )
 
 
-def _with_shipped(given: Sequence[Question] | None, shipped: Source) -> list[Question]:
+def _with_shipped(given: Sequence[Question] | None, shipped: Source) -> list[Any]:
     return read_questions(shipped) if given is None else [checked_question(row) for row in given]
 
 
-def _chosen(questions: Sequence[Question], limit: int, chat: bool) -> list[Question]:
-    return [{**question, "chat": chat} for question in choose(questions, limit, "set")]
+def _chosen(questions: Sequence[Any], limit: int, chat: bool) -> list[Question]:
+    chosen: list[Any] = [{**question, "chat": chat} for question in choose(questions, limit, "set")]
+    return chosen
 
 
-def checked_question(row: object) -> Question:
+def checked_question(row: Any) -> Question:
     """A question of somebody's own, with its answer as text and a set. Raises ToolkitError naming what it lacks."""
     refusal = ToolkitError(f"a question needs messages up to a user turn, and an expected_answer; found {row!r:.200}")
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
@@ -106,7 +107,8 @@ def checked_question(row: object) -> Question:
     answer = row.get("expected_answer")
     if roles[-1:] != ["user"] or type(answer) not in (str, int, float) or str(answer).strip() in ("", "nan"):
         raise refusal
-    return {"set": "questions", **row, "expected_answer": str(answer)}
+    question: Any = {"set": "questions", **row, "expected_answer": str(answer)}
+    return question
 
 
 # --- from a mix ------------------------------------------------------------------------------------------------------
@@ -156,7 +158,8 @@ def reply_limits(mixed: Mix) -> dict[str, int]:
 def choose(rows: Sequence[Any], limit: int, *keys: str) -> list[Any]:
     """At most `limit` rows, in turn from each group that shares `keys`. Which ones is decided by their content alone: every
     run of a sweep asks the same, whatever order its seed read them in."""
-    ranked, seen = [], Counter()
+    ranked = []
+    seen: Counter[tuple[Any, ...]] = Counter()
     # a hash orders them by content and at random; then one of each group in turn
     for row in sorted(rows, key=lambda row: fingerprint([row])):
         group = tuple(row[key] for key in keys)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 from toolkit.evaluation.decode import free_memory, rows_at_once
 from toolkit.evaluation.generate import (
@@ -108,8 +108,8 @@ class NoProgress:
 class LoadedRun:
     """A PeftModel as base and tuned, which differ by nothing but the adapter; tests script a class like it."""
 
-    model: object
-    tokenizer: object
+    model: Any
+    tokenizer: Any
     cache: Path
     """Folder of the base's replies: one base asked one question set is asked once, in all runs and sweeps."""
     seed: int = 3407
@@ -131,7 +131,7 @@ class LoadedRun:
         max_new_tokens: int, greedy: bool = False,
     ) -> list[Reply]:  # fmt: skip
         """A reply to each conversation; the base's are kept for the next evaluation, a batch at a time."""
-        settings = {"max_new_tokens": max_new_tokens, "seed": self.seed, "greedy": greedy}
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": self.seed, "greedy": greedy}
         # only the base's are kept: tuned replies belong to one run and are asked once
         store = None if adapter else ReplyStore(self.cache / f"{self.key(conversations, mode, settings)}.jsonl")
         replies = store.read() if store else {}
@@ -143,7 +143,7 @@ class LoadedRun:
             new = generate(
                 self.model, self.tokenizer, [conversations[place] for place in missing], mode, numbers=missing,
                 batch_size=self.batch_size, progress=progress.advance, **settings,
-                keep=lambda batch: store and store.add({missing[i]: reply for i, reply in batch.items()}),
+                keep=lambda batch: store.add({missing[i]: reply for i, reply in batch.items()}) if store else None,
             )  # fmt: skip
         replies |= dict(zip(missing, new, strict=True))
         complete = [replies[place] for place in range(len(conversations))]
@@ -151,7 +151,7 @@ class LoadedRun:
             store.complete(complete)
         return complete
 
-    def key(self, conversations: Sequence[Messages], mode: str, settings: dict[str, object]) -> str:
+    def key(self, conversations: Sequence[Messages], mode: str, settings: dict[str, Any]) -> str:
         """Identity of everything that decides the base's replies. Not the batch size: that decides rounding alone."""
         import torch
 
@@ -172,7 +172,8 @@ class LoadedRun:
         """The base's greedy answers of at most so many tokens, the end-of-turn token included."""
         asked = prompts(self.tokenizer, conversations, mode)[1]
         replies = self.reply(conversations, mode, False, progress, max_new_tokens=tokens, greedy=True)
-        rows, end = [], [closing_token(self.tokenizer)]
+        rows: list[Completion] = []
+        end = [closing_token(self.tokenizer)]
         for ids, reply in zip(asked, replies, strict=True):
             # the cache keeps texts, so the ids are made again, in a first evaluation too: both must score the same
             answer = self.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
@@ -203,7 +204,7 @@ class LoadedRun:
         longest = max(map(len, prompts(self.tokenizer, conversations, mode)[1]))
         rows = min(len(conversations), rows_at_once(self.model, longest + limit, self.batch_size))
         chosen = list(conversations[:rows])
-        options = {"seed": self.seed, "batch_size": rows}
+        options: dict[str, Any] = {"seed": self.seed, "batch_size": rows}
         generate(self.model, self.tokenizer, chosen, mode, max_new_tokens=2, **options)  # first kernels are compiled
         started = busy_seconds(self.model)
         replies = generate(self.model, self.tokenizer, chosen, mode, max_new_tokens=SPEED_TOKENS, **options)

@@ -100,7 +100,7 @@ def question_lines(result: Evaluation) -> list[str]:
     """A line for each question set and mode; sets that ship are named as what they are, a check of what was kept."""
     lines = []
     for name, section, metric in judged_questions(result):
-        kept = "kept? " if metric.removeprefix(SET) in result["shipped"] else ""
+        kept = "what was kept, " if metric.removeprefix(SET) in result["shipped"] else ""
         lines.append(f"{kept}{name}: {describe(result, section, metric)}")
     return lines
 
