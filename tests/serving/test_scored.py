@@ -68,9 +68,9 @@ def outputs(tmp_path, monkeypatch):
 
 
 def subject(api: Api, identity: str = "weights", clients: int = 3) -> ServedRun:
-    engine = Engine(api.url)
+    engine = Engine(api.url, sampling=QWEN3_SAMPLING)
     models = [Model(engine, name, identity) for name in ("base", "tuned")]
-    return ServedRun(*models, MODES, QWEN3_SAMPLING, load_chat("pocket"), clients)
+    return ServedRun(*models, MODES, load_chat("pocket"), clients)
 
 
 def ask(served: ServedRun, mode: str = "thinking", adapter: bool = True):

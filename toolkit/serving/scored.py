@@ -27,20 +27,12 @@ from toolkit.export.llama import Engine, launch
 from toolkit.family import THINK_CLOSE, THINK_OPEN
 from toolkit.files import ToolkitError, outputs, read_json, sha256, write_json
 from toolkit.records import Evaluation
+from toolkit.serving.client import Answer, chat_body
 from toolkit.serving.engine import BASE, SLOTS, Files, converted, exported, modes_of_run, sampling_by_mode
 from toolkit.training.model import checkpoint_file, run_folder
 
 CLIENTS = 8
 """Requests at once to a server of another process; one in this process has SLOTS."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a server answered."""
-
-    reasoning: str
-    content: str
-    is_cut: bool
 
 
 @dataclass(frozen=True)
@@ -60,8 +52,6 @@ class ServedRun:
     base: Model
     tuned: Model
     modes: tuple[str, ...]
-    sampling: dict[str, dict[str, float]]
-    """Recommended values by mode."""
     chat: Chat
     """The run's template and tokenizer, by which tokens are counted."""
     clients: int
@@ -73,14 +63,16 @@ class ServedRun:
     ) -> list[Reply]:  # fmt: skip
         """A reply to each conversation. Raises ToolkitError where the server does not answer; what it answered is kept."""
         model = self.tuned if adapter else self.base
-        identity = [model.identity, model.name, conversations, mode, max_new_tokens, self.seed, self.sampling[mode]]
+        sampling = model.engine.sampling[mode]
+        identity = [model.identity, model.name, conversations, mode, max_new_tokens, self.seed, sampling]
         store = ReplyStore(outputs() / ".served_replies" / f"{fingerprint(identity)}.jsonl")
         replies = store.read()
         progress.skip(len(replies))
         missing = [place for place in range(len(conversations)) if place not in replies]
 
         def ask(place: int) -> None:
-            body = self.request(model, conversations[place], mode, max_new_tokens, self.seed + place)
+            messages: Any = conversations[place]
+            body = chat_body(model.engine, model.name, mode, messages, max_new_tokens) | {"seed": self.seed + place}
             reply = self.read(completion(model.engine, body), mode)
             with self.lock:
                 replies[place] = reply
@@ -95,15 +87,7 @@ class ServedRun:
             pool.shutdown(cancel_futures=True)
         return [replies[place] for place in range(len(conversations))]
 
-    def request(self, model: Model, messages: Messages, mode: str, max_tokens: int, seed: int) -> dict[str, object]:
-        """A chat completion in a mode, with its recommended sampling."""
-        body = {
-            "model": model.name, "messages": messages, "max_tokens": max_tokens, "seed": seed,
-            "chat_template_kwargs": {"enable_thinking": mode == "thinking"}, **self.sampling[mode],
-        }  # fmt: skip
-        return body | (model.engine.lora(model.name) if model.engine.runs else {})
-
-    def read(self, answer: Completion, mode: str) -> Reply:
+    def read(self, answer: Answer, mode: str) -> Reply:
         """A reply taken apart as one of the model in memory is; servers give its reasoning apart or between tags."""
         text = answer.content
         if answer.reasoning:
@@ -116,7 +100,7 @@ class ServedRun:
         return Reply(reasoning, content, text, thought, answered, opened, closed, not answer.is_cut)
 
 
-def completion(engine: Engine, body: dict[str, object]) -> Completion:
+def completion(engine: Engine, body: dict[str, object]) -> Answer:
     """The answer to one request, whole: a stream that ends early could pass as a reply. Raises ToolkitError."""
     answer = engine.call("/v1/chat/completions", body)
     try:
@@ -124,7 +108,7 @@ def completion(engine: Engine, body: dict[str, object]) -> Completion:
         message = choice["message"]
         # llama.cpp and vLLM call it so, newer vLLM by the second name
         reasoning = message.get("reasoning_content") or message.get("reasoning") or ""
-        return Completion(reasoning, message.get("content") or "", choice["finish_reason"] == "length")
+        return Answer(reasoning, message.get("content") or "", is_cut=choice["finish_reason"] == "length")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ToolkitError(f"{engine.url}: not a chat completion: {str(answer)[:200]}") from error
 
@@ -193,7 +177,8 @@ def evaluate_models(
     """Ask both models what the run was asked, print the verdict and write it beside eval.json."""
     console = console or runs.default_console()
     chat = load_chat(str(folder / "adapter"))
-    subject = ServedRun(base, tuned, modes_of_run(folder), sampling_by_mode(folder, config), chat, clients)
+    base.engine.sampling = tuned.engine.sampling = sampling_by_mode(folder, config)
+    subject = ServedRun(base, tuned, modes_of_run(folder), chat, clients)
     try:
         result = score(subject, replies_asked(folder, level), console, fast=False)
     except ToolkitError as error:
