@@ -76,6 +76,7 @@ def forgetting_marks(subject: LoadedRun, asked: Asked, progress: ProgressBar) ->
     for mode in subject.modes:
         conversations = [probe["messages"] for probe in asked.probes]
         answers = subject.own(conversations, mode, asked.plan.size.probe_tokens, progress)
+        # numbered anew in each mode, so that a probe's modes are one question: its answers resemble each other
         for i, (probe, sums) in enumerate(zip(asked.probes, subject.divergence(answers), strict=True)):
             tokens = sums["tokens"]
             # weight 0 leaves a probe out of the pooled number

@@ -37,6 +37,7 @@ def compare_lengths(
     places = defaultdict(list)
     for place, name in enumerate(sets):
         places[name].append(place)
+    # by set: where only mathematics is thought about longer, chat replies would hide by how much
     groups = [Group(tokens[0][rows], tokens[1][rows]) for rows in places.values()]
     return {
         "base": _mean_ended(tokens[0]),
@@ -57,6 +58,7 @@ def _mean_ended(tokens: np.ndarray) -> float | None:
 
 def _bootstrapped(groups: list[Group], statistic: Callable[[list[Group]], float], seed: int) -> Interval:
     """A statistic of all groups with its 95% interval; each resample draws the same questions of both models, set by set."""
+    # questions are what is resampled, the samples of one stay together
     n = sum(len(group.base) for group in groups)
     value = statistic(groups)
     if not n or math.isnan(value):

@@ -122,6 +122,7 @@ def score(subject: Subject, asked: Asked, console: Console | None = None, *, fas
             replies = all_replies(subject, asked, progress)
         # after all replies, since a direct answer is measured by the length of the base's
         scores = summarize([*answer_marks(replies, asked), *evidence], subject.seed)
+    # limits as they were used: another evaluation of the run asks by them
     limits = {mode: asked.plan.limit(mode) for mode in subject.modes}
     result: Any = {
         "level": asked.level,

@@ -110,10 +110,12 @@ def plan_generation(
 
     A number of minutes that somebody names lifts the bound by `steps`."""
     size = sized(level, steps if minutes is None else None)
+    # runs that are to be compared must be asked the same, on whatever machine: nothing is measured
     if questions:
         return Plan(replace(size, questions=questions), limits)
     if not size.questions:
         return Plan(size, limits)
+    # what is left where replies would take too long
     silent = replace(size, questions=0)
     if minutes is not None and minutes < MIN_MINUTES:
         return Plan(

@@ -76,6 +76,7 @@ def select(
         )
     known: Sequence[Any] = read_jsonl(PROBES) if probes is None else probes
     kinds = {(probe["category"], probe["language"]) for probe in known}
+    # the person's own rows are answered too, unless nothing is generated
     sources = {row["source"] for row in own_rows}
     return Asked(
         level,
@@ -132,6 +133,7 @@ def from_mix(mixed: Mix) -> dict[str, Any]:
         {"input_ids": row.ids.tolist(), "prompt_length": row.prompt_length, "source": row.source, "mode": row.mode}
         for row in rows
     ]
+    # evaluation shows no tools, so a row that calls some cannot be answered
     own = [own_row(row) for row in rows if "tools" not in row.conversation]
     return {"questions": questions or None, "validation": validation, "own_rows": own, "limits": reply_limits(mixed)}
 

@@ -27,6 +27,7 @@ class ReplyStore:
         if not self.path.is_file():
             return {}
         replies = {}
+        # not splitlines(), which also splits at separators inside a text
         for line in self.path.read_text(encoding="utf-8", errors="replace").split("\n"):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 row = json.loads(line)

@@ -267,6 +267,7 @@ def _token_sums(base, tuned, target):
     """(NLL of base, NLL of tuned, KL, hits of base, hits of tuned) over some positions, from their logits."""
     import torch
 
+    # float32: differences of 16-bit log-probabilities would be noise
     base, tuned = (logits.float().log_softmax(-1) for logits in (base, tuned))
     nll = [-x.gather(-1, target[:, None]).sum() for x in (base, tuned)]
     kl = (base.exp() * (base - tuned)).sum()
@@ -279,6 +280,7 @@ def _beginning(model, prompt: list[int], opening: list[int], close_at_once: list
     import torch
 
     ids = torch.tensor([prompt + opening + close_at_once], device=model.device)
+    # every probability below is of one token after those before it: one pass gives all
     forced = ids[0, len(prompt) :]
     log_probs = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=len(forced)).logits[0, -len(forced) :]
     log_probs = log_probs.float().log_softmax(-1)

@@ -69,6 +69,7 @@ def question_count(pair: dict[str, list[Mark]]) -> int:
 
 def sample_of(marks: list[Mark], length: int) -> Sample:
     """What the marks of each question add up to."""
+    # NaN of a diverged run: not measured, instead of spoiling the sum of all others
     measured = [mark for mark in marks if math.isfinite(mark.value)]
     questions = np.array([mark.question for mark in measured], int)
     return Sample(

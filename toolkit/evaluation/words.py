@@ -90,6 +90,7 @@ def own_rows_lines(result: Evaluation) -> list[str]:
 
 def times_likelier(loss_change: float) -> str:
     """A change of the mean loss in nats as a ratio of probabilities: `2.4 times likelier`."""
+    # beyond e^50 the number says nothing, and a diverged loss would overflow
     factor = math.exp(min(50.0, abs(loss_change)))
     if factor < 1.005:
         return "as likely as before"
@@ -110,6 +111,7 @@ def mode_lines(result: Evaluation) -> list[str]:
     lines = []
     for mode in result["modes"]:
         measured = result["difference"].get(mode, {})
+        # replies say more than the probability of their first tokens
         if "adherence" in measured:
             lines.append(f"{title(mode, 'adherence', result['modes'])}: {describe(result, mode, 'adherence')}")
         elif BEGINS[mode] in measured:
@@ -148,7 +150,8 @@ def gains_and_losses(result: Evaluation) -> tuple[list[str], list[str]]:
     worse: list[str] = []
     for name, section, metric in [*judged_questions(result), *judged_otherwise(result)]:
         change = direction(result["difference"][section][metric])
-        if metric.startswith(LOSS):  # a loss is better when it falls
+        # a loss is better when it falls
+        if metric.startswith(LOSS):
             change = -change
         if change:
             (better if change > 0 else worse).append(name)
@@ -186,6 +189,7 @@ def describe(result: Evaluation, mode: str, metric: str) -> str:
     cut = result["tuned"][mode]["cut"]["value"] or 0.0
     if change["value"] is None:
         return f"not measured ({_cut_note(cut) or 'no question'})"
+    # rounded first: the points are the difference of the shares that stand beside them
     before, after = (round(100 * (estimate["value"] or 0.0)) for estimate in (base, tuned))
     return str(Change(before, after, direction(change) * (after - before) > 0, cut))
 

@@ -123,6 +123,7 @@ def evaluate_url(
     engine = Engine(url.rstrip("/").removesuffix("/v1"), key)
     engine.runs = served_loras(engine, [base_model, tuned_model])
     config = checkpoint_file(recipe.model, "config.json") | checkpoint_file(recipe.model, "generation_config.json")
+    # a run trained again under its name must not get the old replies
     adapter = sha256(folder / "adapter" / "adapter_model.safetensors")
     base, tuned = (Model(engine, name, f"{url} {adapter}") for name in (base_model, tuned_model))
     return evaluate_models(folder, base, tuned, config, CLIENTS, "served", level, console)
@@ -205,6 +206,7 @@ def replies_asked(folder: Path, level: str | None) -> Asked:
         limits = dict.fromkeys(limits, recipe.evaluate.max_new_tokens)
     if earlier and earlier["level"] == level and earlier["budget"]["questions"]:
         budget = earlier["budget"]
+        # what the adapter was asked, so that both can be paired
         size = replace(size, questions=budget["questions"], samples=budget["samples"])
         limits = budget["limits"]
     questions: Any = runs.questions(recipe, mixed)
