@@ -146,7 +146,8 @@ def ask(folder: Path, prompts: Sequence[str], *, max_new_tokens: int = 512, gree
     gc.collect()  # models that nothing refers to any more: a card rarely holds two
     torch.cuda.empty_cache()
     seed = recipes.of_run(folder).data.seed
-    return base_and_tuned(*load_run(folder), prompts, max_new_tokens=max_new_tokens, seed=seed, greedy=greedy)
+    model, tokenizer = load_run(folder)
+    return base_and_tuned(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed, greedy=greedy)
 
 
 def ask_gguf(folder: Path, rows: Sequence[dict], *, max_new_tokens: int = 512) -> list[dict]:

@@ -171,7 +171,7 @@ def test_two_replays_do_not_write_one_file_at_the_same_time(recipe, tmp_path):
             "try: lock(pathlib.Path(sys.argv[1]), 'replay').__enter__()\n"
             "except ToolkitError as error: print(error)"
         )
-        words = [sys.executable, "-c", code, str(tmp_path / "out/tiny-replay")]
+        words = [sys.executable, "-c", code, str(tmp_path / "outputs/tiny-replay")]
         other.append(subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
         return well(prompts, mode, seed)
 

@@ -288,7 +288,7 @@ def counted_by_any(sides: Sequence[Side], key: Key) -> np.ndarray | None:
         if not side.scores(key) or not side.counted(key):
             return None
     counts = np.stack([table[1] for side in sides for table in side.counted(key)])
-    return counts.any(axis=0)
+    return np.asarray(counts.any(axis=0))
 
 
 def resampled(run: Run, model: str, key: Key, which: np.ndarray) -> np.ndarray:

@@ -176,8 +176,10 @@ def draw_gained_and_kept(axes: "Axes", comparison: Comparison) -> None:
     for name, point in zip(short_names(comparison), comparison.everyone(), strict=True):
         if goal in point.values and kept in point.values:
             x, y = scaled(goal, point.values[goal]), scaled(kept, point.values[kept])
-            bars = {"xerr": arms(x), "yerr": arms(y), "elinewidth": 0.8, "alpha": 0.9}
-            axes.errorbar(x[0], y[0], fmt="o", markersize=9, color=colour(comparison, point), **bars)
+            shade = colour(comparison, point)
+            axes.errorbar(
+                x[0], y[0], xerr=arms(x), yerr=arms(y), fmt="o", markersize=9, color=shade, elinewidth=0.8, alpha=0.9
+            )
             labels.setdefault((x[0], y[0]), []).append(name)
     for place, names in labels.items():  # points at one place share a label
         axes.annotate(", ".join(names), place, (6, 6), textcoords="offset points", fontsize=9)

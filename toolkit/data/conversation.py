@@ -119,7 +119,7 @@ def check_text(texts: str) -> None:
         raise Rejected("broken_text", f"invalid Unicode: unpaired surrogate {texts[error.start]!r}") from error
     # Deleting bytes takes a sixth of the time of a character class: 5 µs for 10,000 characters.
     if len(raw.translate(None, CONTROLS)) != len(raw):
-        raise Rejected("control_character", f"the text holds {CONTROL.search(texts)[0]!r}")
+        raise Rejected("control_character", f"the text holds {CONTROL.findall(texts)[0]!r}")
 
 
 def finish(message: Message, where: str) -> None:

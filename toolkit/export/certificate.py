@@ -105,10 +105,10 @@ class Report:
 
     def gate(self, name: str, value: float, limit: float, rule: str = "at most") -> None:
         passed = bool(value <= limit if rule == "at most" else value >= limit)
-        value = float(value) if math.isfinite(value) else None  # JSON has no NaN; a value that is none has failed
-        self.checks.append({"name": name, "passed": passed, "value": value, "limit": limit, "rule": rule})
+        shown = float(value) if math.isfinite(value) else None  # JSON has no NaN; a value that is none has failed
+        self.checks.append({"name": name, "passed": passed, "value": shown, "limit": limit, "rule": rule})
         if self.details or not passed:
-            self.say(f"{'ok    ' if passed else 'FAILED'} {name}: {_number(value)} ({rule} {_number(limit)})")
+            self.say(f"{'ok    ' if passed else 'FAILED'} {name}: {_number(shown)} ({rule} {_number(limit)})")
 
     def note(self, name: str, value: float | None, text: str) -> None:
         self.notes.append({"name": name, "value": value, "note": text})

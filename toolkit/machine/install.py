@@ -156,14 +156,14 @@ def installed(package: str) -> str | None:
 def torch_fits(version: str | None) -> bool:
     """Whether a torch version is one that Unsloth accepts."""
     found = re.match(r"(\d+)\.(\d+)", version or "")
-    return bool(found) and TORCH[0] <= (int(found[1]), int(found[2])) < TORCH[1]
+    return found is not None and TORCH[0] <= (int(found[1]), int(found[2])) < TORCH[1]
 
 
 def replaced(modules: dict[str, ModuleType]) -> list[str]:
     """Imported packages of which another version is installed by now, e.g. `pyarrow 18.1.0 → 26.0.1`."""
     loaded = {name: getattr(module, "__version__", None) for name, module in modules.items() if "." not in name}
     here = {name: installed(name) for name, version in loaded.items() if isinstance(version, str)}
-    return [f"{n} {loaded[n]} → {v}" for n, v in here.items() if v and not v.startswith(loaded[n].split("+")[0])]
+    return [f"{n} {loaded[n]} → {v}" for n, v in here.items() if v and not v.startswith(str(loaded[n]).split("+")[0])]
 
 
 def prepare_notebook() -> None:

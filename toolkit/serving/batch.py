@@ -19,6 +19,7 @@ from toolkit.export.llama import Engine, Refused
 from toolkit.family import MODES
 from toolkit.files import ToolkitError, append_rows, lock, read_jsonl, sha256
 from toolkit.recipe import Source
+from toolkit.records import Conversation
 from toolkit.serving.client import ask, chat_body, open_engine
 from toolkit.serving.engine import SLOTS, modes_of_run
 from toolkit.training.model import check_adapter, run_folder
@@ -120,7 +121,7 @@ def replies_of(job: Job, places: list[Place], prompts: dict[int, Row], clients: 
     """The replies in the order of `places`, several being generated at once."""
     pool = ThreadPoolExecutor(clients)
     try:
-        yield from pool.map(lambda place: job.reply(*place, prompts[place[0]]), places)
+        yield from pool.map(lambda place: job.reply(place[0], place[1], prompts[place[0]]), places)
     finally:
         # after Ctrl-C nothing more begins, and what is being generated ends with its next token
         job.stop.set()
@@ -161,7 +162,7 @@ def read_prompts(path: str | Path) -> tuple[dict[int, Row], list[str]]:
     # drawn rows come shuffled; people expect the file's order
     for number, row in sorted(drawn, key=lambda numbered: numbered[0]):
         try:
-            prompts[number] = prompt_of(row)
+            prompts[number] = dict(prompt_of(row))
         except Rejected as error:
             rejected.append(f"{path}, row {number}: {error.detail}")
     if not prompts:
@@ -180,7 +181,7 @@ def text_lines(path: Path) -> list[tuple[int, Row]]:
     return [(number, {"prompt": line.strip()}) for number, line in lines if line.strip()]
 
 
-def prompt_of(row: Row | Rejected) -> Row:
+def prompt_of(row: Row | Rejected) -> Conversation:
     """The conversation up to its last answer. Training's rules apply: a stand-in answer is put in where there is none,
     and taken away again. Raises Rejected."""
     if isinstance(row, Rejected):

@@ -63,7 +63,7 @@ def start(
     say(f"loading {files.weights.stat().st_size / 1e9:.2f} GB of weights")
     engine = launch(
         files.weights, files.loras, context=min(context, files.config["max_position_embeddings"]), slots=SLOTS,
-        sampling=next(iter(sampling.values())), template=chat.template_text, alias=folders[0].name,
+        sampling=next(iter(sampling.values())), template=chat.template_text or "", alias=folders[0].name,
         host=host, port=port, key=key, scale=scale,
     )  # fmt: skip
     engine.sampling = sampling

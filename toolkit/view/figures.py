@@ -6,7 +6,7 @@ from toolkit.view import figures; figures.curves(Path("outputs/pocket")).savefig
 import io
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from toolkit.data.mix import UNITS, Mix
 from toolkit.family import mode_title
@@ -17,6 +17,7 @@ from toolkit.training import tracking
 # matplotlib and pandas take a second to import; what only reads metrics.jsonl must not wait for them
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.container import BarContainer
     from matplotlib.figure import Figure
 
 PALETTE = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3")
@@ -70,7 +71,9 @@ def draw_shares(axes: "Axes", mixed: Mix) -> None:
     achieved.plot.bar(stacked=True, ax=axes, color=PALETTE, rot=0, legend=False, width=0.8)
     for bars in axes.containers:
         # a share below 4% has no room for its number
-        axes.bar_label(bars, fmt=lambda v: f"{v:.0%}" if v > 0.04 else "", label_type="center", color="white")
+        axes.bar_label(
+            cast("BarContainer", bars), fmt=lambda v: f"{v:.0%}" if v > 0.04 else "", label_type="center", color="white"
+        )
     axes.set(ylabel="share of the mix", ylim=(0, 1), title=f"one mix, three answers (recipe: {report['unit']})")
 
 

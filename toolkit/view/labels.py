@@ -4,8 +4,6 @@ from toolkit.data import render; from toolkit.view import labels; labels.label_r
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from typing import Any
 
 from rich.table import Table
 from rich.text import Text
@@ -16,6 +14,7 @@ from toolkit.data.sources import Rejected, conversations, detect, open_rows
 from toolkit.family import mode_title
 from toolkit.files import ToolkitError
 from toolkit.recipe import Source
+from toolkit.records import Conversation
 
 
 def coloured(mixed: Mix, chat: Chat, count: int) -> Text:
@@ -38,13 +37,13 @@ def in_colour(prompt: str, completion: str) -> Text:
     return Text.assemble((prompt, "bright_black"), (completion, "bold green"))
 
 
-def label_rule(conversation: Mapping[str, Any], chat: Chat) -> tuple[str, str]:
+def label_rule(conversation: Conversation, chat: Chat) -> tuple[str, str]:
     """(shown, taught) of the last assistant turn by the label rule."""
     example = examples(conversation, "auto", chat)[-1]
     return example.prompt, example.completion
 
 
-def trl_masking(conversation: Mapping[str, Any], chat: Chat) -> tuple[str, str]:
+def trl_masking(conversation: Conversation, chat: Chat) -> tuple[str, str]:
     """(shown, taught) as TRL's assistant_only_loss and Unsloth's train_on_responses_only mask a row of one turn: all that
     stands after the assistant header, so a direct answer teaches the empty think block that Qwen3's template writes.
     (Unsloth leaves out the last line break. Of a longer conversation both teach every assistant turn.)"""
@@ -70,7 +69,7 @@ def compared(mixed: Mix, chat: Chat) -> Table:
     return table
 
 
-def first_row(source: Source, chat: Chat, placeholders: Mapping[str, Any]) -> Text:
+def first_row(source: Source, chat: Chat, placeholders: dict[str, str | dict[str, str]]) -> Text:
     """The first conversation of a file: its format, and every turn it teaches coloured. Raises ToolkitError."""
     number, row = next(conversations(source, seed=0, placeholders=placeholders))
     if isinstance(row, Rejected):

@@ -4,6 +4,11 @@ with Progress(console, "evaluating", total=640) as progress: progress.advance(32
 """
 
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # rich takes a tenth of a second to load
+    from rich.console import Console
+    from rich.progress import Progress as RichProgress
 
 
 class Progress:
@@ -11,9 +16,9 @@ class Progress:
 
     PLAIN_EVERY = 10  # seconds
 
-    def __init__(self, console, title: str, total: int):
+    def __init__(self, console: "Console", title: str, total: int):
         self.console, self.title, self.total, self.done = console, title, total, 0
-        self.bar = None
+        self.bar: RichProgress | None = None
 
     def __enter__(self) -> "Progress":
         self.started = self.printed = time.monotonic()
@@ -33,7 +38,7 @@ class Progress:
             self.bar.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.bar:
             self.bar.stop()
 

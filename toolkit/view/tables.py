@@ -14,8 +14,7 @@ from rich.text import Text
 from toolkit.data.mix import UNITS
 from toolkit.evaluation import words
 from toolkit.family import mode_title
-
-Cell = str | int | float
+from toolkit.records import Evaluation
 
 
 class ShownReply(NamedTuple):
@@ -25,7 +24,7 @@ class ShownReply(NamedTuple):
     answer: str
 
 
-def rich_table(rows: Sequence[Mapping[str, Cell]], *, title: str | None = None, bold: Sequence[int] = ()) -> Table:
+def rich_table(rows: Sequence[Mapping[str, object]], *, title: str | None = None, bold: Sequence[int] = ()) -> Table:
     """Rows with equal keys as a table, those at `bold` in bold: integers as 1,234, floats as 12.3%.
 
     No name, word or number is cut, since two may differ in their last letters only."""
@@ -45,11 +44,11 @@ def rich_table(rows: Sequence[Mapping[str, Cell]], *, title: str | None = None, 
     return table
 
 
-def cell_text(value: Cell) -> str:
+def cell_text(value: object) -> str:
     """`1,234`, `12.3%`, or the text as it is."""
-    if isinstance(value, str):
-        return value
-    return f"{value:,}" if isinstance(value, int) else f"{value:.1%}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.1%}" if isinstance(value, float) else str(value)
 
 
 def side_by_side(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -67,8 +66,8 @@ def side_by_side(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def score_table(result: Mapping[str, Any]) -> Table:
-    """Every metric of an evaluation (`result` is eval.json's content): base, tuned, difference with its interval."""
+def score_table(result: Evaluation) -> Table:
+    """Every metric of an evaluation: base, tuned, difference with its interval."""
     title = f"{result['level']} evaluation, seed {result['seed']}, paired over questions"
     return rich_table(words.score_rows(result), title=title)
 
