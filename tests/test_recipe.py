@@ -434,13 +434,15 @@ def test_a_file_whose_aliases_grow_without_end_is_refused_at_once(levels, merged
     assert time.process_time() - began < 5
 
 
-@pytest.mark.parametrize("name", ["con", "CON", "nul.txt", "com1", "LPT9.yaml", "aux", "prn.x.y", "ref.", "a..."])
+@pytest.mark.parametrize(
+    "name", ["con", "CON", "nul.txt", "com1", "LPT9.yaml", "aux", "prn.x.y", "ref.", "a...", "麦" * 100]
+)
 def test_a_name_that_windows_cannot_have_is_refused_everywhere(name):
     with pytest.raises(ToolkitError, match=r"name: .* becomes a folder"):
         from_dict(broken("name", name))
 
 
-@pytest.mark.parametrize("name", ["console", "nullable", "com10", "a.b", "v1.0-x", "小麦"])
+@pytest.mark.parametrize("name", ["console", "nullable", "com10", "a.b", "v1.0-x", "小麦", "n" * 100, "麦" * 60])
 def test_a_name_that_only_looks_like_one_of_them_is_taken(name):
     assert from_dict(broken("name", name)).name == name
 
@@ -460,3 +462,11 @@ def test_recipes_that_ship_are_found_from_any_folder(tmp_path, monkeypatch):
 def test_a_folder_as_a_recipe_says_what_a_recipe_is(tmp_path):
     with pytest.raises(ToolkitError, match=r"is a folder: expected a recipe"):
         load(tmp_path)
+
+
+def test_the_plain_values_of_a_file_are_read_by_the_same_rules_as_a_recipe(tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"\xef\xbb\xbfname: no\r\nrate: 2e-4\r\n")
+    assert recipe.read_values(tmp_path / "x.yaml") == {"name": "no", "rate": 2e-4}
+    (tmp_path / "x.yaml").write_bytes(b"name: caf\xe9")
+    with pytest.raises(ToolkitError, match="x.yaml: expected a text file in UTF-8"):
+        recipe.read_values(tmp_path / "x.yaml")

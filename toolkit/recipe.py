@@ -327,8 +327,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises ToolkitError naming the file and the key, with the nearest known key where one was mistyped; and where a file
     sets model.trust_remote_code, which only an override or `allow_remote_code` can: a run's folder may be somebody else's.
     """
-    text = read_text(recipe_file(path))
-    values = _yaml(text, str(path))
+    values = read_values(recipe_file(path), str(path))
     if any(word.startswith("model.trust_remote_code=") for word in overrides):
         return from_dict(values, str(path), overrides)
     built = _build(values, str(path), overrides)
@@ -338,6 +337,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             "read that code, then add --trust-remote-code to this command"
         )
     return built
+
+
+def read_values(file: Path, where: str = "") -> Any:
+    """The plain values of a YAML file, unchecked. Raises ToolkitError."""
+    return _yaml(read_text(file), where or str(file))
 
 
 def recipe_file(path: str | Path) -> Path:
@@ -409,15 +413,19 @@ def _refuse_tokens(values: dict[str, Any], where: str) -> None:
             raise ToolkitError(f"{where}: {key}: looks like a Hugging Face token: {_SECRET}")
 
 
+LONGEST_NAME = 180
+"""Bytes of a run's name; a file's has at most 255."""
 RESERVED = re.compile(r"(?i)base$|(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\.|$)|.*\.$")
 """Names of runs that are taken: `base` by serve and chat for the untrained model, the others by Windows."""
 
 
 def _check_values(built: Recipe, train: Train, where: str) -> None:
     """What types cannot say. Raises ToolkitError."""
-    if not re.fullmatch(r"\w[\w.\-]{0,99}", built.name) or RESERVED.match(built.name):
+    # file systems count bytes, and files add endings to a run's name
+    fits = re.fullmatch(r"\w[\w.\-]{0,99}", built.name) and len(built.name.encode()) <= LONGEST_NAME
+    if not fits or RESERVED.match(built.name):
         raise ToolkitError(
-            f"{where}: name: {built.name!r:.100} becomes a folder: use up to 100 letters, digits, '-', '_' and '.', "
+            f"{where}: name: {built.name!r:.100} becomes a folder: use up to 100 letters (60 Chinese ones), digits, '-', '_' and '.', "
             "without a '.' at the end, and not `base`, which serve and chat call the model that a run was trained on, nor "
             "a name that Windows keeps (con, nul, aux …)"
         )

@@ -238,6 +238,14 @@ def empty_folder(folder):
     return "nothing"
 
 
+def pipe_in_a_folder(folder):
+    import os
+
+    (folder / "pipes").mkdir()
+    os.mkfifo(folder / "pipes" / "rows.jsonl")
+    return "pipes"
+
+
 def plain_text_column(folder):
     write_lines(folder / "x.jsonl", [{"text": sums(n)[0]} for n in range(ROWS)])
     return "x.jsonl"
@@ -256,6 +264,7 @@ BAD = {
     very_wide: "x.csv.*has 100,000 columns",
     pictures: r"photos: holds 12 .png: expected rows of text in .*\.jsonl",
     empty_folder: "nothing: holds no file: expected rows of text",
+    pipe_in_a_folder: "rows.jsonl: is a pipe",
     plain_text_column: "x.jsonl.*Plain text has no question and answer to tell apart",
     rows_without_replies: "x.jsonl: 30 of 30 rows cannot be trained on",
 }

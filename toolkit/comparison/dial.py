@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from rich.console import Console
 
 from toolkit import recipe as recipes
@@ -112,7 +111,7 @@ class Dialled:
         if not (folder / "recipe.yaml").is_file():
             raise ToolkitError(f"{folder}: a folder of export_model has no recipe, and so no questions to dial by")
         models.check_adapter(folder)
-        recipe, manifest = recipes.load(folder / "recipe.yaml"), read_json(folder / "manifest.json")
+        recipe, manifest = recipes.of_run(folder), read_json(folder / "manifest.json")
         results = {}
         with contextlib.suppress(ToolkitError):  # none yet, or damaged: then it is measured again
             kept = read_json(folder / "dial.json")
@@ -158,7 +157,7 @@ class Dialled:
     def at(self, scale: float) -> Run:
         """The run at a scale, by the most that was measured there."""
         result = self.results.get(f"quick {scale:g}") or self.results[f"fast {scale:g}"]
-        recipe = yaml.safe_load((self.folder / "recipe.yaml").read_text(encoding="utf-8-sig"))
+        recipe = recipes.read_values(self.folder / "recipe.yaml")
         run = run_of(self.folder.name, recipe, read_json(self.folder / "mix.json"), self.manifest, result)
         return replace(run, trained=run.trained | {SCALE: float(scale)})
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from toolkit.evaluation.words import TITLES, never_ends
 from toolkit.family import MODES
 from toolkit.files import ToolkitError, flat, read_json
+from toolkit.recipe import read_values
 
 Key = tuple[str, str]
 """(section, metric) of eval.json."""
@@ -48,7 +48,7 @@ NOT_TRAINED = re.compile(
 """Recipe keys that do not tell runs apart: what does not change the training, the seed, and rows per step, which a sweep
 sets for each ratio so that all take the same number of steps. Fractions are compared as planned shares."""
 SHARE = "share of "
-DAMAGED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, yaml.YAMLError)
+DAMAGED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 """What reading a file raises whose content is not what `evaluate` wrote."""
 
 
@@ -110,8 +110,8 @@ def read_run(folder: Path) -> Run:
             f"incomplete: no {', '.join(missing)}; `python -m toolkit evaluate {folder.name}` scores a finished run"
         )
     mix, manifest, result = (read_json(folder / name) for name in FILES[1:])
+    recipe = read_values(folder / "recipe.yaml")
     try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8-sig"))
         return run_of(folder.name, recipe, mix, manifest, result)
     except DAMAGED as error:
         raise ToolkitError(

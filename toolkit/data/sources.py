@@ -159,9 +159,10 @@ def locate(source: Source) -> Location:
             raise ToolkitError(
                 f"{folder}: no such folder: the subset {source.subset!r} of a local path is a folder in it"
             )
-    if folder:
-        check_regular(folder)
-    return Location(source, folder, data_files(folder, source.split) if folder else [])
+    files = data_files(folder, source.split) if folder else []
+    for file in files:
+        check_regular(file)
+    return Location(source, folder, files)
 
 
 def _neighbours(path: str) -> str:
