@@ -101,7 +101,6 @@ def test_a_number_that_cannot_work_is_refused_before_anything_is_done(line, caps
     ("line", "said"),
     [
         ("export tuned --to merged --quant q4_k_m", "--quant is for GGUF files, which --to leaves out"),
-        ("export tuned --really-push", "--really-push: to which repository? Add --push REPO"),
     ],
 )
 def test_an_option_without_an_effect_is_refused(line, said, capsys):

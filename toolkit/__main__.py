@@ -155,6 +155,8 @@ def whole(text: str, least: int = 1) -> int:
 
 
 REMOTE = arg("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
 RECIPE = (
     arg("recipe", nargs="?", help="a YAML file or a name in data_recipes/; default: hybrid on a GPU, else pocket"),
     arg("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=10 data.reasoning=0.5"),
@@ -413,29 +415,22 @@ def write_replay(recipe: str | None, overrides: list[str], **options: Any) -> No
     arg("--to", nargs="+", choices=("merged", "gguf"), default=["merged", "gguf"]),
     arg("--quant", nargs="+", metavar="Q", help="f16 bf16 q8_0 q4_k_m …; default: the recipe's"),
     arg("--onto", choices=("16bit", "4bit"), default="16bit", help="the base that is merged into"),
-    arg("--push", metavar="REPO", help="list what would go to the Hub, with the model card"),
-    arg("--really-push", action="store_true", help="with --push: upload it"),
+    SCALE,
     arg("--details", action="store_true", help="every check of the certificate"),
 )
-def export_run(
-    run: Path, to: list[str], quant: list[str] | None, push: str | None, really_push: bool, **options: Any
-) -> None:
+def export_run(run: Path, to: list[str], quant: list[str] | None, **options: Any) -> None:
     """Write merged weights and GGUF files and prove that they are the run: certificate.json."""
     from toolkit import export, recipe
     from toolkit.training import model
 
     if quant and "gguf" not in to:
         raise ToolkitError("--quant is for GGUF files, which --to leaves out: add gguf to --to, or leave out --quant")
-    if really_push and not push:
-        raise ToolkitError("--really-push: to which repository? Add --push REPO")
-    folder, say = model.run_folder(run), functools.partial(console().print, markup=False)
+    folder = model.run_folder(run)
     # a folder of export_model has none
     has_recipe = (folder / "recipe.yaml").is_file()
     section = recipe.of_run(folder).export if has_recipe else recipe.Export()
     quants = quant or section.quantization_method
-    export.export(folder, quants if "gguf" in to else (), say=say, **options)
-    if push:
-        export.push(folder, push, dry_run=not really_push, say=say)
+    export.export(folder, quants if "gguf" in to else (), console=console(), **options)
 
 
 @verb("verify", *RUN, JSON)
@@ -444,7 +439,7 @@ def verify_export(run: Path) -> Outcome:
     from toolkit.export import certificate
     from toolkit.training import model
 
-    checked = certificate.verify(model.run_folder(run), say=console().print)
+    checked = certificate.verify(model.run_folder(run), console=console())
     failed = "; ".join(certificate.failures(checked))
     verdict = f"FAILED: {failed}" if failed else f"verified: {len(checked['checks'])} checks passed"
     console().print(verdict, markup=False)

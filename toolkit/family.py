@@ -6,6 +6,7 @@ family = family_of(config["model_type"]); family.gguf, family.sampling["thinking
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from toolkit.records import Json, Message
 
@@ -47,6 +48,8 @@ class Family:
     """Architecture name in GGUF headers (`gguf.MODEL_ARCH_NAMES`); None where conversion is not offered."""
     sampling: dict[str, dict[str, float]] = field(default_factory=lambda: PLAIN_SAMPLING)
     """Recommended sampling by mode; the checkpoint's generation_config.json goes first (see `sampling_of`)."""
+    sampling_is_borrowed: bool = False
+    """`sampling` holds another family's values, to generate with here; no exported file states them."""
     switches: bool = False
     """Obeys /think and /no_think in user turns."""
     licence: str = "its own licence applies"
@@ -77,9 +80,16 @@ FAMILIES = (
         "Llama",
         ("llama",),
         "llama",
+        sampling_is_borrowed=True,
         licence="see its model card (Llama licence, or SmolLM2's Apache-2.0)",
     ),
-    Family("Gemma 3", ("gemma3_text", "gemma3"), "gemma3", licence="Gemma terms of use"),
+    Family(
+        "Gemma 3",
+        ("gemma3_text", "gemma3"),
+        "gemma3",
+        sampling_is_borrowed=True,
+        licence="Gemma terms of use",
+    ),
 )
 UNKNOWN = Family("unknown", ())
 
@@ -125,6 +135,14 @@ def sampling_of(family: Family, mode: str, generation_config: dict[str, Json]) -
     return {
         key: value if generation_config.get(key) is None else generation_config[key] for key, value in usual.items()
     }
+
+
+def stated_sampling(family: Family, mode: str, generation_config: dict[str, Any]) -> dict[str, float]:
+    """`sampling_of` without what neither the checkpoint nor its own family states."""
+    values = sampling_of(family, mode, generation_config)
+    if not family.sampling_is_borrowed:
+        return values
+    return {key: value for key, value in values.items() if generation_config.get(key) is not None}
 
 
 def mode_title(mode: str) -> str:

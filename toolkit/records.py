@@ -324,7 +324,8 @@ class ExportInputs(TypedDict):
     onto: Literal["4bit", "16bit"]  # the base the adapter was merged onto
     base: str  # its name, without where it lies on this machine
     revision: str | None  # its commit on the Hub, where known
-    base_sha256: str  # of its weights
+    base_files: dict[str, str]  # {config.json or a file of weights: SHA-256}
+    scale: float  # the share of the adapter that was kept; 1 is the adapter as it was trained
     adapter: dict[str, str]  # {file of adapter/: SHA-256}
     versions: dict[str, str]  # {package: version} of what writes GGUF files
 

@@ -160,8 +160,8 @@ def evaluation_file(folder: Path, result: dict) -> Path:
 
 def check_export(recipe: Recipe, console) -> None:
     """Say before training that the run cannot be merged, or not become a GGUF; refuse it when the recipe asks for one by itself."""
-    from toolkit.export.gguf_file import convertible
-    from toolkit.export.merge import unmergeable
+    from toolkit.export.checkpoint import unmergeable
+    from toolkit.export.gguf_types import convertible
     from toolkit.training.model import checkpoint_file
 
     settings = {key: recipe.lora.extra.get(key) for key in ("bias", "target_parameters")}
@@ -175,7 +175,8 @@ def check_export(recipe: Recipe, console) -> None:
     asked = recipe.export.quantization_method
     if not config or not asked:
         return
-    reason = convertible(config, checkpoint_file(recipe.model, "tokenizer.json") or None)
+    tokenizer = checkpoint_file(recipe.model, "tokenizer.json") or None
+    reason = convertible(config, tokenizer, checkpoint_file(recipe.model, "tokenizer_config.json"))
     if reason and asked != recipes.Export().quantization_method:
         raise ToolkitError(
             f"{recipe.model.model_name}: no GGUF conversion: {reason} Set export.quantization_method=[] "
@@ -187,7 +188,7 @@ def check_export(recipe: Recipe, console) -> None:
 
 def write_card(folder: Path) -> None:
     """adapter/README.md: the filled model card, with scores once there are some."""
-    from toolkit.export.model_card import adapter_card
+    from toolkit.export.card import adapter_card
 
     write_text(folder / "adapter" / "README.md", adapter_card(folder))
 

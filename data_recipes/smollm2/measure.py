@@ -100,7 +100,7 @@ def shares(holds, questions: list[str], replies: dict[str, dict]) -> dict:
 
 def exported(folder: Path, console) -> dict:
     """The run as a Q8_0 file: its certificate in numbers, and what llama.cpp answers with it."""
-    certificate = export(folder, quants=["q8_0"], say=console.print)
+    certificate = export(folder, quants=["q8_0"], console=console)
     engine = start([folder], source="merged-gguf")
     body = {"temperature": 0, "max_tokens": 32}
     served = {}

@@ -1,5 +1,6 @@
 """A certificate passes for a sound export and fails for each way in which one goes wrong."""
 
+import io
 import json
 import re
 import shutil
@@ -7,17 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.support.export_fixtures import base_model, run_folder, tokenizer
-from toolkit.export import export, gguf_path, push
-from toolkit.export.certificate import FAILED, merge_limit, verify
-from toolkit.export.gguf_file import GgufFile, write_gguf
-from toolkit.export.merge import Adapter, Checkpoint, Merged, find_base
+from toolkit.export import export, gguf_path
+from toolkit.export.card import upload_commands
+from toolkit.export.certificate import merge_limit, verify
+from toolkit.export.checkpoint import Adapter, Checkpoint, find_base
+from toolkit.export.gguf import GgufFile, write_gguf
+from toolkit.export.merge import Merged
 from toolkit.export.parity import divergence, log_probs
+from toolkit.export.record import FAILED
 from toolkit.files import ToolkitError, read_json
 from toolkit.serving.engine import exported_gguf
 
-SILENT = {"say": lambda _: None}
+SILENT = {"console": Console(quiet=True)}
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +52,7 @@ def failed(run: Path) -> str:
     names = "\n".join(c["name"] for c in certificate["checks"] if not c["passed"])
     assert names.splitlines()[-1] in (run / FAILED).read_text()
     with pytest.raises(ToolkitError, match="no certificate has passed"):
-        push(run, "me/toy", **SILENT)
+        upload_commands(run)
     return names
 
 
@@ -88,12 +93,12 @@ def test_the_base_without_the_adapter_fails(copy):
     assert "files changed" in found
 
 
-def test_an_adapter_that_does_nothing_fails(copy):
+def test_an_adapter_that_was_emptied_after_the_export_fails(copy):
     from safetensors.torch import load_file, save_file
 
     file = copy / "adapter" / "adapter_model.safetensors"
     save_file({n: t * 0 if "lora_B" in n else t for n, t in load_file(file).items()}, file)
-    assert "control: the base without the adapter" in failed(copy)
+    assert "merged against base + adapter" in failed(copy)
 
 
 def test_a_wrong_template_fails(copy):
@@ -119,8 +124,8 @@ def test_one_flipped_tensor_of_the_gguf_fails(copy):
     path = gguf_path(copy, "f16")
     tensor = GgufFile(path).tensors["blk.2.attn_v.weight"]
     with open(path, "rb+") as file:
-        file.seek(int(tensor.data_offset))
-        file.write((-np.array(tensor.data)).tobytes())
+        file.seek(tensor.offset)
+        file.write((-tensor.data.view(np.float16)).tobytes())
     found = failed(copy)
     assert "toy.f16.gguf: worst tensor" in found
     assert "toy.f16.gguf: against merged (mean KL)" in found
@@ -173,9 +178,10 @@ def test_the_layerwise_forward_pass_equals_peft_in_fp32(tied, tmp_path):
         return torch.cat([model(torch.tensor([t])).logits[0].log_softmax(-1) for t in texts]).numpy()
 
     with torch.inference_mode():
-        assert divergence(logits(peft), log_probs(merged, "adapter", texts)).max() < 1e-6
+        tuned, plain = log_probs([(merged, "adapter"), (merged, "base")], texts)
+        assert divergence(logits(peft), tuned).max() < 1e-6
         with peft.disable_adapter():
-            assert divergence(logits(peft), log_probs(merged, "base", texts)).max() < 1e-6
+            assert divergence(logits(peft), plain).max() < 1e-6
 
 
 def test_the_page_for_people_lists_every_check_and_every_file(sound):
@@ -212,3 +218,59 @@ def test_a_file_that_export_did_not_write_is_noted_and_decides_nothing(sound, tm
 def test_a_gguf_that_was_given_another_name_is_missing(copy):
     gguf_path(copy, "f16").rename(copy / "gguf" / "mine.gguf")
     assert "changed or missing" in failed(copy)
+
+
+# How much of the adapter
+
+
+@pytest.fixture(scope="module")
+def scaled(sound, tmp_path_factory):
+    """The same run, exported at 0.8 of its adapter."""
+    run = Path(shutil.copytree(sound[0], tmp_path_factory.mktemp("scaled") / "toy"))
+    return run, export(run, quants=("f16",), scale=0.8, **SILENT)
+
+
+def test_an_export_at_a_scale_passes_against_the_scaled_adapter_and_says_it_everywhere(scaled, sound):
+    run, certificate = scaled
+    assert certificate["passed"]
+    assert certificate["inputs"]["scale"] == read_json(run / "export.json")["inputs"]["scale"] == 0.8
+    assert "0.8 of its trained strength" in (run / "certificate.md").read_text()
+    assert "0.8 of its trained strength" in (run / "merged" / "README.md").read_text()
+    assert "0.8 of its trained strength" in GgufFile(gguf_path(run, "f16")).value("general.description")
+    assert read_json(run / "merged" / "config.json")["adapter_scale"] == 0.8
+    assert sound[1]["inputs"]["scale"] == 1.0
+    assert "strength" not in (sound[0] / "merged" / "README.md").read_text()
+
+
+def test_an_export_at_a_scale_fails_against_the_unscaled_adapter(scaled, tmp_path):
+    run = Path(shutil.copytree(scaled[0], tmp_path / "toy"))
+    record = read_json(run / "export.json")
+    record["inputs"]["scale"] = 1.0
+    (run / "export.json").write_text(json.dumps(record))
+    names = failed(run)
+    assert "merged against base + adapter" in names
+    assert "merged: worst tensor" in names
+
+
+def test_an_export_at_another_scale_replaces_the_files(scaled, tmp_path):
+    run = Path(shutil.copytree(scaled[0], tmp_path / "toy"))
+    certificate = export(run, quants=("f16",), scale=0.5, **SILENT)
+    assert certificate["passed"]
+    assert certificate["files"] != scaled[1]["files"]
+
+
+@pytest.mark.parametrize("scale", [0, 1])
+def test_a_run_that_changed_nothing_exports_and_is_said_to_be_its_base(scale, sound, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    run = Path(shutil.copytree(sound[0], tmp_path / "toy"))
+    if scale:  # as after a training of warm-up steps only
+        file = run / "adapter" / "adapter_model.safetensors"
+        save_file({n: t * 0 if "lora_B" in n else t for n, t in load_file(file).items()}, file)
+    screen = io.StringIO()
+    certificate = export(run, quants=("f16",), scale=scale, console=Console(file=screen))
+    assert certificate["passed"]
+    assert "the adapter changes nothing" in [note["name"] for note in certificate["reports"]]
+    assert "the adapter changes nothing: these files are the run, and the run is its base" in screen.getvalue()
+    assert "do not use" not in (run / "certificate.md").read_text()
+    assert not (run / FAILED).exists()

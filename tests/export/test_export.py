@@ -1,8 +1,8 @@
 """Exports are exact, whole or absent, resumable, and told in numbers before they begin."""
 
 import contextlib
+import io
 import json
-import os
 import re
 import resource
 import shutil
@@ -11,28 +11,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.support import families
 from tests.support.export_fixtures import base_model, dynamic_4bit, killed_export, run_folder
-from tests.support.hub_stand_in import stand_in
-from toolkit.export import export, gguf_path, modelfile, push
-from toolkit.export.merge import (
-    Adapter,
-    Base,
-    Checkpoint,
-    Merged,
-    Record,
-    find_base,
-    load_tokenizer,
-    merge,
-    open_merged,
-)
-from toolkit.export.model_card import adapter_card
+from toolkit.export import export, gguf_path, modelfile
+from toolkit.export.card import adapter_card, model_card, upload_commands
+from toolkit.export.certificate import verify
+from toolkit.export.checkpoint import Adapter, Base, Checkpoint, find_base
+from toolkit.export.merge import Merged, merge, open_merged
 from toolkit.export.parity import log_probs
+from toolkit.export.record import Record
+from toolkit.export.tokenizer import load_tokenizer
 from toolkit.files import ROOT, ToolkitError, read_json, sha256
 from toolkit.serving.engine import start
 
-SILENT = {"say": lambda _: None}
+SILENT = {"console": Console(quiet=True)}
 QUANTS = ("f16", "q4_k_m")
 
 
@@ -59,7 +53,7 @@ def run(trained, tmp_path):
 
 
 def merged_here(run: Path, onto: str = "16bit") -> Checkpoint:
-    merge(open_merged(run, onto), run, Record(run, {}), **SILENT)
+    merge(open_merged(run, onto), run, Record(run, {}), Console(quiet=True))
     return Checkpoint(run / "merged")
 
 
@@ -160,9 +154,9 @@ def test_a_run_on_a_dynamic_4bit_folder_exports_onto_both_bases(tmp_path):
 
 def test_the_reference_pass_is_the_same_where_unsloth_has_patched_transformers(run, monkeypatch):
     merged, texts = open_merged(run, "16bit"), [[1, 2, 3, 4], [5, 6, 7]]
-    here = log_probs(merged, "adapter", texts)
+    here = log_probs([(merged, "adapter")], texts)
     monkeypatch.setitem(sys.modules, "unsloth", sys)  # as if imported: the pass then runs in a process of its own
-    assert (here == log_probs(merged, "adapter", texts)).all()
+    assert (here[0] == log_probs([(merged, "adapter")], texts)[0]).all()
 
 
 def test_a_4bit_folder_gives_way_to_the_16bit_one_beside_it(base, tmp_path):
@@ -285,13 +279,13 @@ def test_another_adapter_makes_every_old_file_stale(exported, base, tmp_path):
 
 
 def test_the_disk_is_told_in_numbers_before_anything_is_written(run):
+    class Watched(Console):
+        def print(self, *line, **_) -> None:
+            assert len(lines) > 1 or not (run / "merged").exists()
+            lines.append(line[0])
+
     lines = []
-
-    def say(line: str) -> None:
-        lines.append(line)
-        assert len(lines) > 2 or not (run / "merged").exists()
-
-    export(run, quants=(), say=say)
+    export(run, quants=(), console=Watched())
     assert lines[0].startswith("base: ")
     assert re.match(r"disk: \d\.\d\d GB needed \(merged .*\d GB free$", lines[1])
 
@@ -355,11 +349,14 @@ def test_the_modelfile_names_the_smallest_file_its_stops_and_both_modes(exported
 
 
 def test_a_second_export_keeps_the_certificate_and_ends_with_the_next_command(exported):
-    before, said = (exported / "certificate.json").stat().st_mtime_ns, []
-    export(exported, quants=QUANTS, say=said.append)
+    before, screen = (exported / "certificate.json").stat().st_mtime_ns, io.StringIO()
+    export(exported, quants=QUANTS, console=Console(file=screen))
+    said = screen.getvalue().splitlines()
     assert (exported / "certificate.json").stat().st_mtime_ns == before
-    assert said[-3].startswith("verified: ")
-    assert said[-1] == f"next:     cd {exported / 'gguf'} && ollama create toy -f Modelfile"
+    assert said[-5].startswith("verified: ")
+    assert said[-3] == f"next:     cd {exported / 'gguf'} && ollama create toy -f Modelfile"
+    assert said[-2] == f"share:    hf upload USER/toy {exported / 'merged'} ."
+    assert said[-1] == f"share:    hf upload USER/toy {exported / 'gguf'} gguf"
 
 
 def test_a_second_export_of_a_run_at_work_says_who_holds_it(run):
@@ -418,7 +415,7 @@ def test_an_adapters_card_is_filled_and_names_no_path_of_this_machine(run):
     assert str(run.parent) not in card
 
 
-# Push
+# Sharing
 
 
 def story(run: Path) -> None:
@@ -453,56 +450,30 @@ def story(run: Path) -> None:
     (run / "eval.json").write_text(json.dumps(scores))
 
 
-def test_a_dry_run_lists_every_file_and_sends_nothing(exported):
-    said = []
-    listing = push(exported, "me/toy", say=said.append)
-    sizes = {entry["path"]: entry["bytes"] for entry in listing}
-    assert sizes.keys() >= {
-        "README.md",
-        "model.safetensors",
-        "config.json",
-        "certificate.json",
-        "gguf/Modelfile",
-        "gguf/toy.q4_k_m.gguf",
-        "adapter/adapter_model.safetensors",
-    }
-    assert sizes["gguf/toy.q4_k_m.gguf"] == gguf_path(exported, "q4_k_m").stat().st_size
-    assert said[0] == "would upload to me/toy (private):"
-    assert "--really-push" in said[-1]
-
-
-def test_a_push_is_one_commit_with_every_file_and_a_card(exported, tmp_path):
+def test_the_upload_holds_a_card_with_mix_scores_and_certificate(exported, tmp_path):
     run = Path(shutil.copytree(exported, tmp_path / "toy"))
     story(run)
-    with stand_in() as (address, received):
-        code = f"from toolkit.export import push; push({str(run)!r}, 'me/toy', dry_run=False)"
-        environment = os.environ | {
-            "HF_ENDPOINT": address,
-            "HF_TOKEN": "hf_test",
-            "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_XET": "1",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-        }
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert received["created"][0]["visibility"] == "private"
-    [commit] = received["commits"]
-    assert commit["model.safetensors"] == (run / "merged" / "model.safetensors").read_bytes()
-    assert commit["gguf/toy.f16.gguf"] == gguf_path(run, "f16").read_bytes()
-    assert commit["adapter/adapter_config.json"] == (run / "adapter" / "adapter_config.json").read_bytes()
-    card = commit["README.md"].decode()
+    assert upload_commands(run) == [
+        f"hf upload USER/toy {run / 'merged'} .",
+        f"hf upload USER/toy {run / 'gguf'} gguf",
+    ]
+    card = (run / "merged" / "README.md").read_text()
+    assert card == model_card(run)
     assert "| OpenMathReasoning-mini | thinking | 8 | 75.0% | 31.0% | 75.0% |" in card
     assert "| sums with thinking | 50% | 70% | +20 [+10, +30] | 50 |" in card
     assert "CC BY 4.0" in card
     assert "merged against base + adapter" in card
     assert str(run) not in card
+    assert verify(run, **SILENT)["passed"]  # the card is no file that a program loads
 
 
-def test_a_refused_push_is_told_plainly(exported):
-    with stand_in() as (address, _):
-        code = f"from toolkit.export import push; push({str(exported)!r}, 'me/toy', dry_run=False)"
-        environment = os.environ | {"HF_ENDPOINT": address + "/closed", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test"}
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "me/toy: the Hub did not take it" in done.stderr
+@pytest.mark.parametrize(
+    "name", ["gguf/toy.q4_k_m.gguf", "merged/model.safetensors", "merged/config.json", "gguf/Modelfile"]
+)
+def test_no_upload_is_named_for_a_file_that_changed_after_its_certificate(name, exported, tmp_path):
+    run = Path(shutil.copytree(exported, tmp_path / "toy"))
+    data = bytearray((run / name).read_bytes())
+    data[len(data) // 2] ^= 1
+    (run / name).write_bytes(data)
+    with pytest.raises(ToolkitError, match=f"{Path(name).name}: missing or changed since its certificate"):
+        upload_commands(run)

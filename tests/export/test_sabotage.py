@@ -6,12 +6,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from tests.support import families
 from tests.support.export_fixtures import run_folder
 from toolkit.export import export, gguf_path, verify
-from toolkit.export.gguf_file import modelfile, write_gguf
-from toolkit.export.merge import Checkpoint, load_tokenizer, open_merged
+from toolkit.export.checkpoint import Checkpoint
+from toolkit.export.gguf import GgufFile, write_gguf
+from toolkit.export.merge import open_merged
+from toolkit.export.ollama import modelfile
+from toolkit.export.tokenizer import load_tokenizer
 from toolkit.files import ToolkitError, describe, read_json
 
 QUANTS = ("f16", "q8_0", "q4_k_m")
@@ -22,7 +26,7 @@ SIGNED = "files changed or missing since they were written"
 def sound(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sound")
     run = run_folder(folder / "toy", families.build(request.param, folder / "base"))
-    export(run, quants=QUANTS, say=lambda _: None)
+    export(run, quants=QUANTS, console=Console(quiet=True))
     return run
 
 
@@ -185,17 +189,12 @@ def truncated(run: Path) -> None:
 
 
 def bigger_rope(model_config: dict) -> None:
-    rope = model_config["rope_parameters"]
-    for part in [rope, *(v for v in rope.values() if isinstance(v, dict))]:
-        if "rope_theta" in part:
-            part["rope_theta"] *= 2
+    model_config["rope_theta"] *= 2  # as the Hub spells it
 
 
 def rope(quant: str) -> Callable:
     def sabotage(run: Path) -> None:
-        config = read_json(run / "merged" / "config.json")
-        bigger_rope(config)
-        gguf(quant, rope_parameters=config["rope_parameters"])(run)
+        gguf(quant, rope_theta=2 * read_json(run / "merged" / "config.json")["rope_theta"])(run)
 
     return sabotage
 
@@ -257,7 +256,7 @@ def damaged(sound: Path, name: str, folder: Path) -> dict:
     """The certificate of a copy of the run after one sabotage."""
     run = Path(shutil.copytree(sound, folder / "toy"))
     SABOTAGES[name](run)
-    return verify(run, say=lambda _: None)
+    return verify(run, console=Console(quiet=True))
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SABOTAGES])
@@ -275,14 +274,14 @@ def test_every_sabotage_is_noticed_by_its_checksum_and_by_what_it_does(name, sou
 def test_the_same_ways_of_writing_without_a_fault_raise_no_alarm(nothing, sound, tmp_path):
     run = Path(shutil.copytree(sound, tmp_path / "toy"))
     nothing(run)
-    assert {c["name"] for c in verify(run, say=lambda _: None)["checks"] if not c["passed"]} <= {SIGNED}
+    assert {c["name"] for c in verify(run, console=Console(quiet=True))["checks"] if not c["passed"]} <= {SIGNED}
 
 
 @pytest.mark.parametrize("file", ["gguf/toy.q8_0.gguf", "gguf/Modelfile", "merged/generation_config.json"])
 def test_a_missing_file_is_noticed(file, sound, tmp_path):
     run = Path(shutil.copytree(sound, tmp_path / "toy"))
     (run / file).unlink()
-    assert SIGNED in {c["name"] for c in verify(run, say=lambda _: None)["checks"] if not c["passed"]}
+    assert SIGNED in {c["name"] for c in verify(run, console=Console(quiet=True))["checks"] if not c["passed"]}
 
 
 def test_the_table_has_at_least_thirty_sabotages():
@@ -294,7 +293,199 @@ def test_a_truncated_merged_file_and_a_deleted_adapter_are_clear_errors(sound, t
     file = run / "merged" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:100_000])
     with pytest.raises(ToolkitError, match=r"merged/model\.safetensors: expected whole safetensors"):
-        verify(run, say=lambda _: None)
+        verify(run, console=Console(quiet=True))
     shutil.rmtree(run / "adapter")
     with pytest.raises(ToolkitError, match=r"adapter_model\.safetensors.* not found.*restore"):
-        verify(run, say=lambda _: None)
+        verify(run, console=Console(quiet=True))
+
+
+# Files that do not belong, and rows: all with their hashes signed again
+
+
+def resign(run: Path) -> None:
+    """export.json as an exporter would have written it that signs whatever is there."""
+    record = read_json(run / "export.json")
+    files = [path for folder in ("merged", "gguf") for path in (run / folder).rglob("*") if path.is_file()]
+    record["files"] = {path.relative_to(run).as_posix(): describe(path) for path in files}
+    (run / "export.json").write_text(json.dumps(record))
+    (run / "certificate.json").unlink(missing_ok=True)
+
+
+def added(name: str, content: str | bytes) -> Callable:
+    def sabotage(run: Path) -> None:
+        (run / name).parent.mkdir(exist_ok=True)
+        (run / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return sabotage
+
+
+def adapter_left(run: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(run / "adapter" / name, run / "merged" / name)
+
+
+def index_beside(run: Path) -> None:
+    names = Checkpoint(run / "merged").entries
+    shutil.copy(run / "merged" / "model.safetensors", run / "merged" / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (run / "merged" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def weights_under_another_name(run: Path) -> None:
+    (run / "merged" / "model.safetensors").rename(run / "merged" / "other.safetensors")
+    config = read_json(run / "merged" / "config.json") | {"transformers_weights": "other.safetensors"}
+    (run / "merged" / "config.json").write_text(json.dumps(config))
+
+
+def extra_head(values: Callable) -> Callable:
+    def change(tensors: dict) -> None:
+        tensors["lm_head.weight"] = values(tensors["model.embed_tokens.weight"])
+
+    return weights(change)
+
+
+def other_dtype(tensors: dict) -> None:
+    for name in tensors:
+        tensors[name] = tensors[name].float()
+
+
+def zeroed_row(tensors: dict) -> None:
+    tensors["model.embed_tokens.weight"][300] = 0
+
+
+def faint_row(tensors: dict) -> None:
+    """A row that is a thousandth of the others, as an unused token's: its share in the tensor's error is below any limit."""
+    tensors["model.embed_tokens.weight"][300] *= 0.001
+
+
+def rows(quant: str, change: Callable, name: str = "token_embd.weight") -> Callable:
+    """Stored rows of one GGUF alone, changed as bytes; it is the only one of its run."""
+
+    def sabotage(run: Path) -> None:
+        only(run, quant)
+        tensor = GgufFile(gguf_path(run, quant)).tensors[name]
+        data = tensor.data.copy()
+        change(data)
+        with open(gguf_path(run, quant), "rb+") as file:
+            file.seek(tensor.offset)
+            file.write(data.tobytes())
+
+    return sabotage
+
+
+def swap_rows(data) -> None:
+    data[[300, 301]] = data[[301, 300]]
+
+
+def zero_row(data) -> None:
+    data[300] = 0
+
+
+def next_row(data) -> None:
+    data[300] = data[301]
+
+
+EOS = json.dumps({"eos_token": "!", "pad_token": "!"})
+FOREIGN: dict[str, Callable] = {
+    "an adapter left in merged": adapter_left,
+    "weights beside an index": index_beside,
+    "weights under a name that config.json gives": weights_under_another_name,
+    "an extra head": extra_head(lambda embedding: embedding.flip(0)),
+    "an extra head that is the embedding": extra_head(lambda embedding: embedding.clone()),
+    "weights of another type": weights(other_dtype),
+    "a pickle beside the weights": added("merged/pytorch_model.bin", b"x"),
+    "special_tokens_map.json with another eos": added("merged/special_tokens_map.json", EOS),
+    "added_tokens.json": added("merged/added_tokens.json", '{"<new>": 7}'),
+    "a template by name": added("merged/additional_chat_templates/tool_use.jinja", "{{ messages }}"),
+    "another vocabulary beside tokenizer.json": added("merged/tokenizer.model", b"x"),
+    "code beside the weights": added("merged/modeling_qwen3.py", "import os"),
+    "a setting of sentence-transformers": added("merged/modules.json", "[]"),
+    "no index and no file": lambda run: (run / "merged" / "chat_template.jinja").unlink(),
+    "a template in the tokenizer's settings": edit(
+        "merged/tokenizer_config.json", lambda c: c.update(chat_template="{{ 1 }}")
+    ),
+    "a deleted Modelfile": removed("gguf/Modelfile"),
+    "an adapter in gguf": added("gguf/adapter_config.json", "{}"),
+    "a projector that LM Studio loads": added("gguf/mmproj-toy.gguf", b"GGUF"),
+    "a template file of Ollama": added("gguf/template", "{{ .Prompt }}"),
+    "a merged row of zeros": weights(zeroed_row),
+    "a faint merged row": weights(faint_row),
+    "two rows of q8_0 swapped": rows("q8_0", swap_rows),
+    "a row of q8_0 zeroed": rows("q8_0", zero_row),
+    "two rows of q4_k_m swapped": rows("q4_k_m", swap_rows),
+    "a row of q4_k_m zeroed": rows("q4_k_m", zero_row),
+    "a row of q4_k_m that is its neighbour": rows("q4_k_m", next_row),
+    "two rows of f16 swapped": rows("f16", swap_rows),
+    "a row of one layer of q4_k_m zeroed": rows("q4_k_m", zero_row, "blk.0.ffn_gate.weight"),
+}
+QUICK_FOREIGN = [
+    "an adapter left in merged", "an extra head", "special_tokens_map.json with another eos", "a deleted Modelfile",
+    "two rows of q8_0 swapped", "a row of q4_k_m zeroed",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK_FOREIGN else pytest.mark.slow) for n in FOREIGN]
+)
+def test_what_does_not_belong_and_single_rows_are_noticed_whatever_is_signed(name, sound, tmp_path):
+    run = Path(shutil.copytree(sound, tmp_path / "toy"))
+    FOREIGN[name](run)
+    resign(run)
+    certificate = verify(run, console=Console(quiet=True))
+    assert not certificate["passed"]
+    assert SIGNED not in {check["name"] for check in certificate["checks"] if not check["passed"]}
+
+
+def test_documents_beside_the_files_decide_nothing(sound, tmp_path):
+    run = Path(shutil.copytree(sound, tmp_path / "toy"))
+    for name in ("merged/README.md", "merged/.gitattributes", "merged/LICENSE", "gguf/README.md", "merged/mix.png"):
+        (run / name).write_text("x")
+    assert verify(run, console=Console(quiet=True))["passed"]
+
+
+@pytest.fixture(scope="module")
+def sharded(sound, tmp_path_factory):
+    """The same run, its merged weights in three files."""
+    run = Path(shutil.copytree(sound, tmp_path_factory.mktemp("sharded") / "toy"))
+    only(run)
+    (run / "export.json").unlink()
+    shutil.rmtree(run / "merged")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("toolkit.export.merge.SHARD_BYTES", 2 * 10**6)
+        assert export(run, quants=(), console=Console(quiet=True))["passed"]
+    assert len(list((run / "merged").glob("*.safetensors"))) > 2
+    return run
+
+
+def misplaced(weight_map: dict) -> None:
+    first = next(iter(weight_map))
+    weight_map[first] = next(file for file in weight_map.values() if file != weight_map[first])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        misplaced,
+        lambda weight_map: weight_map.popitem(),
+        lambda weight_map: weight_map.update(new=next(iter(weight_map.values()))),
+    ],
+    ids=["misplaced", "missing", "unknown"],
+)
+def test_an_index_that_names_tensors_wrongly_is_noticed(change, sharded, tmp_path):
+    run = Path(shutil.copytree(sharded, tmp_path / "toy"))
+    assert verify(run, console=Console(quiet=True))["passed"]
+    index = read_json(run / "merged" / "model.safetensors.index.json")
+    change(index["weight_map"])
+    (run / "merged" / "model.safetensors.index.json").write_text(json.dumps(index))
+    resign(run)
+    assert not verify(run, console=Console(quiet=True))["passed"]
+
+
+def test_a_file_changed_after_its_certificate_is_noticed_whatever_export_json_says(sound, tmp_path):
+    run = Path(shutil.copytree(sound, tmp_path / "toy"))
+    text("gguf/Modelfile", "PARAMETER num_ctx", "# PARAMETER num_ctx")(run)
+    certificate = read_json(run / "certificate.json")
+    resign(run)
+    (run / "certificate.json").write_text(json.dumps(certificate))
+    failed = {check["name"] for check in verify(run, console=Console(quiet=True))["checks"] if not check["passed"]}
+    assert "files changed since their certificate" in failed

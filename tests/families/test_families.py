@@ -174,7 +174,7 @@ def test_every_step_from_mix_to_generate_works_in_the_modes_the_model_has(name, 
     report.conclude(compared, console, tmp_path / "comparison")
     assert (tmp_path / "comparison" / "comparison.png").is_file()
 
-    certificate = export(runs[0], quants=loaded.export.quantization_method, say=lambda _: None)
+    certificate = export(runs[0], quants=loaded.export.quantization_method, console=Console(quiet=True))
     assert certificate["passed"]
     assert {f for f in certificate["files"] if f.endswith(".gguf")} == {"gguf/one.f16.gguf", "gguf/one.q8_0.gguf"}
 

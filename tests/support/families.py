@@ -18,6 +18,14 @@ LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+LLAMA3_ROPE = {
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 64,
+    "rope_type": "llama3",
+}
+"""As in config.json of Llama 3.1 and 3.2, whose original length is 8192: short, so that a short text shows it."""
 LLAMA3_SPECIAL = [
     "begin_of_text",
     "end_of_text",
@@ -253,7 +261,23 @@ def build(name: str, folder: Path) -> Path:
     stops = [tokenizer.token_to_id(t) for t in tiny.stops]
     model.generation_config.update(do_sample=True, eos_token_id=stops if len(stops) > 1 else stops[0], **tiny.sampling)
     model.save_pretrained(folder)
+    config = hub_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return folder
+
+
+def hub_config(saved: dict) -> dict:
+    """config.json in the spelling of the Hub's repositories (transformers 4), from what transformers 5 saves."""
+    kept = {key: value for key, value in saved.items() if key not in ("rope_parameters", "layer_types", "dtype")}
+    rope = saved["rope_parameters"]
+    kept |= {"torch_dtype": saved["dtype"], "transformers_version": "4.51.3", "rope_scaling": None}
+    if saved["model_type"] == "gemma3_text":
+        kept |= {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"], "sliding_window_pattern": LAYERS}
+        rope = rope["full_attention"]
+        del kept["tie_word_embeddings"]  # left to the default, which is true for Gemma
+    if saved["model_type"] == "llama" and not saved["tie_word_embeddings"]:
+        kept["rope_scaling"] = LLAMA3_ROPE
+    return kept | {"rope_theta": rope["rope_theta"]}
 
 
 def build_tokenizer(name: str, folder: Path):

@@ -85,8 +85,8 @@ def make_run(folder: Path, seed: int = 1, noise: float = 0.002, base: Path = POC
 
 def make_gguf(folder: Path, quant: str = "q8_0") -> Path:
     """The pocket model itself as this run's GGUF, with a certificate about it: what is served is not at question here."""
-    from toolkit.export.gguf_file import write_gguf
-    from toolkit.export.merge import Checkpoint
+    from toolkit.export.checkpoint import Checkpoint
+    from toolkit.export.gguf import write_gguf
 
     path = folder / "gguf" / f"{folder.name}.{quant}.gguf"
     path.parent.mkdir()

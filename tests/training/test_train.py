@@ -468,7 +468,7 @@ def test_a_folder_laid_out_like_unsloths_dynamic_4bit_checkpoints_trains_and_exp
     assert (kinds[kept], kinds["model.layers.0.mlp.down_proj"]) == ("Linear", "Linear4bit")
     folder = run.train(plan, Console(file=Screen()), score=False)
     for onto, label in (("16bit", "toy"), ("4bit", "toy-unsloth-bnb-4bit")):
-        certificate = export(folder, quants=("q8_0",), onto=onto, say=lambda _: None)
+        certificate = export(folder, quants=("q8_0",), onto=onto, console=Console(quiet=True))
         assert (certificate["passed"], certificate["inputs"]["base"]) == (True, label)
 
 

@@ -98,7 +98,7 @@ def test_every_verb_of_a_run_fits_the_terminal_and_says_what_comes_next(here):
         (["reproduce", "a"], "equal"),
         (["export", "a", "--quant", "q8_0"], "next: "),
         (["export", "a", "--quant", "q8_0", "--details"], "verified"),
-        (["export", "a", "--quant", "q8_0", "--push", "me/a"], "--really-push"),
+        (["export", "a", "--quant", "q8_0"], "hf upload"),
         (["verify", "a"], "verified: "),
         (["generate", "a", str(here / "prompts.txt"), str(here / "replies.jsonl"), "--max-new-tokens", "8"], "4 replies"),
         (["replay", "pocket", "--count", "2", *FEW], "rows"),

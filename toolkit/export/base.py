@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from toolkit.export.merge import Checkpoint, find_base, four_bit_round_trip
+from toolkit.export.checkpoint import Checkpoint, find_base
+from toolkit.export.merge import four_bit_round_trip
 from toolkit.files import ToolkitError, write_json
 from toolkit.training.model import adapter_checksums
 

@@ -16,8 +16,8 @@ import httpx
 
 from toolkit.files import ToolkitError
 
-SMALL = 200_000_000
-"""Below so many bytes of weights one thread is quickest: several mostly wait for each other."""
+SMALL = 600_000_000
+"""Below so many bytes of weights one thread is quickest: several mostly wait for each other, on a shared machine most of all."""
 PAGE = json.dumps({"customJson": json.dumps({"tools": []})})
 """Settings of the chat page at its first visit. It offers tools of its own to every model, which makes a prompt of 46
 tokens one of 550; its custom parameters replace them in each request."""

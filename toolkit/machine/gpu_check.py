@@ -127,7 +127,7 @@ def export() -> Result:
     """Merged weights and a GGUF with their certificate."""
     from toolkit.export import export
 
-    certificate = export(outputs() / PLAIN, quants=("q8_0",), say=lambda _: None)
+    certificate = export(outputs() / PLAIN, quants=("q8_0",), console=Console(quiet=True))
     if not certificate["passed"]:
         raise ToolkitError("the certificate did not pass")
     return "merged and q8_0, certificate passed", {}

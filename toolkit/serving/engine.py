@@ -9,14 +9,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console
+
 from toolkit.data.render import load_chat
-from toolkit.export.gguf_file import GgufFile, chat_template, check_quant, write_gguf, write_lora_gguf, written_files
+from toolkit.export.checkpoint import Checkpoint
+from toolkit.export.gguf import GgufFile, write_gguf, write_lora_gguf
+from toolkit.export.gguf_types import check_quant
 from toolkit.export.llama import Engine, launch
-from toolkit.export.merge import Checkpoint, Merged, open_merged
+from toolkit.export.merge import Merged, open_merged
+from toolkit.export.record import written_files
+from toolkit.export.tokenizer import chat_template
 from toolkit.family import KINDS, family_of, sampling_of
 from toolkit.files import ToolkitError, complete, lock, outputs, read_json, sha256, write_text
 from toolkit.serving.guard import listening_socket
 from toolkit.training.model import check_adapter, run_folder
+from toolkit.view.progress import Progress
 
 Say = Callable[[str], None]
 BASE = "base"
@@ -120,8 +127,10 @@ def converted(folders: Sequence[Path], quant: str, say: Say) -> Files:
     with lock(cache, "serve", wait=True):
         if not is_intact(weights, say):
             say(f"converting {base.label} to {quant}, once for all runs on it")
-            with complete(weights) as partial:
-                write_gguf(checkpoint, partial, quant, base.label, folders[0] / "adapter", say)
+            tokenizer = folders[0] / "adapter"
+            progress = Progress(Console(), f"converting to {quant}", total=len(checkpoint.weights))
+            with complete(weights) as partial, progress:
+                write_gguf(checkpoint, partial, quant, base.label, tokenizer, progress.advance)
             note_checksum(weights)
         for folder, run in zip(folders, merged, strict=True):
             loras.append(lora_file(cache, folder, run, checkpoint.config, say))

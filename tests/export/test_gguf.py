@@ -11,21 +11,13 @@ import pytest
 
 from tests.support import families
 from tests.support.export_fixtures import PROJECTIONS, gguf_tensors, random_checkpoint, tokenizer
-from toolkit.export.gguf_file import (
-    QUANTS,
-    GgufFile,
-    check_quant,
-    check_supported,
-    convertible,
-    plan_tensors,
-    use_more_bits,
-    write_gguf,
-    write_lora_gguf,
-)
+from toolkit.export.checkpoint import Adapter, Checkpoint
+from toolkit.export.gguf import KEEP_TEMPLATE, GgufFile, header, plan_tensors, write_gguf, write_lora_gguf
+from toolkit.export.gguf_types import check_quant, check_supported, convertible, tensor_type, use_more_bits
 from toolkit.export.llama import launch
-from toolkit.export.merge import Adapter, Checkpoint
 from toolkit.export.parity import file_divergence
 from toolkit.files import ROOT, ToolkitError
+from toolkit.recipe import QUANTS
 
 MEASURED = json.loads((ROOT / "data_recipes" / "measured" / "gguf_parity.json").read_text())
 CASES = MEASURED["cases"]
@@ -130,7 +122,7 @@ def test_the_header_says_what_the_folder_says(checkpoint, tmp_path):
     assert value("qwen3.context_length") == 4096
     assert value("qwen3.rope.freq_base") == 1e6
     assert value("tokenizer.ggml.pre") == "qwen2"
-    assert value("tokenizer.chat_template") == tok.chat_template
+    assert value("tokenizer.chat_template") == KEEP_TEMPLATE + tok.chat_template
     assert value("tokenizer.ggml.eos_token_id") == tok.convert_tokens_to_ids("<|im_end|>")
     assert value("tokenizer.ggml.padding_token_id") == tok.convert_tokens_to_ids("<|endoftext|>")
     assert value("tokenizer.ggml.tokens")[: len(tok)] == tok.convert_ids_to_tokens(range(len(tok)))
@@ -143,10 +135,10 @@ def test_a_real_qwen3_vocabulary_goes_over_whole(qwen3, tmp_path):
         (folder / name).write_bytes((Path(qwen3) / name).read_bytes())
     write_gguf(Checkpoint(folder), tmp_path / "x.gguf", "q8_0", "x")
     file = GgufFile(tmp_path / "x.gguf")
-    tokens, merges = (file.fields[f"tokenizer.ggml.{name}"] for name in ("tokens", "merges"))
-    assert len(tokens.data) == 151936
-    assert len(merges.data) == 151387
-    assert tokens.contents(151667) == "<think>"
+    tokens, merges = (file.value(f"tokenizer.ggml.{name}") for name in ("tokens", "merges"))
+    assert len(tokens) == 151936
+    assert len(merges) == 151387
+    assert tokens[151667] == "<think>"
     assert file.value("tokenizer.ggml.eos_token_id") == 151645
 
 
@@ -186,24 +178,30 @@ def test_llama_cpp_computes_the_base_and_with_the_lora_the_tuned_model_of_every_
     engine = launch(tmp_path / "base.gguf", [tmp_path / "lora.gguf"])
 
     def kl(reference, scale: int) -> float:
-        return file_divergence(engine, reference, [ids], 70, lora=[{"id": 0, "scale": scale}])["mean"]
+        return file_divergence(engine, reference, [ids], 70, lora=[{"id": 0, "scale": scale}]).mean
 
     assert kl(tuned, 1) < 1e-5
     assert kl(base, 0) < 1e-5
     assert kl(base, 1) > 1e-2  # the two can be told apart
 
 
-LLAMA3_1 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+POSITIONS = {
+    "llama 3.1 on the Hub": ("llama3", {"rope_scaling": families.LLAMA3_ROPE}),
+    "llama 3.1 as transformers 5 saves it": (
+        "llama3",
+        {"rope_scaling": None, "rope_theta": None, "rope_parameters": families.LLAMA3_ROPE | {"rope_theta": 5e5}},
+    ),
+    "yarn as Qwen3's card says": ("qwen3", {"rope_scaling": {"rope_type": "yarn"} | YARN}),
+    "yarn as Qwen2.5's card says": ("qwen2.5", {"rope_scaling": {"type": "yarn"} | YARN}),
+    "yarn as transformers 5 saves it": ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6} | YARN}),
+    "linear": ("smollm2", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    "linear in gemma 3's full attention": ("gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}),
+    "gemma 3's window": ("gemma3", {"sliding_window": 8}),
+}
 
 
-@pytest.mark.parametrize(
-    ("name", "changes"),
-    [
-        ("llama3", {"rope_parameters": LLAMA3_1 | {"original_max_position_embeddings": 64}}),
-        ("gemma3", {"sliding_window": 8}),
-    ],
-    ids=["llama3.1's stretched positions", "gemma3's window"],
-)
+@pytest.mark.parametrize(("name", "changes"), POSITIONS.values(), ids=POSITIONS)
 def test_llama_cpp_computes_the_positions_of_the_config(name, changes, tmp_path):
     import torch
     from transformers import AutoModelForCausalLM
@@ -215,13 +213,17 @@ def test_llama_cpp_computes_the_positions_of_the_config(name, changes, tmp_path)
         with torch.inference_mode():
             return model(torch.tensor([ids])).logits[0].log_softmax(-1).numpy()
 
-    plain = logits()
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-    write_gguf(Checkpoint(folder), tmp_path / "base.gguf", "f16", "base")
+    (folder / "config.json").write_text(json.dumps(config | {"rope_scaling": None}))
+    plain = logits()
+    changed = {key: value for key, value in (config | changes).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(changed))
+    model = Checkpoint(folder)
+    write_gguf(model, tmp_path / "base.gguf", "f16", "base")
+    assert model.config == changed  # reading the defaults of transformers changes nothing
     engine = launch(tmp_path / "base.gguf")
-    assert file_divergence(engine, logits(), [ids], 70)["mean"] < 1e-5
-    assert file_divergence(engine, plain, [ids], 70)["mean"] > 1e-5  # the change is one that can be seen
+    assert file_divergence(engine, logits(), [ids], 70).mean < 1e-5
+    assert file_divergence(engine, plain, [ids], 70).mean > 1e-5  # the change is one that can be seen
 
 
 def test_another_architecture_is_refused_with_the_way_out(checkpoint, monkeypatch):
@@ -229,7 +231,9 @@ def test_another_architecture_is_refused_with_the_way_out(checkpoint, monkeypatc
     assert convertible(model.config) is None
     assert "'mistral' is not among those converted here. Merged weights" in convertible({"model_type": "mistral"})
     assert "attention_bias" in convertible(model.config | {"attention_bias": True})
-    assert "rope type 'dynamic'" in convertible(model.config | {"rope_scaling": {"type": "dynamic", "factor": 2.0}})
+    for key in ("type", "rope_type"):
+        dynamic = {key: "dynamic", "factor": 2.0}
+        assert "rope type 'dynamic'" in convertible(model.config | {"rope_scaling": dynamic})
     assert "activation 'gelu'" in convertible(model.config | {"hidden_act": "gelu"})
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024, "rope_theta": 10000.0}
     assert convertible(model.config | {"rope_parameters": yarn | {"beta_fast": 32}}) is None
@@ -237,7 +241,7 @@ def test_another_architecture_is_refused_with_the_way_out(checkpoint, monkeypatc
         assert f"YaRN {key}" in convertible(model.config | {"rope_parameters": yarn | {key: value}})
     monkeypatch.setitem(model.config, "model_type", "qwen3_moe")
     with pytest.raises(ToolkitError, match=r"'qwen3_moe'.*--to merged.*convert_hf_to_gguf\.py"):
-        check_supported(model)
+        check_supported(model.config, model.folder)
 
 
 def test_an_unknown_quantization_is_refused_with_the_way_out():
@@ -258,3 +262,98 @@ def test_a_weight_too_large_for_f16_is_an_error_not_an_infinity(tmp_path):
     folder = random_checkpoint(tmp_path / "model", 1, True, 32, scale=1e6)
     with pytest.raises(ToolkitError, match="export bf16"):
         write_gguf(Checkpoint(folder), tmp_path / "x.gguf", "f16", "x")
+
+
+# What llama.cpp is told besides the tensors
+
+
+def test_attn_v_of_an_80_layer_model_gets_five_bits_as_llama_quantize_gives_it():
+    """src/llama-quant.cpp: LLM_TYPE_70B, whose eight heads share one attn_v."""
+    qwen = {"model_type": "qwen2", "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8}
+    llama_65b = qwen | {"model_type": "llama", "num_key_value_heads": 64}
+
+    def kinds(config: dict, quant: str = "q4_k_m") -> set[str]:
+        names = [f"blk.{i}.attn_v.weight" for i in range(config["num_hidden_layers"])]
+        return {tensor_type(name, (1024, 8192), quant, config, False) for name in names}
+
+    assert kinds(qwen) == kinds(qwen | {"model_type": "llama"}) == {"Q5_K", "Q6_K"}
+    assert kinds(llama_65b) == kinds(qwen | {"num_hidden_layers": 64}) == {"Q4_K", "Q6_K"}
+    assert kinds(qwen, "q5_k_m") == {"Q5_K", "Q6_K"}
+    assert tensor_type("blk.20.ffn_down.weight", (8192, 8192), "q4_k_m", qwen, False) == "Q4_K"
+
+
+def test_a_file_says_how_its_model_is_sampled_where_the_model_says_so(tmp_path):
+    def sampling(name: str) -> dict:
+        folder = families.build(name, tmp_path / name)
+        values = header(Checkpoint(folder), folder, "f16", "x").kv_data[0]
+        return {k.removeprefix("general.sampling."): v.value for k, v in values.items() if "sampling" in k}
+
+    assert sampling("qwen3") == {"temp": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0}
+    assert sampling("qwen2.5") == {"temp": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0, "penalty_repeat": 1.1}
+    assert sampling("gemma3") == {"top_k": 64, "top_p": 0.95}  # says no temperature, and Qwen's is none of its own
+    assert sampling("smollm2") == {}
+
+
+def test_a_file_names_the_first_token_that_only_config_json_knows(tmp_path):
+    folder = families.build("qwen3", tmp_path / "base")
+    config = json.loads((folder / "config.json").read_text()) | {"bos_token_id": 3}
+    (folder / "config.json").write_text(json.dumps(config))
+    values = header(Checkpoint(folder), folder, "f16", "x").kv_data[0]
+    assert values["tokenizer.ggml.bos_token_id"].value == 3
+    assert values["tokenizer.ggml.add_bos_token"].value is False
+
+
+def test_the_template_in_a_file_is_too_far_from_ollamas_own_to_be_replaced_and_renders_the_same(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = families.build("smollm2", tmp_path / "base")
+    text = header(Checkpoint(folder), folder, "f16", "x").kv_data[0]["tokenizer.chat_template"].value
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert len(text) - len(tokenizer.chat_template) > 100  # template/template.go of Ollama: an edit distance below 100
+    messages = [{"role": "user", "content": "Hi"}]
+    rendered = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert tokenizer.apply_chat_template(messages, tokenize=False, chat_template=text) == rendered
+
+
+def tokenizer_with(**changes) -> dict:
+    return json.loads(tokenizer().backend_tokenizer.to_str()) | changes
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_have_is_named_before_training(checkpoint):
+    config = checkpoint(4, True, 96).config
+    assert convertible(config, tokenizer_with()) is None
+    assert "normalizer Lowercase" in convertible(config, tokenizer_with(normalizer={"type": "Lowercase"}))
+    both = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}
+    assert "normalizer Lowercase" in convertible(config, tokenizer_with(normalizer=both))
+    for key in ("lstrip", "rstrip"):
+        tokens = tokenizer_with()["added_tokens"]
+        tokens[1][key] = True
+        assert "takes in the blanks beside it" in convertible(config, tokenizer_with(added_tokens=tokens))
+    tokens = [*tokenizer_with()["added_tokens"], {"id": 512, "content": "<new>", "special": True}]
+    assert "a token 512, the model's embedding 512 rows" in convertible(config, tokenizer_with(added_tokens=tokens))
+    named = {"chat_template": [{"name": "default", "template": "x"}, {"name": "tool_use", "template": "y"}]}
+    assert "several chat templates (default, tool_use)" in convertible(config, tokenizer_with(), named)
+
+
+def test_our_reader_of_gguf_files_reads_what_ggufs_reads(checkpoint, tmp_path):
+    import gguf
+
+    write_gguf(checkpoint(4, True, 256), tmp_path / "x.gguf", "q4_k_m", "x")
+    ours = GgufFile(tmp_path / "x.gguf")
+    theirs = gguf.GGUFReader(tmp_path / "x.gguf")
+    fields = {name: field.contents() for name, field in theirs.fields.items() if not name.startswith("GGUF.")}
+    assert ours.values == fields
+    assert list(ours.tensors) == [tensor.name for tensor in theirs.tensors]
+    for tensor in theirs.tensors:
+        mine = ours.tensors[tensor.name]
+        assert (mine.kind, mine.shape) == (tensor.tensor_type.name, tuple(reversed(tensor.shape.tolist())))
+        assert mine.data.tobytes() == tensor.data.tobytes()
+
+
+@pytest.mark.parametrize("length", [0, 3, 20, 300, 20_000, -1])
+def test_a_cut_gguf_is_a_clear_error(length, checkpoint, tmp_path):
+    write_gguf(checkpoint(4, True, 96), tmp_path / "x.gguf", "q8_0", "x")
+    data = (tmp_path / "x.gguf").read_bytes()
+    (tmp_path / "x.gguf").write_bytes(data[:length])
+    with pytest.raises(ToolkitError, match="no whole GGUF file"):
+        GgufFile(tmp_path / "x.gguf")

@@ -1,0 +1,78 @@
+"""export.json: what an export has written, by checksum, for one set of inputs; and the mark of a failed one.
+
+record = Record(run, inputs); record.make(run / "merged" / "config.json", text)
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from toolkit.files import complete, describe, read_json, write_json, write_text
+
+FAILED = "EXPORT_FAILED.txt"
+Content = str | bytes | Callable[[Path], object]
+"""A file's content, or a function that writes it to a path."""
+
+
+class Record:
+    """What an export has written. A file whose recorded checksum and inputs still match is kept, so that a repeated export
+    writes only what is missing."""
+
+    def __init__(self, run: Path, inputs: dict[str, Any]):
+        self.run = run
+        self.inputs = inputs
+        self.files: dict[str, dict[str, Any]] = {}
+        if not (run / "export.json").is_file():
+            return
+        old = read_json(run / "export.json")
+        self.files = old["files"]
+        if old["inputs"] != inputs:  # another adapter, base or scale: every old file is stale
+            uncertify(run)
+            for name in self.files:
+                (run / name).unlink(missing_ok=True)
+            self.files = {}
+
+    def make(self, path: Path, content: Content) -> bool:
+        """Write a content, or let `content(partial)` write, unless the file is there already; True if it was written."""
+        name = path.relative_to(self.run).as_posix()
+        data = content.encode() if isinstance(content, str) else content
+        kept = path.is_file() and self.files.get(name) == describe(path)
+        if kept and (callable(data) or path.read_bytes() == data):
+            return False
+        uncertify(self.run)
+        with complete(path) as partial:
+            if callable(data):
+                data(partial)
+            else:
+                partial.write_bytes(data)
+        self.files[name] = describe(path)
+        write_json(self.run / "export.json", {"inputs": self.inputs, "files": self.files})
+        return True
+
+    def drop(self, name: str) -> None:
+        """Delete a file of an earlier export that this one does not have."""
+        uncertify(self.run)
+        (self.run / name).unlink(missing_ok=True)
+        del self.files[name]
+
+
+def uncertify(run: Path) -> None:
+    """Withdraw a certificate: the files are about to change, or to be looked at again."""
+    for name in ("certificate.json", "certificate.md"):
+        (run / name).unlink(missing_ok=True)
+    write_text(run / FAILED, "Not verified yet: the export or its verification was interrupted.\n")
+
+
+def written_files(run: Path) -> list[Path]:
+    """The GGUF files that `export` wrote and that are still there, whatever else is beside them; the folder may have been
+    renamed since. All there are where it left no record."""
+    if not (run / "export.json").is_file():
+        return sorted((run / "gguf").glob("*.gguf"))
+    names = read_json(run / "export.json")["files"]
+    return [run / name for name in names if name.endswith(".gguf") and (run / name).is_file()]
+
+
+def as_json(value: dict[str, Any]) -> str:
+    """A settings file's text, as transformers lays it out."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,88 @@
+"""The tokenizer of a run's folder: loaded, copied, and what about it stands in the way of an export.
+
+tokenizer = load_tokenizer(Path("toolkit/pocket")); tokenizer_files(Path("toolkit/pocket")).keys()
+"""
+
+import functools
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toolkit.export.record import as_json
+from toolkit.files import ToolkitError, read_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TOKENIZER_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja special_tokens_map.json added_tokens.json
+vocab.json merges.txt tokenizer.model""".split()
+NAMED_TEMPLATES = "additional_chat_templates"
+"""transformers' folder of chat templates beside the default one."""
+TokenizerJson = dict[str, Any]
+"""The content of a tokenizer.json."""
+
+
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a folder. Raises ToolkitError when its files are missing or damaged."""
+    # a verification asks for the same one a dozen times, and a vocabulary of 150,000 tokens takes over a second
+    stamps = []
+    for name in TOKENIZER_FILES:
+        if (folder / name).is_file():
+            status = (folder / name).stat()
+            stamps.append((name, status.st_size, status.st_mtime_ns, status.st_ino))
+    return _load_tokenizer(folder.resolve(), tuple(stamps))
+
+
+@functools.lru_cache(maxsize=2)
+def _load_tokenizer(folder: Path, _stamps: tuple[tuple[str, int, int, int], ...]) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exceptions for a damaged tokenizer.json
+        raise ToolkitError(
+            f"{folder}: the tokenizer cannot be loaded ({str(error)[:200]}): restore its files"
+        ) from error
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """{file: content} of everything that makes a folder's tokenizer; one template where transformers reads one only."""
+    named = sorted(f"{NAMED_TEMPLATES}/{file.name}" for file in (folder / NAMED_TEMPLATES).glob("*.jinja"))
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES + named if (folder / name).is_file()}
+    if "chat_template.jinja" in files:
+        settings = read_json(folder / "tokenizer_config.json")
+        # transformers reads the file; other programs might read an older template that is left in the settings
+        if settings.pop("chat_template", None):
+            files["tokenizer_config.json"] = as_json(settings).encode()
+    return files
+
+
+def last_token(tokenizer: TokenizerJson) -> int:
+    """The largest id of a tokenizer.json."""
+    added = [token["id"] for token in tokenizer["added_tokens"]]
+    return max([*tokenizer["model"]["vocab"].values(), *added])
+
+
+def tokens_beyond(tokenizer: TokenizerJson, config: dict[str, Any]) -> str | None:
+    """Why a tokenizer does not fit a model; None where every token has a row of the embedding."""
+    rows = config.get("vocab_size")
+    last = last_token(tokenizer)
+    if rows is None or last < rows:
+        return None
+    return (
+        f"tokenizer.json has a token {last}, the model's embedding {rows} rows: tokens were added without "
+        "resize_token_embeddings. Take the tokenizer of the base, or resize the model, save it and train on that"
+    )
+
+
+def chat_template(folder: Path) -> str:
+    """The inference template. TRL's training variants carry {% generation %}, which no other program understands."""
+    text = load_tokenizer(folder).chat_template
+    if isinstance(text, dict):  # several by name
+        text = text["default"]
+    if not text or re.search(r"{%-?\s*generation\b", text):
+        raise ToolkitError(
+            f"{folder}: {'a training' if text else 'no'} chat template; expected the model's inference "
+            "template in chat_template.jinja (copy it from the base model's folder)"
+        )
+    return text
