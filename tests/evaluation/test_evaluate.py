@@ -19,7 +19,7 @@ from toolkit.evaluation.questions import as_question, choose, fingerprint, selec
 from toolkit.evaluation.score import leaks
 from toolkit.evaluation.stats import Sample, paired_difference
 from toolkit.evaluation.subject import LOGITS, LoadedRun, checksum, logits_at_once
-from toolkit.evaluation.words import verdict
+from toolkit.evaluation.words import own_rows_text, times_likelier, verdict
 from toolkit.family import MODES
 from toolkit.files import ToolkitError, read_jsonl
 from toolkit.run import questions
@@ -209,6 +209,46 @@ def test_the_result_has_the_documented_keys_and_flat_names():
     flat = summary(result)
     assert flat["eval/tuned/thinking/accuracy"] == 1.0
     assert (len(flat), {name.split("/")[1] for name in flat}) == (24, {"base", "tuned", "difference"})
+
+
+def test_three_held_out_rows_of_each_source_are_answered_before_and_after_beside_their_reference():
+    own = [
+        {"source": source, "mode": mode, "messages": SUMS[i]["messages"], "reference": f"it is {ANSWERS[f'{i} + 7?']}"}
+        for source, mode in (("mine", "thinking"), ("yours", "non_thinking"))
+        for i in range(9)
+    ]
+    plan = Plan(sized("quick", 40), dict.fromkeys(MODES, 64))
+    asked = select("quick", None, SUMS, CHAT, PROBES, own_rows=own, plan=plan)
+    result = score(Scripted(without_answers, perfect, kls, MODES), asked, Console(file=io.StringIO()))
+    rows = result["own_rows"]
+    assert [(row["source"], row["mode"]) for row in rows] == [("mine", "thinking")] * 3 + [
+        ("yours", "non_thinking")
+    ] * 3
+    for row in rows:
+        assert "I do not know" in row["base"]
+        assert row["tuned"].endswith(row["reference"].removeprefix("it is "))
+    lines = own_rows_text(result)
+    assert len(lines) == 4 * 6
+    assert max(map(len, lines)) <= 76
+    assert lines[0].startswith("mine (thinking): ")
+
+
+def test_sets_that_ship_are_named_as_a_check_of_what_was_kept_and_come_after_the_person_s_own_rows():
+    rows = [{"source": "mine", "mode": "thinking", "extra": 1.0} for _ in range(8)]
+    shipped = {"set": "chat"}
+    result = run(perfect, validation=rows, chat=[question | shipped for question in CHAT])
+    lines = verdict(result | {"shipped": ["chat"]})
+    assert lines[0].startswith("your held-out replies, mine (thinking): ")
+    assert lines[1] == "what was kept, chat with thinking: 100% → 100% (no change shown)"
+    assert any(line.startswith("sums with thinking: ") for line in lines)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (-0.875469, "2.4 times likelier"), (0.875469, "2.4 times less likely"), (0.0, "as likely as before"),
+    (-900.0, "5.18e+21 times likelier"),
+])  # fmt: skip
+def test_a_change_of_the_loss_reads_as_how_many_times_likelier(change, words):
+    assert times_likelier(change) == words
 
 
 def test_nothing_to_ask_is_an_error():

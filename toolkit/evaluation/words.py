@@ -220,7 +220,7 @@ def _first_three(names: list[str]) -> str:
 def own_rows_text(result: Evaluation, width: int = 76) -> list[str]:
     """The person's own held-out rows before and after, beside their reference, a line each."""
     lines = []
-    for row in result["own_rows"]:
+    for row in sorted(result["own_rows"], key=lambda row: (row["source"], row["mode"])):
         lines.append(f"{row['source']} ({mode_title(row['mode'])}): {' '.join(row['prompt'].split())}"[:width])
         for name in ("reference", "base", "tuned"):
             text = f"  {name:9}  {' '.join(row[name].split())}"
