@@ -67,6 +67,9 @@ def read(folder: Path) -> Mix | None:
             arrays = dict(file)
     except Exception:  # missing, or damaged: zipfile and numpy have many kinds of error for that
         return None
+    # written by an older version of this toolkit: it is compiled again
+    if "texts" not in arrays:
+        return None
     texts = json.loads(arrays["texts"].tobytes())
     # views of one array, no copies
     ids = np.split(arrays["ids"], arrays["ends"][:-1])
