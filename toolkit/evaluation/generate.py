@@ -170,12 +170,11 @@ def base_and_tuned(model, tokenizer, questions: Sequence[str], **options) -> lis
     conversations: list[Messages] = [[{"role": "user", "content": question}] for question in questions]
     rows = []
     for mode in modes_of(tokenizer):
-        replies = {}
-        for name in ("base", "tuned"):
-            with switched(model, name == "tuned"):
-                replies[name] = generate(model, tokenizer, conversations, mode, **options)
-        for place, question in enumerate(questions):
-            rows.append({"prompt": question, "mode": mode, **{name: those[place] for name, those in replies.items()}})
+        with switched(model, False):
+            base = generate(model, tokenizer, conversations, mode, **options)
+        tuned = generate(model, tokenizer, conversations, mode, **options)
+        for question, before, after in zip(questions, base, tuned, strict=True):
+            rows.append({"prompt": question, "mode": mode, "base": before, "tuned": after})
     return rows
 
 

@@ -187,21 +187,19 @@ def all_replies(subject: Subject, asked: Asked, progress: ProgressBar) -> ModeRe
 
 def own_row_replies(subject: Subject, asked: Asked, progress: ProgressBar) -> list[OwnRowReplies]:
     """The person's own held-out rows answered by base and tuned, beside their reference."""
-    rows: list[Any] = []
+    rows: list[OwnRowReplies] = []
     for mode in subject.modes:
         own = [row for row in asked.own_rows if row["mode"] == mode]
         conversations = [row["messages"] for row in own]
-        limit = asked.plan.limit(mode)
-        texts = {
-            model: [
-                r.text for r in subject.reply(conversations, mode, model == "tuned", progress, max_new_tokens=limit)
-            ]
+        base, tuned = (
+            subject.reply(conversations, mode, model == "tuned", progress, max_new_tokens=asked.plan.limit(mode))
             for model in MODELS
-            if own
-        }
-        for place, row in enumerate(own):
-            shown = {"source": row["source"], "mode": mode, "prompt": row["messages"][-1]["content"]}
-            rows.append({**shown, "reference": row["reference"], **{model: texts[model][place] for model in MODELS}})
+        )
+        for row, before, after in zip(own, base, tuned, strict=True):
+            rows.append({
+                "source": row["source"], "mode": mode, "prompt": row["messages"][-1]["content"],
+                "reference": row["reference"], "base": before.text, "tuned": after.text,
+            })  # fmt: skip
     return rows
 
 
