@@ -63,6 +63,9 @@ def test_it_asks_for_the_pins_of_requirements_txt_and_for_a_range_of_torch(wheel
     assert (told["Name"], told["Version"]) == ("qlora-toolkit", __version__)
     asked = dict(re.match(r"([\w.\-]+)([^;]*)", line).groups() for line in told.get_all("Requires-Dist"))
     low, high = (".".join(map(str, version)) for version in install.TORCH)
+    windows = [line for line in told.get_all("Requires-Dist") if "win32" in line]
+    assert [re.match(r"[\w-]+", line)[0] for line in windows] == ["triton-windows"]
+    assert asked.pop("triton-windows")
     assert set(asked.pop("torch").split(",")) == {f">={low}", f"<{high}"}
     pins = {name: f"=={version}" for name, version in install.pins().items()}
     assert asked == {name: pin for name, pin in pins.items() if name not in {"torch", *install.NO_DEPS}}
