@@ -85,12 +85,14 @@ def placeholder(action: argparse.Action) -> str:
     """What stands for an argument's value: `{quick,full}`, `N`, RUN."""
     if action.choices:
         return "{" + ",".join(map(str, action.choices)) + "}"
-    return str(action.metavar or action.dest.upper())
+    return str(action.metavar or action.dest.upper())  # a tuple is spelled below
 
 
 def spelling(action: argparse.Action) -> str:
     """An argument as it is typed."""
     value = "" if action.nargs == 0 else placeholder(action)
+    if isinstance(action.metavar, tuple):  # of an argument with several values of different kinds
+        value = " ".join(action.metavar)
     if action.nargs in ("+", "*"):
         value += " …"
     return f"{', '.join(action.option_strings)} {value}".strip()
@@ -100,13 +102,13 @@ def usage_of(action: argparse.Action) -> str:
     """The same in the line of use: in brackets where it may be left out."""
     value = spelling(action).removeprefix(", ".join(action.option_strings)).strip()
     word = f"{action.option_strings[0]} {value}".strip() if action.option_strings else value
-    return word if action.required and action.nargs != "?" else f"[{word}]"
+    return word if action.required and action.nargs not in ("?", "*") else f"[{word}]"
 
 
 def meaning(action: argparse.Action) -> str:
     """An argument's help, with its default where the help does not name one."""
     text = action.help or ""
-    shown = action.default not in (None, False, argparse.SUPPRESS, []) and "default" not in text
+    shown = action.default not in (None, False, argparse.SUPPRESS, [], ()) and "default" not in text
     default = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
     return f"{text}{'; ' if text else ''}default {default}" if shown else text
 

@@ -1,6 +1,7 @@
 """The two READMEs say the same: headings, commands, links and figures; and what they say of the project is so."""
 
 import re
+import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -97,6 +98,13 @@ def test_the_tables_of_verbs_name_them_all():
     """What a reader can do is in the README, or in the reference page that it links."""
     reference = read("docs/README.md")
     assert [verb for verb in command_line.VERBS if f"verbs/{verb}.md" not in reference] == []
+
+
+def test_make_help_fits_80_columns_and_every_verb_is_a_target():
+    listed = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert [line for line in listed if len(line) > 80] == []
+    targets = {line.split()[1] for line in listed}
+    assert set(command_line.VERBS) <= targets
 
 
 def test_the_language_links_are_there():
