@@ -6,7 +6,7 @@ from toolkit.data.dedup import NearDuplicates, sign; sign([row]); NearDuplicates
 import hashlib
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -96,12 +96,14 @@ class NearDuplicates:
 
     def __init__(self, decode: Decode):
         self._decode = decode
-        self._buckets: dict[bytes, list[Row]] = {}
+        self._buckets: defaultdict[bytes, list[Row]] = defaultdict(list)
 
     def find(self, row: Row) -> Row | None:
         """The earlier row that this one nearly repeats, or None."""
-        near = [earlier for band in bands_of(row) for earlier in self._buckets.get(band, ())[-CANDIDATES:]]
-        for earlier in dict.fromkeys(near):
+        near: dict[Row, None] = {}  # each once, in the order they came
+        for band in row.bands:
+            near.update(dict.fromkeys(self._buckets.get(band, [])[-CANDIDATES:]))
+        for earlier in near:
             # the share of equal MinHash values estimates the Jaccard similarity of the two sets of 5-grams
             if np.mean(earlier.signature == row.signature) >= SIMILAR and self._asks_the_same(row, earlier):
                 return earlier
@@ -109,9 +111,7 @@ class NearDuplicates:
 
     def add(self, row: Row) -> None:
         """Remember a row for later calls of `find`."""
-        for band in bands_of(row):
-            if band not in self._buckets:
-                self._buckets[band] = []
+        for band in row.bands:
             self._buckets[band].append(row)
 
     def _asks_the_same(self, row: Row, earlier: Row) -> bool:
@@ -142,6 +142,7 @@ def sign(rows: list[Row]) -> None:
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, starts, PERMUTATIONS, 42)
     for row, signature in zip(long, np.array(matrix.to_rows(), np.uint32), strict=True):
         row.signature = signature
+        row.bands = [bytes([i]) + part.tobytes() for i, part in enumerate(signature.reshape(BANDS, -1))]
 
 
 def _shingles(ids: np.ndarray) -> np.ndarray:
@@ -150,14 +151,6 @@ def _shingles(ids: np.ndarray) -> np.ndarray:
     for i in range(1, SHINGLE):
         hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + ids[i : len(ids) - SHINGLE + 1 + i]
     return hashes
-
-
-def bands_of(row: Row) -> list[bytes]:
-    """The parts of a row's signature as keys of an index; none without a signature."""
-    if row.bands is None:  # asked for up to three times
-        parts = () if row.signature is None else row.signature.reshape(BANDS, -1)
-        row.bands = [bytes([i]) + part.tobytes() for i, part in enumerate(parts)]
-    return row.bands
 
 
 def grams_of(prompts: list[str]) -> set[str]:

@@ -25,7 +25,7 @@ MEANINGS = {
     # yes or no: whether the loss counts a turn, or a whole row
     "train": (
         "train training trainable trained is_trained is_train do_train train_on train_detail training_detail loss loss_mask "
-        "loss_weight loss_scale compute_loss calculate_loss has_loss weight supervise supervised learn learnable"
+        "loss_weight loss_scale weights train_mask turn_mask include_in_loss is_trainable compute_loss calculate_loss has_loss weight supervise supervised learn learnable"
     ),
     "no_train": "masked is_masked ignore ignored skip exclude excluded no_loss no_train ignore_loss mask_loss",
     # in some sets 1 is "hidden from the loss", in others "counted by it"

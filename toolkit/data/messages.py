@@ -19,7 +19,7 @@ ROLES = {
 }
 READ_IN_TURNS = frozenset(("role", "from", "content", "value", "tool_calls", "function_call", "name", "tool_call_id"))
 TEXTS = ("reasoning", "system", "tools")
-TEXT_PARTS = ("text", "input_text", "output_text")
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 REASONING_PARTS = ("reasoning", "thinking", "thought", "reasoning_text", "reasoning_content")
 PART_TEXTS = ("text", "content", "value")
 
@@ -59,23 +59,25 @@ def read_notes(holder: dict[str, Json], known: frozenset[str], where: str, named
 
 def _note(notes: Notes, key: str, value: Json, where: str) -> None:
     """Sort a key that is beside the text by its meaning."""
-    kind = meaning(key)
-    if kind == "media":
-        raise Rejected("not_text", f"{where}{key!r} is not empty: only text is trained on")
-    if kind == "tools":
-        notes.tools += read_schema(value, f"{where}{key!r}: ")
-    elif kind == "reasoning":
-        notes.reasoning[key] = value
-    elif kind == "system":
-        notes.system[key] = value
-    elif kind in ("train", "no_train", "unclear"):
-        notes.marks[key] = value
-    elif kind in ("good", "bad") and is_good(key, value) is False:
-        notes.bad = f"{where}{key!r} is {value}"
-    elif kind == "nested" and type(value) is dict:
-        _note_nested(notes, key, value, where)
-    elif not kind or (kind == "good" and is_good(key, value) is None):
-        notes.not_read.append(key)
+    match meaning(key):
+        case "media":
+            raise Rejected("not_text", f"{where}{key!r} is not empty: only text is trained on")
+        case "tools":
+            notes.tools += read_schema(value, f"{where}{key!r}: ")
+        case "reasoning":
+            notes.reasoning[key] = value
+        case "system":
+            notes.system[key] = value
+        case "train" | "no_train" | "unclear":
+            notes.marks[key] = value
+        case "good" | "bad" if is_good(key, value) is False:
+            notes.bad = f"{where}{key!r} is {value}"
+        case "nested" if type(value) is dict:
+            _note_nested(notes, key, value, where)
+        case "good" if is_good(key, value) is None:  # the class of a classification
+            notes.not_read.append(key)
+        case "":
+            notes.not_read.append(key)
 
 
 def _note_nested(notes: Notes, key: str, value: dict[str, Json], where: str) -> None:
@@ -99,24 +101,30 @@ def read_turns(turns: list[Json], trained: list[bool] | None = None) -> tuple[li
     messages: list[Message] = []
     notes = Notes()
     for number, turn in enumerate(turns, start=1):
-        if type(turn) is not dict:
-            raise Rejected("wrong_type", f"turn {number} is {json_type(turn)}, expected role and content")
-        name = turn.get("role") or turn.get("from")
-        role = ROLES.get(name.lower()) if type(name) is str else None
-        if role is None:
-            reason = "missing_field" if name is None else "unknown_role"
-            raise Rejected(reason, f"turn {number}: role {name!r}, expected one of {', '.join(ROLES)}")
-        message = read_turn(turn, role, f"turn {number} ({name}): ", notes)
-        if trained is not None and not trained[number - 1] and message["role"] == "assistant":
+        role = role_of(turn, number)
+        message = read_turn(turn, role, f"turn {number} ({role}): ", notes)
+        if trained and not trained[number - 1] and message["role"] == "assistant":
             message["train"] = False
         if role == "call" and messages and messages[-1]["role"] == "assistant":
-            _join(messages[-1], message)
+            join(messages[-1], message)
         elif message["role"] != "system" or message["content"].strip():  # an empty system turn says nothing
             messages.append(message)
     return messages, notes
 
 
-def _join(message: Message, called: Message) -> None:
+def role_of(turn: Json, number: int) -> str:
+    """Who speaks: a value of ROLES. Raises Rejected."""
+    if type(turn) is not dict:
+        raise Rejected("wrong_type", f"turn {number} is {json_type(turn)}, expected role and content")
+    name = turn.get("role") or turn.get("from")
+    if name is None:
+        raise Rejected("missing_field", f"turn {number} has no role: expected one of {', '.join(ROLES)}")
+    if type(name) is not str or name.lower() not in ROLES:
+        raise Rejected("unknown_role", f"turn {number}: role {name!r}, expected one of {', '.join(ROLES)}")
+    return ROLES[name.lower()]
+
+
+def join(message: Message, called: Message) -> None:
     """A call in a turn of its own belongs to the text before it; one mark is enough for both."""
     message["tool_calls"] = message.get("tool_calls", []) + called["tool_calls"]
     if "train" in called:
@@ -125,6 +133,7 @@ def _join(message: Message, called: Message) -> None:
 
 def read_turn(turn: dict[str, Json], role: Json, where: str, notes: Notes) -> Message:
     """One turn as a message; what it says beside its text joins `notes`, which are those of the row."""
+    # most turns are a role and a text
     own = read_notes(turn, READ_IN_TURNS, where) if len(turn) > 2 else Notes()
     notes.tools += own.tools
     notes.not_read += own.not_read
@@ -132,22 +141,22 @@ def read_turn(turn: dict[str, Json], role: Json, where: str, notes: Notes) -> Me
     if role not in ("assistant", "call"):
         # Hermes keeps the results of calls in user turns
         result = TAGGED_RESULT.fullmatch(text) if "<tool_response>" in text else None
-        return {"role": "tool", "content": result[1]} if result else {"role": role, "content": text}
+        if result:
+            return {"role": "tool", "content": result[1]}
+        return {"role": role, "content": text}
     for name in own.reasoning:
         reasoning = reasoning or field_of(turn, name, where=where)
     if role == "call":  # the JSON of calls, perhaps after reasoning
         thought, close, call = text.rpartition("</think>")
         text = f"{thought}{close}<tool_call>{call}</tool_call>"
-    head, tag, tail = text.partition("<tool_call>")
-    if tag and not TAGGED_CALL.sub("", tag + tail).strip():  # calls end the text; elsewhere the tag is rejected
-        text = head.rstrip()
-        calls = calls + read_calls(tag + tail, where)
+    text, tagged = split_calls(text, where)
     message: Message = {"role": "assistant", "content": text}
     if reasoning.strip():
         message["reasoning_content"] = reasoning.strip("\r\n")
-    if calls:
-        message["tool_calls"] = [read_call(call, where) for call in calls]
-    if own.bad or not all(is_trained(key, value, where) for key, value in own.marks.items()):
+    if calls or tagged:
+        message["tool_calls"] = [read_call(call, where) for call in calls + tagged]
+    marks = [is_trained(key, value, where) for key, value in own.marks.items()]
+    if own.bad or not all(marks):
         message["train"] = False
     return message
 
@@ -155,45 +164,74 @@ def read_turn(turn: dict[str, Json], role: Json, where: str, notes: Notes) -> Me
 def read_content(turn: dict[str, Json], role: str, where: str) -> tuple[str, str, list[Json]]:
     """(text, reasoning, calls) of a turn, as far as its content and its fields for calls hold them."""
     calls = field_of(turn, "tool_calls", list, where, default=[])
-    if legacy := field_of(turn, "function_call", dict, where, default={}):  # OpenAI's one call, before tool_calls
+    legacy = field_of(turn, "function_call", dict, where, default={})
+    if legacy:  # OpenAI's one call, before tool_calls
         calls = [*calls, legacy]
     # ShareGPT's turns are from/value, but some sets mix both spellings
     key = "value" if turn.get("content") is None and "value" in turn else "content"
     if type(turn.get(key)) is list:
         text, reasoning, part_calls = read_parts(turn[key], role, where)
-        return text, reasoning, [*calls, *part_calls]
-    return field_of(turn, key, where=where, default="" if calls or role == "system" else None), "", calls
+        return text, reasoning, calls + part_calls
+    may_be_empty = calls or role == "system"
+    return field_of(turn, key, where=where, default="" if may_be_empty else None), "", calls
+
+
+def split_calls(text: str, where: str) -> tuple[str, list[Json]]:
+    """An answer without the <tool_call> tags that end it, and their calls. Elsewhere in a text the tag is rejected later."""
+    head, tag, tail = text.partition("<tool_call>")
+    calls = tag + tail
+    if not tag or TAGGED_CALL.sub("", calls).strip():
+        return text, []
+    return head.rstrip(), read_calls(calls, where)
 
 
 def read_parts(parts: list[Json], role: str, where: str) -> tuple[str, str, list[Json]]:
     """(text, reasoning, calls) of content parts, as OpenAI, Anthropic and Gemini write them. Raises Rejected."""
-    text, reasoning = "", ""
+    text = ""
+    thoughts: list[str] = []
     calls: list[Json] = []
     for part in parts:
-        part = {"text": part} if type(part) is str else part
-        kind = (part.get("type") or "text") if type(part) is dict else ""
-        if kind == "tool_use" and role == "assistant":
+        kind = kind_of_part(part)
+        if kind == "call" and role == "assistant":
             calls.append(part)
-        elif kind in REASONING_PARTS or (kind == "text" and part.get("thought") is True):
-            if role != "assistant" or text.strip():
-                raise Rejected("reasoning_out_of_place", f"{where}a part of reasoning that no answer follows")
-            reasoning += "\n" * bool(reasoning) + _text_of(part, (*PART_TEXTS, *REASONING_PARTS), where)
-        elif kind in TEXT_PARTS or kind == "refusal":
-            text += _text_of(part, (*PART_TEXTS, "refusal"), where)
+        elif kind == "text":
+            text += text_of_part(part, (*PART_TEXTS, "refusal"), where)
+        elif kind == "reasoning" and role == "assistant" and not text.strip():
+            thoughts.append(text_of_part(part, (*PART_TEXTS, *REASONING_PARTS), where))
+        elif kind == "reasoning":
+            raise Rejected("reasoning_out_of_place", f"{where}a part of reasoning that no answer follows")
         else:
-            raise Rejected("not_text", f"{where}content has a part of type {kind or json_type(part)!r}, not text")
-    return text, reasoning, calls
+            raise Rejected("not_text", f"{where}content has a part of type {kind!r}, not text")
+    return text, "\n".join(thoughts), calls
 
 
-def _text_of(part: dict[str, Json], keys: tuple[str, ...], where: str) -> str:
-    """The text of a part, which must hold nothing else: a text part may come with a picture."""
+def kind_of_part(part: Json) -> str:
+    """text, reasoning or call; for other parts their own type."""
+    if type(part) is str:
+        return "text"
+    if type(part) is not dict:
+        return json_type(part)
+    kind = part.get("type") or "text"
+    if kind in REASONING_PARTS or (kind == "text" and part.get("thought") is True):  # Gemini: thought: true
+        return "reasoning"
+    if kind == "tool_use":
+        return "call"
+    return "text" if kind in TEXT_PARTS else str(kind)
+
+
+def text_of_part(part: Json, keys: tuple[str, ...], where: str) -> str:
+    """The text of a part, which must hold nothing else: a text part may come with a picture. Raises Rejected."""
+    if type(part) is str:
+        return part
     texts = [part[key] for key in keys if type(part.get(key)) in (str, list)]
     # Mistral's thinking parts hold text parts
     if texts and type(texts[0]) is list:
         texts = [read_parts(texts[0], "assistant", where)[0]]
-    beside = [key for key, value in part.items() if key not in keys and meaning(key) == "media" and not is_empty(value)]
-    if len(texts) != 1 or type(texts[0]) is not str or beside:
-        raise Rejected("not_text", f"{where}content has parts that are not text: {', '.join(beside) or str(part)[:60]}")
+    for key, value in part.items():
+        if key not in keys and meaning(key) == "media" and not is_empty(value):
+            raise Rejected("not_text", f"{where}a part of the content has {key!r} beside its text")
+    if len(texts) != 1:
+        raise Rejected("not_text", f"{where}content has a part without one text: {str(part)[:60]}")
     return texts[0]
 
 

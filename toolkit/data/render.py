@@ -55,11 +55,13 @@ def supervised_turns(messages: list[Message], turns: str) -> list[int]:
 def check_special_tokens(conversation: Conversation, chat: Chat) -> None:
     """Raises Rejected for a text that holds what the tokenizer at hand reads as structure."""
     messages = conversation["messages"]
-    texts = [message["content"] for message in messages]
-    texts += [message["reasoning_content"] for message in messages if "reasoning_content" in message]
-    calls = [message["tool_calls"] for message in messages if "tool_calls" in message]
-    if calls or "tools" in conversation:
-        texts.append(str([calls, conversation.get("tools")]))
+    texts = [str(conversation["tools"])] if "tools" in conversation else []
+    for message in messages:
+        texts.append(message["content"])
+        if "reasoning_content" in message:
+            texts.append(message["reasoning_content"])
+        if "tool_calls" in message:
+            texts.append(str(message["tool_calls"]))
     if hit := chat.special.search("\n".join(texts)):
         raise Rejected("control_token", f"the text holds {hit.group()!r}, which {chat.name} reads as structure")
 
@@ -109,14 +111,22 @@ def check_kept(
     before: list[Message], tools: list[dict[str, Json]] | None, prompt: str, reply: Message, completion: str
 ) -> None:
     """Templates for images drop text that is not a list of parts, others reasoning, tools or calls, and say nothing."""
-    parts = [("text", m["content"], prompt) for m in before if m["role"] in ("system", "user")]
-    parts += [("tool", tool["function"]["name"], prompt) for tool in tools or ()]
-    parts += [("call", call["function"]["name"], prompt) for m in before for call in m.get("tool_calls", ())]
-    parts += [("answer", reply["content"], completion), ("reasoning", reply.get("reasoning_content", ""), completion)]
-    parts += [("call", call["function"]["name"], completion) for call in reply.get("tool_calls", ())]
-    for what, text, rendered in parts:
-        if text.strip() not in rendered:
-            raise Rejected(f"{what}_lost", f"the chat template leaves out the {what} {text.strip()[:60]!r}")
+    for tool in tools or ():
+        _expect("tool", tool["function"]["name"], prompt)
+    for message in before:
+        if message["role"] in ("system", "user"):
+            _expect("text", message["content"], prompt)
+        for call in message.get("tool_calls", ()):
+            _expect("call", call["function"]["name"], prompt)
+    _expect("answer", reply["content"], completion)
+    _expect("reasoning", reply.get("reasoning_content", ""), completion)
+    for call in reply.get("tool_calls", ()):
+        _expect("call", call["function"]["name"], completion)
+
+
+def _expect(what: str, text: str, rendered: str) -> None:
+    if text.strip() not in rendered:
+        raise Rejected(f"{what}_lost", f"the chat template leaves out the {what} {text.strip()[:60]!r}")
 
 
 # --- Qwen3's soft switches -------------------------------------------------------------------------------------------
@@ -133,11 +143,15 @@ def with_switch(conversation: Conversation, chat: Chat) -> Conversation:
 
     It stays as it is where they differ (a call without reasoning, then a reasoned answer), where a switch is typed
     already, and with a model that knows none."""
-    messages = list(conversation["messages"])
-    last = max(i for i, m in enumerate(messages) if m["role"] == "user")
-    reasoned = {"reasoning_content" in m for m in messages[last:] if m["role"] == "assistant"}
-    question = messages[last]["content"]
-    if not chat.switches or chat.kind != "hybrid" or len(reasoned) > 1 or SWITCH.search(question):
+    if not chat.switches or chat.kind != "hybrid":
         return conversation
-    messages[last] = {"role": "user", "content": question + (" /think" if True in reasoned else " /no_think")}
+    messages = list(conversation["messages"])
+    last = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    question = messages[last]["content"]
+    replies = [message for message in messages[last:] if message["role"] == "assistant"]
+    reasoned = ["reasoning_content" in message for message in replies]
+    if any(reasoned) != all(reasoned) or SWITCH.search(question):
+        return conversation
+    switch = "/think" if all(reasoned) else "/no_think"
+    messages[last] = {"role": "user", "content": f"{question} {switch}"}
     return {**conversation, "messages": messages}

@@ -31,7 +31,7 @@ class Row:
     """Up to the supervised turn. In a compiled mix only held-out rows have theirs: evaluation asks them again."""
     signature: np.ndarray | None = field(default=None, repr=False)
     """MinHash of the completion, by which near duplicates are found."""
-    bands: list[bytes] | None = field(default=None, repr=False)
+    bands: list[bytes] = field(default_factory=list, repr=False)
     """The signature in parts, as keys of their index."""
 
     @property

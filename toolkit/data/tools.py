@@ -65,9 +65,12 @@ def read_schema(value: Json, where: str) -> list[dict[str, Json]]:
 
 def check_calls(messages: list[Message], tools: list[dict[str, Json]]) -> None:
     """Raises Rejected where a called tool is not in the row's schema, and for numbers that JSON does not have."""
-    calls = [call for message in messages for call in message.get("tool_calls", ())]
+    calls: list[ToolCall] = []
+    for message in messages:
+        calls += message.get("tool_calls", [])
     names = [tool["function"]["name"] for tool in tools]
-    for name in (call["function"]["name"] for call in calls):
+    for call in calls:
+        name = call["function"]["name"]
         # without a schema the tools are described in the system prompt, if at all
         if names and name not in names:
             raise Rejected("unknown_tool", f"{name!r} is called; the row's tools are {', '.join(names)[:200]}")
