@@ -68,19 +68,19 @@ class Duplicates:
         self._by_prompt: dict[bytes, Row] = {}
         self._by_text: dict[bytes, Row] = {}
 
-    def find(self, row: Row) -> Row | None:
-        """The earlier row that this one repeats; None where there is none, and then it is remembered."""
-        key = prompt_key(row.conversation)
+    def find(self, row: Row, key: bytes) -> Row | None:
+        """The earlier row that this one repeats; None where there is none, and then it is remembered under its prompt's
+        `key`."""
         first = self._by_prompt.get(key)
         if first is None:  # whole texts are decoded only where two rows ask the same
             self._by_prompt[key] = row
             return None
         self._by_text[self._text_key(first)] = first
-        key = self._text_key(row)
-        if key not in self._by_text:
-            self._by_text[key] = row
+        text = self._text_key(row)
+        if text not in self._by_text:
+            self._by_text[text] = row
             return None
-        return self._by_text[key]
+        return self._by_text[text]
 
     def _text_key(self, row: Row) -> bytes:
         return digest(TYPED.sub("", self._decode(row.ids)))

@@ -3,6 +3,7 @@
 canonical({"query": "Hi", "response": "Hello!"}, "query_response", columns={}, placeholders={})
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -56,11 +57,16 @@ class RowReader:
     system: str | None = None
     """The system prompt of rows that have none."""
 
+    @functools.cached_property
+    def columns(self) -> frozenset[str]:
+        """The columns that hold what is read."""
+        return frozenset(self.names.values())
+
     def read(self, row: dict[str, Json]) -> tuple[Conversation, list[str]]:
         """A row's conversation, and the keys of row and turns that nothing read: "row label", "turn loss".
 
         Raises Rejected with the reason and the field or turn."""
-        notes = read_notes(row, frozenset(self.names.values()), "", self.named_only)
+        notes = read_notes(row, self.columns, "", self.named_only)
         self._check_marks(notes)
         turns = self._turns(row)
         messages, turn_notes = read_turns(turns, self._marks_of_turns(notes, len(turns)))

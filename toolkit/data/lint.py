@@ -13,13 +13,15 @@ from toolkit.recipe import Lora
 from toolkit.records import Json, MixReport
 
 DUPLICATES = ("duplicate", "near_duplicate")
-REASONING = re.compile(
-    r"\s*(?:(?:okay|ok|alright|hmm+|wait|so),? (?:so |let|the user|i need|i should|first)|let me (?:think|see|break)|let's think"
-    r"|first, i need to|嗯,|好的,用户|让我想想)|.*<(?:reasoning|thoughts?|thinking|scratchpad|reflection|analysis)>"
-    r"|.{0,2000}\b(?:wait|hmm), (?:no|but|let|that|actually)",
-    re.IGNORECASE | re.DOTALL,
+OPENINGS = re.compile(
+    r"(?:okay|ok|alright|hmm+|wait|so),? (?:so |let|the user|i need|i should|first)|let me (?:think|see|break)|let's think"
+    r"|first, i need to|嗯,|好的,用户|让我想想"
 )
-"""How replies begin, or what they hold, that are a model's thinking without its tags."""
+ALOUD = ("wait, no", "wait, but", "wait, let", "wait, that", "wait, actually", "hmm, but", "hmm, let", "hmm, that", "<thought",
+         "<thinking>", "<reasoning>", "<scratchpad>", "<reflection>", "<analysis>")  # fmt: skip
+"""How replies begin, and what they hold, that are a model's thinking without its tags, in lower case."""
+LOOKED_AT = 1000
+"""Characters of a reply in which to look: thinking comes first."""
 MANY = 0.02
 """Share of a source's rows above which replies that look like reasoning are warned of."""
 
@@ -27,7 +29,11 @@ MANY = 0.02
 def looks_like(row: Row) -> list[str]:
     """What a row's reply looks as if it held: `reasoning` in a non-thinking row, a `placeholder` in any."""
     reply = row.conversation["messages"][-1]["content"]
-    kinds = ["reasoning"] if row.mode == "non_thinking" and REASONING.match(reply) else []
+    kinds = []
+    if row.mode == "non_thinking":
+        start = reply[:LOOKED_AT].lstrip().lower()
+        if OPENINGS.match(start) or any(words in start for words in ALOUD):
+            kinds.append("reasoning")
     if "{{" in reply and Placeholders.PATTERN.search(reply):
         kinds.append("placeholder")
     return kinds

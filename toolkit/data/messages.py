@@ -41,6 +41,9 @@ class Notes:
     """Keys that no rule knows."""
 
 
+NOTHING = Notes()
+
+
 def read_notes(holder: dict[str, Json], known: frozenset[str], where: str, named_only: bool = False) -> Notes:
     """What the keys of a row or turn say that are not `known` to hold its text. Raises Rejected for pictures and sound.
 
@@ -134,9 +137,11 @@ def join(message: Message, called: Message) -> None:
 def read_turn(turn: dict[str, Json], role: Json, where: str, notes: Notes) -> Message:
     """One turn as a message; what it says beside its text joins `notes`, which are those of the row."""
     # most turns are a role and a text
-    own = read_notes(turn, READ_IN_TURNS, where) if len(turn) > 2 else Notes()
-    notes.tools += own.tools
-    notes.not_read += own.not_read
+    own = NOTHING
+    if len(turn) > 2:
+        own = read_notes(turn, READ_IN_TURNS, where)
+        notes.tools += own.tools
+        notes.not_read += own.not_read
     text, reasoning, calls = read_content(turn, role, where)
     if role not in ("assistant", "call"):
         # Hermes keeps the results of calls in user turns
@@ -155,8 +160,10 @@ def read_turn(turn: dict[str, Json], role: Json, where: str, notes: Notes) -> Me
         message["reasoning_content"] = reasoning.strip("\r\n")
     if calls or tagged:
         message["tool_calls"] = [read_call(call, where) for call in calls + tagged]
-    marks = [is_trained(key, value, where) for key, value in own.marks.items()]
-    if own.bad or not all(marks):
+    for key, value in own.marks.items():
+        if not is_trained(key, value, where):
+            message["train"] = False
+    if own.bad:
         message["train"] = False
     return message
 

@@ -333,7 +333,8 @@ class RowFilter:
         # cheap checks first; what concerns validation comes before duplicates, since it is the graver reason
         if len(row.ids) > self.max_seq_length:
             return Rejected("too_long", f"{len(row.ids)} tokens > max_seq_length {self.max_seq_length}")
-        if prompt_key(row.conversation) in self.held:
+        key = prompt_key(row.conversation)
+        if key in self.held:
             return Rejected("validation_prompt", "a held-out row asks the same")
         if hold_out:  # evaluation may ask what it likes twice, and duplicates are a matter of training
             return None
@@ -343,7 +344,7 @@ class RowFilter:
             return Rejected("near_validation", f"nearly repeats held-out row {earlier.number} of {earlier.source}")
         if self.duplicates == "keep":
             return None
-        if earlier := self.exact.find(row):
+        if earlier := self.exact.find(row, key):
             return Rejected("duplicate", f"repeats row {earlier.number} of {earlier.source}, case and spacing aside")
         if earlier := self.near.find(row):
             return Rejected("near_duplicate", f"nearly repeats row {earlier.number} of {earlier.source}")

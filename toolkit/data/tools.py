@@ -68,6 +68,8 @@ def check_calls(messages: list[Message], tools: list[dict[str, Json]]) -> None:
     calls: list[ToolCall] = []
     for message in messages:
         calls += message.get("tool_calls", [])
+    if not calls and not tools:
+        return
     names = [tool["function"]["name"] for tool in tools]
     for call in calls:
         name = call["function"]["name"]
