@@ -78,7 +78,7 @@ def compile_mix(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase | None" = No
     return mixed
 
 
-def of_run(recipe: Recipe, manifest: Manifest) -> Mix:
+def of_run(recipe: Recipe, manifest: Manifest | dict[str, Json]) -> Mix:
     """The mix that a run was trained on: as it lies in the cache, else compiled again. Raises ToolkitError when the data have
     changed since."""
     mixed = cache.read(cache.folder_named(manifest.get("mix", ""))) or compile_mix(recipe)
