@@ -85,7 +85,6 @@ class Lengths(TypedDict):
 
 
 class CompletionLengths(TypedDict):
-    completion_p50: int  # median number of tokens of a completion
     completion_p90: int  # nine completions of ten are not longer
     completion_max: int  # the longest one
 

@@ -52,11 +52,11 @@ SETTING = re.compile(r"[\w/.-]{0,15}")
 """What a key called `reasoning` or `thinking` holds that says how to answer: on, off, high, /no_think."""
 SWITCHES = {"reasoning", "thinking", "think"}
 """Keys of which the value may be such a setting."""
-YES_OR_NO = {"true": True, "yes": True, "on": True, "1": True, "1.0": True}
-YES_OR_NO |= {"false": False, "no": False, "off": False, "0": False, "0.0": False}
-LABELS = {True: True, False: False, "true": True, "false": False, "1": True, "0": False, "desirable": True}
-LABELS |= {"undesirable": False, "rejected": False, "chosen": True}
-"""What `label` says of an answer; other values are classes of a classification, which say nothing of it."""
+YES_OR_NO = dict.fromkeys(("true", "yes", "on", "1", "1.0"), True) | dict.fromkeys(
+    ("false", "no", "off", "0", "0.0"), False
+)
+CLASSES = ("yes", "no", "on", "off")
+"""Values of `label` that are classes of a classification, which say nothing of the answer."""
 
 
 @functools.cache
@@ -101,9 +101,9 @@ def is_good(key: str, value: Json) -> bool | None:
     """What a key of preference data says of the answer; None where it says nothing."""
     if meaning(key) == "bad":
         # `rejected` is mostly the text of the answer that lost, and such a text may be "yes"
-        hint = value if type(value) is bool else None if key.lower() == "rejected" else yes_or_no(value)
-        return None if hint is None else not hint
-    if key.lower() != "label":
-        return yes_or_no(value)
-    value = value.strip().lower() if type(value) is str else value
-    return LABELS.get(value) if type(value) in (bool, int, float, str) else None
+        is_text = key.lower() == "rejected" and type(value) is not bool
+        return {True: False, False: True}.get(None if is_text else yes_or_no(value))
+    word = value.strip().lower() if key.lower() == "label" and type(value) is str else ""
+    if word in CLASSES:
+        return None
+    return False if word in ("undesirable", "rejected") else yes_or_no(value)

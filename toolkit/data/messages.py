@@ -120,11 +120,11 @@ def role_of(turn: Json, number: int) -> str:
     if type(turn) is not dict:
         raise Rejected("wrong_type", f"turn {number} is {json_type(turn)}, expected role and content")
     name = turn.get("role") or turn.get("from")
-    if name is None:
-        raise Rejected("missing_field", f"turn {number} has no role: expected one of {', '.join(ROLES)}")
-    if type(name) is not str or name.lower() not in ROLES:
-        raise Rejected("unknown_role", f"turn {number}: role {name!r}, expected one of {', '.join(ROLES)}")
-    return ROLES[name.lower()]
+    role = ROLES.get(str(name).lower())
+    if role is None:
+        reason = "missing_field" if name is None else "unknown_role"
+        raise Rejected(reason, f"turn {number}: role {name!r}, expected one of {', '.join(ROLES)}")
+    return role
 
 
 def join(message: Message, called: Message) -> None:

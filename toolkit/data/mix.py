@@ -541,9 +541,5 @@ def completion_lengths(rows: list[Row]) -> dict[str, CompletionLengths]:
     lengths = {}
     for mode in sorted({row.mode for row in rows}):
         sizes = [len(row.completion) for row in rows if row.mode == mode]
-        lengths[mode] = {
-            "completion_p50": int(np.percentile(sizes, 50)),
-            "completion_p90": int(np.percentile(sizes, 90)),
-        }
-        lengths[mode]["completion_max"] = max(sizes)
+        lengths[mode] = {"completion_p90": int(np.percentile(sizes, 90)), "completion_max": max(sizes)}
     return lengths

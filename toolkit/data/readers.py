@@ -50,12 +50,6 @@ JSON_TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or fal
 
 UNPACKERS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
 """Ending of a packed file → what unpacks it, in memory."""
-UNPACK = {
-    ".zst": "unpack it: zstd -d {}",
-    ".zip": "unpack an archive: unzip {}",
-    ".tar": "unpack an archive: tar xf {}",
-    ".7z": "unpack an archive: 7z x {}",
-}
 
 
 class Rejected(ValueError):
@@ -112,8 +106,10 @@ def data_files(path: Path, split: str) -> list[Path]:
     known = ", ".join(READERS)
     if not path.is_dir():
         if not ending(path):
-            way_out = UNPACK.get(path.suffix.lower(), "save a spreadsheet as CSV UTF-8, unpack an archive")
-            raise ToolkitError(f"{path}: unknown kind of file: expected {known}: {way_out.format(path)}")
+            way_out = "save a spreadsheet as CSV UTF-8, unpack an archive"
+            if path.suffix.lower() == ".zst":
+                way_out = f"unpack it: zstd -d {path}"
+            raise ToolkitError(f"{path}: unknown kind of file: expected {known}: {way_out}")
         return [path]
     # hidden files are caches, among them half-finished downloads of the Hub's client
     found = sorted(f for f in path.rglob("[!.]*") if not f.is_dir() and "/." not in f"/{f.relative_to(path)}")

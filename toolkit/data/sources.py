@@ -118,7 +118,7 @@ def open_rows(source: Source) -> Rows:
     """
     source, limit = split_count(source)
     place = locate(source)
-    rows = open_files(place.folder, place.files) if place.folder else hub_rows(place.source)
+    rows = open_files(place.folder, place.files) if place.folder else stream_rows(source, *_hub_stream(place.source))
     return rows if limit is None else replace(rows, draw=lambda seed: islice(rows.draw(seed), limit))
 
 
@@ -212,12 +212,6 @@ def _hub_stream(source: Source) -> tuple["datasets.IterableDataset", str]:
             f"{source.path}: the Hub is out of reach and the cached copy is {commit}, not revision {source.revision}"
         )
     return stream, commit
-
-
-def hub_rows(source: Source) -> Rows:
-    """Rows of a Hub data set as they come down."""
-    stream, commit = _hub_stream(source)
-    return stream_rows(source, stream, commit)
 
 
 def stream_rows(source: Source, stream: "datasets.IterableDataset", revision: str) -> Rows:
