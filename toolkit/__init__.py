@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
+    from toolkit.comparison.decide import Comparison
     from toolkit.data.mix import Mix
     from toolkit.recipe import Recipe
     from toolkit.records import Evaluation
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compile_mix", "evaluate_model", "export_model"]
+__all__ = ["__version__", "compile_mix", "dial", "evaluate_model", "export_model"]
 
 # Read once, when torch is imported. Spinning OpenMP threads collapse on shared cores: a training step of the pocket
 # model took 3.4 s instead of 0.7 s (2 cores, 2026-11-21).
@@ -99,3 +100,12 @@ def export_model(
     target = Path(folder).expanduser().absolute()
     save_run(model, tokenizer, target)
     return export(target, (gguf,) if isinstance(gguf, str) else tuple(gguf), **options)
+
+
+def dial(*runs: str | Path, **options: Any) -> "Comparison":
+    """Score a finished run at several scales of its adapter, without training, and recommend one; several runs are one
+    recipe with other seeds. `options` are those of `toolkit.comparison.dial.dial`; prints the table and the next command.
+    """
+    from toolkit.comparison.dial import dial
+
+    return dial(runs, **options)

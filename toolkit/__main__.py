@@ -367,7 +367,7 @@ def compare_runs(runs: list[str], out: Path | None) -> Outcome:
     "dial",
     arg("runs", nargs="+", metavar="run", help="a finished run; several: one recipe with other seeds, averaged"),
     arg("--scales", nargs="+", type=float, metavar="S", help="0 (base) to 2; default: 0.25 0.5 0.75 1 1.25"),
-    arg("--out", type=Path, metavar="FOLDER", help="where picture and numbers go; default: the run's folder dial"),
+    arg("--out", type=Path, metavar="FOLDER", help="where picture and numbers go; default: a folder in the run's"),
     JSON,
 )
 def dial_runs(runs: list[str], scales: list[float] | None, out: Path | None) -> Outcome:

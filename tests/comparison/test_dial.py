@@ -192,7 +192,7 @@ def test_a_dial_of_a_run_ends_with_table_picture_and_export_and_resumes_from_wha
     assert 0 < kl[0] < kl[1]
     assert max(map(len, shown.splitlines())) <= 80 or str(run) in shown
     assert shown.rstrip().splitlines()[-1].startswith("next: python -m toolkit export dialled --scale ")
-    assert (run / "dial" / "comparison.png").stat().st_size > 10_000
+    assert (run / "dialled-dial" / "comparison.png").stat().st_size > 10_000
     kept = (run / "dial.json").read_bytes()
 
     def never(*_):

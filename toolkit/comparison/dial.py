@@ -175,8 +175,8 @@ def dial(
 ) -> Comparison:
     """Measure a run at every scale and recommend one; several runs are one recipe with other seeds, and are averaged.
 
-    The table, the picture and the numbers go to the run's folder `dial`, or to `out`; what was measured is kept in
-    dial.json, so that the same command resumes it. Raises ToolkitError for a run that changed nothing."""
+    Picture and numbers go to the folder NAME-dial in the run's own, or to `out`; what was measured is kept in dial.json, so
+    that the same command resumes it. Raises ToolkitError for a run that changed nothing."""
     console = console or default_console()
     scales = sorted({float(scale) for scale in scales if scale} | {1.0})
     for scale in scales:
@@ -193,7 +193,8 @@ def dial(
         for member in members:
             member.measure("quick", chosen, console)
     comparison = compare_scales(members, scales)
-    conclude(comparison, console, out or members[0].folder / "dial")
+    first = members[0].folder
+    conclude(comparison, console, out or first / f"{first.name}-dial")
     return comparison
 
 
