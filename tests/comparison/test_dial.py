@@ -185,9 +185,10 @@ def run(tmp_path_factory):
 def test_a_dial_of_a_run_ends_with_table_picture_and_export_and_resumes_from_what_it_measured(run, monkeypatch):
     monkeypatch.setenv("TOOLKIT_OUTPUTS", str(run.parent))
     console = Console(file=io.StringIO(), width=80)
-    found = dial([run], scales=[0.5, 1.0], console=console)
+    found = dial([run, "dialled"], scales=[0.5, 1.0], console=console)  # one run by two spellings
     shown = console.file.getvalue()
     assert [point.place for point in found.points] == [0.5, 1.0]
+    assert [len(point.runs) for point in found.points] == [1, 1]
     kl = [point.values[KL].value for point in found.points]
     assert 0 < kl[0] < kl[1]
     assert max(map(len, shown.splitlines())) <= 80 or str(run) in shown

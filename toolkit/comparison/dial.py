@@ -18,7 +18,7 @@ from rich.console import Console
 from toolkit import recipe as recipes
 from toolkit.comparison.decide import KL, SCALE, Comparison, Point, Side, averages, decide, point, usual_goal
 from toolkit.comparison.report import conclude
-from toolkit.comparison.runs import Run, changed_keys, run_of
+from toolkit.comparison.runs import DAMAGED, Run, changed_keys, run_of
 from toolkit.comparison.sweep import QUESTIONS
 from toolkit.data import mix
 from toolkit.evaluation import measure as evaluation
@@ -107,7 +107,7 @@ class Dialled:
     @classmethod
     def open(cls, name: str | Path) -> "Dialled":
         """A finished run's folder. Raises ToolkitError where there is none, or its adapter is damaged."""
-        folder = models.run_folder(name)
+        folder = models.run_folder(name).resolve()
         if not (folder / "recipe.yaml").is_file():
             raise ToolkitError(f"{folder}: a folder of export_model has no recipe, and so no questions to dial by")
         models.check_adapter(folder)
@@ -116,7 +116,7 @@ class Dialled:
         with contextlib.suppress(ToolkitError):  # none yet, or damaged: then it is measured again
             kept = read_json(folder / "dial.json")
             if kept.get("adapter") == manifest.get("adapter"):
-                results = kept["results"]
+                results = dict(kept.get("results", {}))
         return cls(folder, recipe, manifest, results)
 
     def measure(self, level: str, scales: Sequence[float], console: Console) -> None:
@@ -158,7 +158,10 @@ class Dialled:
         """The run at a scale, by the most that was measured there."""
         result = self.results.get(f"quick {scale:g}") or self.results[f"fast {scale:g}"]
         recipe = recipes.read_values(self.folder / "recipe.yaml")
-        run = run_of(self.folder.name, recipe, read_json(self.folder / "mix.json"), self.manifest, result)
+        try:
+            run = run_of(self.folder.name, recipe, read_json(self.folder / "mix.json"), self.manifest, result)
+        except DAMAGED as error:
+            raise ToolkitError(f"{self.folder / 'dial.json'}: damaged ({error}): delete it and dial again") from error
         return replace(run, trained=run.trained | {SCALE: float(scale)})
 
     def has_replies(self, scale: float) -> bool:
@@ -181,7 +184,8 @@ def dial(
     scales = sorted({float(scale) for scale in scales if scale} | {1.0})
     for scale in scales:
         check_scale(scale)
-    members = [Dialled.open(run) for run in runs]
+    # the same run by two spellings is one training, not two seeds
+    members = list({member.folder: member for member in map(Dialled.open, runs)}.values())
     check_same_training(members)
     with contextlib.ExitStack() as locks:
         for member in members:
