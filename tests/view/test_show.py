@@ -1,9 +1,11 @@
 """What people see of a mix and a run: whole tables at 80 columns, colours on exactly the labels, pictures of what was measured."""
 
 import io
+import json
 import re
 
 import pytest
+from matplotlib.colors import to_rgba
 from rich.console import Console
 
 from tests.data.test_mix import CHAT, THINKING, cache, chat_rows, compiled, jsonl  # noqa: F401 - cache is a fixture
@@ -142,3 +144,16 @@ def test_progress_of_which_nothing_is_done_yet_tells_no_time_left(monkeypatch):
 def test_curves_are_drawn_of_a_run_that_was_evaluated_before_its_first_step(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval_loss": 2.0}\n')
     assert figures.curves(tmp_path).axes
+
+
+def test_a_source_has_one_colour_in_the_picture_of_the_mix_and_in_the_curves(tmp_path):
+    mixed = compiled(budget=2000)
+    (tmp_path / "mix.json").write_text(json.dumps(mixed.report))
+    names = list(mixed.report["sources"])
+    losses = {"eval_loss": 1.0} | {f"eval_{name}/thinking_loss": 1.0 for name in reversed(names)}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "loss": 2.0, **losses}) + "\n")
+    lines = {line.get_label(): line.get_color() for line in figures.curves(tmp_path).axes[1].lines}
+    bars = {bars.get_label(): bars.patches[0].get_facecolor() for bars in figures.mix_figure(mixed).axes[0].containers}
+    assert len(names) == 2
+    for name in names:
+        assert to_rgba(lines[f"{name}, thinking"]) == bars[name]

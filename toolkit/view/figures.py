@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from toolkit.data.mix import UNITS, Mix
 from toolkit.family import mode_title
-from toolkit.files import read_jsonl
+from toolkit.files import read_json, read_jsonl
 from toolkit.recipe import Recipe
 from toolkit.training import tracking
 
@@ -96,6 +96,13 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return read_jsonl(file) if file.is_file() else []
 
 
+def source_colours(folder: Path) -> dict[str, str]:
+    """{source: its colour}, the same as in the picture of the run's mix; empty before the mix is written."""
+    file = folder / "mix.json"
+    sources = read_json(file)["sources"] if file.is_file() else {}
+    return dict(zip(sources, itertools.cycle(PALETTE), strict=False))
+
+
 def curves(folder: Path) -> "Figure":
     """Training loss by step, and validation loss per source and mode."""
     import pandas
@@ -109,10 +116,19 @@ def curves(folder: Path) -> "Figure":
     left.plot(loss.ewm(alpha=1 - SMOOTH).mean(), color=TUNED, linewidth=2, label="smoothed")
     left.set(title="training loss", xlabel="optimizer step", ylabel="nats per supervised token", ylim=(0, None))
     left.legend(frameon=False, fontsize=9)
-    for colour, key in zip(itertools.cycle(PALETTE), lines.filter(regex="^eval_.*loss$"), strict=False):
+    colours = source_colours(folder)
+    for key in lines.filter(regex="^eval_.*loss$"):
         source, _, mode = key.removeprefix("eval_").removesuffix("_loss").rpartition("/")
         label = f"{source}, {mode_title(mode)}" if source else "all, as mixed"
-        right.plot(lines[key].dropna(), color=colour, marker="o", markersize=4, label=label)
+        style = "--" if mode == "non_thinking" else "-"
+        right.plot(
+            lines[key].dropna(),
+            color=colours.get(source, TUNED),
+            linestyle=style,
+            marker="o",
+            markersize=4,
+            label=label,
+        )
     right.set(title="validation loss, by source and mode", xlabel="optimizer step", ylim=(0, None))
     if right.lines:  # no validation yet: nothing to name
         right.legend(frameon=False, fontsize=9)
