@@ -1,6 +1,6 @@
 """Will it fit? A forecast of a run's memory from the model's shape alone: nothing is loaded and no GPU is needed.
 
-from toolkit import recipe; from toolkit.machine import fit; fit.show(fit.forecast(recipe.load("pocket"), vram=fit.usable_vram(8)), fit.usable_vram(8))
+from toolkit import recipe; from toolkit.machine import fit; fit.forecast(recipe.load("pocket"), vram=fit.usable_vram(8)).fits(fit.usable_vram(8))
 
 Sizes are bytes on the GPU. Each formula's source is in the comment beside it. RAM and disk are not forecast.
 """
@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -208,21 +208,22 @@ def phases(s: Settings, m: Shape) -> dict[str, dict[str, int]]:
     # two 16-bit copies of the largest module and its float32 absmax (unsloth/kernels/utils.py, fast_lora.py)
     largest = max((matrix.parameters for matrix in m.matrices), default=0)
     dequantized = largest * (2 * 2 + 4 / 64) if s.load_in_4bit else 0
-    found = {
-        "load": (weights, lora),
-        "training": (weights, lora + kept, *max(_training(s, m, dequantized), key=sum)),
-        "validation": (weights, kept, *max(_validation(s, m, dequantized), key=sum)),
-        "evaluation": (weights, lora, *max(_evaluation(s, m, dequantized), key=sum)),
+    parts: dict[str, list[float]] = {
+        "load": [weights, lora],
+        "training": [weights, lora + kept, *max(_training(s, m, dequantized), key=sum)],
+        "validation": [weights, kept, *max(_validation(s, m, dequantized), key=sum)],
+        "evaluation": [weights, lora, *max(_evaluation(s, m, dequantized), key=sum)],
     }
     # A bf16 checkpoint on a card without bf16 is converted on the card: once the largest 16-bit tensor, beyond the room
     # that LoRA takes afterwards; the freed block stays behind as fragmentation.
     converted = 2 * m.vocab_size * m.hidden_size if s.converted_at_load else 0
-    left = dict.fromkeys(found, converted) | {"load": max(0, converted - lora)}
-    for phase, sizes in found.items():
+    left = dict.fromkeys(parts, converted) | {"load": max(0, converted - lora)}
+    bytes_of = {}
+    for phase, sizes in parts.items():
         other = CONTEXT + FRAGMENTATION * sum(sizes) + left[phase]
-        filled = [*sizes, *[0] * (len(PARTS) - 1 - len(sizes)), other]
-        found[phase] = dict(zip(PARTS, map(math.ceil, filled), strict=True))
-    return found
+        unused = [0.0] * (len(PARTS) - 1 - len(sizes))
+        bytes_of[phase] = dict(zip(PARTS, map(math.ceil, [*sizes, *unused, other]), strict=True))
+    return bytes_of
 
 
 def weight_bytes(s: Settings, m: Shape) -> float:
@@ -431,38 +432,53 @@ def choose_model(
     raise ToolkitError(f"model.model_name: auto: no Qwen3 fits {vram / GIB:.1f} GiB with these settings; {advice}")
 
 
-CHEAPER = {
+CHEAPER: dict[str, dict[str, Any]] = {
     "train.per_device_eval_batch_size=1": {"per_device_eval_batch_size": 1},
     "model.load_in_4bit=true": {"load_in_4bit": True},
     "train.optim=adamw_8bit": {"optim": "adamw_8bit"},
 }
 """Overrides that leave the result nearly as it is → the settings they change."""
+Offer = tuple[list[str], Forecast]
+"""Overrides, and the forecast with them."""
 
 
-def suggestions(planned: Forecast, vram: int) -> list[tuple[list[str], Forecast]]:
-    """(overrides, forecast) of the changes that make a run fit, cheapest first: none where `train` does it by itself;
-    those of CHEAPER, and with them the longest rows and the largest Qwen3 that fit."""
+def suggestions(planned: Forecast, vram: int) -> list[Offer]:
+    """What makes a run fit, cheapest first: nothing where `train` does it by itself; the changes of CHEAPER, and with them
+    the longest rows and the largest Qwen3 that fit."""
     if planned.as_trained(vram).fits(vram):
         return []
-    words, plan = [], planned
-    for override, change in CHEAPER.items():
-        changed = plan.changed(**change)
-        # one that helps nowhere is no advice
-        if any(changed.total(phase) < plan.total(phase) for phase in plan.phases):
-            words, plan = [*words, override], changed
+    words, plan = cheaper(planned)
     longest, validation = plan.settings.longest, plan.settings.longest_validation
-    rows = [
+    shorter = [
         ([*words, f"model.max_seq_length={n}"], plan.changed(longest=n, longest_validation=min(n, validation)))
         for n in ROWS
         if n < longest
     ]
-    smaller = [name for name in reversed(QWEN3) if shipped(name).parameters < plan.shape.parameters]
-    models = [([*words, f"model.model_name={name}"], forecast(plan.settings, name)) for name in smaller]
-    best = []
-    for offers in ([(words, plan)] if words else [], rows, models):
-        made = ((overrides, offer.as_trained(vram)) for overrides, offer in offers)
-        best += [found for found in made if found[1].fits(vram)][:1]
-    return best
+    smaller = [
+        ([*words, f"model.model_name={name}"], forecast(plan.settings, name))
+        for name in reversed(QWEN3)
+        if shape(name).parameters < plan.shape.parameters
+    ]
+    alone = [(words, plan)] if words else []
+    # of each kind the first that fits
+    return [offer for offers in (alone, shorter, smaller) for offer in fitting(offers, vram)[:1]]
+
+
+def fitting(offers: list[Offer], vram: int) -> list[Offer]:
+    """Those that fit as `train` would run them."""
+    trained = [(words, offer.as_trained(vram)) for words, offer in offers]
+    return [(words, offer) for words, offer in trained if offer.fits(vram)]
+
+
+def cheaper(planned: Forecast) -> Offer:
+    """Every change of CHEAPER that needs less memory in some phase."""
+    words: list[str] = []
+    for override, change in CHEAPER.items():
+        changed = planned.changed(**change)
+        # one that helps nowhere is no advice
+        if any(changed.total(phase) < planned.total(phase) for phase in planned.phases):
+            words, planned = [*words, override], changed
+    return words, planned
 
 
 def longest_row(size: str, vram: int) -> int:
@@ -471,25 +487,26 @@ def longest_row(size: str, vram: int) -> int:
     return next((row for row in ROWS if forecast(least, size, longest=row).fits(vram)), 0)
 
 
-def show(planned: Forecast, vram: int, console=None) -> None:
+def show(planned: Forecast, vram: int, console: Any) -> None:
     """Print the verdict, every phase in GiB, and what would make it fit."""
-    from rich.console import Console
     from rich.table import Table
 
-    out, found = console or Console(highlight=False), planned.as_trained(vram)
-    verdict = "fits" if found.fits(vram) else "does not fit"
-    out.print(f"{found.shape.name} {verdict}: {found.peak / GIB:.1f} GiB in {found.worst}, of {vram / GIB:.1f} GiB")
-    shown = Table("phase", *PARTS, "total", box=None, padding=(0, 1))
-    for phase, parts in found.phases.items():
-        total = found.total(phase)
+    trained = planned.as_trained(vram)
+    verdict = "fits" if trained.fits(vram) else "does not fit"
+    console.print(
+        f"{trained.shape.name} {verdict}: {trained.peak / GIB:.1f} GiB in {trained.worst}, of {vram / GIB:.1f} GiB"
+    )
+    table = Table("phase", *PARTS, "total", box=None, padding=(0, 1))
+    for phase, parts in trained.phases.items():
+        total = trained.total(phase)
         cells = [f"{size / GIB:.2f}" if size else "" for size in parts.values()]
-        shown.add_row(phase, *cells, f"{total / GIB:.2f}", style=None if total <= vram else "bold red")
-    out.print(shown)
-    before, after = planned.settings.per_device_train_batch_size, found.settings.per_device_train_batch_size
-    if after < before:
-        out.print(f"train lowers the batch from {before} to {after} rows by itself and accumulates gradients instead")
-    for overrides, after in suggestions(planned, vram):
-        out.print(f"it fits with {' '.join(overrides)}: {after.peak / GIB:.1f} GiB")
+        table.add_row(phase, *cells, f"{total / GIB:.2f}", style=None if total <= vram else "bold red")
+    console.print(table)
+    rows, fewer = (made.settings.per_device_train_batch_size for made in (planned, trained))
+    if fewer < rows:
+        console.print(f"train lowers the batch from {rows} to {fewer} rows by itself and accumulates gradients instead")
+    for overrides, offer in suggestions(planned, vram):
+        console.print(f"it fits with {' '.join(overrides)}: {offer.peak / GIB:.1f} GiB")
 
 
 def show_table(console, cards: Sequence[float] = (6, 8, 12, 16, 24)) -> None:

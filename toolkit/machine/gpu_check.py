@@ -164,7 +164,7 @@ def check(console: Console, *, rehearsal: bool = False) -> int:
     `rehearsal`: on the CPU, where there is no card; otherwise the reason why none can be used is all there is to say.
     """
     machine = doctor.look()
-    done: list[dict[str, object]] = []
+    done: list[dict[str, Any]] = []
     doctor.show([*doctor.gpu(machine)], functools.partial(console.print, markup=False))
     table = Table("step", "", "seconds", "what", title="the CUDA path on random weights", title_justify="left")
     # left over from an earlier check, they would count as finished

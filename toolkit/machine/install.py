@@ -155,15 +155,19 @@ def installed(package: str) -> str | None:
 
 def torch_fits(version: str | None) -> bool:
     """Whether a torch version is one that Unsloth accepts."""
-    found = re.match(r"(\d+)\.(\d+)", version or "")
-    return found is not None and TORCH[0] <= (int(found[1]), int(found[2])) < TORCH[1]
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    return numbers is not None and TORCH[0] <= (int(numbers[1]), int(numbers[2])) < TORCH[1]
 
 
 def replaced(modules: dict[str, ModuleType]) -> list[str]:
     """Imported packages of which another version is installed by now, e.g. `pyarrow 18.1.0 → 26.0.1`."""
-    loaded = {name: getattr(module, "__version__", None) for name, module in modules.items() if "." not in name}
-    here = {name: installed(name) for name, version in loaded.items() if isinstance(version, str)}
-    return [f"{n} {loaded[n]} → {v}" for n, v in here.items() if v and not v.startswith(str(loaded[n]).split("+")[0])]
+    changes = []
+    for name, module in modules.items():
+        loaded = vars(module).get("__version__") if "." not in name else None
+        here = installed(name) if isinstance(loaded, str) else None
+        if loaded and here and not here.startswith(loaded.split("+")[0]):
+            changes.append(f"{name} {loaded} → {here}")
+    return changes
 
 
 def prepare_notebook() -> None:

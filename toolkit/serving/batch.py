@@ -187,22 +187,25 @@ def prompt_of(row: Row | Rejected) -> Conversation:
     if isinstance(row, Rejected):
         raise row
     row = {"prompt" if name == "question" else name: value for name, value in row.items()}
-    columns = {name: of.get("messages") or of["user"] for name, of in FORMATS.items()}
-    kind = next((name for name, column in columns.items() if column in row), None)
+    columns = {kind: names.get("messages") or names["user"] for kind, names in FORMATS.items()}
+    kind = next((kind for kind, column in columns.items() if column in row), None)
     if kind is None:
         expected = ", ".join(dict.fromkeys(columns.values()))
         raise Rejected("missing_field", f"the fields are {', '.join(row)}: expected one of {expected}")
-    turns = row[columns[kind]]
-    if "assistant" in FORMATS[kind]:
-        row[FORMATS[kind]["assistant"]] = "-"
-    elif turns and isinstance(turns, list) and isinstance(turns[-1], dict):
-        answer = {"from": "gpt", "value": "-"} if "from" in turns[-1] else {"role": "assistant", "content": "-"}
-        if turns[-1].get("role", turns[-1].get("from")) not in ("assistant", "gpt"):
-            row[columns[kind]] = [*turns, answer]
-    conversation = canonical(row, kind, {}, {})
+    column = columns[kind]
+    row |= {FORMATS[kind]["assistant"]: "-"} if "assistant" in FORMATS[kind] else {column: answered(row[column])}
+    conversation: Row = dict(canonical(row, kind, {}, {}))
     conversation.pop("expected_answer", None)
     conversation["messages"].pop()
     return conversation
+
+
+def answered(turns: Any) -> Any:
+    """Turns with a stand-in answer at their end, unless they end in an answer or are none."""
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    if not isinstance(last, dict) or last.get("role", last.get("from")) in ("assistant", "gpt"):
+        return turns
+    return [*turns, {"from": "gpt", "value": "-"} if "from" in last else {"role": "assistant", "content": "-"}]
 
 
 def read_replies(path: Path, prompts: dict[int, Row], settings: Row) -> set[Place]:
