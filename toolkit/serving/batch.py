@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from toolkit.data.chat import Chat, load_chat
 from toolkit.data.formats import FORMATS
+from toolkit.data.render import check_special_tokens
 from toolkit.data.sources import Rejected, canonical, open_rows
 from toolkit.export.llama import Engine, Refused
 from toolkit.family import MODES
@@ -99,7 +101,7 @@ def answer_file(
     modes = modes_of_run(folder) if mode == "both" else (mode,)
     if mode not in ("both", *modes_of_run(folder)):
         raise ToolkitError(f"mode {mode!r}: this model only answers {modes_of_run(folder)[0]}")
-    prompts, rejected = read_prompts(prompts_file)
+    prompts, rejected = read_prompts(prompts_file, load_chat(str(folder / "adapter")))
     check_adapter(folder)
     # a name may have been trained again
     adapter = sha256(folder / "adapter" / "adapter_model.safetensors")[:8]
@@ -146,11 +148,12 @@ def seed_of(seed: int, number: int, mode: str) -> int:
 # --- the two files ---------------------------------------------------------------------------------------------------
 
 
-def read_prompts(path: str | Path) -> tuple[dict[int, Row], list[str]]:
+def read_prompts(path: str | Path, chat: Chat | None = None) -> tuple[dict[int, Row], list[str]]:
     """({row number: {"messages", "tools" if any}}, why rows were left out) of a file.
 
     A .txt has one prompt a line; .jsonl, .json, .csv and .parquet have them in columns named as in training (prompt,
-    query, instruction, problem, question, or messages), with or without answers. Raises ToolkitError."""
+    query, instruction, problem, question, or messages), with or without answers. A text that `chat` would read as structure
+    is left out, as a server does not. Raises ToolkitError."""
     path = Path(path)
     if not path.is_file():
         raise ToolkitError(
@@ -162,7 +165,10 @@ def read_prompts(path: str | Path) -> tuple[dict[int, Row], list[str]]:
     # drawn rows come shuffled; people expect the file's order
     for number, row in sorted(drawn, key=lambda numbered: numbered[0]):
         try:
-            prompts[number] = dict(prompt_of(row))
+            prompt = prompt_of(row)
+            if chat:
+                check_special_tokens(prompt, chat)
+            prompts[number] = dict(prompt)
         except Rejected as error:
             rejected.append(f"{path}, row {number}: {error.detail}")
     if not prompts:
@@ -194,7 +200,7 @@ def prompt_of(row: Row | Rejected) -> Conversation:
         raise Rejected("missing_field", f"the fields are {', '.join(row)}: expected one of {expected}")
     column = columns[kind]
     row |= {FORMATS[kind]["assistant"]: "-"} if "assistant" in FORMATS[kind] else {column: answered(row[column])}
-    conversation: Row = dict(canonical(row, kind, {}, {}))
+    conversation = canonical(row, kind, {}, {})
     conversation.pop("expected_answer", None)
     conversation["messages"].pop()
     return conversation

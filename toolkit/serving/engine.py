@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from toolkit.data.render import load_chat
+from toolkit.data.chat import load_chat
 from toolkit.export.checkpoint import Checkpoint
 from toolkit.export.gguf import GgufFile, write_gguf, write_lora_gguf
 from toolkit.export.gguf_types import check_quant
