@@ -11,7 +11,7 @@ from toolkit.evaluation.subject import NoProgress
 from toolkit.export.llama import Engine
 from toolkit.family import MODES, QWEN3_SAMPLING
 from toolkit.files import ToolkitError
-from toolkit.serving.scored import Model, ServedRun, kept_lines, served_loras
+from toolkit.serving.scored import Model, ServedRun, check_models, kept_lines
 
 QUESTIONS = [[{"role": "user", "content": f"{i} + 1?"}] for i in range(12)]
 
@@ -117,16 +117,17 @@ def test_after_a_cut_connection_the_same_command_asks_only_what_is_missing():
 
 def test_a_model_that_is_not_served_is_named_with_those_that_are():
     engine = Engine(Api().url)
-    assert served_loras(engine, ["base", "tuned"]) == ()
+    check_models(engine, ["base", "tuned"])
+    assert not engine.takes_scale
     with pytest.raises(
         ToolkitError, match=r"does not serve pocket; it serves base, tuned: name them with --base-model"
     ):
-        served_loras(engine, ["base", "pocket"])
+        check_models(engine, ["base", "pocket"])
 
 
 def test_a_server_that_does_not_answer_is_named():
     with pytest.raises(ToolkitError, match="is the server running"):
-        served_loras(Engine("http://127.0.0.1:9"), ["base"])
+        check_models(Engine("http://127.0.0.1:9"), ["base"])
 
 
 def per_question(right: list[int]) -> dict:

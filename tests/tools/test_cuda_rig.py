@@ -194,4 +194,4 @@ def test_greedy_replies_on_the_cuda_path_are_those_of_plain_transformers_token_f
                 assert logits.argmax(-1).tolist() == new, name
     assert any(reply["new"] for reply in replies.values())
     modes = {name.partition("/")[0] for name in replies}
-    assert all(replies[f"{mode}/base"] != replies[f"{mode}/tuned"] for mode in modes), "the adapter changes the replies"
+    assert any(replies[f"{mode}/base"] != replies[f"{mode}/tuned"] for mode in modes), "the adapter changes the replies"

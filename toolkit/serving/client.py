@@ -91,16 +91,23 @@ def connect(url: str, run: str, key: str | None = None, scale: float = 1.0) -> E
     """The server that `serve` started at `url`, by llama.cpp or vLLM. Raises ToolkitError when it does not serve `run`."""
     check_scale(scale)
     engine = Engine(url.rstrip("/").removesuffix("/v1"), key, scale=scale)
-    models = engine.call("/v1/models")["data"]
-    served = engine.runs = tuple(model["id"] for model in models if model["id"] != BASE)
-    engine.takes_scale = any(model.get("owned_by") == "llamacpp" for model in models)
-    # llama.cpp lists its first run only
-    if engine.takes_scale:
-        loras = engine.call("/lora-adapters")  # in the order of their ids
-        engine.runs = tuple(Path(lora["path"]).name.rpartition("-")[0] for lora in loras)
-        served = engine.runs or served
-    if run not in served:
-        raise ToolkitError(f"{url}: serves {', '.join(served) or 'a base alone'}, not {run}")
+    names = served_names(engine)
+    if run not in names:
+        others = [name for name in names if name != BASE]
+        raise ToolkitError(f"{url}: serves {', '.join(others) or 'a base alone'}, not {run}")
     if scale != 1 and not (engine.takes_scale and engine.runs):
         raise ToolkitError(f"{url}: cannot scale an adapter: `serve` by llama.cpp, without --from, can")
     return engine
+
+
+def served_names(engine: Engine) -> list[str]:
+    """What a server answers to; the engine then knows its runs, and whether they can be scaled. Raises ToolkitError."""
+    models = engine.call("/v1/models")["data"]
+    names = [model["id"] for model in models]
+    engine.takes_scale = any(model.get("owned_by") == "llamacpp" for model in models)
+    if not engine.takes_scale:
+        engine.runs = tuple(name for name in names if name != BASE)
+        return names
+    # llama.cpp lists its first run only, and its adapters in the order of their ids
+    engine.runs = tuple(Path(lora["path"]).name.rpartition("-")[0] for lora in engine.call("/lora-adapters"))
+    return list(dict.fromkeys([*names, BASE, *engine.runs])) if engine.runs else names

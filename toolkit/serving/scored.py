@@ -27,8 +27,8 @@ from toolkit.export.llama import Engine, launch
 from toolkit.family import THINK_CLOSE, THINK_OPEN
 from toolkit.files import ToolkitError, outputs, read_json, sha256, write_json
 from toolkit.records import Evaluation
-from toolkit.serving.client import Answer, chat_body
-from toolkit.serving.engine import BASE, SLOTS, Files, converted, exported, modes_of_run, sampling_by_mode
+from toolkit.serving.client import Answer, chat_body, served_names
+from toolkit.serving.engine import SLOTS, Files, converted, exported, modes_of_run, sampling_by_mode
 from toolkit.training.model import checkpoint_file, run_folder
 
 CLIENTS = 8
@@ -121,7 +121,7 @@ def evaluate_url(
     folder = run_folder(run).resolve()
     recipe = recipes.load(folder / "recipe.yaml")
     engine = Engine(url.rstrip("/").removesuffix("/v1"), key)
-    engine.runs = served_loras(engine, [base_model, tuned_model])
+    check_models(engine, [base_model, tuned_model])
     config = checkpoint_file(recipe.model, "config.json") | checkpoint_file(recipe.model, "generation_config.json")
     # a run trained again under its name must not get the old replies
     adapter = sha256(folder / "adapter" / "adapter_model.safetensors")
@@ -129,22 +129,14 @@ def evaluate_url(
     return evaluate_models(folder, base, tuned, config, CLIENTS, "served", level, console)
 
 
-def served_loras(engine: Engine, names: Sequence[str]) -> tuple[str, ...]:
-    """Adapters in the order of their ids, where llama.cpp serves them beside a base. Raises ToolkitError for a name that
-    is not served."""
-    models = engine.call("/v1/models")["data"]
-    served = [model["id"] for model in models]
-    loras: tuple[str, ...] = ()
-    if any(model.get("owned_by") == "llamacpp" for model in models):
-        loras = tuple(Path(lora["path"]).name.rpartition("-")[0] for lora in engine.call("/lora-adapters"))
-        served += [BASE, *loras] if loras else []
-    missing = [name for name in names if name not in served]
-    if missing:
+def check_models(engine: Engine, names: Sequence[str]) -> None:
+    """Raises ToolkitError for a name that is not served."""
+    served = served_names(engine)
+    if missing := [name for name in names if name not in served]:
         raise ToolkitError(
-            f"{engine.url}: does not serve {', '.join(missing)}; it serves {', '.join(dict.fromkeys(served))}: name them "
-            "with --base-model and --tuned-model"
+            f"{engine.url}: does not serve {', '.join(missing)}; it serves {', '.join(served)}: name them with --base-model "
+            "and --tuned-model"
         )
-    return loras
 
 
 def evaluate_file(run: str | Path, quant: str, *, level: str | None = None, console=None) -> Evaluation:
