@@ -1,6 +1,6 @@
 """Evidence without generation: each number comes from one pass over text that is there already.
 
-fast_evidence(subject, asked).value("forgetting", "kl")
+fast_evidence(subject, eval_set).value("forgetting", "kl")
 
 Held-out loss and share of next tokens that are right, by source and mode; KL from the base on the base's own answers;
 and how a reply begins in each mode. It takes minutes where replies take hours, and is the same at any scale of an
@@ -10,7 +10,7 @@ adapter: what is measured twice is paired by question.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from toolkit.evaluation.questions import Asked
+from toolkit.evaluation.questions import EvaluationSet
 from toolkit.evaluation.score import Mark
 from toolkit.evaluation.subject import Completion, LoadedRun, NoProgress, ProgressBar
 from toolkit.evaluation.table import MODELS, Scores, summarize
@@ -37,13 +37,17 @@ class FastEvidence:
         return sum(mark.value for mark in own) / sum(mark.weight for mark in own)
 
 
-def fast_evidence(subject: LoadedRun, asked: Asked, progress: ProgressBar | None = None) -> FastEvidence:
-    """Held-out loss, token accuracy, KL and beginnings of what `asked` holds.
+def fast_evidence(subject: LoadedRun, eval_set: EvaluationSet, progress: ProgressBar | None = None) -> FastEvidence:
+    """Held-out loss, token accuracy, KL and beginnings of what `eval_set` holds.
 
     The base's own answers to the probes are made by the first call, a few dozen tokens each, and kept on the disk."""
     progress = progress or NoProgress()
     return FastEvidence(
-        [*held_out_marks(subject, asked), *forgetting_marks(subject, asked, progress), *beginning_marks(subject, asked)]
+        [
+            *held_out_marks(subject, eval_set),
+            *forgetting_marks(subject, eval_set, progress),
+            *beginning_marks(subject, eval_set),
+        ]
     )
 
 
@@ -59,9 +63,9 @@ def mean_kl(subject: LoadedRun, answers: Sequence[Completion]) -> float:
     return sum(row["kl"] for row in sums) / max(1, sum(row["tokens"] for row in sums))
 
 
-def held_out_marks(subject: LoadedRun, asked: Asked) -> Iterator[Mark]:
+def held_out_marks(subject: LoadedRun, eval_set: EvaluationSet) -> Iterator[Mark]:
     """Loss and token accuracy on the held-out rows, by source and mode."""
-    for i, (row, sums) in enumerate(zip(asked.validation, subject.divergence(asked.validation), strict=True)):
+    for i, (row, sums) in enumerate(zip(eval_set.validation, subject.divergence(eval_set.validation), strict=True)):
         kind = f"{row['source']}/{row['mode']}"
         for model, loss, hits in (
             ("base", sums["base"], sums["base_hits"]),
@@ -71,13 +75,13 @@ def held_out_marks(subject: LoadedRun, asked: Asked) -> Iterator[Mark]:
             yield Mark(FORGETTING, model, f"token_accuracy/{kind}", i, hits, sums["tokens"])
 
 
-def forgetting_marks(subject: LoadedRun, asked: Asked, progress: ProgressBar) -> Iterator[Mark]:
+def forgetting_marks(subject: LoadedRun, eval_set: EvaluationSet, progress: ProgressBar) -> Iterator[Mark]:
     """Loss and KL per token on the base's own greedy answers to the probes."""
     for mode in subject.modes:
-        conversations = [probe["messages"] for probe in asked.probes]
-        answers = subject.own(conversations, mode, asked.plan.size.probe_tokens, progress)
+        conversations = [probe["messages"] for probe in eval_set.probes]
+        answers = subject.own(conversations, mode, eval_set.plan.size.probe_tokens, progress)
         # numbered anew in each mode, so that a probe's modes are one question: its answers resemble each other
-        for i, (probe, sums) in enumerate(zip(asked.probes, subject.divergence(answers), strict=True)):
+        for i, (probe, sums) in enumerate(zip(eval_set.probes, subject.divergence(answers), strict=True)):
             tokens = sums["tokens"]
             # weight 0 leaves a probe out of the pooled number
             pooled = int(probe["category"] not in MAY_CHANGE)
@@ -87,9 +91,9 @@ def forgetting_marks(subject: LoadedRun, asked: Asked, progress: ProgressBar) ->
                 yield Mark(FORGETTING, model, "nll", i, pooled * loss, pooled * tokens)
 
 
-def beginning_marks(subject: LoadedRun, asked: Asked) -> Iterator[Mark]:
+def beginning_marks(subject: LoadedRun, eval_set: EvaluationSet) -> Iterator[Mark]:
     """Shares of probability on beginning with thinking and with an answer, in each mode."""
-    conversations = [question["messages"] for question in asked.starts]
+    conversations = [question["messages"] for question in eval_set.starts]
     for mode in subject.modes:
         for model in MODELS:
             beginnings = subject.beginnings(conversations, mode, adapter=model == "tuned")

@@ -21,7 +21,7 @@ from toolkit.evaluation.lengths import compare_lengths
 from toolkit.evaluation.plan import Speed, plan_generation, smallest_change
 from toolkit.evaluation.questions import (
     SHIPPED,
-    Asked,
+    EvaluationSet,
     fingerprint,
     from_mix,
     read_questions,
@@ -94,8 +94,8 @@ def evaluate(
         level, steps=steps, limits=limits, minutes=minutes, train_seconds=train_seconds,
         questions=questions_per_mode, modes=subject.modes, speed=lambda: _speed(subject, questions, limits),
     )  # fmt: skip
-    asked = select(level, steps, questions, chat_questions, probes, validation, own_rows, plan=plan)
-    return score(subject, asked, console)
+    eval_set = select(level, steps, questions, chat_questions, probes, validation, own_rows, plan=plan)
+    return score(subject, eval_set, console)
 
 
 def _speed(subject: LoadedRun, questions: Sequence[Question] | None, limits: dict[str, int]) -> Speed:
@@ -106,65 +106,69 @@ def _speed(subject: LoadedRun, questions: Sequence[Question] | None, limits: dic
     return subject.speed(conversations[: subject.batch_size], mode, limits.get(mode, REPLY_LIMIT))
 
 
-def score(subject: Subject, asked: Asked, console: Console | None = None, *, fast: bool = True) -> Evaluation:
+def score(
+    subject: Subject, eval_set: EvaluationSet, console: Console | None = None, *, fast: bool = True
+) -> Evaluation:
     """The same for anything that replies as a LoadedRun does; without `fast` evidence for what gives no probabilities."""
     started = time.perf_counter()
     console = console or Console(highlight=False)
-    console.print(announcement(asked, subject.modes), markup=False)
+    console.print(announcement(eval_set, subject.modes), markup=False)
     replies: ModeReplies = {}
     own_rows: list[OwnRowReplies] = []
-    prompts_per_mode = len(MODELS) * len(asked.numbers()) + fast * len(asked.probes)
-    total = len(subject.modes) * prompts_per_mode + len(MODELS) * len(asked.own_rows)
+    prompts_per_mode = len(MODELS) * len(eval_set.numbers()) + fast * len(eval_set.probes)
+    total = len(subject.modes) * prompts_per_mode + len(MODELS) * len(eval_set.own_rows)
     with Progress(console, "evaluating", total) as progress:
-        evidence = fast_evidence(cast(LoadedRun, subject), asked, progress).marks if fast else []
-        if asked.questions:
-            own_rows = own_row_replies(subject, asked, progress)
-            replies = all_replies(subject, asked, progress)
+        evidence = fast_evidence(cast(LoadedRun, subject), eval_set, progress).marks if fast else []
+        if eval_set.questions:
+            own_rows = own_row_replies(subject, eval_set, progress)
+            replies = all_replies(subject, eval_set, progress)
         # after all replies, since a direct answer is measured by the length of the base's
-        scores = summarize([*answer_marks(replies, asked), *evidence], subject.seed)
+        scores = summarize([*answer_marks(replies, eval_set), *evidence], subject.seed)
     # limits as they were used: another evaluation of the run asks by them
-    limits = {mode: asked.plan.limit(mode) for mode in subject.modes}
+    limits = {mode: eval_set.plan.limit(mode) for mode in subject.modes}
     result: Any = {
-        "level": asked.level,
+        "level": eval_set.level,
         "seed": subject.seed,
         "modes": list(subject.modes),
         "budget": {
-            **asdict(asked.plan.size),
-            "replies": len(subject.modes) * len(MODELS) * len(asked.numbers()),
+            **asdict(eval_set.plan.size),
+            "replies": len(subject.modes) * len(MODELS) * len(eval_set.numbers()),
             "max_new_tokens": max(limits.values()),
             "limits": limits,
-            "note": asked.plan.note,
+            "note": eval_set.plan.note,
         },
-        "shipped": list(asked.shipped),
+        "shipped": list(eval_set.shipped),
         "seconds": round(time.perf_counter() - started, 2),
-        "fingerprints": {name: fingerprint(getattr(asked, name)) for name in ("questions", "probes", "validation")},
+        "fingerprints": {name: fingerprint(getattr(eval_set, name)) for name in ("questions", "probes", "validation")},
         **scores,
-        "lengths": reply_lengths(replies, asked, subject.seed),
+        "lengths": reply_lengths(replies, eval_set, subject.seed),
         "own_rows": own_rows,
-        "samples": samples(replies, asked),
+        "samples": samples(replies, eval_set),
     }
     return finite(result | {"verdict": verdict(result)})
 
 
-def announcement(asked: Asked, modes: Sequence[str]) -> str:
+def announcement(eval_set: EvaluationSet, modes: Sequence[str]) -> str:
     """What will be asked and how long it takes, before the first reply."""
-    if not asked.questions:
+    if not eval_set.questions:
         return (
-            f"{asked.level} evaluation without generation: {len(asked.validation)} held-out rows, {len(asked.probes)} "
-            f"probes, {len(asked.starts)} beginnings" + (f"\n{asked.plan.note}" if asked.plan.note else "")
+            f"{eval_set.level} evaluation without generation: {len(eval_set.validation)} held-out rows, {len(eval_set.probes)} "
+            f"probes, {len(eval_set.starts)} beginnings" + (f"\n{eval_set.plan.note}" if eval_set.plan.note else "")
         )
-    several = f" x {asked.plan.size.samples} replies" if asked.plan.size.samples > 1 else ""
+    several = f" x {eval_set.plan.size.samples} replies" if eval_set.plan.size.samples > 1 else ""
     shown = " and ".join(map(mode_title, modes))
-    limit = max(asked.plan.limit(mode) for mode in modes)
+    limit = max(eval_set.plan.limit(mode) for mode in modes)
     text = (
-        f"{asked.level} evaluation: {len(asked.questions)} questions{several} x {len(modes)} "
+        f"{eval_set.level} evaluation: {len(eval_set.questions)} questions{several} x {len(modes)} "
         f"mode{'s' * (len(modes) > 1)} ({shown}) x base and tuned, up to {limit:,} tokens"
     )
-    if asked.plan.seconds is not None:
-        text += f": about {duration(asked.plan.seconds)}"
-    fewest = min(sum(q["chat"] == chat for q in asked.questions) or len(asked.questions) for chat in (False, True))
+    if eval_set.plan.seconds is not None:
+        text += f": about {duration(eval_set.plan.seconds)}"
+    fewest = min(
+        sum(q["chat"] == chat for q in eval_set.questions) or len(eval_set.questions) for chat in (False, True)
+    )
     text += f"\nfrom {fewest} questions of a kind, a change below {smallest_change(fewest)} points cannot be told"
-    return text + (f"\n{asked.plan.note}" if asked.plan.note else "")
+    return text + (f"\n{eval_set.plan.note}" if eval_set.plan.note else "")
 
 
 def duration(seconds: float) -> str:
@@ -172,12 +176,12 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(1, seconds):.0f} seconds"
 
 
-def all_replies(subject: Subject, asked: Asked, progress: ProgressBar) -> ModeReplies:
+def all_replies(subject: Subject, eval_set: EvaluationSet, progress: ProgressBar) -> ModeReplies:
     """A reply of base and tuned to every prompt in each mode."""
-    conversations = [asked.questions[i]["messages"] for i in asked.numbers()]
+    conversations = [eval_set.questions[i]["messages"] for i in eval_set.numbers()]
     replies: ModeReplies = {}
     for mode in subject.modes:
-        limit = asked.plan.limit(mode)
+        limit = eval_set.plan.limit(mode)
         replies[mode] = {
             model: subject.reply(conversations, mode, model == "tuned", progress, max_new_tokens=limit)
             for model in MODELS
@@ -185,14 +189,14 @@ def all_replies(subject: Subject, asked: Asked, progress: ProgressBar) -> ModeRe
     return replies
 
 
-def own_row_replies(subject: Subject, asked: Asked, progress: ProgressBar) -> list[OwnRowReplies]:
+def own_row_replies(subject: Subject, eval_set: EvaluationSet, progress: ProgressBar) -> list[OwnRowReplies]:
     """The person's own held-out rows answered by base and tuned, beside their reference."""
     rows: list[OwnRowReplies] = []
     for mode in subject.modes:
-        own = [row for row in asked.own_rows if row["mode"] == mode]
+        own = [row for row in eval_set.own_rows if row["mode"] == mode]
         conversations = [row["messages"] for row in own]
         base, tuned = (
-            subject.reply(conversations, mode, model == "tuned", progress, max_new_tokens=asked.plan.limit(mode))
+            subject.reply(conversations, mode, model == "tuned", progress, max_new_tokens=eval_set.plan.limit(mode))
             for model in MODELS
         )
         for row, before, after in zip(own, base, tuned, strict=True):
@@ -203,36 +207,38 @@ def own_row_replies(subject: Subject, asked: Asked, progress: ProgressBar) -> li
     return rows
 
 
-def answer_marks(replies: ModeReplies, asked: Asked) -> Iterator[Mark]:
+def answer_marks(replies: ModeReplies, eval_set: EvaluationSet) -> Iterator[Mark]:
     """Rows of the long table for what each reply of base and tuned scores."""
-    numbers = asked.numbers()
+    numbers = eval_set.numbers()
     with AnswerChecker() as checker:
         for mode, models in replies.items():
             # a model with one mode has no other from which reasoning could leak
             longest = longest_answers(numbers, models["base"]) if len(replies) > 1 else {}
             for model in MODELS:
                 for i, reply in zip(numbers, models[model], strict=True):
-                    for metric, value, weight in reply_marks(mode, reply, asked.questions[i], longest.get(i), checker):
+                    for metric, value, weight in reply_marks(
+                        mode, reply, eval_set.questions[i], longest.get(i), checker
+                    ):
                         yield Mark(mode, model, metric, i, float(value), weight)
 
 
-def reply_lengths(replies: ModeReplies, asked: Asked, seed: int) -> dict[str, ReplyLengths]:
+def reply_lengths(replies: ModeReplies, eval_set: EvaluationSet, seed: int) -> dict[str, ReplyLengths]:
     """How much longer tuned replies are, and whether some never end, by mode."""
-    sets = [f"{question['set']} {question['chat']}" for question in asked.questions]
-    samples = asked.plan.size.samples
+    sets = [f"{question['set']} {question['chat']}" for question in eval_set.questions]
+    samples = eval_set.plan.size.samples
     return {
-        mode: compare_lengths(models["base"], models["tuned"], sets, samples, asked.plan.limit(mode), seed)
+        mode: compare_lengths(models["base"], models["tuned"], sets, samples, eval_set.plan.limit(mode), seed)
         for mode, models in replies.items()
     }
 
 
-def samples(replies: ModeReplies, asked: Asked) -> list[EvaluationSample]:
+def samples(replies: ModeReplies, eval_set: EvaluationSet) -> list[EvaluationSample]:
     """A few prompts of each mode with both models' replies, for people to read."""
-    numbers = asked.numbers()
+    numbers = eval_set.numbers()
     rows: list[Any] = []
     for mode, models in replies.items():
         for place in spread(len(numbers), SAMPLES):
-            question = asked.questions[numbers[place]]
+            question = eval_set.questions[numbers[place]]
             row = {"mode": mode, "prompt": question["messages"][-1]["content"]}
             row["expected_answer"] = question["expected_answer"]
             rows.append(row | {model: models[model][place].text for model in MODELS})

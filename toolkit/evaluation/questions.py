@@ -1,6 +1,6 @@
 """What evaluation asks: levels, questions, held-out rows, the probe set that ships.
 
-asked = select("quick", steps=200); asked.numbers()
+eval_set = select("quick", steps=200); eval_set.numbers()
 """
 
 import contextlib
@@ -35,7 +35,7 @@ STARTS = 16
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvaluationSet:
     """Everything that one evaluation asks."""
 
     level: str
@@ -63,7 +63,7 @@ def select(
     validation: Sequence[HeldOutRow] = (),
     own_rows: Sequence[OwnRow] = (),
     plan: Plan | None = None,
-) -> Asked:
+) -> EvaluationSet:
     """As many of the given questions, probes and held-out rows as the level (or `plan`) asks; those that ship stand in
     for None. Raises ToolkitError where there is nothing to ask."""
     plan = plan or Plan(sized(level, steps))
@@ -78,7 +78,7 @@ def select(
     kinds = {(probe["category"], probe["language"]) for probe in known}
     # the person's own rows are answered too, unless nothing is generated
     sources = {row["source"] for row in own_rows}
-    return Asked(
+    return EvaluationSet(
         level,
         plan,
         questions=_chosen(reasoning, size.questions, False) + _chosen(chat, size.questions, True),
@@ -140,10 +140,10 @@ def from_mix(mixed: Mix) -> dict[str, Any]:
 
 def own_row(row: Row) -> OwnRow:
     """A held-out row as text."""
-    *asked, reply = row.conversation["messages"]
+    *prompt, reply = row.conversation["messages"]
     parts = [reply.get("reasoning_content") or "", reply.get("content") or ""]
     reference = "\n\n".join(part.strip() for part in parts if part.strip())
-    return {"source": row.source, "mode": row.mode, "messages": asked, "reference": reference}
+    return {"source": row.source, "mode": row.mode, "messages": prompt, "reference": reference}
 
 
 def reply_limits(mixed: Mix) -> dict[str, int]:

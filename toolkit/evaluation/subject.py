@@ -170,11 +170,11 @@ class LoadedRun:
 
     def own(self, conversations: Sequence[Messages], mode: str, tokens: int, progress: ProgressBar) -> list[Completion]:
         """The base's greedy answers of at most so many tokens, the end-of-turn token included."""
-        asked = prompts(self.tokenizer, conversations, mode)[1]
+        prompt_ids = prompts(self.tokenizer, conversations, mode)[1]
         replies = self.reply(conversations, mode, False, progress, max_new_tokens=tokens, greedy=True)
         rows: list[Completion] = []
         end = [closing_token(self.tokenizer)]
-        for ids, reply in zip(asked, replies, strict=True):
+        for ids, reply in zip(prompt_ids, replies, strict=True):
             # the cache keeps texts, so the ids are made again, in a first evaluation too: both must score the same
             answer = self.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
             rows.append({"input_ids": ids + answer + end * reply.finished, "prompt_length": len(ids)})

@@ -35,9 +35,9 @@ def summarize(marks: Iterable[Mark], seed: int) -> Scores:
     per_question: PerQuestion = {section: {model: {} for model in MODELS} for section in sections}
     for section, metrics in sections.items():
         # One entry for each question asked, so that every metric of `per_question` pairs with every other
-        asked = max((question_count(pair) for metric, pair in metrics.items() if metric in KEPT), default=0)
+        longest = max((question_count(pair) for metric, pair in metrics.items() if metric in KEPT), default=0)
         for metric, pair in sorted(metrics.items()):
-            length = max(asked, question_count(pair))
+            length = max(longest, question_count(pair))
             samples = {model: sample_of(pair[model], length) for model in MODELS}
             for model, sample in samples.items():
                 scores[model][section][metric] = interval(sample, seed=seed, rate=is_rate(metric))

@@ -148,7 +148,7 @@ def gains_and_losses(result: Evaluation) -> tuple[list[str], list[str]]:
     """Names of what is better and what is worse, of what the intervals are sure of."""
     better: list[str] = []
     worse: list[str] = []
-    for name, section, metric in [*judged_questions(result), *judged_otherwise(result)]:
+    for name, section, metric in [*judged_questions(result), *judged_measures(result)]:
         change = direction(result["difference"][section][metric])
         # a loss is better when it falls
         if metric.startswith(LOSS):
@@ -169,7 +169,7 @@ def judged_questions(result: Evaluation) -> list[tuple[str, str, str]]:
     return [(title(*key, result["modes"]), *key) for key in keys]
 
 
-def judged_otherwise(result: Evaluation) -> list[tuple[str, str, str]]:
+def judged_measures(result: Evaluation) -> list[tuple[str, str, str]]:
     """(name, section, metric) of mode adherence, held-out loss, and beginnings that lost a real share."""
     keys = [key for key in _measured(result) if key[1] == "adherence" or key[1].startswith(LOSS)]
     for mode in result["modes"]:

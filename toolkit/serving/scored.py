@@ -20,7 +20,7 @@ from toolkit.data.render import Chat, load_chat
 from toolkit.evaluation.generate import Messages, Reply, split_reply
 from toolkit.evaluation.measure import score
 from toolkit.evaluation.plan import Plan, sized
-from toolkit.evaluation.questions import Asked, fingerprint, reply_limits, select
+from toolkit.evaluation.questions import EvaluationSet, fingerprint, reply_limits, select
 from toolkit.evaluation.reply_store import ReplyStore
 from toolkit.evaluation.subject import ProgressBar
 from toolkit.export.llama import Engine, launch
@@ -184,7 +184,7 @@ def evaluate_models(
     return result
 
 
-def replies_asked(folder: Path, level: str | None) -> Asked:
+def replies_asked(folder: Path, level: str | None) -> EvaluationSet:
     """The questions, limits and samples of the run's own evaluation, so that both can be paired; those of its recipe where
     there is none, or where another level is named."""
     recipe = recipes.load(folder / "recipe.yaml")
