@@ -201,3 +201,15 @@ def test_a_path_in_the_home_folder_is_written_so_that_it_works_and_names_nobody(
     assert files.home_relative(str(Path.home() / "data" / "x.jsonl")) == "~/data/x.jsonl"
     assert files.home_relative("owner/name") == "owner/name"
     assert files.home_relative("/srv/data") == "/srv/data"
+
+
+def test_what_is_uploaded_beside_an_adapter_names_no_home_folder_and_the_vocabulary_stays(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    adapter = tmp_path / "adapter"
+    write_json(adapter / "adapter_config.json", {"base_model_name_or_path": f"{tmp_path}/models/mine", "r": 8})
+    files.write_text(adapter / "README.md", f"base_model: {tmp_path}/models/mine\n- {tmp_path}/models/mine\n")
+    write_json(adapter / "tokenizer.json", {"vocab": {f"{tmp_path}/": 7}})
+    files.hide_home(adapter)
+    assert read_json(adapter / "adapter_config.json") == {"base_model_name_or_path": "~/models/mine", "r": 8}
+    assert str(tmp_path) not in (adapter / "README.md").read_text()
+    assert read_json(adapter / "tokenizer.json") == {"vocab": {f"{tmp_path}/": 7}}

@@ -365,7 +365,23 @@ def shareable(text: str) -> str:
     """A text without tokens, keys and the home folder, for logs and files that people pass on."""
     for pattern, shown in SECRETS:
         text = pattern.sub(shown, text)
+    return without_home(text)
+
+
+def without_home(text: str) -> str:
+    """A text in which the home folder is written `~`."""
     return re.sub(re.escape(str(Path.home())) + r"(?=[/\\]|$)", "~", text)
+
+
+def hide_home(folder: Path) -> None:
+    """Write the home folder as `~` in what PEFT leaves beside an adapter, which people upload.
+
+    Not in the tokenizer's files: a vocabulary may hold `/root/`."""
+    for name in ("adapter_config.json", "README.md"):
+        file = folder / name
+        text = read_text(file) if file.is_file() else ""
+        if without_home(text) != text:
+            write_text(file, without_home(text))
 
 
 def home_relative(path: str) -> str:
