@@ -330,19 +330,24 @@ def remove_partials(folder: Path) -> None:
             partial.unlink(missing_ok=True)
 
 
-def check_in_place(path: Path) -> None:
-    """Raises ToolkitError when a locked folder that `path` lies in is not the one it was: a write would begin a second one."""
+def displaced(path: Path) -> Path | None:
+    """The locked folder that a path lies in, when it is not the folder it was: renamed, removed or replaced; else None."""
     for folder, held in HELD.items():
-        if not path.absolute().is_relative_to(folder):
-            continue
-        inode = folder.stat().st_ino if folder.exists() else None
-        if held.inode is None:
-            held.inode = inode
-        if inode != held.inode:
-            raise ToolkitError(
-                f"{folder}: was renamed or removed while `{held.verb}` writes to it: rename it back, then run the same "
-                "command again; finished steps are kept"
-            )
+        if path.absolute().is_relative_to(folder):
+            inode = folder.stat().st_ino if folder.exists() else None
+            held.inode = held.inode or inode
+            if inode != held.inode:
+                return folder
+    return None
+
+
+def check_in_place(path: Path) -> None:
+    """Raises ToolkitError when a locked folder that `path` lies in was renamed: a write would begin a second one."""
+    if folder := displaced(path):
+        raise ToolkitError(
+            f"{folder}: was renamed or removed while `{HELD[folder].verb}` writes to it: rename it back, then run the same "
+            "command again; finished steps are kept"
+        )
 
 
 def _holder(lock_file: Path) -> str:
