@@ -43,8 +43,25 @@ def test_the_table_of_shares_of_general_data_is_the_record():
         assert row in PAGE
 
 
+def test_the_table_of_the_dial_is_the_record():
+    for point in record("dial_pocket.json")["points"]:
+        cells = [f"{point.get('forgetting/kl', 0):.2f}"]
+        for key in ("non_thinking/accuracy/chat", "thinking/accuracy"):
+            ends = [100 * point[f"{key}{end}"] for end in ("", ".low", ".high")] if key in point else None
+            cells.insert(0, f"{ends[0]:.0f}% [{ends[1]:.0f}, {ends[2]:.0f}]" if ends else "no replies")
+        row = " | ".join([point["label"].removeprefix("scale "), *cells])
+        assert f"| {row} |" in PAGE
+
+
 def test_every_record_that_the_page_names_is_there_with_its_command_and_conditions():
-    for name in ("seeds_pocket.json", "sweep_pocket.json", "smollm2.json", "label_rule.json", "replay.json"):
+    for name in (
+        "seeds_pocket.json",
+        "sweep_pocket.json",
+        "dial_pocket.json",
+        "smollm2.json",
+        "label_rule.json",
+        "replay.json",
+    ):
         assert name in PAGE
         assert {"date", "commit"} <= (
             set(record(name)) | {k for v in record(name).values() if isinstance(v, dict) for k in v}
