@@ -110,6 +110,14 @@ def test_fast_evidence_alone_carries_a_verdict_and_generates_no_reply(model, tok
     assert "without generation" in console.file.getvalue()
 
 
+def test_no_limit_is_longer_than_what_the_model_was_loaded_for(model, tokenizer, tmp_path):
+    console = Console(file=io.StringIO(), width=200)
+    settings = {"level": "fast", "limits": {"thinking": 10**6}, "console": console, "cache": tmp_path}
+    result = evaluate(model, tokenizer, QUESTIONS, [], PROBES, **settings)
+    positions = model.config.max_position_embeddings
+    assert result["budget"]["limits"] == {"thinking": positions, "non_thinking": min(positions, 1024)}
+
+
 def test_one_minute_reads_no_reply_and_says_so(model, tokenizer, tmp_path):
     console = Console(file=io.StringIO(), width=200)
     result = evaluate(model, tokenizer, QUESTIONS, [], PROBES, ROWS, minutes=1, console=console, cache=tmp_path)

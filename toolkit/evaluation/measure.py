@@ -89,7 +89,10 @@ def evaluate(
     Raises ToolkitError for a model without an adapter or a chat template."""
     console = console or Console(highlight=False)
     subject = LoadedRun(model, tokenizer, cache or outputs() / ".base_replies", seed, batch_size)
-    limits = dict.fromkeys(subject.modes, max_new_tokens) if max_new_tokens else dict(limits or {})
+    known = dict.fromkeys(subject.modes, max_new_tokens) if max_new_tokens else limits or {}
+    # no reply is longer than what the model was loaded for
+    room = model.config.get_text_config().max_position_embeddings
+    limits = {mode: min(room, known.get(mode) or REPLY_LIMIT) for mode in subject.modes}
     plan = plan_generation(
         level, steps=steps, limits=limits, minutes=minutes, train_seconds=train_seconds,
         questions=questions_per_mode, modes=subject.modes, speed=lambda: _speed(subject, questions, limits),
@@ -103,7 +106,7 @@ def _speed(subject: LoadedRun, questions: Sequence[Question] | None, limits: dic
     some = read_questions(SHIPPED[0]) if questions is None else list(questions)
     conversations = [question["messages"] for question in some or read_questions(SHIPPED[1])]
     mode = subject.modes[0]
-    return subject.speed(conversations[: subject.batch_size], mode, limits.get(mode, REPLY_LIMIT))
+    return subject.speed(conversations[: subject.batch_size], mode, limits[mode])
 
 
 def score(
