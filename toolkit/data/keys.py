@@ -102,7 +102,8 @@ def is_good(key: str, value: Json) -> bool | None:
     if meaning(key) == "bad":
         # `rejected` is mostly the text of the answer that lost, and such a text may be "yes"
         is_text = key.lower() == "rejected" and type(value) is not bool
-        return {True: False, False: True}.get(None if is_text else yes_or_no(value))
+        says = None if is_text else yes_or_no(value)
+        return None if says is None else not says
     word = value.strip().lower() if key.lower() == "label" and type(value) is str else ""
     if word in CLASSES:
         return None

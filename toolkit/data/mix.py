@@ -6,7 +6,7 @@ from toolkit import recipe; from toolkit.data import mix; mixed = mix.compile_mi
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
@@ -33,6 +33,7 @@ from toolkit.records import (
     Question,
     Shares,
     SourceReport,
+    Unit,
 )
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class DrawnRow:
 def draw_rows(draw: "Draw", data: Data, chat: Chat) -> Iterator[DrawnRow]:
     """The rows of a source in seeded order, rendered and tokenized a batch at a time."""
     dice = random.Random(f"{data.seed} {draw.source.name}")
-    rows = read_rows(draw.pool, data.seed, data.placeholders)
+    rows = read_rows(draw.pool, data.seed, dict(data.placeholders.items()))
     while read := list(itertools.islice(rows, BATCH)):
         # a number is drawn for every row, so that its switch does not depend on what was rejected before it
         batch = [render_row(row, draw.source, chat, dice.random() < draw.source.soft_switch) for row in read]
@@ -264,15 +265,17 @@ class Draw:
         """Use rows again, in their order, where the source allows it (max_repeats) or asks for more than it has (#N)."""
         # in their drawn order, so that every row is used n times before one is used n + 1 times
         limit = len(self.train) * self.source.max_repeats
-        counted = self.count is not None and not self.source.max_rows
-        if counted:  # fewer usable rows than `#N`: ms-swift repeats them to N, and so do recipes taken over from it
-            limit = max(limit, self.count - len(self.validation))
+        asked = None if self.source.max_rows else self.count
+        if (
+            asked is not None
+        ):  # fewer usable rows than `#N`: ms-swift repeats them to N, and so do recipes taken over from it
+            limit = max(limit, asked - len(self.validation))
         again = itertools.cycle(list(self.train))
         while self.train and len(self.train) < limit and self.wants(hold_out=False):
             self.add([next(again)])
         # the last conversation may have had more examples than were wanted
-        if counted and self.source.fraction is None:
-            del self.train[self.count - len(self.validation) :]
+        if asked is not None and self.source.fraction is None:
+            del self.train[asked - len(self.validation) :]
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -359,7 +362,7 @@ def question_prompts(recipe: Recipe) -> list[str]:
     """User turns of the recipe's questions. All are read here: a row that cannot be asked is found before training."""
     prompts = []
     for source in recipe.evaluate.questions:
-        for question in read_questions(source, placeholders=recipe.data.placeholders):
+        for question in read_questions(source, placeholders=dict(recipe.data.placeholders.items())):
             prompts += [m["content"] for m in question["messages"] if m["role"] == "user"]
     return prompts if recipe.data.decontaminate else []
 
@@ -407,7 +410,7 @@ class Planned(TypedDict):
     """Rows held out."""
 
 
-def unit_of(data: Data) -> str:
+def unit_of(data: Data) -> Unit:
     """What the plan is counted in: `data.unit`, or examples where `#N` counts stand in place of fractions."""
     counted = any(s.fraction is None and split_count(s)[1] for s in data.sources)
     return "examples" if counted else data.unit
@@ -415,14 +418,17 @@ def unit_of(data: Data) -> str:
 
 def plan(data: Data) -> dict[str, Planned]:
     """What each source is to give. Every source that takes part holds out at least one row."""
-    shares = [s.fraction for s in data.sources]
-    weights = shares
-    if None not in shares:
-        quotas = [data.budget and round(share * data.budget) for share in shares]
-    else:
-        quotas = [split_count(s)[1] for s in data.sources]
-        weights = [1] * len(quotas) if None in quotas else quotas
-        shares = [None] * len(quotas) if None in quotas else [n / sum(quotas) for n in quotas]
+    fractions = [s.fraction for s in data.sources if s.fraction is not None]
+    quotas = [split_count(s)[1] for s in data.sources]
+    counts = [n for n in quotas if n is not None]
+    # where neither fractions nor counts are complete, rows are taken as they come
+    shares: list[float | None] = [None] * len(quotas)
+    weights: Sequence[float] = [1] * len(quotas)
+    if len(fractions) == len(quotas):
+        quotas = [round(share * data.budget) if data.budget else None for share in fractions]
+        shares, weights = [*fractions], fractions
+    elif len(counts) == len(quotas):
+        shares, weights = [n / sum(counts) for n in counts], counts
     size = data.validation_size
     held = [max(1, round(size * weight / sum(weights))) if weight and size else 0 for weight in weights]
     return {
@@ -433,14 +439,16 @@ def plan(data: Data) -> dict[str, Planned]:
 
 def balance(draws: list[Draw], data: Data) -> str | None:
     """Where sources are exhausted, reduce the whole mix and keep its shares; returns the source that limits it."""
-    if draws[0].source.fraction is None:
+    shares = {d.source.name: d.source.fraction for d in draws if d.source.fraction is not None}
+    if not shares:
         return None
     # The total at which each exhausted source would have its share; the smallest is what all of them can give
-    short = {d.source.name: d.amount / d.source.fraction for d in draws if d.wants(hold_out=False)}
-    limiting = min(short, key=short.get, default=None)
-    total = short[limiting] if limiting else data.budget
+    short = {d.source.name: d.amount / shares[d.source.name] for d in draws if d.wants(hold_out=False)}
+    limiting = min(short, key=lambda name: short[name], default=None)
+    # without a budget every source is exhausted at the end
+    total = short[limiting] if limiting else float(data.budget or 0)
     for draw in draws:
-        draw.train = trim(draw.train, draw.source.fraction * total, data.unit)
+        draw.train = trim(draw.train, shares[draw.source.name] * total, data.unit)
     return limiting
 
 
@@ -471,9 +479,9 @@ def check_shares(report: MixReport, data: Data) -> None:
 # --- mix.json --------------------------------------------------------------------------------------------------------
 
 
-def shares_of(rows: list[Row], by: str = "source") -> dict[str, Shares]:
+def shares_of(rows: list[Row], by: str = "source") -> dict[Unit, Shares]:
     """Share of each source (or mode) among rows, in all three units."""
-    shares = {}
+    shares: dict[Unit, Shares] = {}
     for unit in UNITS:
         sums: Counter[str] = Counter()
         for row in rows:
@@ -498,6 +506,10 @@ def mix_report(recipe: Recipe, draws: list[Draw], planned: dict[str, Planned], l
         "lengths": completion_lengths(rows),
         "sources": {d.source.name: source_report(d) for d in draws},
         "max_seq_length": recipe.model.max_seq_length,
+        # filled in by the caller
+        "fingerprints": {},
+        "slow_tokenizer": None,
+        "warnings": [],
     }
 
 
@@ -532,13 +544,14 @@ def not_read_of(draw: Draw) -> NotRead:
     counts: NotRead = {"row": {}, "turn": {}}
     for key, n in draw.not_read.most_common():
         place, _, name = key.partition(" ")
-        counts[place][name] = n
+        keys = counts["row"] if place == "row" else counts["turn"]
+        keys[name] = n
     return counts
 
 
 def completion_lengths(rows: list[Row]) -> dict[str, CompletionLengths]:
     """{mode: lengths of the completions in tokens}, which say how long a reply of that mode may become."""
-    lengths = {}
+    lengths: dict[str, CompletionLengths] = {}
     for mode in sorted({row.mode for row in rows}):
         sizes = [len(row.completion) for row in rows if row.mode == mode]
         lengths[mode] = {"completion_p90": int(np.percentile(sizes, 90)), "completion_max": max(sizes)}

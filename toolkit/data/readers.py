@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -118,7 +118,7 @@ def data_files(path: Path, split: str) -> list[Path]:
     # a folder without files of that split has files of no split (data.jsonl); another split's are never taken for it
     chosen = [f for f in files if files[f] == split] or [f for f in files if not files[f]]
     if not chosen:
-        there = ", ".join(sorted(set(files.values())) or [f.name for f in found[:5]])
+        there = ", ".join(sorted({name for name in files.values() if name}) or [f.name for f in found[:5]])
         there = f"splits {there}: choose one by `split:`" if files else there or "no files"
         raise ToolkitError(f"{path}: expected {known} files of the split {split!r}, found {there}")
     # several folders that each hold the split are subsets or languages, kept apart by their author
@@ -240,7 +240,7 @@ def line_starts(file: io.BytesIO | io.FileIO) -> np.ndarray:
     """Byte offsets of a file's lines and, last, of its end."""
     file.seek(0)
     buffer, found, offset = np.empty(BLOCK, np.uint8), [np.zeros(1, np.int64)], 0
-    while count := file.readinto(buffer):
+    while count := file.readinto(buffer.data):
         found.append(np.flatnonzero(buffer[:count] == 10) + (offset + 1))
         offset += count
     starts = np.concatenate(found)
@@ -288,7 +288,7 @@ def parquet_table(path: Path) -> Table:
         schema = meta.schema.to_arrow_schema()
         fields = readable_fields(schema, path)
         # the cache knows a file by path and time of change only, the configuration's name by its content too
-        options = {"config_name": sha256(path)}
+        options: dict[str, Any] = {"config_name": sha256(path)}
         if len(fields) < len(schema):
             options["features"] = datasets.Features.from_arrow_schema(pyarrow.schema(fields))
             options["columns"] = [field.name for field in fields]
@@ -369,7 +369,7 @@ def decode(raw: bytes, path: Path, line: int) -> str:
     readings = []
     for name in ("utf-16",) if bad.startswith((b"\xff\xfe", b"\xfe\xff")) else ENCODINGS:
         with contextlib.suppress(UnicodeDecodeError):
-            readings.append(f"as {name} {NOT_ASCII.search(bad.decode(name))[0]!r}")
+            readings.append(f"as {name} {NOT_ASCII.findall(bad.decode(name))[0]!r}")
     raise ToolkitError(
         f"{where}. Its line reads {', '.join(readings) or 'in no common encoding: fix or delete it'}. Save the file as UTF-8 "
         f"from the encoding that reads right, in an editor or by iconv -f ENCODING -t utf-8 {path.name} > utf8-{path.name}"

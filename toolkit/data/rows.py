@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from toolkit.records import Conversation, DroppedRow, MixReport
+from toolkit.records import Conversation, DroppedRow, MixReport, Unit
 
 if TYPE_CHECKING:
     import datasets
 
-UNITS = ("examples", "tokens", "supervised_tokens")
+UNITS: tuple[Unit, ...] = ("examples", "tokens", "supervised_tokens")
 
 
 @dataclass(eq=False)
