@@ -399,6 +399,18 @@ def test_every_verb_that_may_load_a_model_has_the_flag(verb):
     assert "--trust-remote-code" in [flags[0] for flags, _ in cli.VERBS[verb][1]]
 
 
+def test_the_flag_of_train_sets_the_key_of_the_run(monkeypatch):
+    from toolkit import __main__ as cli
+    from toolkit import run
+
+    monkeypatch.setattr(recipe, "_remote_code_allowed", False)
+    trained = []
+    monkeypatch.setattr(run, "train", lambda loaded, *_, **__: trained.append(loaded))
+    assert cli.main(["train", "pocket", "--trust-remote-code"]) == 0
+    assert cli.main(["train", "pocket"]) == 0
+    assert [loaded.model.extra for loaded in trained] == [{"trust_remote_code": True}, {}]
+
+
 def test_a_recipe_that_was_edited_after_its_run_began_is_noticed(tmp_path):
     from toolkit.files import write_json, write_text
 

@@ -71,6 +71,8 @@ def run_verb(words: list[str], options: argparse.Namespace) -> int:
         from toolkit import recipe
 
         recipe.allow_remote_code()
+        # written into the run, whose other verbs then ask for the flag again
+        values.get("overrides", []).append("model.trust_remote_code=true")
     # under --json what people read goes to stderr, and stdout holds the answer alone
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         if name not in ("setup", "doctor", "list"):
