@@ -226,11 +226,23 @@ def test_a_run_that_changed_nothing_says_so(tmp_path, monkeypatch):
         dial([folder], scales=[1.0], console=Console(quiet=True))
 
 
+def rate_of(values, rate):
+    return values | {"train": values["train"] | {"learning_rate": rate}}
+
+
 def test_runs_of_different_recipes_are_not_averaged(tmp_path):
     values = yaml.safe_load(recipes.to_yaml(recipes.load("data_recipes/pocket.yaml")))
     members = []
     for name, rate in (("a", 1e-3), ("b", 2e-3)):
         changed = values | {"name": name, "train": values["train"] | {"learning_rate": rate}}
         members.append(Dialled(tmp_path / name, recipes.from_dict(changed), {}, {}))
-    with pytest.raises(ToolkitError, match=r"differ in train\.learning_rate"):
+    with pytest.raises(ToolkitError, match=r"differ in train\.learning_rate$"):
         dials.check_same_training(members)
+    other_seed = values | {
+        "name": "c",
+        "data": values["data"] | {"seed": 2},
+        "evaluate": values["evaluate"] | {"prompts": ["?"]},
+    }
+    dials.check_same_training(
+        [members[0], Dialled(tmp_path / "c", recipes.from_dict(rate_of(other_seed, 1e-3)), {}, {})]
+    )

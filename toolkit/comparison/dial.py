@@ -8,6 +8,7 @@ tuned without training, and an export at that scale is `lora_alpha` times the sc
 """
 
 import contextlib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,8 @@ WORTH = 0.5
 """Share of the largest gain in held-out loss from which a scale may be recommended, so that it gets replies."""
 NOTHING = 1e-6
 """Nats of KL below which an adapter changes nothing."""
+MAY_DIFFER = re.compile(r"name$|data\.seed$|export\b|evaluate\.prompts\b|train\.(report_to|logging_steps)\b")
+"""Recipe keys in which runs that are averaged may differ: the seed, and what changes neither training nor questions."""
 Result = dict[str, Any]
 """An evaluation, as in eval.json."""
 
@@ -205,7 +208,7 @@ def dial(
 def check_same_training(members: Sequence[Dialled]) -> None:
     """Raises ToolkitError where runs differ in more than their seed: their scales cannot be averaged."""
     settings = [flat(recipes.to_dict(member.recipe)) for member in members]
-    differing = [key for key in changed_keys(settings) if key not in ("name", "data.seed")]
+    differing = [key for key in changed_keys(settings) if not MAY_DIFFER.match(key)]
     if differing:
         raise ToolkitError(f"dial averages over seeds of one recipe, but these runs differ in {', '.join(differing)}")
 
