@@ -84,6 +84,11 @@ def test_a_column_beside_named_ones_is_not_read_and_said(tmp_path):
     assert mixed.report["sources"]["rows"]["not_read"]["row"] == {"cot": 5, "system_prompt": 5}
 
 
+def test_metadata_as_text_is_said_not_to_be_read(tmp_path):
+    mixed = compiled(tmp_path, rows_of(5, metadata='{"label": false}'))
+    assert mixed.report["sources"]["rows"]["not_read"]["row"] == {"metadata": 5}
+
+
 def test_keys_inside_metadata_are_said_too(tmp_path):
     mixed = compiled(tmp_path, rows_of(5, metadata={"id": 1, "tone": "warm", "system_prompt": "x"}))
     assert mixed.report["sources"]["rows"]["not_read"]["row"] == {"metadata.tone": 5, "metadata.system_prompt": 5}
@@ -136,6 +141,16 @@ def test_kto_rows_train_on_the_good_half_and_the_bad_half_is_counted(tmp_path):
         ({"prompt": [ASK], "chosen": [TELL], "rejected": [TELL]}, "preference"),
         ({"prompt": "Why?", "chosen": [ASK, TELL], "rejected": [ASK, TELL]}, "preference"),
         ({"chosen": [ASK, TELL], "rejected": [ASK, TELL]}, "chosen"),
+        ({"instruction": "Why?", "input": "", "chosen": "So.", "rejected": "No."}, "preference_alpaca"),
+        ({"question": "Why?", "chosen": "So.", "rejected": "No."}, "preference_question"),
+        (
+            {
+                "conversations": [{"from": "human", "value": "Why?"}],
+                "chosen": {"from": "gpt", "value": "So."},
+                "rejected": {"from": "gpt", "value": "No."},
+            },
+            "sharegpt",
+        ),
         ({"prompt": "Why?", "chosen": [ASK, TELL], "messages": [ASK, TELL]}, "messages"),
         ({"messages": [ASK, TELL], "rejected_response": "No."}, "messages"),
         ({"messages": [ASK, TELL], "rejected_messages": [ASK, TELL]}, "messages"),

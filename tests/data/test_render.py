@@ -197,39 +197,37 @@ QWEN = {
 THINKING_ONLY = families.thinking_2507_template()
 
 
+@pytest.mark.parametrize("turns", ["last", "each"])
 @pytest.mark.parametrize("name", [*QWEN, "thinking_only"])
-def test_the_label_rule_holds_on_every_qwen_template(name, tmp_path):
+def test_the_label_rule_holds_on_every_qwen_template(name, turns, tmp_path):
     from transformers import AutoTokenizer
 
     chat = folder_with(THINKING_ONLY if name == "thinking_only" else real.template(name), tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    tried = 0
-    for kind in ("non_thinking", "thinking", "multi_turn", "after_tool"):
-        if kind == "thinking" and chat.kind == "instruct":
-            with pytest.raises(Rejected, match="no thinking mode"):
-                examples(conversation(kind), "auto", chat)
-            continue
-        (example,) = examples(conversation(kind), "auto", chat)
-        reply = KINDS[kind][-1]
-        shown = tokenizer.apply_chat_template(
-            KINDS[kind][:-1],
-            tools=conversation(kind).get("tools"),
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=example.mode == "thinking",
-        )
-        full = tokenizer.apply_chat_template(
-            KINDS[kind],
-            tools=conversation(kind).get("tools"),
-            tokenize=False,
-            enable_thinking=example.mode == "thinking",
-        )
-        assert example.prompt == shown
-        assert full.startswith(shown + example.completion)
-        assert example.completion.endswith(reply["content"].strip() + "<|im_end|>")
-        assert not example.completion.startswith("<think>\n\n</think>")
-        tried += 1
-    assert tried >= 2
+    kinds = ["non_thinking", "system", "multi_turn", "tool_call", "after_tool"]
+    kinds += [] if chat.kind == "instruct" else ["thinking", "multi_turn_thinking"]
+    for kind in kinds:
+        made = examples(conversation(kind), "auto", chat, turns)
+        answers = [i for i, message in enumerate(KINDS[kind]) if message["role"] == "assistant"]
+        for example, place in zip(made, answers[-1:] if turns == "last" else answers, strict=True):
+            settings = {"tools": conversation(kind).get("tools"), "enable_thinking": example.mode == "thinking"}
+            before, reply = KINDS[kind][:place], KINDS[kind][place]
+            shown = tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True, **settings)
+            full = tokenizer.apply_chat_template([*before, reply], tokenize=False, **settings)
+            assert example.prompt == shown
+            assert full.removeprefix(shown + example.completion).strip() == ""
+            assert example.completion.endswith(reply["content"].strip() + "<|im_end|>")
+            assert not example.completion.startswith("<think>\n\n</think>")
+
+
+@pytest.mark.parametrize("name", ["qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8", "qwen2_5", "qwen3"])
+def test_reasoning_for_a_model_without_thinking_is_refused_and_never_for_a_hybrid(name, tmp_path):
+    chat = folder_with(real.template(name), tmp_path)
+    if chat.kind != "instruct":
+        assert examples(conversation("thinking"), "auto", chat)
+        return
+    with pytest.raises(Rejected, match="no thinking mode"):
+        examples(conversation("thinking"), "auto", chat)
 
 
 ENDS = {"llama3": "<|eot_id|>", "gemma3": "<end_of_turn>"}  # the others: <|im_end|>
@@ -243,8 +241,9 @@ def test_the_label_rule_holds_on_every_family(name, family):
     chat, tokenizer = load_chat(str(folder)), AutoTokenizer.from_pretrained(folder)
     assert chat.end == ENDS.get(name, "<|im_end|>")
     assert len(chat.encode([chat.end])[0]) == 1
-    for kind in ("non_thinking", "system", "multi_turn", "thinking"):
-        if kind == "thinking" and chat.kind == "instruct":
+    assert {*families.NAMES} >= {"qwen3", "qwen2.5", "llama3", "gemma3", "smollm2", "qwen3_thinking_2507"}
+    for kind in ("non_thinking", "system", "multi_turn", "thinking", "multi_turn_thinking"):
+        if kind.endswith("thinking") and kind != "non_thinking" and chat.kind == "instruct":
             with pytest.raises(Rejected, match="no thinking mode"):
                 examples(conversation(kind), "auto", chat)
             continue

@@ -25,10 +25,12 @@ FORMATS = {
     "openmath": {"user": "problem", "assistant": "generated_solution"},
     "question": {"user": "problem", "assistant": "expected_answer"},
     "preference": {"user": "prompt", "assistant": "chosen"},
+    "preference_alpaca": {"user": "instruction", "assistant": "chosen", "input": "input"},
+    "preference_question": {"user": "question", "assistant": "chosen"},
     "chosen": {"messages": "chosen"},
 }
 """Column names by what they hold. A format is recognised by its columns, `input` apart."""
-POORER = ("question", "chosen", "preference")
+POORER = ("question", "chosen", "preference_question", "preference_alpaca", "preference")
 """Formats that give way to others that fit too: an openmath row holds a question as well."""
 SHARED = {"history": "history", "expected_answer": "expected_answer"}
 COLUMN_KEYS = ("user", "assistant", "input", "messages", "reasoning", "system", "history", "tools", "expected_answer")
@@ -111,7 +113,10 @@ class RowReader:
         """The turns of a row, as they are kept, or made of its question and answer after the turns of its history."""
         names = self.names
         if "messages" in names:
-            return field_of(row, names["messages"], list)
+            turns = field_of(row, names["messages"], list)
+            # LLaMA-Factory's preference sets keep the answer that won beside the turns before it
+            is_open = bool(turns) and _speaker(turns[-1]) in ("user", "human")
+            return [*turns, row["chosen"]] if is_open and type(row.get("chosen")) is dict else turns
         asked, answer = row.get(names["user"]), row.get(names["assistant"])
         # TRL's conversational prompt and completion; preference sets often repeat the prompt in the answer
         if type(answer) is list and answer[:1] and _speaker(answer[0]) in ("system", "user", "human"):

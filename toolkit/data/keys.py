@@ -35,7 +35,7 @@ MEANINGS = {
     "bad": "rejected is_rejected undesirable is_undesirable dispreferred is_bad thumbs_down",
     "nested": "metadata meta extra extra_info info additional_info",
     # beside preferred answers, which are what is trained on
-    "harmless": "rejected_response rejected_messages chosen_rating rejected_rating refusal_reason annotator",
+    "harmless": "chosen rejected_response rejected_messages chosen_rating rejected_rating refusal_reason annotator",
 }
 BY_NAME = {re.sub(r"[\W_]", "", name): kind for kind, names in MEANINGS.items() for name in names.split()}
 HARMLESS = re.compile(

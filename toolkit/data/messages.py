@@ -79,7 +79,7 @@ def _note(notes: Notes, key: str, value: Json, where: str) -> None:
             _note_nested(notes, key, value, where)
         case "good" if is_good(key, value) is None:  # the class of a classification
             notes.not_read.append(key)
-        case "":
+        case "" | "nested":
             notes.not_read.append(key)
 
 
