@@ -78,6 +78,7 @@ def read(folder: Path) -> Mix | None:
         Row(row_ids, prompt_length, source, mode, number)
         for row_ids, (prompt_length, number), (source, mode) in zip(ids, numbers, names, strict=True)
     ]
+    # validation rows are the last, and the only ones whose conversations are kept
     held_from = len(rows) - len(texts["held"])
     for row, conversation in zip(rows[held_from:], texts["held"], strict=True):
         row.conversation = conversation

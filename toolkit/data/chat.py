@@ -73,7 +73,7 @@ class Chat:
         Raises Rejected with the template's own words where it refuses the messages."""
         switch = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         values = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        template = self._template
+        template = self._template  # outside of try: a broken template is the model's fault, not the row's
         try:
             return template.render(values | self.tokens | switch)
         except TEMPLATE_ERRORS as error:
@@ -94,6 +94,7 @@ class Chat:
     def end(self) -> str:
         """The token that ends a turn. Raises ToolkitError for a template that does not mark where a reply begins or ends,
         and where the tokenizer lacks the token: both make a model that never stops, which is seen only after training."""
+        # three renderings of one question: with its reply, without, and as inference asks
         turn: list[Message] = [*PROBE, {"role": "assistant", "content": PROBE_REPLY}]
         full = self._probe(turn, add_generation_prompt=False)
         prompt = self._probe(PROBE, add_generation_prompt=False)
@@ -116,6 +117,7 @@ class Chat:
         """Matches what the tokenizer reads as structure wherever it stands: its special tokens, and of the other added ones
         those that look like it or are written by the template (Qwen's <tool_call>; not Gemma's <h1>)."""
         template = self.template_text or ""
+        # Gemma's added tokens hold line breaks and HTML tags, which are ordinary text
         tokens = [
             token
             for token, special in self.tokenizers.added.items()

@@ -65,6 +65,7 @@ def checked(conversation: Conversation, placeholders: Placeholders) -> Conversat
     check_order(conversation["messages"])
     # joined: one search in a long text is quicker than one in each of its parts
     texts = "\n".join(strings_of(conversation))
+    # the plain search is quick, and hardly any row has a brace
     if "{{" in texts and placeholders.PATTERN.search(texts):
         conversation = placeholders.fill(conversation, "zh" if CJK.search(texts) else "en")
         texts = "\n".join(strings_of(conversation))

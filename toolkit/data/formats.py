@@ -68,6 +68,7 @@ class RowReader:
         """A row's conversation, and the keys of row and turns that nothing read: "row label", "turn loss".
 
         Raises Rejected with the reason and the field or turn."""
+        # what is beside the text comes first: a row that its set calls bad needs no further reading
         notes = read_notes(row, self.columns, "", self.named_only)
         self._check_marks(notes)
         turns = self._turns(row)
@@ -81,6 +82,7 @@ class RowReader:
         conversation: Conversation = {"messages": messages}
         if tools := without_repeats(notes.tools + turn_notes.tools):
             conversation["tools"] = tools
+        # only now are all tools known: a row may keep them in a column, in its system turn, or in both
         check_calls(messages, tools)
         answer = row.get(self.names.get("expected_answer", ""))
         if answer not in (None, ""):
@@ -93,6 +95,7 @@ class RowReader:
         if notes.bad:
             raise Rejected("marked_bad", f"{notes.bad}: preference data mark this answer as bad; it is not taught")
         for key, value in notes.marks.items():
+            # a number such as 0.7 is a statistic of the row, and a list has a mark for each turn
             if yes_or_no(value) is not None and meaning(key) != "unclear" and not is_trained(key, value, ""):
                 raise Rejected("untrained_row", f"{key!r} is {value}: the row is marked as not to be trained on")
 
@@ -163,10 +166,12 @@ def add_system(messages: list[Message], columns: dict[str, Json], default: str |
     texts = [field_of(columns, column) for column in columns]
     if messages[0]["role"] == "system":
         texts.append(messages[0]["content"])
+    # many sets repeat the system turn in a column; two that differ leave nobody to say which one holds
     if len({text.strip() for text in texts}) > 1:
         raise Rejected(
             "two_system_prompts", f"a system turn or column says {texts[0][:40]!r}, another {texts[-1][:40]!r}"
         )
+    # the source's prompt is a default: it never replaces a row's own
     prompt = texts[0] if texts else default
     if prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": prompt})
@@ -262,6 +267,7 @@ def _check_columns(fields: list[str], columns: dict[str, str], where: str) -> st
             raise ToolkitError(f"{where}: columns.{key}: no field {column!r}{did_you_mean(str(column), fields)}")
     if "messages" not in columns and not {"user", "assistant"} <= columns.keys():
         raise ToolkitError(f"{where}: columns needs `user` and `assistant` (or `messages`). {advice(fields)}")
+    # it is one slip of the pen from `chosen` to `rejected`, and nothing else would tell
     answers = columns.get("messages") or columns["assistant"]
     if is_disliked(answers):
         raise ToolkitError(f"{where}: {answers!r} holds the answers that must not be learned. {advice(fields)}")
@@ -278,6 +284,7 @@ def likely_columns(fields: list[str]) -> dict[str, str]:
     columns = {
         kind: field for field in reversed(fields) if (kind := meaning(field)) in ("reasoning", "system", "tools")
     }
+    # the words are in order of their weight: `question` before `input`
     rest = [field for field in fields if field not in columns.values() and not is_disliked(field)]
     for kind in ("user", "assistant", "input"):
         fitting = [field for word in LIKELY[kind].split() for field in rest if word in field.lower()]

@@ -75,6 +75,7 @@ def _not_read(report: MixReport) -> Iterator[str]:
 
 def _texts(report: MixReport) -> Iterator[str]:
     """Replies that look as if they held what belongs elsewhere."""
+    # a hybrid model that learns such replies thinks aloud in its direct mode
     for name, row in report["sources"].items():
         direct = row["modes"].get("non_thinking", 0)
         reasoned = row["looks_like"].get("reasoning", 0)

@@ -160,6 +160,7 @@ def read_turn(turn: dict[str, Json], role: Json, where: str, notes: Notes) -> Me
         message["reasoning_content"] = reasoning.strip("\r\n")
     if calls or tagged:
         message["tool_calls"] = [read_call(call, where) for call in calls + tagged]
+    # one mark that says no is enough: sets repeat it under several names
     for key, value in own.marks.items():
         if not is_trained(key, value, where):
             message["train"] = False
@@ -203,6 +204,7 @@ def read_parts(parts: list[Json], role: str, where: str) -> tuple[str, str, list
             calls.append(part)
         elif kind == "text":
             text += text_of_part(part, (*PART_TEXTS, "refusal"), where)
+        # reasoning between two texts cannot be kept in its order by a template that writes it first
         elif kind == "reasoning" and role == "assistant" and not text.strip():
             thoughts.append(text_of_part(part, (*PART_TEXTS, *REASONING_PARTS), where))
         elif kind == "reasoning":

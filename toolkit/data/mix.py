@@ -130,6 +130,7 @@ def draw_all(draws: list["Draw"], recipe: Recipe, chat: Chat) -> None:
     """Hold out and draw every source's rows. All hold out first, so that none trains on another's validation prompt."""
     # one for all sources, so that a row which repeats another source's is found
     row_filter = RowFilter(recipe.data, recipe.model.max_seq_length, chat, question_prompts(recipe))
+    # each stream goes on after the hold-out where it stopped, so that no row is read twice
     streams = [draw_rows(draw, recipe.data, chat) for draw in draws]
     for hold_out in (True, False):
         for draw, stream in zip(draws, streams, strict=True):
@@ -161,6 +162,7 @@ def draw_rows(draw: "Draw", data: Data, chat: Chat) -> Iterator[DrawnRow]:
     while read := list(itertools.islice(rows, BATCH)):
         # a number is drawn for every row, so that its switch does not depend on what was rejected before it
         batch = [render_row(row, draw.source, chat, dice.random() < draw.source.soft_switch) for row in read]
+        # a batch at a time: the fast tokenizer works on all its texts at once, on every core
         tokenize(batch, draw.source.name, chat)
         if data.duplicates == "near":
             sign([row for drawn in batch for row in drawn.rows])
@@ -247,6 +249,7 @@ class Draw:
         else:
             self.looks_like.update(name for row in kept for name in looks_like(row))
             self.add(kept)
+        # of a source with millions of rows, the first 2,000 show that none can be used
         if self.drawn == CHECK_AT and not (self.train or self.validation):
             self.check()
 
@@ -492,6 +495,7 @@ def shares_of(rows: list[Row], by: str = "source") -> dict[Unit, Shares]:
 
 def mix_report(recipe: Recipe, draws: list[Draw], planned: dict[str, Planned], limited_by: str | None) -> MixReport:
     """What mix.json holds, apart from fingerprints and warnings."""
+    # from the compiled rows, not from the plan: a share that is reported is one that trains
     rows = [row for draw in draws for row in draw.train]
     unit = unit_of(recipe.data)
     achieved = shares_of(rows)

@@ -84,6 +84,7 @@ def conversations(
 def read_rows(source: Source, seed: int, placeholders: dict[str, str | dict[str, str]]) -> Iterator[ReadRow]:
     """The same with the keys that nothing read."""
     rows = open_rows(source)
+    # the source's own names go before the recipe's, and count in every spelling
     own = {name.replace("AUTHOER", "AUTHOR"): text for name, text in source.placeholders.items()}
     fill = Placeholders({**placeholders, **own}, tuple(own))
     reader = reader_of(detect(source, rows), source.columns, fill, source.system)
