@@ -256,14 +256,12 @@ SOURCE_KEYS = re.compile(r"data\.sources\.\d+\.")
 )
 def start_recipe(data: list[str], overrides: list[str], model: str, name: str | None) -> None:
     """Write a recipe for your data files: format and columns are guessed, said and written down."""
-    from toolkit import recipe
     from toolkit.data import guess
 
     for word in overrides:
         if not SOURCE_KEYS.match(word):
             raise ToolkitError(f"{word}: `init` takes keys of data.sources only: change others in the file it writes")
     file = guess.start(data, model, name, overrides, functools.partial(console().print, markup=False))
-    recipe.load(file)
     console().print(f"written: {file}\nnext:    python -m toolkit train {file}", markup=False)
 
 

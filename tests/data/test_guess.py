@@ -275,3 +275,42 @@ def test_what_is_no_data_is_said_and_nothing_is_written(make, here):
     with pytest.raises(ToolkitError, match=BAD[make]):
         guess.start([make(here)], "pocket", "mine", [], lambda _: None)
     assert not (here / "mine.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [("con.csv", "con-run"), ("base.jsonl", "base-run"), ("pocket.csv", "pocket-run"), ("my data (1).v2.csv", "my-data-1"),
+     ("问答.jsonl#50", "问答"), (".", "mine"), ("x" * 200 + ".csv", "x" * 50)],
+)  # fmt: skip
+def test_a_run_is_called_like_its_file_where_that_is_a_name(file, name):
+    assert guess.run_name(file) == name
+
+
+def test_a_name_that_no_run_may_have_leaves_no_file(here):
+    with pytest.raises(ToolkitError, match="name: 'a/b' becomes a folder|could not be written"):
+        guess.start(openai_jsonl(here), "pocket", "a/b", [], lambda _: None)
+    with pytest.raises(ToolkitError, match="name: 'nul' becomes a folder"):
+        guess.start(openai_jsonl(here), "pocket", "nul", [], lambda _: None)
+    assert [*here.rglob("*.yaml")] == []
+
+
+@pytest.mark.parametrize("words", [["train", "nowhere.jsonl"], ["init", "nowhere.jsonl"], ["init", "nowhere.jsonl#5"]])
+def test_a_data_file_that_is_not_there_is_no_missing_recipe(words, here, capsys):
+    openai_jsonl(here)
+    assert cli.main(words) == 2
+    assert "nowhere.jsonl: no such file or folder here" in capsys.readouterr().err
+
+
+def test_a_pipe_is_named_without_waiting_for_it(here, capsys):
+    import os
+
+    os.mkfifo(here / "rows.jsonl")
+    assert cli.main(["train", "rows.jsonl"]) == 2
+    assert "rows.jsonl: is a pipe" in capsys.readouterr().err
+
+
+def test_a_folder_named_like_a_recipe_does_not_hide_it(here):
+    (here / "pocket").mkdir()
+    write_lines(here / "pocket" / "rows.jsonl", [])
+    assert not guess.is_data("pocket")
+    assert guess.is_data("./pocket/rows.jsonl")

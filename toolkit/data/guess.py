@@ -17,7 +17,7 @@ from toolkit.data.formats import COLUMN_KEYS, likely_columns, recognise
 from toolkit.data.readers import READERS, Rejected, Rows, ending
 from toolkit.data.sources import conversations, open_rows, split_count
 from toolkit.files import RECIPES, ToolkitError, find, read_text, write_text
-from toolkit.recipe import Source, apply_override
+from toolkit.recipe import RESERVED, Source, apply_override, load
 from toolkit.records import Conversation
 
 LOOKED_AT = 20_000
@@ -255,20 +255,21 @@ def recipe_text(name: str, understood: Sequence[Understood], model: str) -> str:
 
 
 def run_name(path: str) -> str:
-    """A run's name from its data file; not the name of a recipe that ships."""
+    """A run's name from its data file; not the name of a recipe that ships, nor one that no run may have."""
     stem = Path(re.sub(r"#\d+$", "", path)).name.partition(".")[0]
-    word = re.sub(r"[^\w\-]+", "-", stem).strip("-_") or "mine"
-    return f"{word}-run" if (RECIPES / f"{word}.yaml").is_file() else word
+    word = re.sub(r"[^\w\-]+", "-", stem).strip("-_")[:50] or "mine"
+    is_taken = (RECIPES / f"{word}.yaml").is_file() or RESERVED.match(word)
+    return f"{word}-run" if is_taken else word
 
 
 def is_data(path: str) -> bool:
-    """Whether a path is a data file, or a folder that holds some, and not a recipe."""
-    place = find(split_count(Source(path=path))[0].path)
-    if place is None or place.is_file():
-        return place is not None and bool(ending(place))
-    if (RECIPES / f"{path}.yaml").is_file():
-        return False
-    return any(ending(file) for file in place.iterdir())
+    """Whether a path is meant as a data file, or is a folder that holds some, and not a recipe."""
+    name = split_count(Source(path=path))[0].path
+    place = find(name)
+    if place is None or not place.is_dir():
+        return bool(ending(Path(name)))
+    is_recipe = (RECIPES / f"{name}.yaml").is_file()
+    return not is_recipe and any(ending(file) for file in place.iterdir())
 
 
 def start(
@@ -292,4 +293,9 @@ def start(
     for one in understood:
         say("\n".join(one.lines()))
     write_text(file, recipe_text(name, understood, model))
+    try:
+        load(file)
+    except ToolkitError:  # a name or a key that no recipe may have
+        file.unlink()
+        raise
     return file
