@@ -1,31 +1,41 @@
 """Fine-tune a chat model on one GPU and know what it did: `mixed = toolkit.compile_mix("data_recipes/pocket.yaml")`.
 
-The three calls for your own Unsloth or TRL notebook take and return what those libraries use: a tokenizer, data sets, a
+The four calls for your own Unsloth or TRL notebook take and return what those libraries use: a tokenizer, data sets, a
 PeftModel, a folder. Importing this loads neither torch nor Unsloth.
 """
 
 import logging
 import os
+import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
     from toolkit.comparison.decide import Comparison
     from toolkit.data.mix import Mix
     from toolkit.recipe import Recipe
     from toolkit.records import Evaluation
+    from toolkit.training import record
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "compile_mix", "dial", "evaluate_model", "export_model"]
+__all__ = ["RunRecorder", "__version__", "compile_mix", "dial", "evaluate_model", "export_model"]
 
 # Read once, when torch is imported. Spinning OpenMP threads collapse on shared cores: a training step of the pocket
 # model took 3.4 s instead of 0.7 s (2 cores, 2026-11-21).
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
+
+# Read once, when CUDA starts, which happens before Unsloth sets it: without it memory fragments, and a run that is
+# forecast to fit can fail. Where the driver lacks it (Windows, WSL, Tegra) Unsloth leaves it out too.
+_kernel = platform.uname()
+_lacks_it = _kernel.system == "Windows" or "microsoft" in _kernel.release.lower() or "tegra" in _kernel.release.lower()
+if not _lacks_it and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 # What they warn of at import (kernels of other cards, a call that torch will drop) nobody can act on
 for _name in ("torchao", "torch.utils._pytree"):
@@ -49,18 +59,37 @@ def compile_mix(
     without these two, TRL cuts every row at 1,024 tokens.
     Raises ToolkitError on a recipe or row that cannot be used, and when the achieved shares are off their plan.
     """
-    from toolkit import recipe as recipes
     from toolkit import run
     from toolkit.data import mix
 
-    if isinstance(recipe, str | Path):
-        loaded = recipes.load(recipe, overrides)
-    else:
-        values = recipe if isinstance(recipe, dict) else recipes.to_dict(recipe)
-        loaded = recipes.from_dict(values, overrides=overrides)
+    loaded = _loaded(recipe, overrides)
     if tokenizer is None:
         loaded = run.resolve(loaded, run.default_console())
     return mix.compile_mix(loaded, tokenizer)
+
+
+def _loaded(recipe: "str | Path | dict[str, Any] | Recipe", overrides: Sequence[str] = ()) -> "Recipe":
+    from toolkit import recipe as recipes
+
+    if isinstance(recipe, str | Path):
+        return recipes.load(recipe, overrides)
+    values = recipe if isinstance(recipe, dict) else recipes.to_dict(recipe)
+    return recipes.from_dict(values, overrides=overrides)
+
+
+def RunRecorder(
+    recipe: "str | Path | dict[str, Any] | Recipe", mixed: "Mix", console: "Console | None" = None
+) -> "record.RunRecorder":
+    """A callback for SFTTrainer: `SFTTrainer(..., callbacks=[RunRecorder(recipe, mixed)])`, then `trainer.train()`, and the
+    run's folder is there, as `python -m toolkit train` leaves it.
+
+    `trainer.train()` resumes from the run's newest checkpoint, records every step, checks that the model learns, and ends
+    with the best checkpoint as adapter/. The recipe names the run and says what is kept (`evaluate:`, `save_total_limit`);
+    the trainer's own arguments decide how it trains. Raises ToolkitError when another recipe's run holds the name.
+    """
+    from toolkit import run
+
+    return run.recorder(_loaded(recipe), mixed, console)
 
 
 def evaluate_model(

@@ -154,7 +154,14 @@ class Evaluate:
     questions_per_mode: Positive | None = None
     """Questions of each kind, reasoning and chat, asked in each mode whatever it takes: for runs that are to be compared."""
     early_stopping_patience: Positive | None = None
-    """Stop after so many evaluations without a better validation loss."""
+    """Stop after so many evaluations without a better one, by `keep_best_by`."""
+    keep_best_by: Literal["loss", "kl", "accuracy"] = "loss"
+    """Which checkpoint is kept, of those within `forgetting_limit`: lowest validation loss, lowest KL from the base, or
+    highest token accuracy on held-out rows."""
+    forgetting_limit: AboveZero | None = None
+    """Most KL from the base in nats per token; training stops at the second evaluation beyond it."""
+    forgetting_probes: Count = 8
+    """Questions whose answers by the base measure that KL at every evaluation, in each mode; 0 measures none."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +199,7 @@ class Train:
 
 _COMPILED = "rows reach the trainer as ids and labels: what a row holds is set in data.sources"
 _LABELS = "labels follow the label rule (README, “How it works”)"
-_LAST_EVALUATION = "the best checkpoint is the one with the lowest validation loss (train.load_best_model_at_end)"
+_LAST_EVALUATION = "set evaluate.keep_best_by"
 _ONE_SEED = "set data.seed: one seed decides rows and training"
 _OWN_TOKENS = "rows are rendered with the model's own template and tokens: change them in its folder, and name that"
 _SECRET = "a secret stays out of files: set the environment variable HF_TOKEN, or run `hf auth login`"
@@ -436,6 +443,12 @@ def _check_values(built: Recipe, train: Train, where: str) -> None:
     if init not in INITS:
         raise ToolkitError(
             f"{where}: lora.init_lora_weights: {init!r} changes the base: expected one of {', '.join(map(str, INITS))}"
+        )
+    if not built.evaluate.forgetting_probes and (
+        built.evaluate.forgetting_limit or built.evaluate.keep_best_by != "loss"
+    ):
+        raise ToolkitError(
+            f"{where}: evaluate.forgetting_probes: expected 1 or more where keep_best_by or a limit needs them"
         )
     for quantization in built.export.quantization_method:
         if quantization.lower() not in QUANTS:

@@ -146,6 +146,8 @@ class MetricLine(TypedDict, total=False):
     learning_rate: float  # of the step that was logged
     grad_norm: float | None  # norm of the gradient before clipping; null where it overflowed in fp16
     eval_loss: float  # validation loss of all sources, weighted by their achieved shares
+    eval_forgetting_kl: float  # KL from the base on its own answers, in nats per token
+    eval_token_accuracy: float  # share of held-out tokens that the model would have chosen
     tokens: int  # tokens seen so far, over all resumes
     supervised_tokens: int  # those of them that the loss counted
     tokens_per_second: float  # since training began, without evaluation and saving
@@ -203,6 +205,7 @@ class Seeds(TypedDict):
 class Manifest(TypedDict):
     recipe_sha256: str  # of the resolved recipe
     versions: dict[str, str]  # {package: version}, Python included
+    earlier_versions: NotRequired[dict[str, str]]  # those that differed when the run began
     gpu: Gpu | None  # null on a CPU
     model: ModelRecord  # the base
     data: dict[str, str]  # {source or questions/NAME: SHA-256 of its data}

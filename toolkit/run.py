@@ -2,68 +2,61 @@
 
 folder = train(recipes.load("data_recipes/pocket.yaml")); result = evaluate(folder)
 
-The way of a run: recipe → resolve (which model) → compile_mix → load, attach LoRA → train → report → evaluate.
+The way of a run: preflight → compile_mix → load, attach LoRA → train → evaluate.
 """
 
 import contextlib
 import dataclasses
-import signal
-import time
-import traceback
-from collections.abc import Iterator
+import functools
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from toolkit import recipe as recipes
 from toolkit.files import ToolkitError, lock, outputs, read_json, write_json, write_text
 from toolkit.recipe import Recipe
+from toolkit.records import Question
 from toolkit.training import tracking
 
+if TYPE_CHECKING:
+    from toolkit.data.mix import Mix
+    from toolkit.training.record import RunRecorder
 
-def default_console():
+
+def default_console() -> Console:
     """Where people read: colours on a terminal and in a notebook, plain wide text in a pipe."""
-    from rich.console import Console
-
     console = Console(highlight=False)
     piped = not (console.is_terminal or console.is_jupyter)
     return Console(highlight=False, soft_wrap=True, width=160) if piped else console
 
 
-def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = True, details: bool = False) -> Path:
-    """Compile, load, train, evaluate; ends with before and after and the next command. Returns the run's folder.
+def train(recipe: Recipe, console: Console | None = None, *, fresh: bool = False, score: bool = True,
+          details: bool = False) -> Path:  # fmt: skip
+    """Check, compile, load, train, evaluate; ends with before and after and the next command. Returns the run's folder.
 
     An unfinished run of the same recipe resumes from its last checkpoint; a finished one is left as it is.
     """
-    from toolkit.machine import choose, doctor
-    from toolkit.training import trainer as training
+    from toolkit.training import folder as folders
     from toolkit.view import trained
 
     console = console or default_console()
     console.file = console.file  # keep printing there while the libraries' output goes to the log
     # accelerate starts this function in every process; one of them talks
-    console.quiet = console.quiet or not training.is_main()
+    is_main = folders.is_main()
+    console.quiet = console.quiet or not is_main
+    recipe = preflight(recipe, console)
     folder = outputs() / recipe.name
-    if training.is_main():
-        # before minutes of loading: a tracker's package that is missing, a network that is away
-        tracking.check(recipe.train, folder, console.print)
-        doctor.check_compiler(choose.has_card())
-    recipe = resolve(recipe, console)
-    # not at the export, after hours of training
-    check_export(recipe, console)
     # only the first process takes the lock, since the others work in the same folder with it
-    with lock(folder, "train") if training.is_main() else contextlib.nullcontext(), recorded(folder):
-        with training.main_first():
-            folder, state = training.claim(recipe, fresh=fresh and training.is_main())
+    with lock(folder, "train") if is_main else contextlib.nullcontext(), folders.recorded(folder):
+        with folders.main_first():
+            folder, state = folders.open_run(recipe, fresh=fresh and is_main)
+            if state == "finished" and (not score or scored(folder)):
+                return already_finished(recipe, folder, console, score=score)
             # the first process compiles the mix, the others then read it from the cache
-            if state != "finished":
-                mixed = compile_mix(recipe, console)
-        if state == "finished" and (not score or scored(folder)):
-            if score and training.is_main():  # a kill may have come right after eval.json was written
-                write_card(folder)
-                log_evaluation(recipe, folder, console)
-            console.print(f"{folder} is finished already: `python -m toolkit evaluate {recipe.name}` scores it again")
-            return folder
-        loaded = _train(recipe, mixed, folder, console) if state != "finished" else None
-        if training.is_main():
+            mixed = compile_mix(recipe, console) if state != "finished" else None
+        loaded = train_adapter(recipe, mixed, console) if mixed else None
+        if is_main:
             trained.report(folder, console)
             if score:
                 evaluate(folder, console, loaded=loaded, details=details)
@@ -73,29 +66,85 @@ def train(recipe: Recipe, console=None, *, fresh: bool = False, score: bool = Tr
     return folder
 
 
-def _train(recipe: Recipe, mixed, folder: Path, console):
+def preflight(recipe: Recipe, console: Console) -> Recipe:
+    """All that can be known to fail before the first row is read: trackers, card, model, export, the run's name.
+
+    Returns the recipe with the model that is really loaded. Raises ToolkitError."""
+    from toolkit.export.preflight import findings
+    from toolkit.machine import choose, doctor
+    from toolkit.training import folder as folders
+    from toolkit.training.model import check_card
+
+    if folders.is_main():
+        # a tracker's package that is missing, a network that is away
+        tracking.check(recipe.train, outputs() / recipe.name, console.print)
+        doctor.check_compiler(choose.has_card())
+    check_card()
+    recipe = resolve(recipe, console)
+    # not at the export, after hours of training
+    for finding in findings(recipe):
+        console.print(f"· {finding}", markup=False)
+    return recipe
+
+
+def train_adapter(recipe: Recipe, mixed: "Mix", console: Console) -> tuple[Any, Any]:
     """Load, attach LoRA, train; returns (model, tokenizer), ready to be scored."""
     from toolkit.machine import choose
     from toolkit.training import model as models
     from toolkit.training import trainer as training
-    from toolkit.view.figures import keep_mix_picture
+    from toolkit.training.folder import is_main
 
-    planned = choose.say_hours(recipe, mixed, console.print) if training.is_main() else None
-    with loading(recipe.model, console):
+    planned = choose.say_hours(recipe, mixed, console.print) if is_main() else None
+    with models.loading(recipe.model, console):
         model, tokenizer = models.load_base(recipe.model)
         model = models.attach(model, recipe.lora, seed=recipe.data.seed)
     if model.device.type != model.get_input_embeddings().weight.device.type:
         console.print("· GPU memory is tight: Unsloth keeps the input embedding in main memory")
-    if training.is_main():
-        keep_mix_picture(recipe, mixed, folder)
-    training.train(recipe, mixed, model, tokenizer, folder, console)
+    make_recorder = functools.partial(recorder, mixed=mixed, console=console)
+    training.train(recipe, mixed, model, tokenizer, make_recorder, console)
     if planned:
-        choose.record_hours(folder, planned)
+        choose.record_hours(outputs() / recipe.name, planned)
     return model, tokenizer
 
 
-def evaluate(folder: str | Path, console=None, *, level: str | None = None, minutes: float | None = None, loaded=None,
-             details: bool = False) -> dict:  # fmt: skip
+def recorder(recipe: Recipe, mixed: "Mix", console: Console | None = None) -> "RunRecorder":
+    """A callback for SFTTrainer that keeps the run of a recipe, with all that later stages add to it."""
+    from toolkit.evaluation.questions import from_mix
+    from toolkit.evaluation.watch import Forgetting, answer_prompts
+    from toolkit.machine.choose import compared_memory
+    from toolkit.training.model import unsloth
+    from toolkit.training.record import RunRecorder, Stages
+    from toolkit.view.figures import keep_mix_picture
+
+    unsloth()
+    section, console = recipe.evaluate, console or default_console()
+    console.file = console.file
+    limit = min(256, section.max_new_tokens or 256)
+    stages = Stages(
+        picture=functools.partial(keep_mix_picture, recipe, mixed),
+        replies=functools.partial(answer_prompts, prompts=section.prompts, max_new_tokens=limit, seed=recipe.data.seed),
+        memory=functools.partial(compared_memory, recipe, max(len(row.ids) for row in mixed.train)),
+    )
+    if section.forgetting_probes:
+        rows = from_mix(mixed)["validation"] if section.keep_best_by == "accuracy" else []
+        forgetting = Forgetting(section.forgetting_probes, rows, outputs() / ".base_replies")
+        stages = dataclasses.replace(stages, forgetting=forgetting)
+    return RunRecorder(recipe, mixed, console, stages)
+
+
+def already_finished(recipe: Recipe, folder: Path, console: Console, *, score: bool) -> Path:
+    """Leave a finished run as it is, but for what a kill right after its evaluation left undone."""
+    from toolkit.training.folder import is_main
+
+    if score and is_main():
+        write_card(folder)
+        log_evaluation(recipe, folder, console)
+    console.print(f"{folder} is finished already: `python -m toolkit evaluate {recipe.name}` scores it again")
+    return folder
+
+
+def evaluate(folder: str | Path, console: Console | None = None, *, level: str | None = None, minutes: float | None = None,
+             loaded: tuple[Any, Any] | None = None, details: bool = False) -> dict[str, Any]:  # fmt: skip
     """Score a run against its own base; writes eval.json and the wandb summary, prints the verdict and the next command.
 
     `details` prints the table of all metrics too; `loaded` is (model, tokenizer) right after training,
@@ -113,7 +162,7 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, minu
     with lock(folder, "evaluate"):
         recipe = recipes.of_run(folder)
         if loaded is None:
-            with loading(recipe.model, console):
+            with models.loading(recipe.model, console):
                 loaded = models.load_run(folder)
         manifest = read_json(folder / "manifest.json")
         # the rows of the training itself: held-out rows of another mix may be among those it trained on
@@ -152,38 +201,10 @@ def evaluate(folder: str | Path, console=None, *, level: str | None = None, minu
     return result
 
 
-def evaluation_file(folder: Path, result: dict) -> Path:
+def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:
     """Where an evaluation is written: eval.json, but fast evidence does not replace replies that were paid for."""
     paid = scored(folder) and read_json(folder / "eval.json").get("level") != "fast"
     return folder / ("eval-fast.json" if paid and result["level"] == "fast" else "eval.json")
-
-
-def check_export(recipe: Recipe, console) -> None:
-    """Say before training that the run cannot be merged, or not become a GGUF; refuse it when the recipe asks for one by itself."""
-    from toolkit.export.checkpoint import unmergeable
-    from toolkit.export.gguf_types import convertible
-    from toolkit.training.model import checkpoint_file
-
-    settings = {key: recipe.lora.extra.get(key) for key in ("bias", "target_parameters")}
-    if setting := unmergeable(settings | {"modules_to_save": recipe.lora.trained_whole}):
-        console.print(
-            f"· this run cannot be exported here ({setting}): merge it with PEFT's merge_and_unload", markup=False
-        )
-        return
-    # a few kB, before the weights are downloaded
-    config = checkpoint_file(recipe.model, "config.json")
-    asked = recipe.export.quantization_method
-    if not config or not asked:
-        return
-    tokenizer = checkpoint_file(recipe.model, "tokenizer.json") or None
-    reason = convertible(config, tokenizer, checkpoint_file(recipe.model, "tokenizer_config.json"))
-    if reason and asked != recipes.Export().quantization_method:
-        raise ToolkitError(
-            f"{recipe.model.model_name}: no GGUF conversion: {reason} Set export.quantization_method=[] "
-            "(the run can still be exported as merged weights: --to merged)"
-        )
-    if reason:
-        console.print(f"· this run can be exported as merged weights (--to merged), not as GGUF: {reason}")
 
 
 def write_card(folder: Path) -> None:
@@ -193,7 +214,7 @@ def write_card(folder: Path) -> None:
     write_text(folder / "adapter" / "README.md", adapter_card(folder))
 
 
-def resolve(recipe: Recipe, console) -> Recipe:
+def resolve(recipe: Recipe, console: Console) -> Recipe:
     """The recipe with the model that is really loaded, which is said where it differs: `auto` becomes the largest Qwen3
     that fits the card, a Hub name what Unsloth loads for it. The mix, the run and its export then agree on one name."""
     asked = recipe.model.model_name
@@ -219,57 +240,9 @@ def scored(folder: Path) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def loading(section: recipes.Model, console) -> Iterator[None]:
-    """Download what is missing, then say what is loaded while it lasts, and how long it took."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    from toolkit.training.model import fetch
-
-    fetch(section)
-    name, began = section.model_name, time.monotonic()
-    if not (console.is_terminal or console.is_jupyter):
-        console.print(f"loading {name} …")
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    # sys.stderr stays what it is: `quiet` looks for it in the libraries' log handlers
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
-        bar.add_task(f"loading {name}")
-        yield
-    console.print(f"loaded {name} in {time.monotonic() - began:.0f} s")
-
-
-@contextlib.contextmanager
-def recorded(folder: Path) -> Iterator[None]:
-    """Libraries' output and tracebacks of the block go to the run's run.log; a run that ends early says why in its
-    manifest."""
-    from toolkit.training.model import LOG
-
-    LOG.folder = folder
-    try:
-        yield
-    except BaseException as error:
-        LOG.write("".join(traceback.format_exception(error)))
-        error.add_note(f"log: {LOG.path}")
-        _record_stop(folder, error)
-        raise
-    finally:
-        LOG.folder = None
-
-
-def _record_stop(folder: Path, error: BaseException) -> None:
-    from toolkit.training.trainer import is_main, read_manifest
-
-    made = read_manifest(folder)
-    if not is_main() or made.get("state") != "running":
-        return
-    reason = f"{type(error).__name__}: {error}"
-    if isinstance(error, KeyboardInterrupt):  # the command line passes SIGTERM and SIGHUP on as one with their number
-        reason = f"interrupted by {signal.Signals(*error.args or [signal.SIGINT]).name}"
-    with contextlib.suppress(ToolkitError):  # on a full disk the reason is on the screen only
-        write_json(folder / "manifest.json", made | {"state": "stopped", "stopped": reason})
-
-
-def compile_mix(recipe: Recipe, console=None, *, fresh: bool = False, next_command: str = ""):
+def compile_mix(
+    recipe: Recipe, console: Console | None = None, *, fresh: bool = False, next_command: str = ""
+) -> "Mix":
     """The recipe's mix, shown: a verdict, shares planned and achieved, drops by reason, warnings."""
     from toolkit.data import mix
     from toolkit.view import tables
@@ -285,22 +258,23 @@ def compile_mix(recipe: Recipe, console=None, *, fresh: bool = False, next_comma
     return mixed
 
 
-def log_evaluation(recipe: Recipe, folder: Path, console) -> None:
+def log_evaluation(recipe: Recipe, folder: Path, console: Console) -> None:
     """Send a run's eval.json to wandb, unless that was done before."""
     from toolkit.evaluation import measure as evaluation
 
     result = read_json(folder / "eval.json")
-    tracking.finish(recipe, folder, evaluation.summary(result), result.get("samples", []), console)
+    tracking.TRACKER.finish(recipe, folder, evaluation.summary(result), result.get("samples", []), console)
 
 
-def questions(recipe: Recipe, mixed) -> tuple[list[dict] | None, list[dict] | None]:
+def questions(recipe: Recipe, mixed: "Mix") -> tuple[list[Question] | None, list[Question] | None]:
     """(reasoning, chat) questions: the recipe's sets; without any, held-out rows that carry an expected answer; None for
     those that ship."""
     from toolkit.evaluation.questions import from_mix, read_questions
 
     if not recipe.evaluate.questions:
         return from_mix(mixed)["questions"], None
-    found: tuple[list, list] = ([], [])
+    reasoning, chat = [], []
     for source in recipe.evaluate.questions:
-        found[source.mode == "non_thinking"].extend(read_questions(source, placeholders=recipe.data.placeholders))
-    return found
+        target = chat if source.mode == "non_thinking" else reasoning
+        target.extend(read_questions(source, placeholders=recipe.data.placeholders))
+    return reasoning, chat

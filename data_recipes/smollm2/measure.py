@@ -21,8 +21,8 @@ from toolkit.evaluation.stats import Sample, interval, paired_difference
 from toolkit.export import export
 from toolkit.files import ROOT, read_json, read_jsonl, write_json
 from toolkit.serving.engine import start
+from toolkit.training.folder import commit
 from toolkit.training.model import load_run
-from toolkit.training.trainer import commit
 
 OUT = ROOT / "data_recipes" / "measured" / "smollm2.json"
 SHARES = (0.5, 0.0, 0.8)

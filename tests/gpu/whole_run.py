@@ -15,7 +15,7 @@ from toolkit.export import export
 from toolkit.files import outputs, read_json, write_json
 from toolkit.machine import gpu_check
 from toolkit.training import model as models
-from toolkit.training.trainer import commit
+from toolkit.training.folder import commit
 
 NAME = "whole-run"
 

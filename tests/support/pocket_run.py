@@ -16,7 +16,7 @@ from toolkit.files import POCKET, ROOT, describe
 RANK = 8
 SMALL = ["data.budget=3000", "data.validation_size=8", "train.per_device_train_batch_size=4", "train.max_steps=4",
          "train.eval_steps=1", "train.save_steps=1", "train.save_total_limit=9", "evaluate.max_new_tokens=8",
-         "train.report_to=none"]  # fmt: skip
+         "train.report_to=none", "evaluate.forgetting_probes=0"]  # fmt: skip
 
 
 class Screen(io.StringIO):

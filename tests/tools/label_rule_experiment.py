@@ -20,8 +20,7 @@ import numpy as np
 from toolkit import recipe, run
 from toolkit.data import mix
 from toolkit.data.render import load_chat
-from toolkit.training import model
-from toolkit.training import trainer as train
+from toolkit.training.folder import commit, open_run
 
 EMPTY = "<think>\n\n</think>\n\n"
 OUT = recipe.ROOT / "data_recipes" / "measured" / "label_rule.json"
@@ -45,12 +44,9 @@ def supervised(rows: list[mix.Row], block: list[int]) -> list[mix.Row]:
 
 def trained(loaded: recipe.Recipe, mixed: mix.Mix, console) -> dict:
     """eval.json of a run on these rows, and how many tokens of them were labels."""
-    folder, state = train.claim(loaded)
+    folder, state = open_run(loaded)
     if state != "finished":
-        base, tokenizer = model.load_base(loaded.model)
-        base = model.attach(base, loaded.lora, seed=loaded.data.seed)
-        train.train(loaded, mixed, base, tokenizer, folder, console)
-        run.evaluate(folder, console, loaded=(base, tokenizer))
+        run.evaluate(folder, console, loaded=run.train_adapter(loaded, mixed, console))
     elif not (folder / "eval.json").is_file():
         run.evaluate(folder, console)
     if json.loads((folder / "mix.json").read_text(encoding="utf-8")) != mixed.report:
@@ -100,7 +96,7 @@ def main(words: list[str]) -> None:
         "results": {name: chosen(result) for name, result in results.items()},
         "hardware": {"cpu": processor(), "cores": os.cpu_count()},
         "date": date.today().isoformat(),
-        "commit": train.commit(),
+        "commit": commit(),
         "seconds": round(time.time() - began),
     }
     known = json.loads(OUT.read_text(encoding="utf-8")) if OUT.is_file() else {}

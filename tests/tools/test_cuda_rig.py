@@ -7,6 +7,7 @@ and Triton interprets. Precision, speed, memory and bitsandbytes' kernels are be
 import functools
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -195,3 +196,34 @@ def test_greedy_replies_on_the_cuda_path_are_those_of_plain_transformers_token_f
     assert any(reply["new"] for reply in replies.values())
     modes = {name.partition("/")[0] for name in replies}
     assert any(replies[f"{mode}/base"] != replies[f"{mode}/tuned"] for mode in modes), "the adapter changes the replies"
+
+
+ALLOCATOR = """
+import os, sys, torch
+def note(name, value):
+    def call(*args, **kwargs):
+        print(name, "unsloth" in sys.modules, os.environ.get("PYTORCH_ALLOC_CONF"))
+        return value
+    return call
+torch.cuda.is_available = lambda: True
+torch.cuda.get_device_name = note("get_device_name", "a card")
+torch.cuda.mem_get_info = note("mem_get_info", (15 * 2**30, 16 * 2**30))
+torch.cuda.memory_reserved = lambda *_: 0
+from toolkit.machine import doctor, fit
+doctor.hub_answers = lambda *_: True
+print(doctor.default_recipe())
+print(fit.usable_vram())
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the driver there has no expandable segments")
+@pytest.mark.parametrize("own", [None, "max_split_size_mb:64"])
+def test_the_allocator_is_set_before_anything_starts_cuda(own):
+    environment = {k: v for k, v in os.environ.items() if not k.endswith("ALLOC_CONF")}
+    environment |= {"PYTORCH_ALLOC_CONF": own} if own else {}
+    code = f"import toolkit{ALLOCATOR}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    starts = [line.split() for line in done.stdout.splitlines() if line.startswith(("get_device", "mem_get"))]
+    assert len(starts) == 2, done.stderr
+    assert {line[2] for line in starts} == {own or "expandable_segments:True"}
+    assert {line[1] for line in starts} == {"False"}  # or Unsloth would have set it, too late

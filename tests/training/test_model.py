@@ -11,14 +11,14 @@ from rich.console import Console
 
 from tests.support import hub_stand_in
 from tests.support.terminal import shown
-from toolkit import run
 from toolkit.files import ROOT
 from toolkit.recipe import Model
+from toolkit.training.model import loading
 
 LOAD = """
 from rich.console import Console
 from toolkit.recipe import Model
-from toolkit.run import loading
+from toolkit.training.model import loading
 with loading(Model("owner/bakery"), Console()):
     pass
 """
@@ -48,5 +48,5 @@ def test_a_download_shows_its_size_and_nothing_is_said_of_it_once_the_model_is_h
 
 def test_while_a_model_loads_the_streams_stay_those_that_log_handlers_hold():
     before = sys.stdout, sys.stderr
-    with run.loading(Model("pocket"), Console(file=io.StringIO(), force_terminal=True)):
+    with loading(Model("pocket"), Console(file=io.StringIO(), force_terminal=True)):
         assert (sys.stdout, sys.stderr) == before

@@ -19,6 +19,7 @@ from toolkit.comparison.report import conclude
 from toolkit.data import mix
 from toolkit.files import ROOT, ToolkitError
 from toolkit.training import tracking
+from toolkit.training.tracking import TRACKER
 from toolkit.view import figures
 
 SUMMARY = {"eval/tuned/thinking/accuracy": 0.5, "eval/tuned/thinking/accuracy.low": 0.4}
@@ -66,11 +67,11 @@ def synced(folder: Path) -> RunService:
 
 
 def train_and_finish(loaded, mixed, folder, rows=(), console=None):
-    with tracking.training(loaded, mixed, folder):
-        for row in rows:
-            tracking.log(row)
-        tracking.log_table("samples", [{"step": 0, "prompt": "hello", "answer": "hi"}])
-    tracking.finish(loaded, folder, SUMMARY, REPLIES, console or quiet())
+    TRACKER.begin(loaded, mixed, folder)
+    for row in rows:
+        TRACKER.log(row)
+    TRACKER.log_table("samples", [{"step": 0, "prompt": "hello", "answer": "hi"}])
+    TRACKER.finish(loaded, folder, SUMMARY, REPLIES, console or quiet())
 
 
 # --- what is logged
@@ -129,11 +130,11 @@ def test_an_evaluation_that_a_kill_kept_from_wandb_is_sent_by_the_next_command_a
     loaded, _, folder = tiny
     console = quiet()
     for _ in range(3):
-        tracking.finish(loaded, folder, SUMMARY, REPLIES, console)
+        TRACKER.finish(loaded, folder, SUMMARY, REPLIES, console)
     assert said(console).count("wandb sync") == 1
     assert synced(folder).summary["eval/tuned/thinking/accuracy"] == 0.5
     (folder / "eval.json").write_text('{"again": 1}')  # evaluated again: other results
-    tracking.finish(loaded, folder, SUMMARY, REPLIES, console)
+    TRACKER.finish(loaded, folder, SUMMARY, REPLIES, console)
     assert said(console).count("wandb sync") == 2
 
 
@@ -184,7 +185,7 @@ def test_a_network_lost_after_the_check_is_no_reason_to_stop(tiny, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     console = quiet()
-    monkeypatch.setattr(tracking, "_say", console.print)
+    monkeypatch.setattr(TRACKER, "say", console.print)
     train_and_finish(loaded, mixed, folder, [{"step": 1, "loss": 1.0}], console)
     assert list(folder.glob("wandb/offline-run-*/*.wandb"))
     assert "kept offline" in said(console)
@@ -195,15 +196,12 @@ def test_a_folder_that_wandb_cannot_write_is_said_once_and_training_continues(ti
     (folder / "wandb").write_text("a file where wandb wants a folder")
     lines = []
     tracking.check(loaded.train, folder, lines.append)
-    trained = False
-    with tracking.training(loaded, mixed, folder):
-        tracking.log({"step": 1, "loss": 1.0})
-        tracking.log({"step": 2, "loss": 1.0})
-        trained = True
-    assert trained
+    TRACKER.begin(loaded, mixed, folder)
+    TRACKER.log({"step": 1, "loss": 1.0})
+    TRACKER.log({"step": 2, "loss": 1.0})
     assert len(lines) == 1
     assert "starting a run failed" in lines[0]
-    tracking.finish(loaded, folder, SUMMARY, REPLIES, quiet())
+    TRACKER.finish(loaded, folder, SUMMARY, REPLIES, quiet())
 
 
 def test_without_a_home_folder_everything_is_logged_all_the_same(tiny, monkeypatch):
@@ -216,18 +214,19 @@ def test_without_a_home_folder_everything_is_logged_all_the_same(tiny, monkeypat
 def test_an_error_inside_wandb_is_said_once_and_later_calls_do_nothing(tiny, monkeypatch):
     loaded, mixed, folder = tiny
     lines = []
-    monkeypatch.setattr(tracking, "_say", lines.append)
-    with tracking.training(loaded, mixed, folder):
-        tracking._run.finish()  # what is logged after this raises inside wandb
-        for step in range(3):
-            tracking.log({"step": step, "loss": 1.0})
+    monkeypatch.setattr(TRACKER, "say", lines.append)
+    TRACKER.begin(loaded, mixed, folder)
+    TRACKER.run.finish()  # what is logged after this raises inside wandb
+    for step in range(3):
+        TRACKER.log({"step": step, "loss": 1.0})
     assert len(lines) == 1
     assert "logging failed" in lines[0]
 
 
 def test_an_interrupted_training_closes_its_run(tiny):
-    with pytest.raises(KeyboardInterrupt), tracking.training(*tiny):
-        raise KeyboardInterrupt
+    TRACKER.begin(*tiny)
+    TRACKER.crash()
+    assert TRACKER.run is None
     assert synced(tiny[2]).runs
 
 
@@ -328,10 +327,10 @@ def test_scrubbing_keeps_words_that_only_look_like_the_home_folders_name(monkeyp
 def _closed():
     """No wandb run of one test is open in the next."""
     yield
-    if tracking._run:
+    if TRACKER.run:
         with contextlib.suppress(Exception):  # a test may have broken it on purpose
-            tracking._run.finish()
-        tracking._run = None
+            TRACKER.run.finish()
+        TRACKER.run = None
 
 
 def test_a_network_that_was_away_once_is_asked_again_by_the_next_training(tiny, monkeypatch):
@@ -341,6 +340,6 @@ def test_a_network_that_was_away_once_is_asked_again_by_the_next_training(tiny, 
     tracking.check(tiny[0].train, tiny[2], lines.append)
     assert len(lines) == 1
     assert os.environ["WANDB_MODE"] == "online"  # a variable would hold for the whole kernel
-    monkeypatch.setattr(tracking, "_offline_reason", str)
+    monkeypatch.setattr(tracking, "offline_reason", str)
     tracking.check(tiny[0].train, tiny[2], lines.append)
-    assert not tracking._offline
+    assert not TRACKER.is_offline

@@ -1,7 +1,6 @@
 """A run is never lost, never overwritten and says why it stopped: interrupted and resumed, it ends bit for bit (on a CPU)
 where an uninterrupted one does. Trainings run in this process and take a second or two; see tests/support/pocket_run.py."""
 
-import io
 import json
 import math
 import os
@@ -24,11 +23,13 @@ from tests.support.pocket_run import Screen, make_run, trained
 from toolkit import recipe
 from toolkit.data import mix
 from toolkit.data.mix import Row, dataset
+from toolkit.export import preflight
 from toolkit.files import POCKET, ROOT, ToolkitError, outputs, read_json, read_jsonl, write_json
+from toolkit.training import checkpoints
 from toolkit.training import trainer as train
 from toolkit.training.base import base_checksums
+from toolkit.training.folder import check_adapter_values, open_run, writing
 from toolkit.training.model import check_adapter, load_run, run_folder
-from toolkit.training.trainer import writing
 
 RISING = ["train.learning_rate=0.03", "train.lr_scheduler_type=constant", "train.warmup_steps=0", "train.max_steps=9"]
 """A validation loss that falls, then rises."""
@@ -76,7 +77,7 @@ def unfinish(run: Path, steps: int | None = None) -> None:
     kept = {"recipe_sha256", "versions", "gpu", "model", "data", "mix", "seeds", "commit", "started"}
     (run / "manifest.json").write_text(json.dumps({k: manifest[k] for k in kept} | {"state": "running"}))
     shutil.rmtree(run / "adapter")
-    for checkpoint in train.all_checkpoints(run):
+    for checkpoint in checkpoints.all_checkpoints(run):
         if steps and int(checkpoint.name.split("-")[1]) > steps:
             shutil.rmtree(checkpoint)
 
@@ -183,18 +184,18 @@ def test_the_last_step_has_a_checkpoint_whatever_the_strategy(strategy, checkpoi
     run, _ = trained(
         "run", f"train.save_strategy={strategy}", "train.save_steps=3", "train.load_best_model_at_end=false"
     )
-    assert [train.step_of(c) for c in train.all_checkpoints(run)] == checkpoints
+    assert [checkpoints.step_of(c) for c in checkpoints.all_checkpoints(run)] == checkpoints
 
 
 @pytest.mark.parametrize(
-    ("stop", "reason"),
+    ("stop", "reason", "last"),
     [
-        (lambda: signal.raise_signal(signal.SIGINT), "interrupted by SIGINT"),
-        (lambda: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda: signal.raise_signal(signal.SIGINT), "interrupted by SIGINT", 3),
+        (lambda: 1 / 0, "ZeroDivisionError: division by zero", 2),
     ],
     ids=["Ctrl-C", "bug"],
 )
-def test_a_run_that_stops_early_says_why_keeps_its_checkpoints_and_resumes(copy, root, stop, reason):
+def test_a_run_that_stops_early_says_why_keeps_its_checkpoints_and_resumes(copy, root, stop, reason, last):
     run = copy / "run"
     shutil.rmtree(run)
     with pytest.raises((KeyboardInterrupt, ZeroDivisionError)) as stopped:
@@ -204,7 +205,7 @@ def test_a_run_that_stops_early_says_why_keeps_its_checkpoints_and_resumes(copy,
     assert "Traceback" in (run / "run.log").read_text()
     assert f"log: {run / 'run.log'}" in stopped.value.__notes__
     _, said = trained("run")
-    assert "resuming from checkpoints/checkpoint-2" in said
+    assert f"resuming from checkpoints/checkpoint-{last}" in said
     assert same(run, root / "run")
     assert "stopped" not in read_json(run / "manifest.json")
 
@@ -250,9 +251,9 @@ def test_a_small_file_that_was_cut_or_lost_is_computed_again(copy, root, file, d
 @pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json"])
 def test_a_damaged_checkpoint_is_removed_and_the_one_before_is_used(copy, file, damage):
     damage(copy / "run" / "checkpoints" / "checkpoint-4" / file)
-    console = Console(record=True, width=200, file=Screen())
-    assert train.last_checkpoint(copy / "run", console).name == "checkpoint-3"
-    assert "checkpoints/checkpoint-4 is incomplete or damaged and is removed" in console.export_text()
+    said = []
+    assert checkpoints.last_checkpoint(copy / "run", said.append).name == "checkpoint-3"
+    assert said[0] == "checkpoints/checkpoint-4 is incomplete or damaged and is removed"
 
 
 def test_the_best_checkpoint_is_the_adapter_and_where_it_is_damaged_the_next_best(copy):
@@ -478,13 +479,13 @@ def test_a_folder_laid_out_like_unsloths_dynamic_4bit_checkpoints_trains_and_exp
 @pytest.mark.parametrize(
     ("card", "precision"), [("T4", {"bf16": False, "fp16": True}), ("A100", {"bf16": True, "fp16": False})]
 )
-def test_a_card_that_only_emulates_bfloat16_trains_in_fp16(tmp_path, monkeypatch, card, precision):
+def test_a_card_that_only_emulates_bfloat16_trains_in_fp16(monkeypatch, card, precision):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     supported = lambda including_emulation=True: card == "A100" or including_emulation  # noqa: E731 - as torch answers
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-    arguments = train.sft_arguments(recipe.load("pocket"), tmp_path, True)
+    arguments = train.sft_arguments(recipe.load("pocket"), validates=True)
     assert {name: arguments[name] for name in precision} == precision
 
 
@@ -493,12 +494,12 @@ def test_a_card_that_only_emulates_bfloat16_trains_in_fp16(tmp_path, monkeypatch
     [(False, [], False), (False, ["train.gradient_checkpointing=true"], True), (True, [], None)],
     ids=["CPU", "CPU, asked for", "CUDA keeps the libraries' default"],
 )
-def test_a_cpu_computes_every_layer_once(tmp_path, monkeypatch, cuda, change, expected):
+def test_a_cpu_computes_every_layer_once(monkeypatch, cuda, change, expected):
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    arguments = train.sft_arguments(recipe.load("pocket", change), tmp_path, True)
+    arguments = train.sft_arguments(recipe.load("pocket", change), validates=True)
     assert arguments.get("gradient_checkpointing") == expected
 
 
@@ -513,23 +514,24 @@ def test_a_step_whose_gradients_overflow_in_fp16_is_counted_and_shown(tmp_path):
     import torch
     from accelerate.optimizer import AcceleratedOptimizer
 
-    from toolkit.training.record import Record
+    from toolkit.training.record import RunRecorder
     from toolkit.view.trained import report
 
     accelerate.Accelerator(cpu=True)
     weight, scaler = torch.nn.Parameter(torch.ones(1)), torch.amp.GradScaler("cpu")
     optimizer = AcceleratedOptimizer(torch.optim.SGD([weight], lr=0.5), scaler=scaler)
-    args, state = SimpleNamespace(get_warmup_steps=lambda _: 10), SimpleNamespace(global_step=1, max_steps=2)
-    record = Record([], {}, Path(), None)
+    args, state = SimpleNamespace(get_warmup_steps=lambda _: 10), SimpleNamespace(global_step=1, max_steps=9)
+    recorder = RunRecorder(small(), None, Console(file=Screen()), folder=tmp_path)
+    recorder.trainer, recorder._first = SimpleNamespace(optimizer=optimizer), 0
+    recorder._is_claimed, recorder._inode = True, tmp_path.stat().st_ino
     for factor in (1e38, 1.0):  # 1e38 times the scaler's 65,536 is more than float32 holds
         optimizer.zero_grad()
         scaler.scale(weight.sum() * factor).backward()
         optimizer.step()
-        record._step_loss = 1.0
-        record.on_step_begin(args, state, None)
-        record.on_step_end(args, state, None, optimizer=optimizer)
-    assert record.totals["skipped_steps"] == 1
-    write_json(tmp_path / "manifest.json", record.summary())
+        recorder.on_step_begin(args, state, None)
+        recorder.on_step_end(args, state, None)
+    assert recorder.counts.totals["skipped_steps"] == 1
+    write_json(tmp_path / "manifest.json", recorder.counts.summary())
     (tmp_path / "samples.jsonl").write_text("")
     console = Console(record=True, width=200, file=Screen())
     report(tmp_path, console)
@@ -698,24 +700,35 @@ def small(name="claimed", overrides=()):
     return recipe.load("data_recipes/pocket.yaml", [f"name={name}", *overrides])
 
 
+def claimed(*overrides: str) -> Path:
+    """The folder of a run that a training has begun."""
+    loaded = small(overrides=overrides)
+    folder, _ = open_run(loaded)
+    folder.mkdir(parents=True)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(loaded))
+    return folder
+
+
 def test_a_name_is_new_then_unfinished_then_finished(elsewhere):
-    assert train.claim(small()) == (elsewhere / "claimed", "new")
-    assert train.claim(small())[1] == "unfinished"
-    (elsewhere / "claimed" / "manifest.json").write_text(json.dumps({"finished": "now"}))
-    assert train.claim(small())[1] == "finished"
+    assert open_run(small()) == (elsewhere / "claimed", "new")
+    assert open_run(small())[1] == "new"  # nothing was written
+    folder = claimed()
+    assert open_run(small())[1] == "unfinished"
+    (folder / "manifest.json").write_text(json.dumps({"finished": "now"}))
+    assert open_run(small())[1] == "finished"
 
 
-def test_another_recipe_under_the_same_name_is_refused_with_the_two_ways_out(elsewhere):
-    train.claim(small())
+@pytest.mark.usefixtures("elsewhere")
+def test_another_recipe_under_the_same_name_is_refused_with_the_two_ways_out():
+    folder = claimed()
     with pytest.raises(ToolkitError, match=r"train.learning_rate: 0.004 there, 0.001 here.*another name.*--fresh"):
-        train.claim(small(overrides=["train.learning_rate=1e-3"]))
-    assert (elsewhere / "claimed" / "recipe.yaml").is_file()
+        open_run(small(overrides=["train.learning_rate=1e-3"]))
+    assert (folder / "recipe.yaml").is_file()
 
 
 def test_fresh_moves_the_old_run_aside_and_keeps_it(elsewhere):
-    train.claim(small())
-    (elsewhere / "claimed" / "precious").touch()
-    assert train.claim(small(overrides=["data.seed=1"]), fresh=True)[1] == "new"
+    (claimed() / "precious").touch()
+    assert open_run(small(overrides=["data.seed=1"]), fresh=True)[1] == "new"
     assert len(list((elsewhere / ".old").glob("claimed-*/precious"))) == 1
 
 
@@ -750,13 +763,10 @@ def test_a_gguf_that_a_recipe_asks_for_and_its_model_cannot_become_is_refused_be
 
 
 def test_by_default_a_model_without_gguf_conversion_is_not_refused_and_the_run_says_so(elsewhere):
-    from toolkit.run import check_export
-
     (elsewhere / "rwkv").mkdir()
     (elsewhere / "rwkv" / "config.json").write_text('{"model_type": "rwkv"}')
-    console = Console(file=io.StringIO(), width=200)
-    check_export(recipe.load("data_recipes/pocket.yaml", [f"model.model_name={elsewhere / 'rwkv'}"]), console)
-    assert "exported as merged weights" in console.file.getvalue()
+    loaded = recipe.load("data_recipes/pocket.yaml", [f"model.model_name={elsewhere / 'rwkv'}"])
+    assert "exported as merged weights" in preflight.findings(loaded)[0]
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -791,7 +801,7 @@ def test_a_run_that_was_nothing_but_warm_up_says_so():
 @pytest.mark.usefixtures("elsewhere")
 def test_a_run_that_is_not_evaluated_while_it_trains_has_its_checkpoints():
     run, _ = trained("run", "train.eval_strategy=no", "train.save_steps=2")
-    assert [p.name for p in train.all_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
+    assert [p.name for p in checkpoints.all_checkpoints(run)] == ["checkpoint-2", "checkpoint-4"]
 
 
 @pytest.mark.usefixtures("elsewhere")
@@ -800,12 +810,9 @@ def test_an_adapter_made_with_other_values_than_the_recipe_is_refused_by_name():
     used = SimpleNamespace(r=asked.lora.r, lora_alpha=64, lora_dropout=0.0, use_rslora=False)
     model = SimpleNamespace(peft_config={"default": used}, active_adapter="default")
     with pytest.raises(ToolkitError, match=r"lora_alpha=64, the recipe lora.lora_alpha=32"):
-        train.begin(asked, None, model, outputs() / "run")
+        check_adapter_values(asked, model)
 
 
 def test_what_cannot_be_exported_is_said_before_training():
-    from toolkit.run import check_export
-
-    console = Console(file=io.StringIO(), width=200)
-    check_export(recipe.load("data_recipes/pocket.yaml", ["lora.modules_to_save=[embed_tokens]"]), console)
-    assert "cannot be exported here (modules_to_save = ['embed_tokens'])" in console.file.getvalue()
+    (finding,) = preflight.findings(recipe.load("data_recipes/pocket.yaml", ["lora.modules_to_save=[embed_tokens]"]))
+    assert "cannot be exported here (modules_to_save = ['embed_tokens'])" in finding

@@ -71,7 +71,7 @@ def log(comparison: Comparison, folder: Path, console: Console) -> None:
             {"settings": point.label, **texts, "runs": " ".join(run.name for run in point.runs)}
             for point, texts in zip(comparison.everyone(), in_words(comparison), strict=True)
         ]
-        tracking.comparison(folder, rows, " ".join(comparison.verdict[:-1]), console)
+        tracking.TRACKER.comparison(folder, rows, " ".join(comparison.verdict[:-1]), console)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from toolkit.machine.duration import Duration
 from toolkit.machine.install import has_driver
 from toolkit.machine.speed import Speed, here, measured_card, of_card, operations
 from toolkit.recipe import Recipe
+from toolkit.records import MemoryComparison
 
 PLANNED_FOR = 8
 """GB of the card that is planned for where none is here and none was named."""
@@ -135,3 +136,14 @@ def record_hours(folder: Path, planned: Duration) -> None:
     manifest = read_json(folder / "manifest.json")
     manifest["time"] = duration.compare(planned, manifest["train_seconds"], manifest["evaluation_seconds"])
     write_json(folder / "manifest.json", manifest)
+
+
+def compared_memory(recipe: Recipe, longest: int, model: Any, peak: int) -> MemoryComparison | None:
+    """The forecast for a recipe with rows of at most `longest` tokens, beside the bytes reserved at the peak; None off CUDA,
+    or for a model that `fit` does not know, which never stops a run."""
+    if model.device.type != "cuda":
+        return None
+    try:
+        return fit.compare(fit.forecast(recipe, model.config, longest=longest), peak)
+    except ToolkitError:
+        return None

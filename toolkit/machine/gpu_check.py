@@ -23,7 +23,9 @@ from toolkit import recipe, run
 from toolkit.files import POCKET, ROOT, ToolkitError, outputs, read_json, write_text
 from toolkit.machine import doctor, install
 from toolkit.training import model as models
-from toolkit.training.trainer import PACKAGES, all_checkpoints, commit, step_of
+from toolkit.training.checkpoints import all_checkpoints, step_of
+from toolkit.training.folder import PACKAGES, commit
+from toolkit.training.log import quiet
 
 CAP = int(3.6 * 2**30)
 """Bytes that torch may reserve: with CUDA's own, less than a card of 4 GB has."""
@@ -67,7 +69,7 @@ def random_model(folder: Path, shape: dict[str, Any]) -> int:
     torch.manual_seed(3407)
     built = Qwen3ForCausalLM(Qwen3Config(**read_json(POCKET / "config.json") | shape)).to(torch.bfloat16)
     shutil.copytree(POCKET, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    with models.quiet():
+    with quiet():
         built.save_pretrained(folder)
     return built.num_parameters()
 

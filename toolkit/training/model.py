@@ -1,66 +1,28 @@
-"""Load a model through Unsloth, attach LoRA, reload a run; send what the libraries print to a log.
+"""Load a model through Unsloth, attach LoRA, write and reload a run's adapter.
 
 model, tokenizer = load_run("pocket")
 """
 
 import contextlib
-import io
 import json
-import logging
 import os
-import sys
-import warnings
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from toolkit.files import POCKET, ToolkitError, did_you_mean, download, find, outputs, read_json, sha256
 from toolkit.recipe import Lora, Model
 from toolkit.training.base import check_base
+from toolkit.training.log import LOG, quiet
+
+DRIVER_FILES = ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/nvidia-smi")
+"""What unsloth_zoo/device_type.py asks."""
 
 
-class Log(io.TextIOBase):
-    """Where the libraries' stdout and stderr go: run.log of the run in work, otherwise outputs/toolkit.log.
-
-    One object for the whole process: log handlers created while `quiet()` is in place keep writing to it."""
-
-    folder: Path | None = None
-
-    @property
-    def path(self) -> Path:
-        return self.folder / "run.log" if self.folder else outputs() / "toolkit.log"
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError):  # a full disk must not turn a library's warning into a crash
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8", errors="replace") as file:
-                file.write(text)
-        return len(text)
-
-
-LOG = Log()
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Send what libraries print, warn and log to LOG instead of the screen, unless TOOLKIT_DEBUG is set."""
-    if os.environ.get("TOOLKIT_DEBUG"):
-        yield
-        return
-    screens = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
-    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
-    # a handler keeps the stream of the moment it was made, whatever sys.stderr is now
-    handlers = [(h, h.stream) for x in loggers for h in x.handlers if vars(h).get("stream") in screens]
-    with contextlib.redirect_stdout(LOG), contextlib.redirect_stderr(LOG), warnings.catch_warnings():
-        for handler, _ in handlers:
-            handler.stream = LOG
-        try:
-            yield
-        finally:
-            for handler, stream in handlers:
-                handler.stream = stream
-
-
-def unsloth():
+def unsloth() -> Any:
     """Unsloth's FastLanguageModel; importing it takes about ten seconds, so only here and only when needed.
 
     Its generated sources go under outputs/, it never installs or downloads on its own, and without a network its calls
@@ -80,6 +42,19 @@ def unsloth():
     return FastLanguageModel
 
 
+def check_card() -> None:
+    """Raises ToolkitError where there is an NVIDIA driver and torch cannot use a card: Unsloth would refuse to load."""
+    if not on_cuda() and any(Path(file).exists() for file in DRIVER_FILES):
+        unsloth()
+
+
+def on_cuda() -> bool:
+    """Whether torch can use a CUDA card."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def has_bf16() -> bool:
     """Whether the CUDA card here computes in bfloat16; a T4 only emulates it."""
     import torch
@@ -96,7 +71,7 @@ def out_of_memory(error: BaseException) -> bool:
     return plain or isinstance(error, torch.OutOfMemoryError)
 
 
-def checkpoint_file(section: Model, name: str) -> dict:
+def checkpoint_file(section: Model, name: str) -> dict[str, Any]:
     """A JSON file of a recipe's model, from its folder or the Hub, without loading anything; {} where it has none."""
     where = find(checkpoint_path(section))
     if where is None:
@@ -153,7 +128,24 @@ def fetch(section: Model) -> None:
             download(section.model_name, section.revision)
 
 
-def load_base(section: Model):
+@contextlib.contextmanager
+def loading(section: Model, console: Console) -> Iterator[None]:
+    """Download what is missing, then say what is loaded while it lasts, and how long it took."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    fetch(section)
+    name, began = section.model_name, time.monotonic()
+    if not (console.is_terminal or console.is_jupyter):
+        console.print(f"loading {name} …")
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    # sys.stderr stays what it is: `quiet` looks for it in the libraries' log handlers
+    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
+        bar.add_task(f"loading {name}")
+        yield
+    console.print(f"loaded {name} in {time.monotonic() - began:.0f} s")
+
+
+def load_base(section: Model) -> tuple[Any, Any]:
     """(model, tokenizer) of a recipe's `model:` section: a dynamic-quant checkpoint, or 16-bit weights quantized on load.
     A name is taken as `really_loaded` gives it.
 
@@ -166,9 +158,10 @@ def load_base(section: Model):
                 checkpoint_path(section), max_seq_length=section.max_seq_length, load_in_4bit=section.load_in_4bit,
                 revision=section.revision, **section.extra,
             )  # fmt: skip
-    except (OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        if out_of_memory(error):
+    # ValueError: what Unsloth raises for a model that would spill from the card (loader_utils.raise_if_bnb_cpu_spill)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if out_of_memory(error) or "does not fit in GPU memory" in reason:
             reason = (
                 "no room in GPU memory: `python -m toolkit fit RECIPE` shows what fits, `doctor` who holds the rest"
             )
@@ -185,7 +178,7 @@ def load_base(section: Model):
     return model, tokenizer
 
 
-def split_as_its_file_says(tokenizer, file: dict) -> None:
+def split_as_its_file_says(tokenizer: Any, file: dict[str, Any]) -> None:
     """Give a loaded tokenizer the rules of its tokenizer.json back, by which the rows of a mix are tokenized.
 
     transformers 5 builds some classes' tokenizers anew from their vocabulary: a GPT2Tokenizer, which SmolLM2's repositories
@@ -201,14 +194,14 @@ def split_as_its_file_says(tokenizer, file: dict) -> None:
         tokenizer.__class__ = PreTrainedTokenizerFast  # saved under this name, its file is read as it is
 
 
-def rules(tokenizer: dict) -> str:
+def rules(tokenizer: dict[str, Any]) -> str:
     """How a tokenizer.json cleans and splits text; `trim_offsets` changes no id, and the classes set it as they like."""
     return json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")]).replace(
         '"trim_offsets": false', '"trim_offsets": true'
     )
 
 
-def attach(model, lora: Lora, *, seed: int, use_gradient_checkpointing="unsloth"):
+def attach(model: Any, lora: Lora, *, seed: int, use_gradient_checkpointing: bool | str = "unsloth") -> Any:
     """The model with a fresh LoRA adapter; on a GPU with Unsloth's offloaded checkpointing unless told otherwise."""
     import torch
 
@@ -226,7 +219,7 @@ def attach(model, lora: Lora, *, seed: int, use_gradient_checkpointing="unsloth"
     return attached
 
 
-def load_run(folder: str | Path):
+def load_run(folder: str | Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a finished run: its base, with its adapter on; `model.disable_adapter()` gives the base."""
     from toolkit import recipe
 
@@ -255,6 +248,18 @@ def run_folder(folder: str | Path) -> Path:
     if not (found / "adapter" / "adapter_config.json").is_file():
         raise ToolkitError(f"{found}: this run has no adapter yet: finish it with the `train` command that began it")
     return found
+
+
+def write_adapter(checkpoint: Path, model: Any, tokenizer: Any, folder: Path) -> dict[str, str]:
+    """Load a checkpoint's weights into `model` and write them as the run's adapter. Returns {file: SHA-256}, but for the card."""
+    import peft
+    from safetensors.torch import load_file
+
+    with quiet():
+        peft.set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+        model.save_pretrained(str(folder))
+        tokenizer.save_pretrained(str(folder))
+    return adapter_checksums(folder)
 
 
 def adapter_checksums(adapter: Path) -> dict[str, str]:

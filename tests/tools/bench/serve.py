@@ -11,7 +11,7 @@ import time
 import httpx
 
 from tests.tools.bench.start import processor
-from toolkit.training.trainer import commit
+from toolkit.training.folder import commit
 
 
 def load(url: str, clients: int = 8, seconds: float = 180) -> dict:

@@ -45,7 +45,7 @@ def begin(recipe: str, **more) -> dict:
     """The head of a record: recipe, batch, versions, date, commit. Raises ToolkitError on a recipe that cannot be timed."""
     import importlib.metadata
 
-    from toolkit.training.trainer import PACKAGES, commit
+    from toolkit.training.folder import PACKAGES, commit
 
     train = load(recipe).train
     if train.get("packing"):

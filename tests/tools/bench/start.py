@@ -40,7 +40,7 @@ def start_up(recipe: str) -> dict[str, float]:
 
 def measure(recipe: str, repeats: int) -> dict:
     """Medians of several cold starts, with hardware, load, date and commit."""
-    from toolkit.training.trainer import commit
+    from toolkit.training.folder import commit
 
     runs = [start_up(recipe) for _ in range(repeats)]
     return {

@@ -12,6 +12,7 @@ that every way meets its largest batch. Steps of the warm-up (compilation, alloc
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from toolkit.data import mix
-from toolkit.files import ROOT
+from toolkit.files import ROOT, read_json
 from toolkit.machine import fit
 from toolkit.recipe import Recipe, load
 
@@ -154,6 +155,8 @@ def ours(job: Job) -> dict:
     from toolkit.training import trainer as train
 
     models.unsloth()  # sets up the allocator, so it comes before the first touch of the GPU
+    from toolkit.training.record import RunRecorder
+
     if job.cap:
         torch.cuda.set_per_process_memory_fraction(job.cap / torch.cuda.get_device_properties(0).total_memory)
     plan = recipe(job, job.recipe)
@@ -165,7 +168,10 @@ def ours(job: Job) -> dict:
     report = {"achieved": {plan.data.unit: {"bench": 1.0}}, "fingerprints": {}}
     ends, out = _stopwatch(), folder / "run"
     out.mkdir()
-    manifest = train.train(plan, mix.Mix(drawn, held, report, [], folder), model, tokenizer, out, Console(quiet=True))
+    console, mixed = Console(quiet=True), mix.Mix(drawn, held, report, [], folder)
+    recorder = functools.partial(RunRecorder, mixed=mixed, console=console, folder=out)
+    train.train(plan, mixed, model, tokenizer, recorder, console)
+    manifest = read_json(out / "manifest.json")
     used = {key: manifest[key] for key in ("batch", "packing", "padding_free")}
     return _result(job, plan, drawn, ends, fit.settings(plan, len(drawn[0].ids))) | used
 
@@ -276,7 +282,7 @@ def _wait() -> None:
 
 def _result(job: Job, plan: Recipe, drawn: list[mix.Row], ends: list[float], settings: fit.Settings) -> dict:
     """What is kept of a run: its steps' seconds, and tokens, FLOPs and seconds of those after the warm-up."""
-    from toolkit.training.record import peak_memory
+    from toolkit.training.counts import peak_memory
 
     steps = np.diff(ends).tolist()
     timed = drawn[job.warm_up * (len(drawn) // job.steps) :]

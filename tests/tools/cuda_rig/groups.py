@@ -4,6 +4,7 @@ facts = groups.probe(Path("/tmp/rig"))     # in the process that `python -m test
 """
 
 import dataclasses
+import functools
 import os
 import weakref
 from pathlib import Path
@@ -19,6 +20,7 @@ from toolkit import recipe, run
 from toolkit.data import mix
 from toolkit.evaluation import decode
 from toolkit.evaluation.generate import LONG_PROMPTS, end_tokens, inference, modes_of, prompts, switched
+from toolkit.evaluation.watch import Forgetting, answer_prompts
 from toolkit.files import ToolkitError
 from toolkit.training import model as models
 from toolkit.training import trainer as train
@@ -137,13 +139,23 @@ def watched(kind: type) -> list[float]:
     return losses
 
 
+def recorder(plan, rows: mix.Mix, folder: Path):
+    """The callback that keeps the rig's run; at each evaluation the base answers, and its divergence is measured."""
+    from toolkit.training.record import RunRecorder, Stages
+
+    stages = Stages(forgetting=Forgetting(1, [], folder / "replies", tokens=2))
+    return RunRecorder(plan, rows, Console(quiet=True), stages, folder=folder)
+
+
 def trainer_in(way: str, folder: Path, calls: list) -> tuple[dict, object]:
     """(facts, model) of the trainer in one of three ways over the same rows, with its longest batch tried."""
     changes = {"padding_free": [], "packed": ["train.packing=true"], "padded": ["train.padding_free=false"]}[way]
     plan = recipe.load("pocket", [*QUICK, "train.per_device_train_batch_size=3", *changes])
     model, tokenizer = load(plan, folder)
-    trainer, _ = train.build_trainer(plan, mixed(folder), model, tokenizer, folder, Console(quiet=True))
-    data, after_build, losses = trainer.train_dataset, state(model), watched(type(trainer))
+    rows, console = mixed(folder), Console(quiet=True)
+    trainer = train.build_trainer(plan, rows, model, tokenizer, recorder(plan, rows, folder), console)
+    # the class below the recorder's, which the probe goes past
+    data, after_build, losses = trainer.train_dataset, state(model), watched(type(trainer).__bases__[1])
     batch = trainer.data_collator([data[i] for i in range(len(data))])
     calls.clear()
     before = CALLS["reset_peak_memory_stats"]
@@ -223,16 +235,22 @@ def training(folder: Path) -> dict:
         return call
 
     def built(*args):
-        trainer, record = build(*args)
+        trainer = build(*args)
         trainer.training_step = traced("step", trainer.training_step)
         trainer.evaluate = traced("evaluate", trainer.evaluate)
-        return trainer, record
+        return trainer
 
     train.build_trainer = built
-    traced("sample", train.sample_replies)(plan, model, tokenizer, folder)
-    record = train.fit_adapter(plan, rows, model, tokenizer, folder, None, Console(quiet=True))
+    traced("sample", answer_prompts)(model, tokenizer, plan.evaluate.prompts, 2, 1)
+    records = []
+
+    def make(plan):
+        records.append(recorder(plan, rows, folder))
+        return records[-1]
+
+    train.train(plan, rows, model, tokenizer, make, Console(quiet=True))
     supervised = [len(row.ids) - PROMPT for row in rows.train]
-    return {"events": events, "supervised": supervised, "totals": record.totals}
+    return {"events": events, "supervised": supervised, "totals": records[-1].counts.totals}
 
 
 class Enough(Exception):
@@ -256,17 +274,19 @@ def memory(folder: Path) -> dict:
         raise errors.pop(0)
 
     def built(*args):
-        trainer, record = build(*args)
+        trainer = build(*args)
         attempts.append(
             {k: getattr(trainer.args, k) for k in ("per_device_train_batch_size", "gradient_accumulation_steps")}
         )
         attempts.trainer = weakref.ref(trainer)
-        return trainer, record
+        return trainer
 
     attempts = type("Attempts", (list,), {})()
     train.build_trainer, inner.forward = built, full
     try:
-        train.fit_adapter(plan, mixed(folder, (5,) * 12), model, tokenizer, folder, None, Console(quiet=True))
+        rows = mixed(folder, (5,) * 12)
+        make = functools.partial(recorder, rows=rows, folder=folder)
+        train.train(plan, rows, model, tokenizer, make, Console(quiet=True))
     except Enough:
         inner.forward = forward
     return {"attempts": attempts}

@@ -94,7 +94,7 @@ def main() -> int:
         print(f"LOST: {row['fault']}, {row['phase']}: {row['lost'][0]}")
     if args.record:
         from tests.tools.bench.start import processor
-        from toolkit.training.trainer import commit
+        from toolkit.training.folder import commit
 
         fuzz = json.loads(RECORD.read_text())["fuzz"] if RECORD.is_file() else {}  # of another day: stays
         RECORD.write_text(json.dumps({"machine": f"{processor()}, {os.cpu_count()} cores", "date": time.strftime("%Y-%m-%d"), "commit": commit(),

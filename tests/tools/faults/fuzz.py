@@ -50,7 +50,7 @@ def main() -> None:
         counts[kind] = fuzz(kind, args.cases)
         print(f"{counts[kind]:,} {kind}: nothing found, {time.monotonic() - started:.0f} s", flush=True)
     if args.record:
-        from toolkit.training.trainer import commit
+        from toolkit.training.folder import commit
 
         record = json.loads(RECORD.read_text()) if RECORD.is_file() else {}
         RECORD.write_text(json.dumps(record | {"fuzz": {"commit": commit(), **counts}}, indent=1) + "\n")

@@ -1,0 +1,76 @@
+"""What is measured of a model while it trains, in seconds: the fixed prompts, and how far it is from its base.
+
+Forgetting(8, rows, Path("outputs/.base_replies"))(model, tokenizer)["forgetting_kl"]
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from toolkit.evaluation.fast import MAY_CHANGE, base_answers, mean_kl
+from toolkit.evaluation.generate import base_and_tuned
+from toolkit.evaluation.questions import PROBES, choose
+from toolkit.evaluation.subject import Completion, LoadedRun
+from toolkit.files import read_jsonl
+from toolkit.records import SampleLine
+
+HELD_OUT = 16
+"""Validation rows on which token accuracy is measured."""
+
+
+def answer_prompts(
+    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, seed: int
+) -> list[SampleLine]:
+    """Fixed prompts answered without the adapter and with it, in each mode of the model."""
+    answered = base_and_tuned(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed)
+    lines: list[SampleLine] = []
+    for when, name in (("before", "base"), ("after", "tuned")):
+        for row in answered:
+            reply = row[name]
+            lines.append(
+                {
+                    "when": when,  # type: ignore[typeddict-item] - one of the two words above
+                    "prompt": row["prompt"],
+                    "mode": row["mode"],
+                    "reasoning": reply.reasoning,
+                    "answer": reply.answer,
+                    "finished": reply.finished,
+                }
+            )
+    return lines
+
+
+@dataclass
+class Forgetting:
+    """KL divergence of the tuned model from its base on a few of the base's own answers, teacher-forced.
+
+    The base answers once, greedily; its answers are kept for all runs. After that an evaluation generates nothing."""
+
+    probes: int
+    """How many of the questions that ship are asked, in each mode of the model."""
+    held_out: Sequence[Completion]
+    """Validation rows, for token accuracy; it is not measured without any."""
+    cache: Path
+    tokens: int = 64
+    """Longest answer."""
+    answers: list[Completion] = field(default_factory=list)
+    subject: LoadedRun | None = None
+    """The model, whose weights are summed once to know whose answers are stored."""
+
+    def __call__(self, model: Any, tokenizer: Any) -> dict[str, float]:
+        """{"forgetting_kl": mean over the answers' tokens in nats, "token_accuracy": share of held-out tokens that the model
+        would have chosen, given all before them}."""
+        import torch
+
+        # generating may seed the generators that dropout draws from: a resumed run, whose answers are stored, would differ
+        with torch.random.fork_rng():
+            subject = self.subject = self.subject or LoadedRun(model, tokenizer, cache=self.cache)
+            if not self.answers:
+                stays = [probe for probe in read_jsonl(PROBES) if probe["category"] not in MAY_CHANGE]
+                self.answers = base_answers(subject, choose(stays, self.probes, "category", "language"), self.tokens)
+            found = {"forgetting_kl": mean_kl(subject, self.answers)}
+            if self.held_out:
+                sums = subject.divergence(self.held_out[:HELD_OUT])
+                found["token_accuracy"] = sum(row["tuned_hits"] for row in sums) / sum(row["tokens"] for row in sums)
+        return found

@@ -1,0 +1,32 @@
+"""Whether the run of a recipe can be exported, asked before it trains and before its weights are downloaded.
+
+for line in findings(recipes.load("hybrid")): print(line)
+"""
+
+from toolkit.export.checkpoint import unmergeable
+from toolkit.export.gguf_types import convertible
+from toolkit.files import ToolkitError
+from toolkit.recipe import Export, Recipe
+from toolkit.training.model import checkpoint_file
+
+
+def findings(recipe: Recipe) -> list[str]:
+    """What a run of this recipe cannot be exported as. Raises ToolkitError where the recipe asks for a GGUF by itself."""
+    settings = {key: recipe.lora.extra.get(key) for key in ("bias", "target_parameters")}
+    setting = unmergeable(settings | {"modules_to_save": recipe.lora.trained_whole})
+    if setting:
+        return [f"this run cannot be exported here ({setting}): merge it with PEFT's merge_and_unload"]
+    quants = recipe.export.quantization_method
+    config = checkpoint_file(recipe.model, "config.json")
+    if not config or not quants:
+        return []
+    tokenizer = checkpoint_file(recipe.model, "tokenizer.json") or None
+    reason = convertible(config, tokenizer, checkpoint_file(recipe.model, "tokenizer_config.json"))
+    if not reason:
+        return []
+    if quants != Export().quantization_method:
+        raise ToolkitError(
+            f"{recipe.model.model_name}: no GGUF conversion: {reason} Set export.quantization_method=[] "
+            "(the run can still be exported as merged weights: --to merged)"
+        )
+    return [f"this run can be exported as merged weights (--to merged), not as GGUF: {reason}"]

@@ -1,0 +1,51 @@
+"""Ctrl-C and SIGTERM while a run trains: the first one asks for a checkpoint, a second one stops at once.
+
+with StopRequest(print) as request: train(); request.number      # of the signal that came, or None
+"""
+
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
+
+class StopRequest:
+    """Holds a signal back until the training has written a checkpoint and calls `obey`."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say = say
+        self.number: int | None = None
+        self._handlers: dict[int, Callable[[int, FrameType | None], object] | int] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self.number = None
+        if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+            return self
+        for name in SIGNALS:
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            handler = signal.getsignal(number) if number else None
+            # one that is ignored (nohup) stays ignored
+            if number and handler not in (None, signal.SIG_IGN):
+                self._handlers[number] = handler
+                signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - a signal handler's signature
+        self._restore()
+        self.number = number
+        self.say("stopping: a checkpoint is written at the end of this step (a second Ctrl-C stops at once)")
+
+    def obey(self) -> None:
+        """Stop now, as the signal would have by itself."""
+        if self.number is not None:
+            signal.raise_signal(self.number)
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._restore()

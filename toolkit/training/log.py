@@ -1,0 +1,58 @@
+"""Where the libraries' output goes: run.log of the run in work.
+
+with quiet(): trainer.train()
+"""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from toolkit.files import outputs
+
+
+class Log(io.TextIOBase):
+    """Where the libraries' stdout and stderr go: run.log of the run in work, otherwise outputs/toolkit.log.
+
+    One object for the whole process: log handlers created while `quiet()` is in place keep writing to it."""
+
+    folder: Path | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "run.log" if self.folder else outputs() / "toolkit.log"
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):  # a full disk must not turn a library's warning into a crash
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", encoding="utf-8", errors="replace") as file:
+                file.write(text)
+        return len(text)
+
+
+LOG = Log()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Send what libraries print, warn and log to LOG instead of the screen, unless TOOLKIT_DEBUG is set."""
+    if os.environ.get("TOOLKIT_DEBUG"):
+        yield
+        return
+    screens = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
+    loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
+    # a handler keeps the stream of the moment it was made, whatever sys.stderr is now
+    handlers = [h for x in loggers for h in x.handlers if vars(h).get("stream") in screens]
+    streams = [vars(handler)["stream"] for handler in handlers]
+    with contextlib.redirect_stdout(LOG), contextlib.redirect_stderr(LOG), warnings.catch_warnings():
+        for handler in handlers:
+            handler.stream = LOG  # type: ignore[attr-defined] - of a StreamHandler
+        try:
+            yield
+        finally:
+            for handler, stream in zip(handlers, streams, strict=True):
+                handler.stream = stream  # type: ignore[attr-defined]
