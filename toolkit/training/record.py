@@ -2,7 +2,7 @@
 
 trainer = trl.SFTTrainer(model=model, callbacks=[RunRecorder(recipe, mixed)]); trainer.train()
 
-`trainer.train()` then resumes by itself, keeps the run's folder (DESIGN: recipe, mix, manifest, metrics, checkpoints, adapter)
+`trainer.train()` then resumes by itself, keeps the folder of the run (recipe, mix, manifest, metrics, checkpoints, adapter)
 and leaves in the model the weights of the checkpoint that is kept.
 """
 
