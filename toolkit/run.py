@@ -191,6 +191,9 @@ def evaluate(folder: str | Path, console: Console | None = None, *, level: str |
         console.print(tables.score_table(result))
     for line in [*words.own_rows_text(result), *result["verdict"]]:
         console.print(line, markup=False)
+    if console.is_jupyter:  # the notebook's next cell is what comes next, and no command line
+        console.print(f"the run: {folder}")
+        return result
     # a run that lost something is looked at before it is exported
     worse = result["verdict"][-1].startswith(("result: WORSE", "result: BROKEN"))
     following = "chat {0}   or   python -m toolkit export {0}"

@@ -40,8 +40,8 @@ def fault(checkpoint: Path) -> str | None:
             return "is incomplete or damaged"
     except ToolkitError:
         return "is incomplete or damaged"
-    pickles = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
-    for file in pickles:
+    # optimizer, scheduler, gradient scaler and random states
+    for file in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
         try:
             # as transformers loads them: a pickle that would run code is refused
             with safe_globals():

@@ -446,9 +446,11 @@ class Watched:
         # before reporters and other callbacks see them
         super().log(self.recorder.completed(logs), *args, **kwargs)  # type: ignore[misc]
 
-    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         train = functools.partial(super().train, **kwargs)  # type: ignore[misc]
-        return self.recorder.train(train, Path(resume_from_checkpoint) if resume_from_checkpoint else None)
+        # True is what happens anyway: the newest one that is whole
+        named = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
+        return self.recorder.train(train, named)
 
 
 def results(totals: Totals, state: TrainerState) -> dict[str, Any]:
