@@ -16,7 +16,6 @@ from rich.console import Console
 from toolkit import recipe as recipes
 from toolkit.files import ToolkitError, lock, outputs, read_json, write_json, write_text
 from toolkit.recipe import Recipe
-from toolkit.records import Question
 from toolkit.training import tracking
 
 if TYPE_CHECKING:
@@ -151,10 +150,9 @@ def evaluate(folder: str | Path, console: Console | None = None, *, level: str |
     `minutes` the time for replies."""
     from toolkit.data import mix
     from toolkit.evaluation import measure as evaluation
-    from toolkit.evaluation import words
-    from toolkit.evaluation.questions import from_mix
+    from toolkit.evaluation.questions import from_mix, questions_of
     from toolkit.training import model as models
-    from toolkit.view import tables
+    from toolkit.view import trained
 
     console = console or default_console()
     console.file = console.file
@@ -170,7 +168,7 @@ def evaluate(folder: str | Path, console: Console | None = None, *, level: str |
         own = from_mix(mixed)
         result = evaluation.evaluate(
             *loaded,
-            *questions(recipe, mixed),
+            *questions_of(recipe, mixed),
             validation=own["validation"],
             own_rows=own["own_rows"],
             limits=own["limits"],
@@ -187,20 +185,7 @@ def evaluate(folder: str | Path, console: Console | None = None, *, level: str |
         write_json(evaluation_file(folder, result), result)
         write_card(folder)
         log_evaluation(recipe, folder, console)
-    if details:
-        console.print(tables.score_table(result))
-    for line in [*words.own_rows_text(result), *result["verdict"]]:
-        console.print(line, markup=False)
-    if console.is_jupyter:  # the notebook's next cell is what comes next, and no command line
-        console.print(f"the run: {folder}")
-        return result
-    # a run that lost something is looked at before it is exported
-    worse = result["verdict"][-1].startswith(("result: WORSE", "result: BROKEN"))
-    following = "chat {0}   or   python -m toolkit export {0}"
-    if worse:
-        following = "evaluate {0} --level full" if details else "evaluate {0} --details"
-    name = folder.name if folder.parent == outputs() else folder
-    console.print(f"the run: {folder}\nnext:    python -m toolkit {following.format(name)}")
+    trained.print_result(result, folder, console, details=details)
     return result
 
 
@@ -248,16 +233,10 @@ def compile_mix(
 ) -> "Mix":
     """The recipe's mix, shown: a verdict, shares planned and achieved, drops by reason, warnings."""
     from toolkit.data import mix
-    from toolkit.view import tables
+    from toolkit.view import trained
 
-    console = console or default_console()
     mixed = mix.compile_mix(recipe, fresh=fresh)
-    console.print(tables.verdict(mixed.report), style="bold", markup=False)
-    if next_command:
-        console.print(f"next: {next_command}", markup=False)
-    console.print(tables.mix_table(mixed.report))
-    for note in tables.notes(mixed.report):
-        console.print(f"· {note}", style="yellow" if note.startswith("warning") else None, markup=False)
+    trained.print_mix(mixed.report, console or default_console(), next_command)
     return mixed
 
 
@@ -267,17 +246,3 @@ def log_evaluation(recipe: Recipe, folder: Path, console: Console) -> None:
 
     result = read_json(folder / "eval.json")
     tracking.TRACKER.finish(recipe, folder, evaluation.summary(result), result.get("samples", []), console)
-
-
-def questions(recipe: Recipe, mixed: "Mix") -> tuple[list[Question] | None, list[Question] | None]:
-    """(reasoning, chat) questions: the recipe's sets; without any, held-out rows that carry an expected answer; None for
-    those that ship."""
-    from toolkit.evaluation.questions import from_mix, read_questions
-
-    if not recipe.evaluate.questions:
-        return from_mix(mixed)["questions"], None
-    reasoning, chat = [], []
-    for source in recipe.evaluate.questions:
-        target = chat if source.mode == "non_thinking" else reasoning
-        target.extend(read_questions(source, placeholders=recipe.data.placeholders))
-    return reasoning, chat

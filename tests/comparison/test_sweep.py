@@ -23,9 +23,8 @@ from toolkit.comparison import sweep as sweeps
 from toolkit.comparison.sweep import common_steps, plan, rows_per_step, settings_of_key, settings_of_share, sweep, work
 from toolkit.data.mix import compile_mix
 from toolkit.data.render import load_chat
-from toolkit.evaluation.questions import SHIPPED, from_mix
+from toolkit.evaluation.questions import SHIPPED, from_mix, questions_of
 from toolkit.files import ROOT, ToolkitError
-from toolkit.run import questions
 from toolkit.view.progress import Progress
 
 RATIOS = [0, 0.25, 0.5, 0.75, 1]
@@ -294,7 +293,7 @@ def test_every_run_is_asked_the_questions_that_the_recipe_as_it_stands_holds_out
     base = recipes.load(project / "tiny.yaml", ["data.budget=2000", "data.validation_size=8"])
     runs = planned(base, [0, 0.5, 1], 2)
     expected = {q["messages"][-1]["content"] for q in from_mix(compile_mix(base))["questions"]}
-    found = [questions(run.recipe, compile_mix(run.recipe)) for run in runs]
+    found = [questions_of(run.recipe, compile_mix(run.recipe)) for run in runs]
     assert all(pair == found[0] for pair in found)
     reasoning, chat = found[0]
     assert (len(reasoning), len(chat)) == (6, 2)

@@ -15,14 +15,13 @@ from toolkit.evaluation.generate import Reply, inference, split_reply
 from toolkit.evaluation.measure import evaluate, from_mix, is_rate, score, summary
 from toolkit.evaluation.plan import LEVELS, Plan, sized
 from toolkit.evaluation.questions import PROBES as SHIPPED_PROBES
-from toolkit.evaluation.questions import as_question, choose, fingerprint, select
+from toolkit.evaluation.questions import as_question, choose, fingerprint, questions_of, select
 from toolkit.evaluation.score import leaks
 from toolkit.evaluation.stats import Sample, paired_difference
 from toolkit.evaluation.subject import LOGITS, LoadedRun, checksum, logits_at_once
 from toolkit.evaluation.words import own_rows_text, times_likelier, verdict
 from toolkit.family import MODES
 from toolkit.files import ToolkitError, read_jsonl
-from toolkit.run import questions
 from toolkit.view.tables import score_table
 
 SUMS = [{"messages": [{"role": "user", "content": f"{a} + 7?"}], "expected_answer": str(a + 7), "set": "sums"}
@@ -541,7 +540,7 @@ def test_the_seed_of_a_run_does_not_decide_which_questions_of_a_larger_set_it_is
     for seed in (1, 2):
         recipe = recipe_with(outputs, asked, rows, seed=seed)
         mixed = compile_mix(recipe)
-        (chosen, _) = questions(recipe, mixed)
+        (chosen, _) = questions_of(recipe, mixed)
         found.append(chosen)
         dropped.append({entry["row"] for entry in mixed.quarantine if entry["reason"] == "contaminated"})
         held = {row.number for row in mixed.validation}

@@ -18,7 +18,7 @@ from toolkit.data.mix import Mix, Row, as_question, read_questions
 from toolkit.data.sources import Rejected
 from toolkit.evaluation.plan import Plan, sized
 from toolkit.files import ToolkitError, read_jsonl
-from toolkit.recipe import REPLY_LIMIT, Source
+from toolkit.recipe import REPLY_LIMIT, Recipe, Source
 from toolkit.records import HeldOutRow, OwnRow, Probe, Question
 
 SHIPPED = (
@@ -178,3 +178,16 @@ def spread(length: int, count: int) -> list[int]:
 def fingerprint(content: object) -> str:
     """Identity of what was asked, order included: 16 hex digits for plain values."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def questions_of(recipe: Recipe, mixed: Mix) -> tuple[list[Question] | None, list[Question] | None]:
+    """(reasoning, chat) questions of a recipe: its own sets; without any, held-out rows that carry an expected answer; None
+    for those that ship."""
+    if not recipe.evaluate.questions:
+        return from_mix(mixed)["questions"], None
+    reasoning: list[Question] = []
+    chat: list[Question] = []
+    for source in recipe.evaluate.questions:
+        target = chat if source.mode == "non_thinking" else reasoning
+        target.extend(read_questions(source, placeholders=recipe.data.placeholders))
+    return reasoning, chat

@@ -1,4 +1,4 @@
-"""What a training did, for the screen: its speed and memory, and the fixed prompts' replies before and after.
+"""What the steps of a run print: its mix, the fixed prompts before and after training, its scores and what comes next.
 
 report(Path("outputs/pocket"), Console())
 """
@@ -8,7 +8,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from toolkit.files import read_json, read_jsonl
+from toolkit.files import outputs, read_json, read_jsonl
+from toolkit.records import Evaluation, MixReport
 from toolkit.view import tables
 
 
@@ -32,3 +33,33 @@ def before_after(rows: list[dict[str, str]]) -> Table:
         key = (row["prompt"], row["mode"])
         replies[key] = replies.get(key, {}) | {row["when"]: tables.ShownReply(row["reasoning"], row["answer"])}
     return tables.side_by_side([{"prompt": prompt, "mode": mode, **pair} for (prompt, mode), pair in replies.items()])
+
+
+def print_mix(report: MixReport, console: Console, next_command: str = "") -> None:
+    """A verdict, shares planned and achieved, drops by reason, warnings."""
+    console.print(tables.verdict(report), style="bold", markup=False)
+    if next_command:
+        console.print(f"next: {next_command}", markup=False)
+    console.print(tables.mix_table(report))
+    for note in tables.notes(report):
+        console.print(f"· {note}", style="yellow" if note.startswith("warning") else None, markup=False)
+
+
+def print_result(result: Evaluation, folder: Path, console: Console, *, details: bool) -> None:
+    """The verdict of an evaluation and the next command; with `details` the table of all metrics first."""
+    from toolkit.evaluation import words
+
+    if details:
+        console.print(tables.score_table(result))
+    for line in [*words.own_rows_text(result), *result["verdict"]]:
+        console.print(line, markup=False)
+    console.print(f"the run: {folder}")
+    if console.is_jupyter:  # the notebook's next cell is what comes next, and no command line
+        return
+    # a run that lost something is looked at before it is exported
+    worse = result["verdict"][-1].startswith(("result: WORSE", "result: BROKEN"))
+    following = "chat {0}   or   python -m toolkit export {0}"
+    if worse:
+        following = "evaluate {0} --level full" if details else "evaluate {0} --details"
+    name = folder.name if folder.parent == outputs() else folder
+    console.print(f"next:    python -m toolkit {following.format(name)}")
