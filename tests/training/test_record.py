@@ -80,6 +80,14 @@ def test_the_first_trained_step_takes_the_name(elsewhere):
         trained("run", "train.learning_rate=1e-3")
 
 
+def test_a_run_that_lost_its_recipe_file_is_known_by_its_manifest(copy):
+    (copy / "run" / "recipe.yaml").unlink()
+    with pytest.raises(ToolkitError, match="holds a run of another recipe"):
+        open_run(recipe.load("pocket", ["name=run", *SMALL, "train.learning_rate=1e-3"]))
+    assert open_run(recipe.load("pocket", ["name=run", *SMALL]))[1] == "finished"
+    assert (copy / "run" / "recipe.yaml").is_file()
+
+
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 

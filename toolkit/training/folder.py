@@ -73,11 +73,12 @@ def open_run(recipe: Recipe, *, fresh: bool = False) -> tuple[Path, State]:
         aside.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(aside)
     written = folder / "recipe.yaml"
-    if not written.is_file():
+    if not written.is_file() and not all_checkpoints(folder):
         return folder, "new"
     if not holds_run_of(recipe, folder):
+        changes = _changes(recipes.load(written), recipe) if written.is_file() else "its recipe.yaml is missing"
         raise ToolkitError(
-            f"{folder} holds a run of another recipe ({_changes(recipes.load(written), recipe)}). "
+            f"{folder} holds a run of another recipe ({changes}). "
             "Runs are never overwritten: choose another name (name=...), or pass --fresh to move the old run aside"
         )
     manifest = read_manifest(folder)
