@@ -15,7 +15,7 @@ from toolkit.evaluation import decode
 from toolkit.evaluation.generate import inference
 from toolkit.files import write_json
 from toolkit.training import model as models
-from toolkit.training.trainer import commit
+from toolkit.training.folder import commit
 
 BATCHES = ((32, "1"), (32, "0"), (4, "1"), (4, "0"), (1, "1"), (1, "0"))
 """Rows at once, and whether the decode step is replayed as a graph."""
