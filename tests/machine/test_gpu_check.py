@@ -209,10 +209,10 @@ def test_a_resume_that_begins_anew_or_ends_otherwise_fails(tmp_path, monkeypatch
 
 FROM_THE_BEGINNING = """
 from toolkit.machine import gpu_check
-from toolkit.training import trainer
+from toolkit.training import checkpoints
 gpu_check.weights()
 gpu_check.train()
-trainer.last_checkpoint = lambda *_: None
+checkpoints.last_checkpoint = lambda *_: None
 print(gpu_check.attempt(gpu_check.resume)["said"])
 """
 
