@@ -300,6 +300,10 @@ class RunRecorder(TrainerCallback, ExportableState):
         self._check_learning(args, state)
         self._claim(state)
         self._check_place()
+        self._save_if_asked(control)
+
+    def _save_if_asked(self, control: TrainerControl) -> None:
+        """Write a checkpoint of this step where a signal asked for one."""
         if self.request.number is not None:
             control.should_save = True
 
@@ -331,6 +335,7 @@ class RunRecorder(TrainerCallback, ExportableState):
 
     def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None,
                **kwargs: Any) -> None:  # fmt: skip
+        self._save_if_asked(control)
         if not logs or "train_runtime" in logs:  # the end: the manifest holds those
             return
         if self._is_claimed:  # before, a line is in the trainer's history, which `_claim` writes
@@ -366,8 +371,7 @@ class RunRecorder(TrainerCallback, ExportableState):
                 f"({section.forgetting_limit:g} nats per token)"
             )
             control.should_training_stop = True
-        if self.request.number is not None:
-            control.should_save = True
+        self._save_if_asked(control)
 
     def on_epoch_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         # the end of training is one too: a checkpoint at the last step, whatever the strategy
