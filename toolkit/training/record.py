@@ -327,7 +327,7 @@ class RunRecorder(TrainerCallback, ExportableState):
 
     def _check_place(self) -> None:
         """Raises ToolkitError when the folder was moved or removed: the rest of the run would lie in another."""
-        if is_main() and (not self.folder.is_dir() or self.folder.stat().st_ino != self._inode):
+        if self._is_claimed and (not self.folder.is_dir() or self.folder.stat().st_ino != self._inode):
             raise ToolkitError(
                 f"{self.folder} was moved or removed while it trained. Move it back and run the same command again: it "
                 "resumes from the last checkpoint"
@@ -339,6 +339,7 @@ class RunRecorder(TrainerCallback, ExportableState):
         if not logs or "train_runtime" in logs:  # the end: the manifest holds those
             return
         if self._is_claimed:  # before, a line is in the trainer's history, which `_claim` writes
+            self._check_place()
             row = {"step": state.global_step, **state.log_history[-1]}
             with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
