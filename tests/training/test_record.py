@@ -271,6 +271,14 @@ def test_training_stops_at_the_second_evaluation_beyond_the_limit_and_keeps_one_
     assert same(run, elsewhere / "uncut")
 
 
+@pytest.mark.usefixtures("elsewhere")
+def test_measuring_the_distance_changes_no_bit_of_the_adapter(root):
+    run, _ = trained("run", "evaluate.forgetting_probes=2", "evaluate.keep_best_by=accuracy")
+    assert {"eval_forgetting_kl", "eval_token_accuracy"} <= set(metrics(run)[-1])
+    last = "checkpoints/checkpoint-4/adapter_model.safetensors"
+    assert (run / last).read_bytes() == (root / "run" / last).read_bytes()
+
+
 def test_the_distance_is_the_divergence_of_the_two_models_on_the_bases_own_answers(elsewhere):
     """Against plain transformers and PEFT."""
     import peft
