@@ -9,8 +9,9 @@ import gc
 import os
 import shlex
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import rich.jupyter
 
@@ -19,6 +20,11 @@ from toolkit.files import outputs, read_json
 from toolkit.recipe import Recipe
 from toolkit.view import figures
 from toolkit.view.tables import ShownReply
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from toolkit.machine.fit import Forecast
 
 REFRESH = 4.0
 """Seconds between two drawings of the live curves: one takes about a fifth of a second on a slow core."""
@@ -73,7 +79,7 @@ def vram(gigabytes: float = 0) -> int:
     return fit.usable_vram(gigabytes)
 
 
-def forecast(recipe: Recipe, vram: int):
+def forecast(recipe: Recipe, vram: int) -> "Forecast":
     """A recipe's memory on a card, as `python -m toolkit fit` prints it."""
     from toolkit.machine import fit
 
@@ -95,7 +101,7 @@ def memory(folder: Path) -> str:
 # --- pictures and tables that every front end shows ------------------------------------------------------------------
 
 
-def picture(figure) -> None:
+def picture(figure: "Figure") -> None:
     """Show a figure as an image, whatever matplotlib backend the front end has."""
     from IPython.display import Image, display
 
@@ -103,7 +109,7 @@ def picture(figure) -> None:
 
 
 @contextlib.contextmanager
-def live(recipe: Recipe):
+def live(recipe: Recipe) -> Iterator[None]:
     """While the block trains `recipe`, its curves grow below the cell; afterwards they stay. An interrupt ends both."""
     from IPython.display import HTML, Image, display
 

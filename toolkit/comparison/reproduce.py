@@ -4,16 +4,21 @@ from toolkit.comparison.reproduce import reproduce; print(*reproduce("pocket"), 
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from toolkit import recipe as recipes
 from toolkit.files import flat, read_json, read_jsonl, sha256
+from toolkit.records import Json
 from toolkit.training.model import run_folder
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CLOCK = ("seconds", "started", "finished", "peak_memory_gib", "runtime", "per_second")
 """Ends of keys that depend on the hour and on the machine's speed."""
 
 
-def reproduce(run: str | Path, console=None) -> list[str]:
+def reproduce(run: str | Path, console: "Console | None" = None) -> list[str]:
     """Train and evaluate the recipe in a run's folder as outputs/<name>-reproduced; says what differs, or that nothing
     does. The new run resumes, and is not trained again when it is finished. Raises ToolkitError where `train` does."""
     from toolkit.run import train
@@ -38,7 +43,7 @@ def differences(old: Path, new: Path) -> list[str]:
     return found
 
 
-def first_difference(old, new) -> str:
+def first_difference(old: Json, new: Json) -> str:
     """`tuned.thinking.accuracy.value: 0.5 there, 0.6 now`; empty where values are equal but for times."""
     old, new = flat(old), flat(new)
     for key in {**old, **new}:

@@ -186,7 +186,7 @@ def _modelscope_folder(path: str, revision: str | None) -> Path:
 
 
 @functools.lru_cache  # one look at the Hub per process: fingerprint and rows are of the same commit
-def _hub_builder(path: str, subset: str | None, revision: str | None):
+def _hub_builder(path: str, subset: str | None, revision: str | None) -> "datasets.DatasetBuilder":
     """The `datasets` builder of a Hub data set; of the copy in its cache where the Hub is out of reach."""
     import datasets
 

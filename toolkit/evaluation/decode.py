@@ -8,10 +8,15 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from toolkit.files import ToolkitError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
 
 FIRST_PART = 256
 """New tokens after which finished rows leave their batch. Every further part is as long as all before it: what is read
@@ -47,7 +52,13 @@ class Row:
 
 
 def decode(
-    model, pad: int, rows: Sequence[Row], ends: set[int], sampling: dict[str, float] | None, seed: int, batch_size: int
+    model: "PreTrainedModel",
+    pad: int,
+    rows: Sequence[Row],
+    ends: set[int],
+    sampling: dict[str, float] | None,
+    seed: int,
+    batch_size: int,
 ) -> Iterator[list[Row]]:
     """Generate every row to its end or limit; yields those that are done, batch by batch. Greedy without `sampling`.
 
@@ -74,7 +85,7 @@ def part_length(generated: int, limit: int) -> int:
     return min(max(FIRST_PART, generated), limit - generated)
 
 
-def next_batch(model, waiting: Sequence[Row], length: int, batch_size: int) -> list[Row]:
+def next_batch(model: "PreTrainedModel", waiting: Sequence[Row], length: int, batch_size: int) -> list[Row]:
     """The first rows, as many as go together. Rows that have less room are a batch of their own: others may say more."""
     first = waiting[0]
     new = min(length, first.limit - len(first.new))
@@ -87,7 +98,7 @@ def next_batch(model, waiting: Sequence[Row], length: int, batch_size: int) -> l
     return batch
 
 
-def rows_at_once(model, tokens: int, batch_size: int) -> int:
+def rows_at_once(model: "PreTrainedModel", tokens: int, batch_size: int) -> int:
     """Rows of a batch that memory holds and that the card's 4-bit kernels make the most of."""
     import torch
 
@@ -106,7 +117,7 @@ def rows_for_kernels(fit: int, capability: tuple[int, int]) -> int:
     return fit if fit > undequantized * DEQUANTIZED_STEP else min(fit, undequantized)
 
 
-def rows_that_fit(config, tokens: int, free_bytes: float, batch_size: int) -> int:
+def rows_that_fit(config: "PretrainedConfig", tokens: int, free_bytes: float, batch_size: int) -> int:
     """Rows of a batch whose 16-bit key-value cache of so many tokens fits, with 30% left for everything else: 32 rows of
     8,192 tokens would take Qwen3-4B 38 GB."""
     text = config.get_text_config()
@@ -116,7 +127,7 @@ def rows_that_fit(config, tokens: int, free_bytes: float, batch_size: int) -> in
     return int(max(1, min(batch_size, 0.7 * free_bytes / row)))
 
 
-def free_memory(model) -> float:
+def free_memory(model: "PreTrainedModel") -> float:
     """Bytes of GPU memory that torch can still use, its own reserve included; infinite on a CPU."""
     import torch
 
@@ -125,7 +136,7 @@ def free_memory(model) -> float:
     return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
 
 
-def room_for_reply(model, prompt_tokens: int, max_new_tokens: int) -> int:
+def room_for_reply(model: "PreTrainedModel", prompt_tokens: int, max_new_tokens: int) -> int:
     """New tokens that fit behind a prompt; Unsloth refuses to go beyond the model's positions. Raises ToolkitError."""
     positions = model.config.get_text_config().max_position_embeddings
     if prompt_tokens >= positions:
@@ -137,7 +148,13 @@ def room_for_reply(model, prompt_tokens: int, max_new_tokens: int) -> int:
 
 
 def continue_rows(
-    model, pad: int, rows: Sequence[Row], length: int, ends: set[int], sampling: dict[str, float] | None, seed: int
+    model: "PreTrainedModel",
+    pad: int,
+    rows: Sequence[Row],
+    length: int,
+    ends: set[int],
+    sampling: dict[str, float] | None,
+    seed: int,
 ) -> None:
     """Add up to `length` new tokens to each row: prompts are padded on the left, replies end in padding."""
     import torch
@@ -167,7 +184,7 @@ def continue_rows(
 
 
 @contextlib.contextmanager
-def decode_graphs(model) -> Iterator[None]:
+def decode_graphs(model: "PreTrainedModel") -> Iterator[None]:
     """Unsloth's decode step replayed as CUDA graphs, bit for bit the same without the host's part of it; off where the
     environment says 0. Its key-value buffers are freed afterwards: the next batch would be planned smaller."""
     if model.device.type != "cuda" or "unsloth" not in sys.modules:
@@ -194,7 +211,7 @@ def sampler(values: dict[str, float], uniforms: np.ndarray) -> Callable:
 
     step = 0
 
-    def choose(_input_ids, scores):
+    def choose(_input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
         nonlocal step
         count = min(int(values["top_k"]) or scores.shape[-1], scores.shape[-1])  # 0 means all
         top = torch.topk(scores.float() / values["temperature"], count, dim=-1)

@@ -7,11 +7,15 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from toolkit.evaluation.decode import Row, decode, room_for_reply
 from toolkit.family import KINDS, THINK_CLOSE, THINK_OPEN, end_of_turn, family_of, kind_of, sampling_of
 from toolkit.files import ToolkitError
 from toolkit.records import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Messages = list[Message]
 """A conversation up to a user turn."""
@@ -56,7 +60,7 @@ def split_reply(text: str) -> tuple[str, str, bool, bool]:
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def modes_of(tokenizer) -> tuple[str, ...]:
+def modes_of(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
     """The modes a model has, found by rendering its chat template. Raises ToolkitError for a base model without one."""
     if not tokenizer.chat_template:
         raise ToolkitError(
@@ -67,7 +71,10 @@ def modes_of(tokenizer) -> tuple[str, ...]:
 
 
 def prompts(
-    tokenizer, conversations: Sequence[Messages], mode: str, tools: Sequence[dict] | None = None
+    tokenizer: "PreTrainedTokenizerBase",
+    conversations: Sequence[Messages],
+    mode: str,
+    tools: Sequence[dict] | None = None,
 ) -> tuple[list[str], list[list[int]]]:
     """(texts, token ids) of what the model is shown. Raises ToolkitError for a mode that it does not have."""
     modes = modes_of(tokenizer)
@@ -77,11 +84,11 @@ def prompts(
     return texts, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-def _template(tokenizer, messages: Messages, **values) -> str:
+def _template(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **values: object) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **values)
 
 
-def end_tokens(model, tokenizer) -> set[int]:
+def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
     """Tokens that end a turn: those of generation_config.json and of the tokenizer, and the one with which the chat
     template closes a turn. Base checkpoints and some fine-tunes list only one of them."""
     listed = model.generation_config.eos_token_id
@@ -89,14 +96,14 @@ def end_tokens(model, tokenizer) -> set[int]:
     return {tokenizer.eos_token_id, closing_token(tokenizer), *listed} - {None}
 
 
-def closing_token(tokenizer) -> int | None:
+def closing_token(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     """The token with which the chat template closes an assistant's turn; the end-of-sequence token where it has none."""
     added = {token.content: token.special for token in tokenizer.added_tokens_decoder.values()}
     end = end_of_turn(functools.partial(tokenizer.apply_chat_template, tokenize=False), added)
     return tokenizer.convert_tokens_to_ids(end) if end else tokenizer.eos_token_id
 
 
-def sampling_values(model, mode: str) -> dict[str, float]:
+def sampling_values(model: "PreTrainedModel", mode: str) -> dict[str, float]:
     """The temperature, top_p, top_k and min_p that a model is sampled with."""
     return sampling_of(family_of(model.config.model_type), mode, model.generation_config.to_dict())
 
@@ -105,8 +112,8 @@ def sampling_values(model, mode: str) -> dict[str, float]:
 
 
 def generate(
-    model,
-    tokenizer,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     conversations: Sequence[Messages],
     mode: str,
     *,
@@ -148,7 +155,7 @@ def generate(
     return [replies[place] for place in range(len(rows))]
 
 
-def read_reply(tokenizer, row: Row, prompt: str) -> Reply:
+def read_reply(tokenizer: "PreTrainedTokenizerBase", row: Row, prompt: str) -> Reply:
     """What was generated, taken apart."""
     text = tokenizer.decode(row.new, skip_special_tokens=False)
     prompt_opens = prompt.rstrip().endswith(THINK_OPEN)
@@ -164,7 +171,9 @@ def read_reply(tokenizer, row: Row, prompt: str) -> Reply:
     return Reply(reasoning, answer, text, thought, len(row.new) - thought - tags, opened, closed, row.ended)
 
 
-def base_and_tuned(model, tokenizer, questions: Sequence[str], **options) -> list[dict]:
+def base_and_tuned(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", questions: Sequence[str], **options: Any
+) -> list[dict]:
     """Every question in each mode of a PeftModel, with its adapter off and on: rows {"prompt", "mode", "base": Reply,
     "tuned": Reply}, by mode. `options` are those of `generate`."""
     conversations: list[Messages] = [[{"role": "user", "content": question}] for question in questions]
@@ -179,14 +188,14 @@ def base_and_tuned(model, tokenizer, questions: Sequence[str], **options) -> lis
 
 
 @contextlib.contextmanager
-def switched(model, adapter: bool) -> Iterator[None]:
+def switched(model: "PreTrainedModel", adapter: bool) -> Iterator[None]:
     """A PeftModel with its adapter, or without: its base."""
     with contextlib.nullcontext() if adapter else model.disable_adapter():
         yield
 
 
 @contextlib.contextmanager
-def merged_on_cpu(model) -> Iterator[None]:
+def merged_on_cpu(model: "PreTrainedModel") -> Iterator[None]:
     """On a CPU, a PeftModel whose adapter is added into copies of the weights: token by token the adapter would cost more
     than its base. In float32 alone, since 16 bits would round the sum to another model, and where memory allows."""
     import psutil
@@ -210,7 +219,7 @@ def merged_on_cpu(model) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def inference(model, tokenizer) -> Iterator[None]:
+def inference(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Iterator[None]:
     """Evaluation mode without gradients, prompts never cut; afterwards model and tokenizer are as they were, so it may
     interrupt a training."""
     import torch

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from rich.console import Console
 
@@ -48,6 +48,9 @@ from toolkit.records import (
 )
 from toolkit.view.progress import Progress
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 __all__ = ["evaluate", "from_mix", "is_rate", "score", "summary", "verdict"]
 
 SAMPLES = 8
@@ -57,8 +60,8 @@ ModeReplies = dict[str, dict[str, list[Reply]]]
 
 
 def evaluate(
-    model,
-    tokenizer,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
     questions: Sequence[Question] | None = None,
     chat_questions: Sequence[Question] | None = None,
     probes: Sequence[Probe] | None = None,

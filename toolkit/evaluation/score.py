@@ -175,7 +175,7 @@ class AnswerChecker(contextlib.AbstractContextManager):
             self.process.communicate()
             self.process = None
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

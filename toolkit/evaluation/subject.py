@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from toolkit.evaluation.decode import free_memory, rows_at_once
 from toolkit.evaluation.generate import (
@@ -31,6 +31,10 @@ from toolkit.evaluation.reply_store import ReplyStore
 from toolkit.family import THINK_CLOSE, THINK_OPEN
 from toolkit.files import ToolkitError
 from toolkit.recipe import INITS
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 LOGITS = 1 << 28
 """Logits held at a time (512 MB in 16 bits, twice: base and tuned); a row with more is read again for each part."""
@@ -115,7 +119,7 @@ class LoadedRun:
     seed: int = 3407
     batch_size: int = 32
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not hasattr(self.model, "disable_adapter"):
             raise ToolkitError("evaluation needs a PeftModel: its base is the model with the adapter switched off")
         init = self.model.peft_config[self.model.active_adapter].init_lora_weights
@@ -212,7 +216,7 @@ class LoadedRun:
         return Speed(rows, (busy_seconds(self.model) - started) / steps)
 
 
-def busy_seconds(model) -> float:
+def busy_seconds(model: "PreTrainedModel") -> float:
     """A clock for the speed of generation. On a CPU this process's own time, shared among its threads: what other programs
     take must not change which questions are asked."""
     import torch
@@ -222,7 +226,7 @@ def busy_seconds(model) -> float:
     return time.process_time() / torch.get_num_threads()
 
 
-def checksum(model) -> str:
+def checksum(model: "PreTrainedModel") -> str:
     """Identity of the base's weights as they are loaded, quantization included, whatever adapter is on top: name, type,
     shape and sum of all bytes of each tensor. To hash 8 GB byte by byte would take longer than the questions."""
     import torch
@@ -245,7 +249,7 @@ def logits_at_once(free_bytes: float) -> int:
     return int(min(LOGITS, free_bytes / 2 / BYTES_PER_LOGIT))
 
 
-def _divergence(model, ids: list[int], prompt_length: int) -> TokenSums:
+def _divergence(model: "PreTrainedModel", ids: list[int], prompt_length: int) -> TokenSums:
     import torch
 
     part = max(CHUNK, logits_at_once(free_memory(model)) // model.config.get_text_config().vocab_size)
@@ -263,7 +267,7 @@ def _divergence(model, ids: list[int], prompt_length: int) -> TokenSums:
     }  # fmt: skip
 
 
-def _token_sums(base, tuned, target):
+def _token_sums(base: "torch.Tensor", tuned: "torch.Tensor", target: "torch.Tensor") -> "torch.Tensor":
     """(NLL of base, NLL of tuned, KL, hits of base, hits of tuned) over some positions, from their logits."""
     import torch
 
@@ -275,7 +279,9 @@ def _token_sums(base, tuned, target):
     return torch.stack([*nll, kl, *hits])
 
 
-def _beginning(model, prompt: list[int], opening: list[int], close_at_once: list[int], ends: set[int]) -> Beginning:
+def _beginning(
+    model: "PreTrainedModel", prompt: list[int], opening: list[int], close_at_once: list[int], ends: set[int]
+) -> Beginning:
     """From one pass over the prompt and an empty think block. An end-of-turn token at once is neither."""
     import torch
 
@@ -291,7 +297,7 @@ def _beginning(model, prompt: list[int], opening: list[int], close_at_once: list
     return {"thinking": opens * (1 - empty), "answer": max(0.0, 1 - opens - silent) + opens * empty}
 
 
-def _logits(model, ids, keep: int, adapter: bool):
+def _logits(model: "PreTrainedModel", ids: "torch.Tensor", keep: int, adapter: bool) -> "torch.Tensor":
     # No labels: with them Unsloth's fused loss returns no logits. The one at position p - 1 judges token p.
     with switched(model, adapter):
         return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0, -keep:]

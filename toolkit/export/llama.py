@@ -11,6 +11,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -59,7 +60,7 @@ class Engine:
         scales = [{"id": i, "scale": wanted if run == name else 0.0} for i, run in enumerate(self.runs)]
         return {"model": name, "lora": scales, "cache_prompt": True}
 
-    def call(self, route: str, body: dict | None = None):
+    def call(self, route: str, body: dict | None = None) -> Any:
         """The JSON that a route answers, to a POST where there is a body. Raises ToolkitError with the server's message."""
         with _named(self.url):
             return self._client.request("GET" if body is None else "POST", route, json=body).json()

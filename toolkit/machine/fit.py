@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -21,6 +21,10 @@ from toolkit.family import FAMILIES
 from toolkit.files import ToolkitError, find, read_json
 from toolkit.machine.doctor import CONTEXT
 from toolkit.recipe import REPLY_LIMIT, Lora, Recipe
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from transformers import PretrainedConfig, PreTrainedModel
 
 GIB = 1024**3
 FRAGMENTATION = 0.012  # of everything else; two published measurements: 0.9% and 1.3% above the sum of the parts
@@ -113,7 +117,7 @@ def shipped(name: str) -> Shape | None:
     return dataclasses.replace(known, name=name, kept=0 if plain else known.kept)
 
 
-def shape_of(config, name: str = "") -> Shape:
+def shape_of(config: "PretrainedConfig", name: str = "") -> Shape:
     """The shape of a transformers config, e.g. a loaded model's: its modules are built without memory and counted.
 
     Raises ToolkitError for an architecture that transformers does not know, without attention heads, or with experts.
@@ -158,7 +162,7 @@ def shape_of(config, name: str = "") -> Shape:
     )
 
 
-def _is_kept(config, path: str) -> bool:
+def _is_kept(config: "PretrainedConfig", path: str) -> bool:
     """Whether a quantized checkpoint's config names a module, or one around it, as left in 16-bit."""
     quantization = getattr(config, "quantization_config", None) or {}
     if not isinstance(quantization, dict):
@@ -334,7 +338,7 @@ class Forecast:
         """What torch.cuda.max_memory_reserved() should say after `phase`: loading included, no CUDA context."""
         return max(self.total("load"), self.total(phase)) - CONTEXT
 
-    def changed(self, **settings) -> "Forecast":
+    def changed(self, **settings: Any) -> "Forecast":
         """The forecast with other settings."""
         return forecast(dataclasses.replace(self.settings, **settings), self.shape)
 
@@ -371,7 +375,13 @@ def settings(recipe: Recipe, longest: int | None = None) -> Settings:
     )
 
 
-def forecast(run: Recipe | Settings, model=None, *, longest: int | None = None, vram: int | None = None) -> Forecast:
+def forecast(
+    run: Recipe | Settings,
+    model: "PreTrainedModel | None" = None,
+    *,
+    longest: int | None = None,
+    vram: int | None = None,
+) -> Forecast:
     """Forecast a recipe, or settings with a model: a name, a Shape, or the config of a loaded model (the best source).
 
     `longest` is the longest row in tokens; `auto` becomes the model that would be chosen for a card of `vram` bytes.
@@ -509,7 +519,7 @@ def show(planned: Forecast, vram: int, console: Any) -> None:
         console.print(f"it fits with {' '.join(overrides)}: {offer.peak / GIB:.1f} GiB")
 
 
-def show_table(console, cards: Sequence[float] = (6, 8, 12, 16, 24)) -> None:
+def show_table(console: "Console", cards: Sequence[float] = (6, 8, 12, 16, 24)) -> None:
     """Print which Qwen3 trains on which card."""
     from rich.table import Table
 

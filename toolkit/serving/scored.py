@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from toolkit import recipe as recipes
 from toolkit import run as runs
@@ -30,6 +30,9 @@ from toolkit.records import Evaluation
 from toolkit.serving.client import Answer, chat_body, served_names
 from toolkit.serving.engine import SLOTS, Files, converted, exported, modes_of_run, sampling_by_mode
 from toolkit.training.model import checkpoint_file, run_folder
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CLIENTS = 8
 """Requests at once to a server of another process; one in this process has SLOTS."""
@@ -115,7 +118,7 @@ def completion(engine: Engine, body: dict[str, object]) -> Answer:
 
 def evaluate_url(
     run: str | Path, url: str, base_model: str, tuned_model: str, *, key: str | None = None,
-    level: str | None = None, console=None,
+    level: str | None = None, console: "Console | None" = None,
 ) -> Evaluation:  # fmt: skip
     """Score base and tuned as a server answers for them; written as eval-served.json. Raises ToolkitError."""
     folder = run_folder(run).resolve()
@@ -139,7 +142,9 @@ def check_models(engine: Engine, names: Sequence[str]) -> None:
         )
 
 
-def evaluate_file(run: str | Path, quant: str, *, level: str | None = None, console=None) -> Evaluation:
+def evaluate_file(
+    run: str | Path, quant: str, *, level: str | None = None, console: "Console | None" = None
+) -> Evaluation:
     """Score the exported file against the base's file of the same quantization, by llama.cpp; written as
     eval-QUANT.json, with how many of the adapter's right answers the file keeps. Raises ToolkitError."""
     folder = run_folder(run).resolve()
@@ -165,7 +170,8 @@ def local_model(folder: Path, files: Files, limit: int) -> Model:
 
 
 def evaluate_models(
-    folder: Path, base: Model, tuned: Model, config: dict, clients: int, name: str, level: str | None, console
+    folder: Path, base: Model, tuned: Model, config: dict, clients: int, name: str, level: str | None,
+    console: "Console | None",
 ) -> Evaluation:  # fmt: skip
     """Ask both models what the run was asked, print the verdict and write it beside eval.json."""
     console = console or runs.default_console()
