@@ -11,6 +11,7 @@ from toolkit.evaluation.generate import inference, prompts
 from toolkit.evaluation.measure import evaluate, summary
 from toolkit.evaluation.questions import select
 from toolkit.evaluation.subject import LoadedRun
+from toolkit.files import ToolkitError
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"What is {n} plus one"}], "expected_answer": "2", "set": "sums"}
              for n in ("one", "two", "three")]  # fmt: skip
@@ -134,3 +135,10 @@ def test_the_base_s_own_answers_are_stored_and_one_call_gives_their_kl(subject):
         fast_evidence(subject, asked()).value("forgetting", "kl"), rel=0.9
     )
     assert mean_kl(subject, answers) > 0
+
+
+@pytest.mark.parametrize("row", [{"expected_answer": "4"}, {"messages": [], "expected_answer": 4}])
+def test_a_malformed_question_is_named_before_the_speed_is_measured(model, tokenizer, tmp_path, row):
+    with pytest.raises(ToolkitError, match="a question needs messages"):
+        evaluate(model, tokenizer, [row], [], PROBES, console=Console(file=io.StringIO()), cache=tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -18,13 +18,11 @@ from rich.console import Console
 from toolkit.evaluation.fast import fast_evidence
 from toolkit.evaluation.generate import Reply
 from toolkit.evaluation.lengths import compare_lengths
-from toolkit.evaluation.plan import Speed, plan_generation, smallest_change
+from toolkit.evaluation.plan import plan_generation, smallest_change
 from toolkit.evaluation.questions import (
-    SHIPPED,
     EvaluationSet,
     fingerprint,
     from_mix,
-    read_questions,
     select,
     spread,
 )
@@ -96,20 +94,15 @@ def evaluate(
     # no reply is longer than what the model was loaded for
     room = model.config.get_text_config().max_position_embeddings
     limits = {mode: min(room, known.get(mode) or REPLY_LIMIT) for mode in subject.modes}
+    given = questions, chat_questions, probes, validation, own_rows
+    # what cannot be asked is named before anything is generated
+    some = [question["messages"] for question in select(level, steps, *given).starts]
+    first = subject.modes[0]
     plan = plan_generation(
         level, steps=steps, limits=limits, minutes=minutes, train_seconds=train_seconds,
-        questions=questions_per_mode, modes=subject.modes, speed=lambda: _speed(subject, questions, limits),
+        questions=questions_per_mode, modes=subject.modes, speed=lambda: subject.speed(some, first, limits[first]),
     )  # fmt: skip
-    eval_set = select(level, steps, questions, chat_questions, probes, validation, own_rows, plan=plan)
-    return score(subject, eval_set, console)
-
-
-def _speed(subject: LoadedRun, questions: Sequence[Question] | None, limits: dict[str, int]) -> Speed:
-    """How fast the model replies to some of the questions."""
-    some = read_questions(SHIPPED[0]) if questions is None else list(questions)
-    conversations = [question["messages"] for question in some or read_questions(SHIPPED[1])]
-    mode = subject.modes[0]
-    return subject.speed(conversations[: subject.batch_size], mode, limits[mode])
+    return score(subject, select(level, steps, *given, plan=plan), console)
 
 
 def score(
