@@ -64,14 +64,15 @@ def convertible(
 
     `config` is config.json, `tokenizer` tokenizer.json, `settings` tokenizer_config.json: without them the vocabulary and
     the template are not looked at."""
+    if tokenizer is not None and (reason := tokens_beyond(tokenizer, config)):
+        return reason  # true of merged weights too
     kind = config.get("model_type", "unknown")
-    reason: str | None
     if family_of(kind).gguf is None or "text_config" in config:
         reason = f"model type {kind!r} is not among those converted here"
     else:
         reason = not_computed(full_config(config))
     if reason is None and tokenizer is not None:
-        reason = tokens_beyond(tokenizer, config) or not_tokenized(tokenizer)
+        reason = not_tokenized(tokenizer)
     if reason is None and settings is not None and isinstance(settings.get("chat_template"), list):
         names = ", ".join(template["name"] for template in settings["chat_template"])
         reason = f"it has several chat templates ({names}), a GGUF one: save the one to use as chat_template.jinja"

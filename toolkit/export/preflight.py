@@ -5,6 +5,7 @@ for line in findings(recipes.load("hybrid")): print(line)
 
 from toolkit.export.checkpoint import unmergeable
 from toolkit.export.gguf_types import convertible
+from toolkit.export.tokenizer import tokens_beyond
 from toolkit.files import ToolkitError
 from toolkit.recipe import Export, Recipe
 from toolkit.training.model import checkpoint_file
@@ -18,9 +19,13 @@ def findings(recipe: Recipe) -> list[str]:
         return [f"this run cannot be exported here ({setting}): merge it with PEFT's merge_and_unload"]
     quants = recipe.export.quantization_method
     config = checkpoint_file(recipe.model, "config.json")
-    if not config or not quants:
+    if not config:
         return []
     tokenizer = checkpoint_file(recipe.model, "tokenizer.json") or None
+    if tokenizer and (reason := tokens_beyond(tokenizer, config)):
+        return [f"this run cannot be exported: {reason}"]
+    if not quants:
+        return []
     reason = convertible(config, tokenizer, checkpoint_file(recipe.model, "tokenizer_config.json"))
     if not reason:
         return []

@@ -60,7 +60,10 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
 def last_token(tokenizer: TokenizerJson) -> int:
     """The largest id of a tokenizer.json."""
     added = [token["id"] for token in tokenizer["added_tokens"]]
-    return max([*tokenizer["model"]["vocab"].values(), *added])
+    vocabulary = tokenizer["model"]["vocab"]
+    # a list in place of {token: id} for unigram models
+    last = len(vocabulary) - 1 if isinstance(vocabulary, list) else max(vocabulary.values(), default=-1)
+    return max([last, *added])
 
 
 def tokens_beyond(tokenizer: TokenizerJson, config: dict[str, Any]) -> str | None:
