@@ -398,6 +398,7 @@ FOREIGN: dict[str, Callable] = {
     "added_tokens.json": added("merged/added_tokens.json", '{"<new>": 7}'),
     "a template by name": added("merged/additional_chat_templates/tool_use.jinja", "{{ messages }}"),
     "another vocabulary beside tokenizer.json": added("merged/tokenizer.model", b"x"),
+    "merges of another vocabulary": added("merged/merges.txt", "#version: 0.2\na b\n"),
     "code beside the weights": added("merged/modeling_qwen3.py", "import os"),
     "a setting of sentence-transformers": added("merged/modules.json", "[]"),
     "no index and no file": lambda run: (run / "merged" / "chat_template.jinja").unlink(),

@@ -8,7 +8,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-DOCUMENTS = "*.md *.txt *.png *.pdf LICENSE* NOTICE* .gitattributes .gitignore .DS_Store .cache/* .git/*".split()
+DOCUMENTS = (
+    "*.md *.png *.pdf README* LICENSE* NOTICE* USE_POLICY* .gitattributes .gitignore .DS_Store .cache/* .git/*".split()
+)
 """What no program reads that loads a model."""
 
 
