@@ -145,8 +145,8 @@ def test_a_run_on_a_dynamic_4bit_folder_exports_onto_both_bases(tmp_path):
     run = run_folder(tmp_path / "run", base)
     (run / "manifest.json").write_text(json.dumps({"model": {"name": str(four), "load_in_4bit": True}}))
     stored = Checkpoint(four)
-    assert f"{kept}.weight.absmax" not in stored.files
-    assert "model.layers.0.mlp.down_proj.weight.absmax" in stored.files
+    assert f"{kept}.weight.absmax" not in stored.entries
+    assert "model.layers.0.mlp.down_proj.weight.absmax" in stored.entries
     for onto, label in (("16bit", "toy"), ("4bit", "toy-unsloth-bnb-4bit")):
         certificate = export(run, quants=("q8_0",), onto=onto, **SILENT)
         assert (certificate["passed"], certificate["inputs"]["base"]) == (True, label)
