@@ -44,7 +44,10 @@ def test_every_recipe_compiles_on_rows_that_ship_and_loses_none_as_malformed(nam
     for source in report["sources"].values():
         assert source["rows_kept"] > 0
         assert set(source["dropped"]) <= NOT_MALFORMED
-    assert all("the model may lose that mode" in warning for warning in report["warnings"])  # what some are for
+    # what some are for, and the columns that one leaves out by naming others
+    assert [
+        w for w in report["warnings"] if "the model may lose that mode" not in w and "emoji: not read" not in w
+    ] == []
 
 
 def test_what_the_page_calls_the_same_names_under_train_are_accepted():
