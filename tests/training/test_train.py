@@ -178,13 +178,13 @@ def test_a_base_that_changed_is_noticed_by_a_resume(elsewhere):
 
 @pytest.mark.usefixtures("elsewhere")
 @pytest.mark.parametrize(
-    ("strategy", "checkpoints"), [("no", [4]), ("epoch", [4]), ("steps", [3, 4])], ids=lambda value: str(value)
+    ("strategy", "steps"), [("no", [4]), ("epoch", [4]), ("steps", [3, 4])], ids=lambda value: str(value)
 )
-def test_the_last_step_has_a_checkpoint_whatever_the_strategy(strategy, checkpoints):
+def test_the_last_step_has_a_checkpoint_whatever_the_strategy(strategy, steps):
     run, _ = trained(
         "run", f"train.save_strategy={strategy}", "train.save_steps=3", "train.load_best_model_at_end=false"
     )
-    assert [checkpoints.step_of(c) for c in checkpoints.all_checkpoints(run)] == checkpoints
+    assert [checkpoints.step_of(c) for c in checkpoints.all_checkpoints(run)] == steps
 
 
 @pytest.mark.parametrize(
