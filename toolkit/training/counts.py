@@ -1,6 +1,6 @@
 """What a training has done so far: tokens, losses and seconds, over all its resumes.
 
-counts = Counts(); counts.see(inputs, loss, training=True); counts.take(optimizer_skipped=False, seconds=1.2)
+counts = Counts(); counts.see(inputs, loss, training=True); counts.add(counts.read_step())
 """
 
 import math
