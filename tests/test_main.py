@@ -218,6 +218,16 @@ def test_doctor_works_without_any_package_and_names_setup(tmp_path):
     assert "bug" not in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("package", ["yaml", "numpy", "requests", "torch", "rich"])
+def test_doctor_works_where_one_package_is_missing(package, tmp_path):
+    code = f"import sys; sys.modules[{package!r}] = None; from toolkit.__main__ import main; sys.exit(main(['doctor']))"
+    environment = os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert f"{package} missing" in done.stdout
+    assert "python -m toolkit setup" in done.stdout
+
+
 @pytest.mark.parametrize(
     "line",
     ["train pocket", "mix pocket", "fit", "evaluate x", "compare", "export x", "verify x", "chat x", "serve x", "sweep",

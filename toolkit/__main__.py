@@ -208,7 +208,13 @@ def diagnose(gpu: bool, cpu_rehearsal: bool) -> int:
 
         doctor.use_largest_card(print)
         return gpu_check.check(console(), rehearsal=cpu_rehearsal)
-    doctor.show(doctor.examine())
+    try:
+        doctor.show(doctor.examine())
+    except ModuleNotFoundError as error:  # of a package that others need, and that is not looked for by name
+        print(
+            f"! toolkit     {error.name} missing: nothing else can be examined\n              → python -m toolkit setup"
+        )
+        return 1
     return 1 if doctor.missing_packages() else 0
 
 
