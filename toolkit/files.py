@@ -344,9 +344,11 @@ def displaced(path: Path) -> Path | None:
 def check_in_place(path: Path) -> None:
     """Raises ToolkitError when a locked folder that `path` lies in was renamed: a write would begin a second one."""
     if folder := displaced(path):
+        # libraries write their files by themselves, and may have begun the folder again
+        begun = f" (remove the {folder.name} that a library began anew)" if folder.exists() else ""
         raise ToolkitError(
-            f"{folder}: was renamed or removed while `{HELD[folder].verb}` writes to it: rename it back, then run the same "
-            "command again; finished steps are kept"
+            f"{folder}: was renamed or removed while `{HELD[folder].verb}` writes to it: rename it back{begun}, then run "
+            "the same command again; finished steps are kept"
         )
 
 

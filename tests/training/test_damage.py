@@ -1,8 +1,10 @@
 """Small files of a run that an editor or a full disk damaged: the run's own command reads or writes them again."""
 
+import shutil
+
 import pytest
 
-from tests.support.pocket_run import trained
+from tests.support.pocket_run import Screen, trained
 from toolkit import recipe
 from toolkit.files import ToolkitError, read_json
 
@@ -66,11 +68,14 @@ def test_a_run_that_was_renamed_is_found_under_its_new_name(run):
 
 
 def test_a_run_folder_that_is_renamed_while_it_trains_stops_the_run_and_begins_no_second_one(run):
-    from tests.support.pocket_run import Screen
-
     folder = run.with_name("moving")
     screen = Screen("step 1/", lambda: folder.rename(run.with_name("moved")))
     with pytest.raises(ToolkitError, match="moving: was renamed or removed while `train` writes to it: rename it back"):
         trained("moving", *FEW, screen=screen)
-    run.with_name("moved").rename(folder) if not folder.exists() else None
-    assert not (folder / "recipe.yaml").exists() or recipe.load(folder / "recipe.yaml").name == "moving"
+    # TRL may have saved a checkpoint between the two; nothing of ours is there
+    assert {path.name for path in folder.glob("*")} <= {"checkpoints"}
+    shutil.rmtree(folder, ignore_errors=True)
+    # renamed back, the same command goes on from what is there
+    run.with_name("moved").rename(folder)
+    trained("moving", *FEW)
+    assert read_json(folder / "manifest.json")["state"] == "finished"

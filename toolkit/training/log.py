@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from toolkit.files import outputs
+from toolkit.files import displaced, outputs
 
 
 class Log(io.TextIOBase):
@@ -24,7 +24,9 @@ class Log(io.TextIOBase):
 
     @property
     def path(self) -> Path:
-        return self.folder / "run.log" if self.folder else outputs() / "toolkit.log"
+        """The file in use; not in a run that was renamed meanwhile, where it would begin a second folder."""
+        file = (self.folder or outputs()) / "run.log"
+        return file if self.folder and not displaced(file) else outputs() / "toolkit.log"
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):  # a full disk must not turn a library's warning into a crash

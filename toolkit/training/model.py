@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from toolkit.files import POCKET, ToolkitError, did_you_mean, download, find, outputs, read_json, sha256
+from toolkit.files import POCKET, ToolkitError, did_you_mean, download, find, hide_home, outputs, read_json, sha256
 from toolkit.recipe import Lora, Model
 from toolkit.training.base import check_base
 from toolkit.training.log import LOG, quiet
@@ -259,6 +259,7 @@ def write_adapter(checkpoint: Path, model: Any, tokenizer: Any, folder: Path) ->
         peft.set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
+    hide_home(folder)
     return adapter_checksums(folder)
 
 
