@@ -202,6 +202,7 @@ def merged_on_cpu(model: "PreTrainedModel") -> Iterator[None]:
     import torch
     from peft.tuners.lora import Linear
 
+    # a 4-bit layer is of another class and stays as it is
     layers = [module for module in model.modules() if isinstance(module, Linear)]
     weights = [layer.get_base_layer().weight.data for layer in layers]
     plain = model.device.type == "cpu" and all(weight.dtype == torch.float32 for weight in weights)
