@@ -393,7 +393,7 @@ def test_settings_that_nobody_can_train_with_are_an_error_with_their_reason(sett
 def test_the_rows_of_a_batch_are_named_as_in_their_source(packed):
     import torch
 
-    from toolkit.training.record import rows_of
+    from toolkit.training.counts import Batch, rows_of
 
     # the last one begins with the text of the first, which is not in the batch
     texts, asked = ([5, 9], [5, 6, 9], [7, 6, 9], [5, 9, 7, 9]), (1, 2, 1, 3)
@@ -404,42 +404,57 @@ def test_the_rows_of_a_batch_are_named_as_in_their_source(packed):
     batch = {"input_ids": pad(ids, True, 0), "labels": pad(labels, True, -100)}
     if packed:
         batch = {"input_ids": torch.cat(ids)[None], "labels": torch.cat(labels)[None]}
-    assert rows_of(batch, rows) == "sums rows 10, 30"
+    seen = Batch(batch["input_ids"], batch["labels"], None, torch.tensor(0.0))
+    assert rows_of([seen], rows) == "sums rows 10, 30"
 
 
-def test_a_loss_of_exactly_zero_stops_the_run():
+def watched(losses: list[float], rows: list[Row], folder: Path):
+    """(trainer, its recorder) of a trainer whose losses are given, and what it logs."""
     import torch
 
-    from toolkit.training.record import Record
+    from toolkit.training.record import RunRecorder, Watched
+
+    class Plain:
+        args = SimpleNamespace(learning_rate=1.0, device="cpu")
+        state = SimpleNamespace(global_step=6)
+        accelerator = SimpleNamespace(reduce=lambda value, _: value)
+        model = SimpleNamespace(training=True)
+
+        def compute_loss(self, model, inputs, return_outputs=False):  # noqa: ARG002 - a trainer's signature
+            return torch.tensor(losses.pop(0))
+
+        def log(self, logs):
+            self.logged = logs
+
+    report = {"achieved": {"supervised_tokens": {"sums": 1.0}}}
+    mixed = SimpleNamespace(train=rows, validation=rows, report=report)
+    plain = recipe.load("pocket", ["evaluate.forgetting_probes=0"])
+    recorder = RunRecorder(plain, mixed, Console(file=Screen()), folder=folder)
+    trainer = recorder.trainer = type("Trainer", (Watched, Plain), {"recorder": recorder})()
+    return trainer, recorder
+
+
+def test_a_loss_of_exactly_zero_stops_the_run(tmp_path):
+    import torch
 
     row = Row(np.array([1, 2]), 1, "sums", "thinking", 3)
+    trainer, recorder = watched([0.0], [row], tmp_path)
     batch = {"input_ids": torch.tensor([[1, 2]]), "labels": torch.tensor([[-100, 2]])}
-    args, state = SimpleNamespace(learning_rate=1.0), SimpleNamespace(global_step=6)
-    trainer = SimpleNamespace(compute_loss=lambda *_: torch.tensor(0.0), log=print, args=args, state=state)
-    record = Record([row], {}, Path(), None)
-    record.watch(trainer)
     trainer.compute_loss(SimpleNamespace(training=True), batch)
     with pytest.raises(ToolkitError, match="step 7: the loss is exactly 0.*sums rows 3"):
-        record.on_step_end(args, trainer.state, None)
+        recorder.on_pre_optimizer_step(trainer.args, trainer.state, None)
 
 
-def test_a_validation_loss_is_weighted_by_supervised_tokens_not_by_batches():
+def test_a_validation_loss_is_weighted_by_supervised_tokens_not_by_batches(tmp_path):
     """Without padding a batch of a long and a batch of a short row would otherwise count the same."""
     import torch
 
-    from toolkit.training.record import Record
-
-    logged, losses = {}, iter([4.0, 0.0])
-    trainer = SimpleNamespace(compute_loss=lambda *_: torch.tensor(next(losses)), log=logged.update,
-                              args=SimpleNamespace(device="cpu"),
-                              accelerator=SimpleNamespace(reduce=lambda value, _: value))  # fmt: skip
-    record = Record([], {"sums/thinking": 1.0}, Path(), None)
-    record.watch(trainer)
+    trainer, _ = watched([4.0, 0.0], [Row(np.array([1, 2]), 1, "sums", "thinking", 3)], tmp_path)
     for count in (1, 3):
         labels = torch.tensor([[-100] + [7] * count])
         trainer.compute_loss(SimpleNamespace(training=False), {"input_ids": labels, "labels": labels})
     trainer.log({"eval_sums/thinking_loss": 2.0, "eval_sums/thinking_runtime": 1.0})
-    assert logged["eval_sums/thinking_loss"] == logged["eval_loss"] == 1.0
+    assert trainer.logged["eval_sums/thinking_loss"] == trainer.logged["eval_loss"] == 1.0
 
 
 def test_a_model_that_is_nowhere_is_an_error_in_one_sentence():
