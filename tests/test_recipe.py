@@ -290,8 +290,8 @@ def test_a_folder_without_a_recipe_says_what_works_with_it(tmp_path):
         ("train.eos_token", "<|endoftext|>", "rows are rendered with the model's own"),
         ("train.pad_token", "<|pad|>", "rows are rendered with the model's own"),
         ("train.resume_from_checkpoint", "x", "the same command resumes by itself"),
-        ("train.metric_for_best_model", "accuracy", "lowest validation loss"),
-        ("train.greater_is_better", "true", "lowest validation loss"),
+        ("train.metric_for_best_model", "accuracy", "set evaluate.keep_best_by"),
+        ("train.greater_is_better", "true", "set evaluate.keep_best_by"),
         ("train.dataset_text_field", "text", "reach the trainer as ids and labels"),
         ("train.dataset_kwargs", "{}", "reach the trainer as ids and labels"),
         ("train.truncation_mode", "keep_start", "never truncated"),
@@ -318,9 +318,6 @@ def test_a_key_that_would_be_ignored_or_change_the_tokenizer_afterwards_is_refus
 
 def test_every_key_of_the_train_section_is_obeyed_by_the_trainer_or_refused():
     """What reaches SFTConfig must be what the recipe says: `sft_arguments` overwrites no key that a recipe may set."""
-    import tempfile
-    from pathlib import Path
-
     from toolkit.training import trainer
 
     obeyed = set(recipe.passthrough(recipe.Train)) - {key.removeprefix("train.") for key in recipe.OWNED}
@@ -328,8 +325,7 @@ def test_every_key_of_the_train_section_is_obeyed_by_the_trainer_or_refused():
     obeyed -= {"report_to", "eval_strategy", "load_best_model_at_end"}
     plain = load("pocket")
     marked = dataclasses.replace(plain, train=plain.train | dict.fromkeys(obeyed, "marked"))
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = trainer.sft_arguments(marked, Path(folder), True)
+    arguments = trainer.sft_arguments(marked, validates=True)
     assert {key for key in obeyed if arguments[key] != "marked"} == set()
 
 
