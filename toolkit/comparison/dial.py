@@ -23,8 +23,10 @@ from toolkit.comparison.runs import DAMAGED, Run, changed_keys, run_of
 from toolkit.comparison.sweep import QUESTIONS
 from toolkit.data import mix
 from toolkit.evaluation import measure as evaluation
+from toolkit.evaluation.questions import questions_of
 from toolkit.files import ToolkitError, flat, lock, read_json, write_json
-from toolkit.run import default_console, loading, questions
+from toolkit.records import Evaluation
+from toolkit.run import default_console
 from toolkit.training import model as models
 from toolkit.view.progress import Progress
 
@@ -43,8 +45,8 @@ NOTHING = 1e-6
 """Nats of KL below which an adapter changes nothing."""
 MAY_DIFFER = re.compile(r"name$|data\.seed$|export\b|evaluate\.prompts\b|train\.(report_to|logging_steps)\b")
 """Recipe keys in which runs that are averaged may differ: the seed, and what changes neither training nor questions."""
-Result = dict[str, Any]
-"""An evaluation, as in eval.json."""
+Result = Evaluation
+"""As in eval.json."""
 
 
 # --- one adapter at another scale ------------------------------------------------------------------------------------
@@ -128,7 +130,7 @@ class Dialled:
         if not missing:
             return
         mixed = mix.of_run(self.recipe, self.manifest)
-        with loading(self.recipe.model, console):
+        with models.loading(self.recipe.model, console):
             model, tokenizer = models.load_run(self.folder)
         lora_layers(model)
         settings = self.settings(level, mixed)
@@ -143,7 +145,7 @@ class Dialled:
 
     def settings(self, level: str, mixed: mix.Mix) -> dict[str, Any]:
         """What is asked, the same at every scale."""
-        reasoning, chat = questions(self.recipe, mixed)
+        reasoning, chat = questions_of(self.recipe, mixed)
         held_out = evaluation.from_mix(mixed)
         count = self.recipe.evaluate.questions_per_mode or QUESTIONS["quick"]
         return {

@@ -30,7 +30,7 @@ def answer_prompts(
             reply = row[name]
             lines.append(
                 {
-                    "when": when,  # type: ignore[typeddict-item] - one of the two words above
+                    "when": when,  # type: ignore[typeddict-item]  # one of the two words above
                     "prompt": row["prompt"],
                     "mode": row["mode"],
                     "reasoning": reply.reasoning,

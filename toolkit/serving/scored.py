@@ -20,7 +20,7 @@ from toolkit.data.render import Chat, load_chat
 from toolkit.evaluation.generate import Messages, Reply, split_reply
 from toolkit.evaluation.measure import score
 from toolkit.evaluation.plan import Plan, sized
-from toolkit.evaluation.questions import EvaluationSet, fingerprint, reply_limits, select
+from toolkit.evaluation.questions import EvaluationSet, fingerprint, questions_of, reply_limits, select
 from toolkit.evaluation.reply_store import ReplyStore
 from toolkit.evaluation.subject import ProgressBar
 from toolkit.export.llama import Engine, launch
@@ -207,8 +207,8 @@ def replies_asked(folder: Path, level: str | None) -> EvaluationSet:
         # what the adapter was asked, so that both can be paired
         size = replace(size, questions=budget["questions"], samples=budget["samples"])
         limits = budget["limits"]
-    questions: Any = runs.questions(recipe, mixed)
-    return select(level, None, questions[0], questions[1], plan=Plan(size, limits))
+    reasoning, chat = questions_of(recipe, mixed)
+    return select(level, None, reasoning, chat, plan=Plan(size, limits))
 
 
 def kept_lines(folder: Path, result: Evaluation, name: str) -> list[str]:

@@ -52,7 +52,7 @@ def quiet() -> Iterator[None]:
     streams = [vars(handler)["stream"] for handler in handlers]
     with contextlib.redirect_stdout(LOG), contextlib.redirect_stderr(LOG), warnings.catch_warnings():
         for handler in handlers:
-            handler.stream = LOG  # type: ignore[attr-defined] - of a StreamHandler
+            handler.stream = LOG  # type: ignore[attr-defined]  # of a StreamHandler
         try:
             yield
         finally:

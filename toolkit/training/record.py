@@ -443,7 +443,7 @@ class Watched:
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
         seen = dict(inputs)  # the trainer takes keys out of its own
-        result = super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc] - of the trainer's class
+        result = super().compute_loss(model, inputs, return_outputs, **kwargs)  # type: ignore[misc]  # of the trainer's class
         self.recorder.counts.see(seen, result[0] if return_outputs else result, training=model.training)
         return result
 
