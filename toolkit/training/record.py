@@ -335,7 +335,6 @@ class RunRecorder(TrainerCallback, ExportableState):
 
     def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None,
                **kwargs: Any) -> None:  # fmt: skip
-        self._save_if_asked(control)
         if not logs or "train_runtime" in logs:  # the end: the manifest holds those
             return
         if self._is_claimed:  # before, a line is in the trainer's history, which `_claim` writes
@@ -355,6 +354,7 @@ class RunRecorder(TrainerCallback, ExportableState):
             self.console.print(
                 f"step {state.global_step}: validation loss {logs['eval_loss']:.3f} ({', '.join(parts)})"
             )
+        self._save_if_asked(control)
 
     # --- evaluations and checkpoints ---------------------------------------------------------------------------------
 
