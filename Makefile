@@ -15,7 +15,7 @@ help:  ## this list
 setup: .venv/.toolkit-requirements  ## .venv with requirements.txt, when it changed
 
 .venv/.toolkit-requirements: requirements.txt requirements.lock
-	@test -x $(PY) || $(PYTHON) -m venv .venv
+	@$(PY) -m pip --version >/dev/null 2>&1 || { rm -rf .venv; $(PYTHON) -m venv .venv; }  # none, or one that was cut short
 	@$(PY) -m toolkit setup
 	@touch $@
 

@@ -162,7 +162,13 @@ def test_the_reference_pass_is_the_same_where_unsloth_has_patched_transformers(r
 def test_a_4bit_folder_gives_way_to_the_16bit_one_beside_it(base, tmp_path):
     shutil.copytree(base, tmp_path / "model")
     four = Path(shutil.copytree(base, tmp_path / "model-unsloth-bnb-4bit"))
-    config = read_json(four / "config.json") | {"quantization_config": {"quant_method": "bitsandbytes"}}
+    config = read_json(four / "config.json") | {
+        "quantization_config": {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+        }
+    }
     (four / "config.json").write_text(json.dumps(config))
     assert find_base({"name": str(four)}, "16bit").folder == tmp_path / "model"
     assert find_base({"name": str(four)}, "4bit").folder == four

@@ -26,7 +26,7 @@ SETTINGS = [
 ]  # fmt: skip
 TRAIN = ["train", "data_recipes/pocket.yaml", *SETTINGS]
 EXPORT = ["export", "r", "--quant", "q8_0"]
-TIMES = {"seconds", "started", "finished", "train_seconds", "tokens_per_second", "runtime",
+TIMES = {"seconds", "resumed_at", "started", "finished", "train_seconds", "tokens_per_second", "runtime",
          "supervised_tokens_per_second", "peak_memory_bytes", "evaluation_seconds", "commit", "peak_memory_gib"}  # fmt: skip
 """Keys that tell when, how fast and with how much memory, which no two runs share."""
 
