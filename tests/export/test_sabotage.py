@@ -448,7 +448,7 @@ def test_documents_beside_the_files_decide_nothing(sound, tmp_path):
 
 @pytest.fixture(scope="module")
 def sharded(sound, tmp_path_factory):
-    """The same run, its merged weights in three files."""
+    """The same run, its merged weights in more than one file."""
     run = Path(shutil.copytree(sound, tmp_path_factory.mktemp("sharded") / "toy"))
     only(run)
     (run / "export.json").unlink()
@@ -458,7 +458,7 @@ def sharded(sound, tmp_path_factory):
             sys.modules["toolkit.export.merge"], "SHARD_BYTES", 2 * 10**6
         )  # export has a function of that name
         assert export(run, quants=(), console=Console(quiet=True))["passed"]
-    assert len(list((run / "merged").glob("*.safetensors"))) > 2
+    assert len(list((run / "merged").glob("*.safetensors"))) > 1
     return run
 
 
