@@ -1,4 +1,6 @@
-"""Fine-tune a chat model on one GPU and know what it did: `mixed = toolkit.compile_mix("data_recipes/pocket.yaml")`.
+"""Fine-tune a chat model on one GPU and know what it did.
+
+mixed = toolkit.compile_mix("data_recipes/pocket.yaml")
 
 The four calls for your own Unsloth or TRL notebook take and return what those libraries use: a tokenizer, data sets, a
 PeftModel, a folder. Importing this loads neither torch nor Unsloth.

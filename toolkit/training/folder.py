@@ -1,6 +1,6 @@
 """A run's folder while it trains: who holds the name, its manifest, and why it stopped.
 
-folder, state = open_run(recipe); with recorded(folder): ...
+folder, state = open_run(recipe)
 """
 
 import contextlib

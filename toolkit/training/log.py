@@ -1,6 +1,6 @@
 """Where the libraries' output goes: run.log of the run in work.
 
-with quiet(): trainer.train()
+with quiet(): sft_trainer.train()
 """
 
 import contextlib

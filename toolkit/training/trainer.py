@@ -1,6 +1,6 @@
 """Recipe + model + mix → TRL SFTTrainer → a run folder.
 
-train(recipe, mixed, model, tokenizer, recorder)     # RunRecorder(recipe, mixed) of toolkit.training.record
+train(recipe, mixed, model, tokenizer, recorder, console)     # RunRecorder(recipe, mixed) of toolkit.training.record
 """
 
 import dataclasses
