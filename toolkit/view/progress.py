@@ -22,7 +22,8 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self.started = self.printed = time.monotonic()
-        if self.console.is_terminal or self.console.is_jupyter:
+        # two live displays at once, of which one is silent, leave a notebook's outputs in each other's cells
+        if not self.console.quiet and (self.console.is_terminal or self.console.is_jupyter):
             from rich import progress
             from rich.table import Column
 
