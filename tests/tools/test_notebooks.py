@@ -50,7 +50,7 @@ SMALL = {
     "01_mix": {"CHANGES": "data.budget=4000 data.validation_size=8"},
     "02_train": {"CARD": 6.0, "CHANGES": FEW},
     "03_evaluate": {"CHANGES": FEW},
-    "04_ratio_sweep": {"RATIOS": [0.0, 0.5], "CHANGES": FEW},
+    "04_ratio_sweep": {"RATIOS": [0.0, 0.5], "SEEDS": 1, "CHANGES": FEW},
     "05_export": {"QUANTS": ["f16", "q8_0"], "PROMPTS": ["What is 17 + 25?"], "CHANGES": FEW},
     "06_your_own_data": {"PROMPTS": ["Who are you?"], "CHANGES": TINY},
     "07_in_your_own_notebook": {"STEPS": 2, "QUANTS": ["f16"]},
@@ -385,6 +385,7 @@ def test_reasoning_is_grey_before_and_after_training_and_the_answer_is_not():
 # --- execution -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow  # trainings, a sweep, a dial and exports: five minutes and more
 def test_all_notebooks_run_on_a_cpu(tmp_path):
     """One kernel for all, emptied between them: Unsloth's import takes longer than these notebooks do."""
     whole = _joined()
