@@ -57,7 +57,7 @@ def public(
     listener = guard.listening_socket(host, port)
     try:
         engine = start(runs, say=say, **options)
-    except BaseException:
+    except BaseException:  # Ctrl-C while the model loads too: the port must be free again
         listener.close()
         raise
     return dataclasses.replace(engine, url=guard.opened(engine, listener), key=None)
