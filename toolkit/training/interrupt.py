@@ -1,6 +1,6 @@
 """Ctrl-C and SIGTERM while a run trains: the first one asks for a checkpoint, a second one stops at once.
 
-with StopRequest(print) as request: trainer.train(); request.number      # of the signal that came, or None
+with StopRequest(print) as request: sft_trainer.train(); request.number      # of the signal that came, or None
 """
 
 import signal
