@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -359,6 +360,32 @@ def test_a_template_that_cannot_be_parsed_or_fails_on_every_row_is_an_error_that
         _ = folder_with("{% for %}", tmp_path).kind
     with pytest.raises(ToolkitError, match="fails on a plain question.*no such thing"):
         _ = folder_with("{{ raise_exception('no such thing') }}", tmp_path).kind
+
+
+ENDLESS = {
+    "a long range": "{% for i in range(10**9) %}{% endfor %}",
+    "ranges in ranges": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "texts in texts": "{% for a in 'x' * 99999 %}{% for b in 'x' * 99999 %}{{ loop.index }}{% endfor %}{% endfor %}",
+    "a macro that calls itself": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "a macro that calls itself twice": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+}
+
+
+@pytest.mark.parametrize("loop", ENDLESS)
+def test_a_template_that_loops_for_ever_is_an_error_that_names_the_model(loop, tmp_path):
+    began = time.monotonic()
+    with pytest.raises(ToolkitError, match=f"{tmp_path}: its chat template .*"):
+        _ = folder_with(ENDLESS[loop] + real.template("qwen3"), tmp_path).kind
+    assert time.monotonic() - began < 60
+
+
+def test_a_template_that_loops_for_ever_on_some_rows_stops_the_mix_and_says_what_to_do(tmp_path):
+    """A row at a time it would be rejected for hours."""
+    template = f"{{% if messages | length > 2 %}}{ENDLESS['ranges in ranges']}{{% endif %}}{real.template('qwen3')}"
+    chat = folder_with(template, tmp_path)
+    assert examples(conversation("non_thinking"), "auto", chat)
+    with pytest.raises(ToolkitError, match="more than 1,000,000 steps.*official template: chat_template.jinja"):
+        examples(conversation("multi_turn"), "auto", chat)
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma3", "smollm2", "pocket"])

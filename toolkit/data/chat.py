@@ -11,7 +11,15 @@ import jinja2
 import numpy as np
 
 from toolkit.data.readers import Rejected
-from toolkit.data.tokenize import TEMPLATE_ERRORS, Tokenizers, compile_template, loaded
+from toolkit.data.tokenize import (
+    MAX_STEPS,
+    TEMPLATE_ERRORS,
+    EndlessTemplate,
+    Tokenizers,
+    compile_template,
+    loaded,
+    rendered,
+)
 from toolkit.family import PROBE, PROBE_REPLY, STRUCTURE, end_of_turn, family_of, kind_of
 from toolkit.files import POCKET, ToolkitError, download, find, read_json
 from toolkit.records import Json, Message
@@ -75,7 +83,12 @@ class Chat:
         values = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         template = self._template  # outside of try: a broken template is the model's fault, not the row's
         try:
-            return template.render(values | self.tokens | switch)
+            return rendered(template, values | self.tokens | switch)
+        except EndlessTemplate as error:
+            raise ToolkitError(
+                f"{self.name}: its chat template takes more than {MAX_STEPS:,} steps for one conversation: a loop in it does "
+                "not end. Use the model's official template: chat_template.jinja"
+            ) from error
         except TEMPLATE_ERRORS as error:
             raise Rejected("template_error", f"the chat template of {self.name} refuses it: {error}") from error
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from toolkit.data.rows import Row
-from toolkit.family import SWITCH
+from toolkit.family import without_switch
 from toolkit.records import Conversation, Message
 
 WORDS_SHARED = 13
@@ -28,8 +28,6 @@ SHORTEST = 64
 """Tokens of a completion; shorter ones of one kind look alike to MinHash, so they are only compared exactly."""
 CANDIDATES = 32
 """Latest rows of a band that are verified, so that a thousand prompts with one long answer take no quadratic time."""
-TYPED = re.compile(r"(?:^|\s+)/(?:no_)?think\b")
-"""A soft switch as it stands in decoded text, where the end-of-turn token follows it without a space."""
 WORD = re.compile(r"[^\W_\u3400-\u9fff]+|[\u3400-\u9fff]|[-+*/=<>^]")
 
 Decode = Callable[[np.ndarray], str]
@@ -40,15 +38,14 @@ def prompt_key(conversation: Conversation) -> bytes:
     turns, tools and their results included; case, spacing and typed mode switches aside."""
     messages = conversation["messages"]
     before = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-    texts = [f"{m['role']} {without_switch(m)}{_calls(m)}" for m in before]
+    texts = [f"{m['role']} {_asked(m)}{_calls(m)}" for m in before]
     if tools := conversation.get("tools"):
         texts.append(json.dumps(tools, sort_keys=True))
     return digest("\0".join(texts))
 
 
-def without_switch(message: Message) -> str:
-    """A message's text, without the mode switch that a user typed."""
-    return SWITCH.sub("", message["content"]) if message["role"] == "user" else message["content"]
+def _asked(message: Message) -> str:
+    return without_switch(message["content"]) if message["role"] == "user" else message["content"]
 
 
 def _calls(message: Message) -> str:
@@ -83,7 +80,7 @@ class Duplicates:
         return self._by_text[text]
 
     def _text_key(self, row: Row) -> bytes:
-        return digest(TYPED.sub("", self._decode(row.ids)))
+        return digest(without_switch(self._decode(row.ids)))
 
 
 class NearDuplicates:
@@ -155,13 +152,13 @@ def _shingles(ids: np.ndarray) -> np.ndarray:
 
 def grams_of(prompts: list[str]) -> set[str]:
     """Word 13-grams of evaluation prompts; a prompt of fewer words is one as a whole."""
-    return {gram for prompt in prompts for gram in _grams(words_of(SWITCH.sub("", prompt)))}
+    return {gram for prompt in prompts for gram in _grams(words_of(without_switch(prompt)))}
 
 
 def shared_gram(conversation: Conversation, grams: set[str]) -> str | None:
     """The first of `grams` that a conversation holds; a short one counts where a user says nothing else."""
     for message in conversation["messages"] if grams else ():
-        words = words_of(SWITCH.sub("", message["content"]) + " " + message.get("reasoning_content", ""))
+        words = words_of(without_switch(message["content"]) + " " + message.get("reasoning_content", ""))
         # a short question is one gram as a whole, which an answer may hold by chance
         if message["role"] != "user" and len(words) < WORDS_SHARED:
             continue

@@ -19,7 +19,7 @@ from toolkit.data.lint import lint, looks_like
 from toolkit.data.render import Chat, Example, chat_of, examples, load_chat, supervised_turns, with_switch
 from toolkit.data.rows import UNITS, Mix, Row, dataset
 from toolkit.data.sources import ReadRow, Rejected, conversations, fingerprint, read_rows, split_count
-from toolkit.family import SWITCH
+from toolkit.family import without_switch
 from toolkit.files import ToolkitError, lock, write_json, write_jsonl
 from toolkit.recipe import Data, Recipe, Source
 from toolkit.records import (
@@ -395,7 +395,7 @@ def as_question(conversation: Conversation, name: str) -> Question:
         raise Rejected("no_expected_answer", "a question needs an expected_answer")
     if "tools" in conversation or any("tool_calls" in message for message in messages):
         raise Rejected("needs_tools", "a question with tools or a tool call cannot be asked: evaluation shows no tools")
-    asked = [m | {"content": SWITCH.sub("", m["content"]).strip()} if m["role"] == "user" else m for m in messages[:-1]]
+    asked = [m | {"content": without_switch(m["content"]).strip()} if m["role"] == "user" else m for m in messages[:-1]]
     return {"messages": asked, "expected_answer": answer, "set": name}
 
 
