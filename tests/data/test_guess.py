@@ -121,7 +121,8 @@ def test_format_columns_and_modes_are_guessed(make, here):
     assert [name for name, count in found.modes.items() if count] == [mode]
     assert found.rejected == []
     text = "\n".join(found.lines())
-    assert text.count("← trained on") == 3 if mode == "non_thinking" else text.count("← trained on") == 6
+    assert text.count("of which the last turn is trained on") == 3
+    assert all(len(line) <= 80 for line in text.splitlines()[1:])
 
 
 @CASES
@@ -258,12 +259,12 @@ def rows_without_replies(folder):
 
 BAD = {
     empty_file: "x.jsonl.*empty",
-    one_row: "x.jsonl: has one row, of which some must be held out: expected 8 or more",
+    one_row: "x.jsonl: rows found: 1. Some are held out: expected 8 or more",
     two_formats: "x.jsonl: holds rows of several formats: query_response and sharegpt. Split it",
     formats_in_turn: "x.jsonl: holds rows of several formats: alpaca and messages. Split it",
     very_wide: "x.csv.*has 100,000 columns",
-    pictures: r"photos: holds 12 .png: expected rows of text in .*\.jsonl",
-    empty_folder: "nothing: holds no file: expected rows of text",
+    pictures: r"photos: expected .*\.jsonl.*found 0.png, 1.png",
+    empty_folder: r"nothing: expected .*\.jsonl.*found no files",
     pipe_in_a_folder: "rows.jsonl: is a pipe",
     plain_text_column: "x.jsonl.*Plain text has no question and answer to tell apart",
     rows_without_replies: "x.jsonl: 30 of 30 rows cannot be trained on",

@@ -234,17 +234,14 @@ def recognise(fields: list[str], format: str, columns: dict[str, str], where: st
     """
     if format == "columns" or (columns and format == "auto"):
         return _check_columns(fields, columns, where)
-    fitting = [name for name in FORMATS if set(signature(name)) <= set(fields)]
-    if format in fitting and not columns:
+    if format in FORMATS and not columns and set(signature(format)) <= set(fields):
         return format
-    for poorer in POORER:
-        if format == "auto" and len(fitting) > 1 and poorer in fitting:
-            fitting.remove(poorer)
-    if format == "auto" and len(fitting) == 1:
-        return fitting[0]
+    names = fitting(fields)
+    if format == "auto" and len(names) == 1:
+        return names[0]
     if format == "auto":
-        several = f"fits several formats: set `format:` to one of {', '.join(fitting)}"
-        problem = several if fitting else "no known format"
+        several = f"fits several formats: set `format:` to one of {', '.join(names)}"
+        problem = several if names else "no known format"
     elif format not in FORMATS:
         problem = f"unknown format {format!r}: expected auto, columns, {', '.join(FORMATS)}"
     elif columns:
@@ -252,6 +249,15 @@ def recognise(fields: list[str], format: str, columns: dict[str, str], where: st
     else:
         problem = f"not {format}, which needs {' and '.join(signature(format))}"
     raise ToolkitError(f"{where}: {problem}; the row's fields are {', '.join(fields)}. {advice(fields)}")
+
+
+def fitting(fields: list[str]) -> list[str]:
+    """The formats whose columns are all among the fields."""
+    names = [name for name in FORMATS if set(signature(name)) <= set(fields)]
+    for poorer in POORER:
+        if len(names) > 1 and poorer in names:
+            names.remove(poorer)
+    return names
 
 
 def signature(format: str) -> list[str]:
