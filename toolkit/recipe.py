@@ -4,6 +4,7 @@ from toolkit import recipe; loaded = recipe.load("hybrid", ["train.max_steps=10"
 """
 
 import ast
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -267,44 +268,39 @@ class Recipe:
     export: Export = field(default_factory=Export)
 
 
+@dataclass(frozen=True)
+class _Checked(Recipe):
+    """A recipe whose `train:` is checked too."""
+
+    train: Train = field(default_factory=Train)  # type: ignore[assignment]  # a dict in a recipe, as TRL takes it
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2 as people write it: 2e-4 is a number; `no`, as in `eval_strategy: no`, is a word, and so are 010 and 1:30.
-    A key that stands twice is an error, and so are aliases that stand for more than LARGEST values together."""
+    A key that stands twice is an error, and so are more than MOST_ALIASES: nine lines of them can stand for 10^9 values."""
 
-    LARGEST: typing.ClassVar = 100_000
+    MOST_ALIASES: typing.ClassVar = 30
+    aliases = 0
 
     yaml_implicit_resolvers: typing.ClassVar = {
         first: [(tag, pattern) for tag, pattern in known if first in "tTfF" or not tag.endswith((":bool", ":int"))]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
-    def __init__(self, stream: str):
-        super().__init__(stream)
-        self.sizes: dict[yaml.Node, int] = {}
-
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """The next node, whose values are counted with those that its aliases stand for: nine lines can stand for 10^9."""
-        node = super().compose_node(parent, index)
-        if node is None:
-            return None
-        children = [] if isinstance(node, yaml.ScalarNode) else node.value
-        if isinstance(node, yaml.MappingNode):
-            children = [child for pair in children for child in pair]
-        # a node inside itself has no size yet
-        self.sizes[node] = 1 + sum(self.sizes.get(child, 1) for child in children)
-        if self.sizes[node] > self.LARGEST:
-            raise yaml.YAMLError(f"more than {self.LARGEST:,} values, aliases included{node.start_mark}")
-        return node
+        """The next node; an alias is counted."""
+        self.aliases += self.check_event(yaml.AliasEvent)
+        if self.aliases > self.MOST_ALIASES:
+            raise yaml.YAMLError(f"more than {self.MOST_ALIASES} aliases (`*name`)")
+        return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """A mapping, refused where a key stands twice."""
         node = super().compose_mapping_node(anchor)
-        known: set[Any] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in known:
-                raise yaml.YAMLError(f"the key {key.value!r} stands twice{node.start_mark}")
-            if isinstance(key, yaml.ScalarNode):
-                known.add(key.value)
+        keys = collections.Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.most_common(1):
+            if count > 1:
+                raise yaml.YAMLError(f"the key {key!r} stands twice{node.start_mark}")
         return node
 
 
@@ -353,14 +349,14 @@ def read_values(file: Path, where: str = "") -> Any:
 
 def recipe_file(path: str | Path) -> Path:
     """The file of a recipe, by path or by name in data_recipes/. Raises ToolkitError with the nearest name."""
-    file = next((f for f in (find(path), find(f"data_recipes/{path}.yaml")) if f and f.is_file()), None)
-    if file is not None:
-        return file
-    if Path(path).name == "recipe.yaml" and Path(path).parent.is_dir():
+    for file in (find(path), find(f"data_recipes/{path}.yaml")):
+        if file and file.is_file():
+            return file
+    if Path(path).name == "recipe.yaml" and find(Path(path).parent):
         raise ToolkitError(
             f"{path}: not found. A folder of export_model has no recipe: verify, export, chat and serve work with it"
         )
-    if (folder := find(path)) and folder.is_dir():
+    if find(path):
         raise ToolkitError(f"{path}: is a folder: expected a recipe, a YAML file or a name in data_recipes/")
     known = [p.stem for p in files.RECIPES.glob("*.yaml")]
     raise ToolkitError(f"{path}: no such recipe{did_you_mean(Path(path).stem, known)} (recipes lie in data_recipes/)")
@@ -395,21 +391,29 @@ def _build(values: Any, where: str, overrides: Sequence[str]) -> Recipe:
     for override in overrides:
         apply_override(values, override)
     _refuse_tokens(values, where)
-    _check_keys(values, Recipe, where)
-    train = values.get("train", {})
-    checked = _convert(values, Train, where, "train")
-    # the best checkpoint is known by its evaluation: every evaluation saves one
-    saves = {"save_steps": train["eval_steps"]} if "eval_steps" in train else {}
-    values["train"] = _flat(msgspec.to_builtins(Train()) | saves | train)  # as written: 1 stays 1, not 1.0
-    built = _convert(values, Recipe, where)
-    _check_values(built, checked, where)
-    fill = {name.replace("AUTHOER", "AUTHOR"): value for name, value in built.data.placeholders.items()}
-    sources = _with_fractions(built.data, where)
-    return dataclasses.replace(
-        built,
-        data=dataclasses.replace(built.data, sources=sources, reasoning=None, placeholders=fill),
+    _check_keys(values, _Checked, where)
+    built = _convert(values, where)
+    _check_values(built, where)
+    # as written: 1 stays 1, not 1.0
+    written = values.get("train", {})
+    if "eval_steps" in written:
+        # the best checkpoint is known by its evaluation: every evaluation saves one
+        written = {"save_steps": written["eval_steps"], **written}
+    data = built.data
+    fill = {key.replace("AUTHOER", "AUTHOR"): value for key, value in data.placeholders.items()}
+    return Recipe(
+        name=built.name,
+        data=dataclasses.replace(
+            data,
+            sources=_with_fractions(data, where),
+            reasoning=None,
+            placeholders=fill,
+        ),
         model=dataclasses.replace(built.model, model_name=home_relative(built.model.model_name)),
+        lora=built.lora,
+        train=_flat(msgspec.to_builtins(Train()) | written),
         evaluate=dataclasses.replace(built.evaluate, questions=_named(built.evaluate.questions)),
+        export=built.export,
     )
 
 
@@ -426,35 +430,29 @@ RESERVED = re.compile(r"(?i)base$|(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\.|$)|.
 """Names of runs that are taken: `base` by serve and chat for the untrained model, the others by Windows."""
 
 
-def _check_values(built: Recipe, train: Train, where: str) -> None:
+def _check_values(built: _Checked, where: str) -> None:
     """What types cannot say. Raises ToolkitError."""
     # file systems count bytes, and files add endings to a run's name
-    fits = re.fullmatch(r"\w[\w.\-]{0,99}", built.name) and len(built.name.encode()) <= LONGEST_NAME
-    if not fits or RESERVED.match(built.name):
-        raise ToolkitError(
-            f"{where}: name: {built.name!r:.100} becomes a folder: use up to 100 letters (60 Chinese ones), digits, '-', '_' and '.', "
-            "without a '.' at the end, and not `base`, which serve and chat call the model that a run was trained on, nor "
-            "a name that Windows keeps (con, nul, aux …)"
-        )
-    # transformers reads 0 as `no limit is set`
-    if train.max_steps == 0:
-        raise ToolkitError(f"{where}: train.max_steps: expected a whole number >= 1, or -1 for no limit, found 0")
-    init = built.lora.extra.get("init_lora_weights", True)
-    if init not in INITS:
-        raise ToolkitError(
-            f"{where}: lora.init_lora_weights: {init!r} changes the base: expected one of {', '.join(map(str, INITS))}"
-        )
-    if not built.evaluate.forgetting_probes and (
-        built.evaluate.forgetting_limit or built.evaluate.keep_best_by != "loss"
-    ):
-        raise ToolkitError(
-            f"{where}: evaluate.forgetting_probes: expected 1 or more where keep_best_by or a limit needs them"
-        )
-    for quantization in built.export.quantization_method:
-        if quantization.lower() not in QUANTS:
-            raise ToolkitError(
-                f"{where}: export.quantization_method: expected some of {', '.join(QUANTS)}, found {quantization!r}"
-            )
+    is_name = re.fullmatch(r"\w[\w.\-]{0,99}", built.name) and len(built.name.encode()) <= LONGEST_NAME
+    initialisation = built.lora.extra.get("init_lora_weights", True)
+    section = built.evaluate
+    measures_forgetting = section.forgetting_limit or section.keep_best_by != "loss"
+    unknown = [name for name in built.export.quantization_method if name.lower() not in QUANTS]
+    rules = (
+        (not is_name or RESERVED.match(built.name), "name", f"{built.name!r:.100} becomes a folder: use up to 100 letters "
+         "(60 Chinese ones), digits, '-', '_' and '.', without a '.' at the end, and not `base`, which serve and chat call "
+         "the model that a run was trained on, nor a name that Windows keeps (con, nul, aux …)"),
+        # transformers reads 0 as `no limit is set`
+        (built.train.max_steps == 0, "train.max_steps", "expected a whole number >= 1, or -1 for no limit, found 0"),
+        (initialisation not in INITS, "lora.init_lora_weights",
+         f"{initialisation!r} changes the base: expected one of {', '.join(map(str, INITS))}"),
+        (measures_forgetting and not section.forgetting_probes, "evaluate.forgetting_probes",
+         "expected 1 or more where keep_best_by or a limit needs them"),
+        (unknown, "export.quantization_method", f"expected some of {', '.join(QUANTS)}, found {', '.join(map(repr, unknown))}"),
+    )  # fmt: skip
+    for is_wrong, key, message in rules:
+        if is_wrong:
+            raise ToolkitError(f"{where}: {key}: {message}")
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
@@ -520,46 +518,39 @@ def _check_keys(node: Any, kind: Any, where: str, path: str = "") -> None:
         item_kind = next(iter(typing.get_args(kind)), None)
         for i, item in enumerate(node):
             _check_keys(item, item_kind, where, f"{path}{i}.")
-    if not (dataclasses.is_dataclass(kind) and isinstance(node, dict)):
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(node, dict)):
         return
-    known = {f.name: f.type for f in dataclasses.fields(kind) if f.name != "extra"}
-    if kind is Recipe:
-        known["train"] = Train
-    extra = {key: node.pop(key) for key in [*node] if key not in known}
-    for key in extra:
-        if path + key in OWNED:
-            raise ToolkitError(f"{where}: {path}{key}: not set here: {OWNED[path + key]}")
-        if key not in passthrough(kind):
-            near = did_you_mean(key, [*known, *passthrough(kind)])
-            raise ToolkitError(f"{where}: unknown key {path}{key}{near}")
-    for key, value in node.items():
-        _check_keys(value, known[key], where, f"{path}{key}.")
+    kinds = {f.name: f.type for f in dataclasses.fields(kind) if f.name != "extra"}
+    extra = {}
+    for key in [*node]:
+        name = path + key
+        if key in kinds:
+            _check_keys(node[key], kinds[key], where, f"{name}.")
+        elif name in OWNED:
+            raise ToolkitError(f"{where}: {name}: not set here: {OWNED[name]}")
+        elif key in passthrough(kind):
+            extra[key] = node.pop(key)
+        else:
+            raise ToolkitError(f"{where}: unknown key {name}{did_you_mean(key, [*kinds, *passthrough(kind)])}")
     if extra:
         node["extra"] = extra
 
 
-def _convert(values: dict[str, Any], kind: type, where: str, section: str = "") -> Any:
-    """Plain values, or one section of them, as a dataclass: types, ranges and choices are checked. Raises ToolkitError
-    with msgspec's words and the dotted key."""
+def _convert(values: dict[str, Any], where: str) -> Any:
+    """Plain values as dataclasses: types, ranges and choices are checked. Raises ToolkitError with msgspec's words, the
+    dotted key and the value that was found."""
     try:
-        return msgspec.convert(values.get(section, {}) if section else values, kind)
+        return msgspec.convert(values, _Checked)
     except msgspec.ValidationError as error:
-        text, _, location = str(error).replace("`key` in ", "").partition(" - at `$")
-        keys = [section] * bool(section) + re.findall(r"[^.`\[\]]+", location)
-        key = ".".join(keys) or "recipe"
-        words = text[0].lower() + text[1:].replace("`", "").partition(", got")[0]
-        if "missing required field" in text:
-            raise ToolkitError(f"{where}: {key}: {words} (data_recipes/pocket.yaml shows a whole recipe)") from error
+        text, _, place = str(error).replace("`", "").replace("key in ", "").partition(" - at $")
+        keys = re.findall(r"[^.\[\]]+", place)
+        value: Any = values
+        for key in keys:
+            value = value[int(key) if isinstance(value, list) else key]
+        words = text[0].lower() + text[1:].partition(", got")[0]
         if text.startswith("Invalid enum"):
             words = f"expected one of {', '.join(CHOICES[keys[-1]])}"
-        raise ToolkitError(f"{where}: {key}: {words}, found {_value_at(values, keys)!r:.100}") from error
-
-
-def _value_at(values: Any, keys: Sequence[str]) -> Any:
-    """The value that dotted keys lead to."""
-    for key in keys:
-        values = values[int(key)] if isinstance(values, list) else values[key]
-    return values
+        raise ToolkitError(f"{where}: {'.'.join(keys) or 'recipe'}: {words}, found {value!r:.100}") from error
 
 
 CHOICES = {
@@ -576,52 +567,49 @@ def _named(sources: tuple[Source, ...]) -> tuple[Source, ...]:
     the home folder are written with `~`."""
     # rows.jsonl.gz#500 is called rows
     paths = [re.sub(r"(\.(jsonl?|csv|tsv|parquet|gz))*(#\d+)?$", "", s.path.rstrip("/")).split("/") for s in sources]
-    names = [s.name or path[-1] or s.path for s, path in zip(sources, paths, strict=True)]
-    longer = []
-    for source, path, name in zip(sources, paths, names, strict=True):
-        is_unique = bool(source.name) or names.count(name) == 1
-        longer.append(name if is_unique else "-".join(path[-2:]))
-    numbered = [name if longer.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(longer, start=1)]
-    return tuple(
-        dataclasses.replace(source, name=name, path=home_relative(source.path))
-        for source, name in zip(sources, numbered, strict=True)
-    )
+    stems = [s.name or path[-1] or s.path for s, path in zip(sources, paths, strict=True)]
+    names = list(stems)
+    for i, source in enumerate(sources):
+        if not source.name and stems.count(stems[i]) > 1:
+            names[i] = "-".join(paths[i][-2:])
+    numbered = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, start=1)]
+    pairs = zip(sources, numbered, strict=True)
+    return tuple(dataclasses.replace(source, name=name, path=home_relative(source.path)) for source, name in pairs)
 
 
 def _with_fractions(data: Data, where: str) -> tuple[Source, ...]:
     """Named sources whose fractions sum to 1 and obey `data.reasoning`; or none has a fraction: the mix is then the
     sources' `#N` counts, or all they hold."""
-    sources = list(_named(data.sources))
-    shared = data.budget is not None or data.reasoning is not None
+    sources = _named(data.sources)
     if len({s.name for s in sources}) < max(1, len(sources)):
         raise ToolkitError(f"{where}: data.sources: expected at least one source, and names that differ")
+    is_shared = data.budget is not None or data.reasoning is not None
     # a lone source is all of the mix, unless it asks for a number of rows
-    if len(sources) == 1 and sources[0].fraction is None and (shared or "#" not in sources[0].path):
-        sources = [dataclasses.replace(sources[0], fraction=1.0)]
+    if len(sources) == 1 and sources[0].fraction is None and (is_shared or "#" not in sources[0].path):
+        sources = (dataclasses.replace(sources[0], fraction=1.0),)
     without = [i for i, s in enumerate(sources) if s.fraction is None]
-    if without and (shared or len(without) < len(sources)):
+    if len(without) == len(sources) and not is_shared:
+        return sources
+    if without:
         raise ToolkitError(
             f"{where}: data.sources.{without[0]}.fraction ({sources[without[0]].name}): expected a number from 0 to 1, found "
             f"none; write e.g. `fraction: {1 / len(sources):.10g}`, so that all fractions sum to 1 (or leave out every "
             "fraction, data.budget and data.reasoning: `path#500` then takes 500 examples, a plain path all there are)"
         )
-    if without:
-        return tuple(sources)
     if data.reasoning is not None:
         sources = _rescale(sources, data.reasoning, where)
     total = sum(s.fraction or 0.0 for s in sources)
     # written as decimals, thirds do not sum to exactly 1
     if abs(total - 1) > 1e-6:
-        parts = " + ".join(f"{s.fraction:g} ({s.name})" for s in sources)
-        raise ToolkitError(f"{where}: data.sources: fractions must sum to 1, found {parts} = {total:g}")
-    return tuple(sources)
+        shares = " + ".join(f"{s.fraction:g}" for s in sources)
+        raise ToolkitError(f"{where}: data.sources: fractions must sum to 1, found {shares} = {total:g}")
+    return sources
 
 
-def _rescale(sources: list[Source], reasoning: float, where: str) -> list[Source]:
+def _rescale(sources: tuple[Source, ...], reasoning: float, where: str) -> tuple[Source, ...]:
     """`data.reasoning=x`: thinking sources share x, the others 1 - x, in their old proportions."""
     if any(s.mode == "auto" for s in sources):
         raise ToolkitError(f"{where}: data.reasoning needs every source's `mode` to be thinking or non_thinking")
-    # x of the whole for thinking sources together: each keeps its part of that
     factors = {}
     for mode, share in (("thinking", reasoning), ("non_thinking", 1.0 - reasoning)):
         total = sum(s.fraction or 0.0 for s in sources if s.mode == mode)
@@ -630,7 +618,7 @@ def _rescale(sources: list[Source], reasoning: float, where: str) -> list[Source
                 f"{where}: data.reasoning={reasoning}: no source with mode {mode} and a fraction above 0"
             )
         factors[mode] = share / total if total else 0.0
-    return [dataclasses.replace(s, fraction=(s.fraction or 0.0) * factors[s.mode]) for s in sources]
+    return tuple(dataclasses.replace(s, fraction=(s.fraction or 0.0) * factors[s.mode]) for s in sources)
 
 
 TAKEN_BY = {
@@ -641,7 +629,7 @@ TAKEN_BY = {
 
 
 @functools.cache
-def passthrough(section: type) -> list[str]:
+def passthrough(section: type) -> set[str]:
     """Names of a section's further keys: arguments of the function, or fields of the class, that they go to.
 
     Read from the installed source, since importing it takes seconds. Empty for closed sections.
@@ -650,11 +638,11 @@ def passthrough(section: type) -> list[str]:
     for package, file, name in TAKEN_BY.get(section, ()):
         spec = importlib.util.find_spec(package)
         if spec is None:
-            raise ToolkitError(f"{package} is not installed: run `make setup` or `python -m toolkit setup`")
+            raise ToolkitError(f"{package} is not installed: run `python -m toolkit setup`")
         source = (Path(str(spec.origin)).parent / file).read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ClassDef) and node.name == name:
                 names |= {ast.unparse(field.target) for field in node.body if isinstance(field, ast.AnnAssign)}
             if isinstance(node, ast.FunctionDef) and node.name == name:
-                names |= {argument.arg for argument in node.args.args + node.args.kwonlyargs}
-    return sorted(names - {"model"})
+                names |= {child.arg for child in ast.walk(node.args) if isinstance(child, ast.arg)}
+    return names - {"model"}
