@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.pocket_run import make_run
 from toolkit import __main__ as cli
-from toolkit.files import ROOT, read_json
+from toolkit.files import ROOT, outputs, read_json
 
 PROBE = """
 import signal, sys, time
@@ -32,9 +32,8 @@ def parsed(line: str):
     return args, overrides
 
 
-def start(body: str, outputs, run: str = "") -> subprocess.Popen:
-    environment = os.environ | {"TOOLKIT_OUTPUTS": str(outputs)}
-    environment.pop("TOOLKIT_DEBUG", None)
+def start(body: str, run: str = "") -> subprocess.Popen:
+    environment = {name: value for name, value in os.environ.items() if name != "TOOLKIT_DEBUG"}
     return subprocess.Popen([sys.executable, "-c", PROBE.format(body=body), run], env=environment, cwd=ROOT, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
@@ -47,8 +46,7 @@ def start(body: str, outputs, run: str = "") -> subprocess.Popen:
         ("train --fresh train.max_steps=2", {"recipe": None, "fresh": True}, ["train.max_steps=2"]),
         ("train train.max_steps=2 pocket", {"recipe": "pocket"}, ["train.max_steps=2"]),
         ("mix pocket --show 2 data.budget=8", {"recipe": "pocket", "show": 2}, ["data.budget=8"]),
-        ("replay pocket --prompts a=b.jsonl data.seed=1", {"prompts": "a=b.jsonl"}, ["data.seed=1"]),
-        ("replay pocket --prompts data.seed=1 data.seed=1", {"prompts": "data.seed=1"}, ["data.seed=1"]),
+        ("replay pocket --prompts=a=b.jsonl data.seed=1", {"prompts": "a=b.jsonl"}, ["data.seed=1"]),
         ("fit --vram 8 lora.r=8", {"recipe": "hybrid", "vram": 8}, ["lora.r=8"]),
     ],
 )
@@ -75,11 +73,10 @@ def test_every_verb_says_what_it_does():
         ("compare nowhere", "nowhere: no such run in {outputs}. Known: tuned"),
     ],
 )
-def test_a_mistyped_name_is_an_error_with_a_suggestion(line, said, capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
-    make_run(tmp_path / "tuned")
+def test_a_mistyped_name_is_an_error_with_a_suggestion(line, said, capsys):
+    make_run(outputs() / "tuned")
     assert cli.main(line.split()) == 2
-    assert said.format(outputs=tmp_path) in capsys.readouterr().err
+    assert said.format(outputs=outputs()) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -108,8 +105,7 @@ def test_an_option_without_an_effect_is_refused(line, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_the_command_that_mix_names_next_can_be_pasted_into_a_shell(capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
+def test_the_command_that_mix_names_next_can_be_pasted_into_a_shell(capsys):
     words = ["pocket", "data.budget=3000", "evaluate.prompts=[What's new]"]
     assert cli.main(["mix", *words]) == 0
     found = capsys.readouterr().out.split("next:")[1].splitlines()[0]
@@ -126,8 +122,8 @@ def test_a_model_of_fit_s_advice_replaces_the_one_of_its_option(capsys):
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_signals_end_a_verb_in_order_and_say_how_to_resume(name, tmp_path):
-    process = start("try: time.sleep(60)\n    finally: print('closed', flush=True)", tmp_path)
+def test_signals_end_a_verb_in_order_and_say_how_to_resume(name):
+    process = start("try: time.sleep(60)\n    finally: print('closed', flush=True)")
     assert process.stdout.readline() == "started\n"
     time.sleep(0.1)
     process.send_signal(getattr(signal, name))
@@ -137,29 +133,29 @@ def test_signals_end_a_verb_in_order_and_say_how_to_resume(name, tmp_path):
     assert process.returncode == 128 + getattr(signal, name)
 
 
-def test_an_unexpected_exception_ends_with_one_line_and_its_traceback_is_in_the_log(tmp_path):
-    process = start("1 / 0", tmp_path)
+def test_an_unexpected_exception_ends_with_one_line_and_its_traceback_is_in_the_log():
+    process = start("1 / 0")
     _, err = process.communicate(timeout=20)
     assert process.returncode == 1
     assert "Traceback" not in err
     assert err.splitlines()[0] == "error: ZeroDivisionError: division by zero"
-    assert f"the traceback is in {tmp_path / 'toolkit.log'}. Run the same command again to resume." in err
+    assert f"the traceback is in {outputs() / 'toolkit.log'}. Run the same command again to resume." in err
     assert (
-        "1 / 0" in (tmp_path / "toolkit.log").read_text()
-        or "ZeroDivisionError" in (tmp_path / "toolkit.log").read_text()
+        "1 / 0" in (outputs() / "toolkit.log").read_text()
+        or "ZeroDivisionError" in (outputs() / "toolkit.log").read_text()
     )
 
 
-def test_the_log_of_a_run_is_in_its_folder(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "recipe.yaml").touch()
-    process = start("1 / 0", tmp_path, "mine")
-    assert str(tmp_path / "mine" / "run.log") in process.communicate(timeout=20)[1]
-    assert "ZeroDivisionError" in (tmp_path / "mine" / "run.log").read_text()
+def test_the_log_of_a_run_is_in_its_folder():
+    (outputs() / "mine").mkdir(parents=True)
+    (outputs() / "mine" / "recipe.yaml").touch()
+    process = start("1 / 0", "mine")
+    assert str(outputs() / "mine" / "run.log") in process.communicate(timeout=20)[1]
+    assert "ZeroDivisionError" in (outputs() / "mine" / "run.log").read_text()
 
 
-def test_a_closed_pipe_is_no_error(tmp_path):
-    process = start("for _ in range(100000): print('x' * 100)", tmp_path)
+def test_a_closed_pipe_is_no_error():
+    process = start("for _ in range(100000): print('x' * 100)")
     process.stdout.readline()
     process.stdout.close()
     assert process.wait(timeout=20) == 0
@@ -180,8 +176,8 @@ def test_an_override_after_export_s_quantizations_is_no_quantization(tmp_path, c
         "import threading; threading.Thread(target=time.sleep, args=(60,)).start(); time.sleep(60)",
     ],
 )
-def test_a_second_interrupt_ends_at_once_without_a_traceback(body, tmp_path):
-    process = start(body, tmp_path)
+def test_a_second_interrupt_ends_at_once_without_a_traceback(body):
+    process = start(body)
     assert process.stdout.readline() == "started\n"
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
@@ -192,10 +188,8 @@ def test_a_second_interrupt_ends_at_once_without_a_traceback(body, tmp_path):
     assert process.returncode == 130
 
 
-def test_an_interrupt_that_a_library_turns_into_its_own_error_is_no_bug(tmp_path):
-    process = start(
-        "try: time.sleep(60)\n    except BaseException: raise ImportError('partially initialized module')", tmp_path
-    )
+def test_an_interrupt_that_a_library_turns_into_its_own_error_is_no_bug():
+    process = start("try: time.sleep(60)\n    except BaseException: raise ImportError('partially initialized module')")
     process.stdout.readline()
     time.sleep(0.3)
     process.send_signal(signal.SIGINT)
@@ -208,9 +202,8 @@ WITHOUT_PACKAGES = [sys.executable, "-S", "-m", "toolkit"]
 """Python that finds no installed package at all."""
 
 
-def test_doctor_works_without_any_package_and_names_setup(tmp_path):
-    environment = os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path)}
-    done = subprocess.run([*WITHOUT_PACKAGES, "doctor"], env=environment, cwd=ROOT, capture_output=True, text=True)
+def test_doctor_works_without_any_package_and_names_setup():
+    done = subprocess.run([*WITHOUT_PACKAGES, "doctor"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "missing" in done.stdout
@@ -219,10 +212,9 @@ def test_doctor_works_without_any_package_and_names_setup(tmp_path):
 
 
 @pytest.mark.parametrize("package", ["yaml", "numpy", "requests", "torch", "rich"])
-def test_doctor_works_where_one_package_is_missing(package, tmp_path):
+def test_doctor_works_where_one_package_is_missing(package):
     code = f"import sys; sys.modules[{package!r}] = None; from toolkit.__main__ import main; sys.exit(main(['doctor']))"
-    environment = os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")
     assert f"{package} missing" in done.stdout
     assert "python -m toolkit setup" in done.stdout
@@ -233,9 +225,8 @@ def test_doctor_works_where_one_package_is_missing(package, tmp_path):
     ["train pocket", "mix pocket", "fit", "evaluate x", "compare", "export x", "verify x", "chat x", "serve x", "sweep",
      "generate x a b", "diff a b", "reproduce x", "replay", "list", "doctor --gpu", "init x.jsonl"],
 )  # fmt: skip
-def test_every_verb_names_setup_where_packages_are_missing(line, tmp_path):
-    environment = os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path)}
-    done = subprocess.run([*WITHOUT_PACKAGES, *line.split()], env=environment, cwd=ROOT, capture_output=True, text=True)
+def test_every_verb_names_setup_where_packages_are_missing(line):
+    done = subprocess.run([*WITHOUT_PACKAGES, *line.split()], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert "is not installed: run `python -m toolkit setup`" in done.stderr
     assert "bug" not in done.stderr
@@ -254,10 +245,10 @@ sys.exit(cli.main(sys.argv[1:]))
 
 def test_the_log_holds_neither_keys_nor_the_home_folder(tmp_path):
     home = tmp_path / "home"
-    environment = os.environ | {"TOOLKIT_OUTPUTS": str(tmp_path), "HOME": str(home)}
+    environment = os.environ | {"HOME": str(home)}
     words = [sys.executable, "-c", FAILS, "probe", str(home / "mine"), "--api-key", "sesame"]
     subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True)
-    log = (tmp_path / "toolkit.log").read_text()
+    log = (outputs() / "toolkit.log").read_text()
     assert "FileNotFoundError" in log
     assert "~/mine --api-key …" in log
     assert str(home) not in log
@@ -290,11 +281,10 @@ def as_json(line: str, capsys) -> tuple[int, dict]:
     return code, json.loads(out)
 
 
-def test_mix_and_fit_give_one_json_object(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
+def test_mix_and_fit_give_one_json_object(capsys):
     code, mixed = as_json("mix pocket data.budget=3000 --json", capsys)
     assert code == 0
-    assert mixed["achieved"] == read_json(next((tmp_path / ".mixes").glob("*/mix.json")))["achieved"]
+    assert mixed["achieved"] == read_json(next((outputs() / ".mixes").glob("*/mix.json")))["achieved"]
     code, planned = as_json("mix pocket --dry-run --json", capsys)
     assert set(planned) == {"unit", "budget", "sources"}
     code, forecast = as_json("fit pocket --vram 8 --json", capsys)
@@ -307,12 +297,11 @@ def test_an_error_keeps_stdout_empty_under_json(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_list_names_runs_with_their_state_and_recipes_with_their_purpose(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
-    make_run(tmp_path / "tuned")
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "recipe.yaml").write_text("name: broken")
-    (tmp_path / "broken" / "manifest.json").write_text("{")
+def test_list_names_runs_with_their_state_and_recipes_with_their_purpose(capsys):
+    make_run(outputs() / "tuned")
+    (outputs() / "broken").mkdir()
+    (outputs() / "broken" / "recipe.yaml").write_text("name: broken")
+    (outputs() / "broken" / "manifest.json").write_text("{")
     assert cli.main(["list"]) == 0
     out = capsys.readouterr().out
     assert "tuned" in out

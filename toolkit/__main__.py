@@ -6,7 +6,6 @@ python -m toolkit --help     (then `python -m toolkit train hybrid train.max_ste
 import argparse
 import contextlib
 import functools
-import itertools
 import json
 import re
 import sys
@@ -23,9 +22,10 @@ if TYPE_CHECKING:
     from toolkit.recipe import Recipe
 
 Argument = tuple[tuple[str, ...], dict[str, Any]]
-VERBS: dict[str, tuple[Callable[..., "Outcome | int | None"], tuple[Argument, ...]]] = {}
+VERBS: dict[str, tuple[Callable[..., Any], tuple[Argument, ...]]] = {}
 """Verb → (function, its `arg`s), in the order in which `--help` lists them."""
 OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+SOURCE_KEYS = re.compile(r"data\.sources\.\d+\.")
 
 
 class Outcome(NamedTuple):
@@ -64,15 +64,16 @@ def run_verb(words: list[str], options: argparse.Namespace) -> int:
         raise ToolkitError(f"{words[0]}: no such verb{did_you_mean(words[0], VERBS)}")
     words, overrides = take_overrides(words)
     values = vars(parser().parse_args(words, options))
-    if "overrides" in values:
-        values["overrides"] += overrides
-    name, as_json = values.pop("verb"), values.pop("json", False)
+    name = values.pop("verb")
+    as_json = values.pop("json", False)
     if values.pop("trust_remote_code", False):
         from toolkit import recipe
 
         recipe.allow_remote_code()
         # written into the run, whose other verbs then ask for the flag again
-        values.get("overrides", []).append("model.trust_remote_code=true")
+        overrides.append("model.trust_remote_code=true")
+    if "overrides" in values:
+        values["overrides"] += overrides
     # under --json what people read goes to stderr, and stdout holds the answer alone
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         if name not in ("setup", "doctor", "list"):
@@ -81,11 +82,9 @@ def run_verb(words: list[str], options: argparse.Namespace) -> int:
             # before torch is imported, which numbers the cards once
             doctor.use_largest_card(print)
         outcome = VERBS[name][0](**values)
-    if not isinstance(outcome, Outcome):
-        return outcome or 0
     if as_json:
         print(json.dumps(finite(outcome.value), ensure_ascii=False, default=str))
-    return outcome.code
+    return outcome.code if isinstance(outcome, Outcome) else outcome or 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -103,23 +102,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
-    """(other words, overrides): takes `key=value` words out, so that no option with several values swallows them.
-
-    A word after an option with exactly one value is that value (`--prompts a=b.jsonl`).
-    """
-    known = {flags[0]: options for flags, options in VERBS[words[0]][1]} if words[0] in VERBS else {}
-    if "overrides" not in known:
+    """(other words, overrides): takes `key=value` words out, so that no option with several values swallows them."""
+    if words[0] not in VERBS or OVERRIDES not in VERBS[words[0]][1]:
         return words, []
-    takes_one = {
-        flag for flag, options in known.items() if flag.startswith("-") and not {"nargs", "action"} & options.keys()
-    }
-    kept = words[:1]
-    overrides: list[str] = []
-    for before, word in itertools.pairwise(words):
-        is_override = OVERRIDE.match(word) and before not in takes_one
-        target = overrides if is_override else kept
-        target.append(word)
-    return kept, overrides
+    return [w for w in words if not OVERRIDE.match(w)], [w for w in words if OVERRIDE.match(w)]
 
 
 def console() -> "Console":
@@ -127,6 +113,11 @@ def console() -> "Console":
     from toolkit.run import default_console
 
     return default_console()
+
+
+def say(text: str) -> None:
+    """Print a line, or several, as they are."""
+    console().print(text, markup=False)
 
 
 def _recipe(path: str | None, overrides: list[str]) -> "Recipe":
@@ -137,7 +128,7 @@ def _recipe(path: str | None, overrides: list[str]) -> "Recipe":
         from toolkit.machine.doctor import default_recipe
 
         path, why = default_recipe()
-        console().print(f"{path} ({why})")
+        say(f"{path} ({why})")
     return recipe.load(path, overrides)
 
 
@@ -156,12 +147,11 @@ def whole(text: str, least: int = 1) -> int:
     return int(text)
 
 
+OVERRIDES = arg("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=10 data.reasoning=0.5")
 REMOTE = arg("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
-
-
 RECIPE = (
     arg("recipe", nargs="?", help="a YAML file or a name in data_recipes/; default: hybrid on a GPU, else pocket"),
-    arg("overrides", nargs="*", metavar="key=value", help="e.g. train.max_steps=10 data.reasoning=0.5"),
+    OVERRIDES,
     REMOTE,
 )
 JSON = arg("--json", action="store_true", help="one JSON object on stdout, messages on stderr")
@@ -233,15 +223,16 @@ def show_mix(recipe: str | None, overrides: list[str], fresh: bool, dry_run: boo
     from toolkit.machine import choose
     from toolkit.view import labels, tables
 
-    out, loaded = console(), _recipe(recipe, overrides)
+    out = console()
+    loaded = _recipe(recipe, overrides)
     if dry_run:
         planned = mix.plan(loaded.data)
         out.print(tables.plan_table(planned))
         return Outcome({"unit": loaded.data.unit, "budget": loaded.data.budget, "sources": planned})
     loaded = run.resolve(loaded, out)
     # what the reader would type next, with the changes of this command
-    words = ["python", "-m", "toolkit", "train", recipe or loaded.name, *overrides]
-    mixed = run.compile_mix(loaded, out, fresh=fresh, next_command=command_line(words))
+    next_command = command_line(["python", "-m", "toolkit", "train", recipe or loaded.name, *overrides])
+    mixed = run.compile_mix(loaded, out, fresh=fresh, next_command=next_command)
     choose.say_hours(loaded, mixed, out.print)
     if show:
         chat = render.load_chat(loaded.model.model_name, loaded.model.revision)
@@ -250,13 +241,10 @@ def show_mix(recipe: str | None, overrides: list[str], fresh: bool, dry_run: boo
     return Outcome({**mixed.report, "folder": str(mixed.folder)})
 
 
-SOURCE_KEYS = re.compile(r"data\.sources\.\d+\.")
-
-
 @verb(
     "init",
     arg("data", nargs="+", help="data files or folders; rows.csv#500 takes 500 rows"),
-    RECIPE[1],
+    OVERRIDES,
     arg("--model", default="auto", help="a Hub name, a folder, pocket or auto (default)"),
     arg("--name", help="of the run; default: the first file's"),
 )
@@ -267,8 +255,8 @@ def start_recipe(data: list[str], overrides: list[str], model: str, name: str | 
     for word in overrides:
         if not SOURCE_KEYS.match(word):
             raise ToolkitError(f"{word}: `init` takes keys of data.sources only: change others in the file it writes")
-    file = guess.start(data, model, name, overrides, functools.partial(console().print, markup=False))
-    console().print(f"written: {file}\nnext:    python -m toolkit train {file}", markup=False)
+    file = guess.start(data, model, name, overrides, say)
+    say(f"written: {file}\nnext:    python -m toolkit train {file}")
 
 
 @verb("train", *RECIPE, FRESH, DETAILS)
@@ -278,9 +266,8 @@ def train_run(recipe: str | None, overrides: list[str], **options: Any) -> None:
     from toolkit.data import guess
 
     if recipe and guess.is_data(recipe):
-        about_sources = [word for word in overrides if SOURCE_KEYS.match(word)]
-        say = functools.partial(console().print, markup=False)
-        recipe = str(guess.start([recipe], "auto", None, about_sources, say))
+        of_sources = [word for word in overrides if SOURCE_KEYS.match(word)]
+        recipe = str(guess.start([recipe], "auto", None, of_sources, say))
     run.train(_recipe(recipe, overrides), console(), **options)
 
 
@@ -316,7 +303,8 @@ def evaluate_run(
 @verb(
     "fit",
     arg("recipe", nargs="?", default="hybrid", help="default: hybrid"),
-    *RECIPE[1:],
+    OVERRIDES,
+    REMOTE,
     arg("--model", help="instead of the recipe's, e.g. unsloth/Qwen3-8B-unsloth-bnb-4bit"),
     arg("--vram", type=float, default=0, metavar="GB", help="a card's size; default: the one here, else 8"),
     arg("--card", metavar="NAME", help='a card by its name, for hours too: "RTX 3060", T4 …'),
@@ -339,7 +327,8 @@ def forecast_memory(
 @verb(
     "sweep",
     arg("recipe", nargs="?", default="data_recipes/sweep_pocket.yaml", help="default: sweep_pocket"),
-    *RECIPE[1:],
+    OVERRIDES,
+    REMOTE,
     arg("--reasoning", "--shares", dest="shares", nargs="+", type=float, metavar="SHARE", help="default: 0 0.25 0.5 0.75 1"),
     arg("--of", default="reasoning", metavar="SOURCE", help="whose share; default: all thinking sources together"),
     arg("--over", nargs="+", default=(), metavar=("KEY", "VALUE"), help="instead of shares: values of a recipe key"),
@@ -526,7 +515,7 @@ def list_runs_and_recipes() -> Outcome:
 
     from toolkit.view import listing
 
-    console().print("\n".join(listing.lines()), markup=False)
+    say("\n".join(listing.lines()))
     return Outcome({"runs": listing.runs(), "recipes": listing.recipes()})
 
 
