@@ -202,10 +202,11 @@ class Seeds(TypedDict):
     train: int  # initializes the adapter and shuffles epochs
 
 
-class Manifest(TypedDict):
+class RunStart(TypedDict):
+    """What it would take to repeat a run; written when it begins."""
+
     recipe_sha256: str  # of the resolved recipe
     versions: dict[str, str]  # {package: version}, Python included
-    earlier_versions: NotRequired[dict[str, str]]  # those that differed when the run began
     gpu: Gpu | None  # null on a CPU
     model: ModelRecord  # the base
     data: dict[str, str]  # {source or questions/NAME: SHA-256 of its data}
@@ -214,30 +215,36 @@ class Manifest(TypedDict):
     commit: str | None  # the toolkit's git commit, with + where files differ from it; null in an installed copy
     started: str  # when the run first began, UTC
     state: Literal["running", "stopped", "finished"]  # running, too, after a kill that left no time to write
-    stopped: NotRequired[str]  # why it stopped, where it did
-    batch: NotRequired[dict[str, int]]  # batch size and accumulation as used, which may be smaller than the recipe's
-    processes: NotRequired[int]  # how many trained together
-    packing: NotRequired[bool]  # whether rows were packed
-    padding_free: NotRequired[bool]  # whether rows of a batch were joined without padding
-    resumed_at: NotRequired[int]  # the step at which the last process took up the training; 0: at its beginning
-    skipped_steps: NotRequired[int]  # steps whose fp16 gradients overflowed
-    peak_memory_bytes: NotRequired[int]  # reserved on the card at the peak, or resident on a CPU
-    train_seconds: NotRequired[float]  # steps alone
-    evaluation_seconds: NotRequired[float]  # validation during training
-    seconds: NotRequired[float]  # everything, over all resumes
-    tokens: NotRequired[int]  # trained on
-    supervised_tokens: NotRequired[int]  # those of them that the loss counted
-    tokens_per_second: NotRequired[float]  # over train_seconds
-    supervised_tokens_per_second: NotRequired[float]  # over train_seconds
-    peak_memory_gib: NotRequired[float]  # peak_memory_bytes in GiB
-    train_loss: NotRequired[float]  # mean over all steps
-    steps: NotRequired[int]  # optimizer steps done
-    best_step: NotRequired[int | None]  # the step with the lowest validation loss; null without validation
-    adapter_step: NotRequired[int]  # the step whose weights are the adapter
-    adapter: NotRequired[dict[str, str]]  # {file of adapter/: SHA-256}
-    finished: NotRequired[str]  # when it ended, UTC
-    fit: NotRequired[MemoryComparison]  # the memory forecast against what was measured, on a card
-    time: NotRequired[TimeComparison]  # the forecast of hours against what was measured
+
+
+class Manifest(RunStart, total=False):
+    """The keys of RunStart, and what came of the training, most of it once that has ended."""
+
+    earlier_versions: dict[str, str]  # those that differed when the run began
+    stopped: str  # why it stopped, where it did
+    batch: dict[str, int]  # batch size and accumulation as used, which may be smaller than the recipe's
+    processes: int  # how many trained together
+    packing: bool  # whether rows were packed
+    padding_free: bool  # whether rows of a batch were joined without padding
+    resumed_at: int  # the step at which the last process took up the training; 0: at its beginning
+    skipped_steps: int  # steps whose fp16 gradients overflowed
+    peak_memory_bytes: int  # reserved on the card at the peak, or resident on a CPU
+    train_seconds: float  # steps alone
+    evaluation_seconds: float  # validation during training
+    seconds: float  # everything, over all resumes
+    tokens: int  # trained on
+    supervised_tokens: int  # those of them that the loss counted
+    tokens_per_second: float  # over train_seconds
+    supervised_tokens_per_second: float  # over train_seconds
+    peak_memory_gib: float  # peak_memory_bytes in GiB
+    train_loss: float  # mean over all steps
+    steps: int  # optimizer steps done
+    best_step: int | None  # the step with the lowest validation loss; null without validation
+    adapter_step: int  # the step whose weights are the adapter
+    adapter: dict[str, str]  # {file of adapter/: SHA-256}
+    finished: str  # when it ended, UTC
+    fit: MemoryComparison  # the memory forecast against what was measured, on a card
+    time: TimeComparison  # the forecast of hours against what was measured
 
 
 # eval.json -----------------------------------------------------------------------------------------------------------
