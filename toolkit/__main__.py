@@ -509,6 +509,20 @@ def answer_prompts(run: Path, prompts: Path, replies: Path, **options: Any) -> N
                     f"{counts.answered} replies, {counts.there} from before, {counts.unfinished} cut short")  # fmt: skip
 
 
+@verb("report", *RUN)
+def write_report(run: Path) -> None:
+    """Write a run's page, report.html, again and open it in the browser."""
+    import webbrowser
+
+    from toolkit.training import model
+    from toolkit.view import page
+
+    file = page.write(model.run_folder(run))
+    console().print(f"{file}", markup=False)
+    if sys.stdout.isatty():  # not where a script asked for it
+        webbrowser.open(file.resolve().as_uri())
+
+
 @verb("list", JSON)
 def list_runs_and_recipes() -> Outcome:
     """The runs in the outputs folder with their state, and the recipes that ship."""

@@ -144,7 +144,7 @@ def already_finished(recipe: Recipe, folder: Path, console: Console, *, score: b
 
 def evaluate(folder: str | Path, console: Console | None = None, *, level: str | None = None, minutes: float | None = None,
              loaded: tuple[Any, Any] | None = None, details: bool = False) -> dict[str, Any]:  # fmt: skip
-    """Score a run against its own base; writes eval.json and the wandb summary, prints the verdict and the next command.
+    """Score a run against its own base; writes eval.json, report.html and the wandb summary, prints verdict and next command.
 
     `details` prints the table of all metrics too; `loaded` is (model, tokenizer) right after training,
     `minutes` the time for replies."""
@@ -152,7 +152,7 @@ def evaluate(folder: str | Path, console: Console | None = None, *, level: str |
     from toolkit.evaluation import measure as evaluation
     from toolkit.evaluation.questions import from_mix, questions_of
     from toolkit.training import model as models
-    from toolkit.view import trained
+    from toolkit.view import page, trained
 
     console = console or default_console()
     console.file = console.file
@@ -184,6 +184,7 @@ def evaluate(folder: str | Path, console: Console | None = None, *, level: str |
         )
         write_json(evaluation_file(folder, result), result)
         write_card(folder)
+        page.write(folder)
         log_evaluation(recipe, folder, console)
     trained.print_result(result, folder, console, details=details)
     return result

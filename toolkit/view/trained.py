@@ -53,7 +53,7 @@ def print_result(result: Evaluation, folder: Path, console: Console, *, details:
         console.print(tables.score_table(result))
     for line in [*words.own_rows_text(result), *result["verdict"]]:
         console.print(line, markup=False)
-    console.print(f"the run: {folder}")
+    console.print(f"the run: {folder} (to read it: report.html)")
     if console.is_jupyter:  # the notebook's next cell is what comes next, and no command line
         return
     # a run that lost something is looked at before it is exported

@@ -1,0 +1,185 @@
+"""A run's own page: report.html in its folder, one file that opens without a network.
+
+from toolkit.view import page; page.write(Path("outputs/pocket"))
+
+Everything on it is read from the run folder; nothing is measured for it. A section whose file is missing is left out.
+"""
+
+import base64
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from toolkit import recipe as recipes
+from toolkit.evaluation import words
+from toolkit.family import mode_title
+from toolkit.files import ToolkitError, read_json, read_jsonl, write_text
+from toolkit.records import Evaluation, Interval, MixReport
+from toolkit.view import figures, tables
+
+PAGE = "report.html"
+ROWS = 10
+"""Training rows that are shown."""
+
+
+class TaughtRow(NamedTuple):
+    """A training row as text: what is only shown to the model, and what the loss counts."""
+
+    heading: str
+    shown: str
+    taught: str
+
+
+class Bar(NamedTuple):
+    """A share of replies with its 95% interval, all in per cent."""
+
+    value: float
+    low: float
+    high: float
+    text: str
+
+
+class ScoreRow(NamedTuple):
+    """A measured share, base and tuned."""
+
+    name: str
+    base: Bar
+    tuned: Bar
+    change: str
+
+
+def write(folder: Path) -> Path:
+    """Write the page of a run and return its file. Raises ToolkitError where the run has no manifest.json."""
+    import jinja2
+
+    loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    # autoescape: rows and replies hold whatever people's data holds
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    write_text(folder / PAGE, environment.get_template(PAGE).render(contents(folder)))
+    return folder / PAGE
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """What the template shows, by section; None or empty where the run has no such file yet."""
+    manifest = read_json(folder / "manifest.json")
+    result = cast("Evaluation | None", optional(folder / "eval.json"))
+    rows, why_no_rows = taught_rows(folder, manifest)
+    return {
+        "name": folder.resolve().name,
+        "manifest": manifest,
+        "colours": figures.source_colours(folder),
+        "rows": rows,
+        "why_no_rows": why_no_rows,
+        "curves": picture(figures.curves(folder)) if figures.logged(folder) else "",
+        "prompts": before_after(folder),
+        "certificate": optional(folder / "certificate.json"),
+        "dial": dial_rows(folder),
+        "mode_title": mode_title,
+        **mix_section(folder),
+        **evaluation_section(result),
+    }
+
+
+def optional(file: Path) -> dict[str, Any] | None:
+    """A JSON file's content, None where there is none."""
+    return read_json(file) if file.is_file() else None
+
+
+def mix_section(folder: Path) -> dict[str, Any]:
+    """What the run was trained on: a sentence, the report itself and its notes."""
+    report = cast("MixReport | None", optional(folder / "mix.json"))
+    if report is None:
+        return {"mix": None}
+    return {"mix": report, "mix_verdict": tables.verdict(report), "mix_notes": tables.notes(report)}
+
+
+def evaluation_section(result: Evaluation | None) -> dict[str, Any]:
+    """What the run gained and kept: the verdict, shares with intervals, every metric, own rows."""
+    if result is None:
+        return {"result": None}
+    # a person's rows come in the order of their sources
+    own_rows = sorted(result["own_rows"], key=lambda row: (row["source"], row["mode"]))
+    return {
+        "result": result,
+        "verdict": result["verdict"],
+        "scores": score_bars(result),
+        "metrics": words.score_rows(result),
+        "own_rows": own_rows,
+    }
+
+
+def score_bars(result: Evaluation) -> list[ScoreRow]:
+    """Accuracy of every question set, then how often replies keep to their mode."""
+    keys = words.judged_questions(result)
+    for mode in result["modes"]:
+        if "adherence" in result["difference"].get(mode, {}):
+            keys.append((words.title(mode, "adherence", result["modes"]), mode, "adherence"))
+    rows = []
+    for name, section, metric in keys:
+        base, tuned = (bar(metric, result[model][section][metric]) for model in ("base", "tuned"))
+        if base and tuned:
+            rows.append(ScoreRow(name, base, tuned, words.show(metric, result["difference"][section][metric], "+", "")))
+    return rows
+
+
+def bar(metric: str, share: Interval) -> Bar | None:
+    """None where nothing could be measured."""
+    if share["value"] is None:
+        return None
+    value, low, high = (100 * (share[key] or 0.0) for key in ("value", "low", "high"))
+    return Bar(value, low, high, words.show(metric, share))
+
+
+def taught_rows(folder: Path, manifest: dict[str, Any]) -> tuple[list[TaughtRow], str]:
+    """(the first training rows of every source and mode, why there are none)."""
+    from toolkit.data import mix
+    from toolkit.data.chat import load_chat
+
+    try:
+        mixed = mix.of_run(recipes.of_run(folder), manifest)
+        chat = load_chat(manifest["model"]["name"])
+    except ToolkitError as error:  # the data or the model are not on this machine any more
+        return [], str(error)
+    kinds = {(row.source, row.mode) for row in mixed.train}
+    of_each = max(1, ROWS // max(1, len(kinds)))
+    rows = []
+    for source, mode in sorted(kinds):
+        same = [row for row in mixed.train if (row.source, row.mode) == (source, mode)]
+        for row in same[:of_each]:
+            size = f"{len(row.ids)} tokens, {row.size('supervised_tokens')} supervised"
+            heading = f"{source} · row {row.number} · {mode_title(mode)} · {size}"
+            shown = chat.decode(row.ids[: row.prompt_length])
+            rows.append(TaughtRow(heading, shown, chat.decode(row.ids[row.prompt_length :])))
+    return rows, ""
+
+
+def before_after(folder: Path) -> list[dict[str, Any]]:
+    """The recipe's fixed prompts with the replies before and after training: [{prompt, mode, before, after}]."""
+    file = folder / "samples.jsonl"
+    replies: dict[tuple[str, str], dict[str, Any]] = {}
+    for line in read_jsonl(file) if file.is_file() else []:
+        key = (line["prompt"], line["mode"])
+        replies[key] = replies.get(key, {}) | {line["when"]: line}
+    return [{"prompt": prompt, "mode": mode, **pair} for (prompt, mode), pair in replies.items() if "after" in pair]
+
+
+def dial_rows(folder: Path) -> list[dict[str, str]]:
+    """A row for each scale that was measured: what it answers and how far it is from the base."""
+    measured = (optional(folder / "dial.json") or {}).get("results", {})
+    best: dict[float, Evaluation] = {}
+    for key, result in measured.items():
+        level, scale = key.split()
+        if level != "fast" or float(scale) not in best:  # replies say more than fast evidence
+            best[float(scale)] = result
+    rows = []
+    for scale, result in sorted(best.items()):
+        row = {"scale": f"{scale:g}"}
+        for name, section, metric in words.judged_questions(result):
+            row[name] = words.show(metric, result["tuned"][section][metric])
+        row["KL"] = words.show("kl", result["tuned"]["forgetting"].get("kl"))
+        rows.append(row)
+    return rows
+
+
+def picture(figure: Any) -> str:
+    """A figure as the address of an image that is part of the page."""
+    return "data:image/png;base64," + base64.b64encode(figures.png(figure)).decode()
