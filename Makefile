@@ -6,7 +6,7 @@ RUN ?= pocket
 ARGS ?=
 
 .PHONY: help setup lock train test test-slow init mix fit evaluate sweep compare dial diff reproduce replay export verify chat \
-	serve generate list doctor bench bench-mix faults notebooks docs lab
+	serve generate report list doctor bench bench-mix faults notebooks docs lab
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -79,6 +79,9 @@ serve: setup  ## API and chat page on 127.0.0.1:8000; RUN=name
 
 generate: setup  ## answer a file of prompts; ARGS="in.jsonl out.jsonl"
 	@$(PY) -m toolkit generate $(RUN) $(ARGS)
+
+report: setup  ## a run's page again; RUN=name
+	@$(PY) -m toolkit report $(RUN) $(ARGS)
 
 list: setup  ## runs with their state, and recipes
 	@$(PY) -m toolkit list $(ARGS)

@@ -47,7 +47,7 @@ def run(tmp_path_factory):
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOOLKIT_OUTPUTS", str(folder / "outputs"))
-        changes = ["data.sources.0.fraction=0.5", f"data.sources.1.path={data}", "data.sources.1.format=messages",
+        changes = [f"data.sources.1.path={data}", "data.sources.1.format=messages",
                    "data.sources.1.max_repeats=9", "evaluate.level=fast"]  # fmt: skip
         yield trained("paged", *changes, score=True)[0]
 
@@ -88,7 +88,11 @@ def test_the_dial_and_a_certificate_are_on_the_page(run, tmp_path):
     result = json.loads((run / "eval.json").read_text())
     (copy / "dial.json").write_text(json.dumps({"results": {"fast 0.5": result, "fast 1": result}}))
     check = {"name": "kl", "passed": False, "value": 0.5, "limit": 0.1, "rule": "at most"}
-    certificate = {"passed": False, "checks": [check], "files": {"gguf/a.gguf": {"sha256": "f" * 64, "bytes": 2_000_000}}}
+    certificate = {
+        "passed": False,
+        "checks": [check],
+        "files": {"gguf/a.gguf": {"sha256": "f" * 64, "bytes": 2_000_000}},
+    }
     (copy / "certificate.json").write_text(json.dumps(certificate))
     read = Page(page.write(copy))
     kl = result["tuned"]["forgetting"]["kl"]["value"]
