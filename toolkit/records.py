@@ -18,6 +18,7 @@ Shares = dict[str, float]
 """{source or mode: its share, 0 to 1}."""
 Json = Any
 """A value of a JSON file whose shape the toolkit does not know: a raw row, the arguments of a call, a tool's schema."""
+JsonObject = dict[str, Json]
 
 
 # A conversation ------------------------------------------------------------------------------------------------------
@@ -25,7 +26,7 @@ Json = Any
 
 class FunctionCall(TypedDict):
     name: str  # the tool that the model calls
-    arguments: dict[str, Json]  # as an object, never as text
+    arguments: JsonObject  # as an object, never as text
 
 
 class ToolCall(TypedDict):
@@ -43,7 +44,7 @@ class Message(TypedDict):
 
 class Conversation(TypedDict):
     messages: list[Message]  # an optional system turn, then user and assistant in turns; the last is the assistant's
-    tools: NotRequired[list[dict[str, Json]]]  # schemas of the tools that the template shows, in OpenAI's form
+    tools: NotRequired[list[JsonObject]]  # schemas of the tools that the template shows, in OpenAI's form
     expected_answer: NotRequired[str]  # what a right answer comes to; evaluation can ask a held-out row that has one
 
 

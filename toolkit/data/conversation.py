@@ -29,13 +29,15 @@ NEXT = {
 }
 """What may come before → the roles that may follow."""
 
+Fillings = dict[str, str | dict[str, str]]
+"""Placeholder → a text, or one for Chinese rows (zh) and one for others (en)."""
+
 
 @dataclass(frozen=True)
 class Placeholders:
     """What fills {{NAME}} and {{AUTHOR}} in the rows of a source."""
 
-    values: dict[str, str | dict[str, str]]
-    """By name: a text, or one for Chinese rows (zh) and one for others (en)."""
+    values: Fillings
     any_spelling: tuple[str, ...] = ()
     """Names that are filled in every spelling, {{name}} and {{ Name }} too; the source says so of itself."""
 

@@ -7,14 +7,14 @@ import functools
 import math
 from dataclasses import dataclass
 
-from toolkit.data.conversation import Placeholders, checked
-from toolkit.data.keys import is_empty, is_setting, is_trained, meaning, yes_or_no
+from toolkit.data.conversation import Fillings, Placeholders, checked
+from toolkit.data.keys import is_setting, is_trained, meaning, yes_or_no
 from toolkit.data.messages import Notes, field_of, read_notes, read_turns
 from toolkit.data.readers import Rejected
-from toolkit.data.tools import check_calls, read_schema
+from toolkit.data.tools import check_calls
 from toolkit.family import THINK_OPEN
 from toolkit.files import ToolkitError, did_you_mean
-from toolkit.records import Conversation, Json, Message
+from toolkit.records import Conversation, Json, JsonObject, Message
 
 FORMATS = {
     "alpaca": {"user": "instruction", "assistant": "output", "input": "input"},
@@ -32,8 +32,10 @@ FORMATS = {
 """Column names by what they hold. A format is recognised by its columns, `input` apart."""
 POORER = ("question", "chosen", "preference_question", "preference_alpaca", "preference")
 """Formats that give way to others that fit too: an openmath row holds a question as well."""
+TEXTS = ("reasoning", "system", "tools")
+"""What is read beside the turns."""
 SHARED = {"history": "history", "expected_answer": "expected_answer"}
-COLUMN_KEYS = ("user", "assistant", "input", "messages", "reasoning", "system", "history", "tools", "expected_answer")
+COLUMN_KEYS = "user assistant input messages reasoning system history tools expected_answer".split()
 LIKELY = {
     "user": "question instruction prompt query problem input user human 问题 提问 指令 输入 質問 질문 frage pregunta pergunta вопрос",
     "assistant": (
@@ -60,28 +62,28 @@ class RowReader:
     """The system prompt of rows that have none."""
 
     @functools.cached_property
-    def columns(self) -> frozenset[str]:
-        """The columns that hold what is read."""
-        return frozenset(self.names.values())
+    def kinds(self) -> dict[str, str]:
+        """Column → what it holds: "text" is read here, the others by `read_notes`."""
+        return {column: name if name in TEXTS else "text" for name, column in self.names.items()}
 
-    def read(self, row: dict[str, Json]) -> tuple[Conversation, list[str]]:
+    def read(self, row: JsonObject) -> tuple[Conversation, list[str]]:
         """A row's conversation, and the keys of row and turns that nothing read: "row label", "turn loss".
 
         Raises Rejected with the reason and the field or turn."""
         # what is beside the text comes first: a row that its set calls bad needs no further reading
-        notes = read_notes(row, self.columns, "", self.named_only)
-        self._check_marks(notes)
+        notes = read_notes(row, self.kinds, "", self.named_only)
+        if notes.bad:
+            raise Rejected("marked_bad", f"{notes.bad}: preference data mark this answer as bad; it is not taught")
         turns = self._turns(row)
-        messages, turn_notes = read_turns(turns, self._marks_of_turns(notes, len(turns)))
-        if self.named_only:
-            self._add_named(row, notes)
-        else:  # a column, other than a turn's key, may say how to answer instead
-            notes.reasoning = {key: value for key, value in notes.reasoning.items() if not is_setting(key, value)}
+        messages, turn_notes = read_turns(turns, marks_of_turns(notes, len(turns)))
         add_system(messages, notes.system, self.system)
-        notes.not_read += add_reasoning(messages, notes.reasoning, "messages" in self.names)
+        # a column, other than a turn's key, may say how to answer instead
+        reasoning = {key: value for key, value in notes.reasoning.items() if not is_setting(key, value)}
+        notes.not_read += add_reasoning(messages, reasoning, "messages" in self.names)
         conversation: Conversation = {"messages": messages}
-        if tools := without_repeats(notes.tools + turn_notes.tools):
-            conversation["tools"] = tools
+        tools = notes.tools + turn_notes.tools
+        if tools:  # row and turns may each give all
+            conversation["tools"] = [tool for place, tool in enumerate(tools) if tool not in tools[:place]]
         # only now are all tools known: a row may keep them in a column, in its system turn, or in both
         check_calls(messages, tools)
         answer = row.get(self.names.get("expected_answer", ""))
@@ -90,66 +92,34 @@ class RowReader:
         not_read = [f"row {key}" for key in notes.not_read] + [f"turn {key}" for key in turn_notes.not_read]
         return checked(conversation, self.placeholders), not_read
 
-    def _check_marks(self, notes: Notes) -> None:
-        """Raises Rejected for a row that its set calls bad, or leaves out of training."""
-        if notes.bad:
-            raise Rejected("marked_bad", f"{notes.bad}: preference data mark this answer as bad; it is not taught")
-        for key, value in notes.marks.items():
-            # a number such as 0.7 is a statistic of the row, and a list has a mark for each turn
-            if yes_or_no(value) is not None and meaning(key) != "unclear" and not is_trained(key, value, ""):
-                raise Rejected("untrained_row", f"{key!r} is {value}: the row is marked as not to be trained on")
-
-    def _marks_of_turns(self, notes: Notes, count: int) -> list[bool] | None:
-        """A row's own mark for each of its turns, as in loss_mask: [0, 1]. Other numbers (a loss, a weight) are not read."""
-        for key, value in notes.marks.items():
-            marks = field_of({key: value}, key, list) if type(value) is str and "[" in value else value
-            if type(marks) is not list:
-                if yes_or_no(value) is None or meaning(key) == "unclear":
-                    notes.not_read.append(key)
-                continue
-            if len(marks) != count:
-                raise Rejected("unclear_mark", f"{key!r} has {len(marks)} marks for {count} turns")
-            return [is_trained(key, mark, f"turn {number}: ") for number, mark in enumerate(marks, start=1)]
-        return None
-
-    def _turns(self, row: dict[str, Json]) -> list[Json]:
+    def _turns(self, row: JsonObject) -> list[Json]:
         """The turns of a row, as they are kept, or made of its question and answer after the turns of its history."""
         names = self.names
         if "messages" in names:
             turns = field_of(row, names["messages"], list)
             # LLaMA-Factory's preference sets keep the answer that won beside the turns before it
-            is_open = bool(turns) and _speaker(turns[-1]) in ("user", "human")
-            return [*turns, row["chosen"]] if is_open and type(row.get("chosen")) is dict else turns
-        asked, answer = row.get(names["user"]), row.get(names["assistant"])
+            is_open = turns and _is_asked(turns[-1]) and type(row.get("chosen")) is dict
+            return [*turns, row["chosen"]] if is_open else turns
+        question, answer = row.get(names["user"]), row.get(names["assistant"])
         # TRL's conversational prompt and completion; preference sets often repeat the prompt in the answer
-        if type(answer) is list and answer[:1] and _speaker(answer[0]) in ("system", "user", "human"):
+        if type(answer) is list and answer and _is_asked(answer[0]):
             return answer
-        if type(asked) is not list:
+        if type(question) is not list:
             parts = [field_of(row, names["user"]), field_of(row, names.get("input", ""), default="")]
-            asked = [{"role": "user", "content": "\n".join(part for part in parts if part.strip())}]
+            question = [{"role": "user", "content": "\n".join(part for part in parts if part.strip())}]
         if type(answer) is not list:
             answer = [{"role": "assistant", "content": field_of(row, names["assistant"])}]
-        return [*earlier_turns(row, names.get("history", "")), *asked, *answer]
-
-    def _add_named(self, row: dict[str, Json], notes: Notes) -> None:
-        """The columns that the recipe names for what is not a turn."""
-        if "tools" in self.names:
-            notes.tools = read_schema(row.get(self.names["tools"]), "'tools': ")
-        for kind, held in (("system", notes.system), ("reasoning", notes.reasoning)):
-            column = self.names.get(kind)
-            if column and not is_empty(row.get(column)):
-                held[column] = row[column]
+        return [*earlier_turns(row, names.get("history", "")), *question, *answer]
 
 
 def reader_of(format: str, columns: dict[str, str], placeholders: Placeholders, system: str | None = None) -> RowReader:
     """The reader of a source's rows in a format of FORMATS, or by the recipe's own `columns`."""
     named_only = format == "columns"
-    names = columns if named_only else {**SHARED, **FORMATS[format]}
-    return RowReader(names, named_only, placeholders, system)
+    return RowReader(columns if named_only else SHARED | FORMATS[format], named_only, placeholders, system)
 
 
 def canonical(
-    row: dict[str, Json], format: str, columns: dict[str, str], placeholders: dict, system: str | None = None
+    row: JsonObject, format: str, columns: dict[str, str], placeholders: Fillings, system: str | None = None
 ) -> Conversation:
     """One raw row as {"messages": […], "tools": […] if any, "expected_answer": "…" if any}.
 
@@ -159,36 +129,52 @@ def canonical(
     return reader_of(format, columns, Placeholders(placeholders), system).read(row)[0]
 
 
-def add_system(messages: list[Message], columns: dict[str, Json], default: str | None) -> None:
+def marks_of_turns(notes: Notes, count: int) -> list[bool] | None:
+    """A row's own mark for each of its turns, as in loss_mask: [0, 1]. Other numbers (a loss, a weight) are not read.
+
+    Raises Rejected for a row that is marked as a whole."""
+    for key, value in notes.marks.items():
+        marks = field_of({key: value}, key, list) if type(value) is str and "[" in value else value
+        if type(marks) is list and len(marks) == count:
+            return [is_trained(key, mark, f"turn {number}: ") for number, mark in enumerate(marks, start=1)]
+        if type(marks) is list:
+            raise Rejected("unclear_mark", f"{key!r} has {len(marks)} marks for {count} turns")
+        if yes_or_no(value) is None or meaning(key) == "unclear":
+            notes.not_read.append(key)
+        elif not is_trained(key, value, ""):
+            raise Rejected("untrained_row", f"{key!r} is {value}: the row is marked as not to be trained on")
+    return None
+
+
+def add_system(messages: list[Message], columns: JsonObject, default: str | None) -> None:
     """Put a row's system prompt, or else its source's, before the turns. Raises Rejected where a row has two."""
-    if not messages:
-        return
+    has_turn = bool(messages) and messages[0]["role"] == "system"
     texts = [field_of(columns, column) for column in columns]
-    if messages[0]["role"] == "system":
+    if has_turn:
         texts.append(messages[0]["content"])
     # many sets repeat the system turn in a column; two that differ leave nobody to say which one holds
     if len({text.strip() for text in texts}) > 1:
-        raise Rejected(
-            "two_system_prompts", f"a system turn or column says {texts[0][:40]!r}, another {texts[-1][:40]!r}"
-        )
+        raise Rejected("two_system_prompts", f"one is {texts[0][:40]!r}, another {texts[-1][:40]!r}")
     # the source's prompt is a default: it never replaces a row's own
     prompt = texts[0] if texts else default
-    if prompt and messages[0]["role"] != "system":
+    if prompt and messages and not has_turn:
         messages.insert(0, {"role": "system", "content": prompt})
 
 
-def add_reasoning(messages: list[Message], columns: dict[str, Json], listed: bool) -> list[str]:
+def add_reasoning(messages: list[Message], columns: JsonObject, listed: bool) -> list[str]:
     """Give the last turn the reasoning of a column; returns the columns that say something else than what it has.
 
     Where turns are `listed`, the turn's own reasoning goes first."""
+    if not messages or messages[-1]["role"] != "assistant":
+        return [*columns]
+    last = messages[-1]
     ignored = []
-    last = messages[-1] if messages else {"role": "user", "content": ""}
     for column in columns:
         text = field_of(columns, column)
-        own = last.get("reasoning_content") or (last["content"] if THINK_OPEN in last["content"] else "")
-        if last["role"] == "assistant" and not ("reasoning_content" in last or (own and listed)):
+        known = last.get("reasoning_content") or (last["content"] if THINK_OPEN in last["content"] else "")
+        if "reasoning_content" not in last and not (known and listed):
             last["reasoning_content"] = text.strip("\r\n")
-        elif text.strip() not in own:
+        elif text.strip() not in known:
             ignored.append(column)
     return ignored
 
@@ -200,28 +186,18 @@ def expected_answer(value: Json) -> str:
     return field_of({"expected_answer": value}, "expected_answer")
 
 
-def earlier_turns(row: dict[str, Json], column: str) -> list[Json]:
+def earlier_turns(row: JsonObject, column: str) -> list[Json]:
     """The turns of a history, which is kept as [[question, answer], …]."""
     turns: list[Json] = []
     for pair in field_of(row, column, list, default=[]):
         if type(pair) is not list or len(pair) != 2:
             raise Rejected("wrong_type", f"{column!r} holds {pair!r}, expected [question, answer]")
-        question, answer = pair
-        turns += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return turns
 
 
-def without_repeats(tools: list[dict[str, Json]]) -> list[dict[str, Json]]:
-    """Tools, of which a row and its turns may each give all, once each."""
-    kept: list[dict[str, Json]] = []
-    for tool in tools:
-        if tool not in kept:
-            kept.append(tool)
-    return kept
-
-
-def _speaker(turn: Json) -> str:
-    return str(turn.get("role") or turn.get("from")).lower() if type(turn) is dict else ""
+def _is_asked(turn: Json) -> bool:
+    return type(turn) is dict and str(turn.get("role") or turn.get("from")).lower() in ("system", "user", "human")
 
 
 # --- which format a source has ---------------------------------------------------------------------------------------

@@ -52,9 +52,8 @@ SETTING = re.compile(r"[\w/.-]{0,15}")
 """What a key called `reasoning` or `thinking` holds that says how to answer: on, off, high, /no_think."""
 SWITCHES = {"reasoning", "thinking", "think"}
 """Keys of which the value may be such a setting."""
-YES_OR_NO = dict.fromkeys(("true", "yes", "on", "1", "1.0"), True) | dict.fromkeys(
-    ("false", "no", "off", "0", "0.0"), False
-)
+YES = dict.fromkeys("true yes on 1 1.0".split(), True)
+NO = dict.fromkeys("false no off 0 0.0".split(), False)
 CLASSES = ("yes", "no", "on", "off")
 """Values of `label` that are classes of a classification, which say nothing of the answer."""
 
@@ -68,28 +67,26 @@ def meaning(key: str) -> str:
 
 def is_empty(value: Json) -> bool:
     """Whether a value holds nothing: null, blank text, an empty list or object."""
-    return value is None or (type(value) is str and not value.strip()) or (type(value) in (list, dict) and not value)
+    return not value.strip() if type(value) is str else value in (None, [], {})
 
 
 def is_setting(key: str, value: Json) -> bool:
     """Whether a key named like reasoning says how to answer, instead of holding a text."""
-    return key.lower() in SWITCHES and type(value) in (str, bool, int) and bool(SETTING.fullmatch(str(value).strip()))
+    return key.lower() in SWITCHES and bool(SETTING.fullmatch(str(value).strip()))
 
 
 def yes_or_no(value: Json) -> bool | None:
     """A mark as truth, whether it is a truth value, a number or text; None for what is neither yes nor no."""
-    if type(value) is str:
-        return YES_OR_NO.get(value.strip().lower())
-    return bool(value) if type(value) in (bool, int, float) and value in (0, 1) else None
+    return (YES | NO).get(str(value).strip().lower())
 
 
 def is_trained(key: str, value: Json, where: str) -> bool:
     """Whether the loss counts a turn, by one of its marks. Raises Rejected for a mark that can be read in two ways."""
-    # axolotl's train_detail: a mark for each span of the text
-    spans = value if type(value) is list else [{"train": value}]
-    marks = {yes_or_no(span.get("train")) if type(span) is dict else yes_or_no(span) for span in spans}
-    if len(marks) == 1 and None not in marks and meaning(key) != "unclear":
-        return marks.pop() == (meaning(key) == "train")
+    # axolotl's train_detail is a list of spans of the text, each with its mark
+    spans = value if type(value) is list else [value]
+    marks = {yes_or_no(span.get("train") if type(span) is dict else span) for span in spans}
+    if meaning(key) != "unclear" and marks in ({True}, {False}):
+        return marks == {meaning(key) == "train"}
     raise Rejected(
         "unclear_mark",
         f"{where}{key!r} is {str(value)[:60]}: a turn is trained on whole or not at all. Call the key `train` and write "

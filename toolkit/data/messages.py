@@ -3,37 +3,40 @@
 messages, notes = read_turns([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!", "loss": False}])
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from toolkit.data.keys import is_empty, is_good, is_setting, is_trained, meaning, yes_or_no
 from toolkit.data.readers import Rejected, json_type
 from toolkit.data.tools import TAGGED_CALL, TAGGED_RESULT, parsed, read_call, read_calls, read_schema
-from toolkit.records import Json, Message
+from toolkit.records import Json, JsonObject, Message
 
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "bot", "chatgpt", "ai"), "assistant"),
-    **dict.fromkeys(("function_call", "tool_call"), "call"),
-    **dict.fromkeys(("tool", "observation", "tool_response", "function"), "tool"),
+NAMES = {
+    "system": "system developer",
+    "user": "user human",
+    "assistant": "assistant gpt model bot chatgpt ai",
+    "call": "function_call tool_call",
+    "tool": "tool observation tool_response function",
 }
-READ_IN_TURNS = frozenset(("role", "from", "content", "value", "tool_calls", "function_call", "name", "tool_call_id"))
-TEXTS = ("reasoning", "system", "tools")
-TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
+TURN = dict.fromkeys("role from content value tool_calls function_call name tool_call_id".split(), "text")
+"""Keys of a turn that are read as such."""
 REASONING_PARTS = ("reasoning", "thinking", "thought", "reasoning_text", "reasoning_content")
-PART_TEXTS = ("text", "content", "value")
+TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+PART_TEXTS = ("text", "content", "value", "refusal", *REASONING_PARTS)
+"""Where a part of a content keeps its text."""
 
 
 @dataclass
 class Notes:
     """What the keys beside the text say, of a row or of its turns."""
 
-    reasoning: dict[str, Json] = field(default_factory=dict)
+    reasoning: JsonObject = field(default_factory=dict)
     """{key: value} of the keys that hold reasoning."""
-    system: dict[str, Json] = field(default_factory=dict)
+    system: JsonObject = field(default_factory=dict)
     """The same of system prompts."""
-    tools: list[dict[str, Json]] = field(default_factory=list)
-    marks: dict[str, Json] = field(default_factory=dict)
+    tools: list[JsonObject] = field(default_factory=list)
+    marks: JsonObject = field(default_factory=dict)
     """The same of marks that say whether the loss counts something."""
     bad: str = ""
     """The mark by which preference data say that the answer is bad; "" without one."""
@@ -41,28 +44,33 @@ class Notes:
     """Keys that no rule knows."""
 
 
-NOTHING = Notes()
+def read_notes(holder: JsonObject, kinds: Mapping[str, str], where: str, named_only: bool = False) -> Notes:
+    """What the keys of a row or turn say. Raises Rejected for pictures and sound.
 
-
-def read_notes(holder: dict[str, Json], known: frozenset[str], where: str, named_only: bool = False) -> Notes:
-    """What the keys of a row or turn say that are not `known` to hold its text. Raises Rejected for pictures and sound.
-
-    With `named_only` no key is taken for a text, and no number for a mark of preference data."""
+    `kinds` says of some keys what they hold ("text": read elsewhere); with `named_only` no other key is taken for a text, and
+    no number for a mark of preference data."""
     notes = Notes()
     for key, value in holder.items():
-        if key in known or is_empty(value):
+        kind = kinds.get(key) or meaning(key)
+        if kind in ("text", "harmless") or is_empty(value):
             continue
-        is_guess = meaning(key) in TEXTS or (meaning(key) == "good" and type(value) in (int, float))
-        if named_only and is_guess:
-            notes.not_read.append(key)
+        is_number = type(value) in (int, float)
+        if (
+            named_only
+            and key not in kinds
+            and (kind in ("reasoning", "system", "tools") or (kind == "good" and is_number))
+        ):
+            kind = ""
+        if kind == "nested" and type(value) is dict:
+            _note_inner(notes, key, value, where)
         else:
-            _note(notes, key, value, where)
+            _note(notes, kind, key, value, where)
     return notes
 
 
-def _note(notes: Notes, key: str, value: Json, where: str) -> None:
-    """Sort a key that is beside the text by its meaning."""
-    match meaning(key):
+def _note(notes: Notes, kind: str, key: str, value: Json, where: str) -> None:
+    """Sort a key by what it holds."""
+    match kind:
         case "media":
             raise Rejected("not_text", f"{where}{key!r} is not empty: only text is trained on")
         case "tools":
@@ -75,25 +83,20 @@ def _note(notes: Notes, key: str, value: Json, where: str) -> None:
             notes.marks[key] = value
         case "good" | "bad" if is_good(key, value) is False:
             notes.bad = f"{where}{key!r} is {value}"
-        case "nested" if type(value) is dict:
-            _note_nested(notes, key, value, where)
-        case "good" if is_good(key, value) is None:  # the class of a classification
-            notes.not_read.append(key)
-        case "" | "nested":
+        case "good" if is_good(key, value):
+            pass
+        case "good" | "nested" | "":  # a label may be the class of a classification
             notes.not_read.append(key)
 
 
-def _note_nested(notes: Notes, key: str, value: dict[str, Json], where: str) -> None:
+def _note_inner(notes: Notes, key: str, holder: JsonObject, where: str) -> None:
     """Of an object of particulars the marks count; a text in it is nobody's turn."""
-    inner = Notes()
-    for name, item in value.items():
-        if meaning(name) in ("train", "no_train", "good", "bad") and yes_or_no(item) is not None:
-            _note(inner, name, item, f"{where}{key}.")
-        elif not is_empty(item) and meaning(name) != "harmless" and not is_setting(name, item):
-            inner.not_read.append(name)
-    notes.marks |= inner.marks
-    notes.bad = inner.bad or notes.bad
-    notes.not_read += [f"{key}.{name}" for name in inner.not_read]
+    for name, value in holder.items():
+        kind = meaning(name)
+        if kind in ("train", "no_train", "good", "bad") and yes_or_no(value) is not None:
+            _note(notes, kind, name, value, f"{where}{key}.")
+        elif kind != "harmless" and not is_empty(value) and not is_setting(name, value):
+            notes.not_read.append(f"{key}.{name}")
 
 
 def read_turns(turns: list[Json], trained: list[bool] | None = None) -> tuple[list[Message], Notes]:
@@ -109,8 +112,10 @@ def read_turns(turns: list[Json], trained: list[bool] | None = None) -> tuple[li
         if trained and not trained[number - 1] and message["role"] == "assistant":
             message["train"] = False
         if role == "call" and messages and messages[-1]["role"] == "assistant":
-            join(messages[-1], message)
-        elif message["role"] != "system" or message["content"].strip():  # an empty system turn says nothing
+            messages[-1]["tool_calls"] = messages[-1].get("tool_calls", []) + message["tool_calls"]
+            if "train" in message:  # one mark is enough for both
+                messages[-1]["train"] = False
+        elif role != "system" or message["content"].strip():  # an empty system turn says nothing
             messages.append(message)
     return messages, notes
 
@@ -127,28 +132,17 @@ def role_of(turn: Json, number: int) -> str:
     return role
 
 
-def join(message: Message, called: Message) -> None:
-    """A call in a turn of its own belongs to the text before it; one mark is enough for both."""
-    message["tool_calls"] = message.get("tool_calls", []) + called["tool_calls"]
-    if "train" in called:
-        message["train"] = False
-
-
-def read_turn(turn: dict[str, Json], role: Json, where: str, notes: Notes) -> Message:
+def read_turn(turn: JsonObject, role: Json, where: str, notes: Notes) -> Message:
     """One turn as a message; what it says beside its text joins `notes`, which are those of the row."""
     # most turns are a role and a text
-    own = NOTHING
-    if len(turn) > 2:
-        own = read_notes(turn, READ_IN_TURNS, where)
-        notes.tools += own.tools
-        notes.not_read += own.not_read
+    own = read_notes(turn, TURN, where) if len(turn) > 2 else Notes()
+    notes.tools += own.tools
+    notes.not_read += own.not_read
     text, reasoning, calls = read_content(turn, role, where)
     if role not in ("assistant", "call"):
         # Hermes keeps the results of calls in user turns
         result = TAGGED_RESULT.fullmatch(text) if "<tool_response>" in text else None
-        if result:
-            return {"role": "tool", "content": result[1]}
-        return {"role": role, "content": text}
+        return {"role": "tool", "content": result[1]} if result else {"role": role, "content": text}
     for name in own.reasoning:
         reasoning = reasoning or field_of(turn, name, where=where)
     if role == "call":  # the JSON of calls, perhaps after reasoning
@@ -161,15 +155,13 @@ def read_turn(turn: dict[str, Json], role: Json, where: str, notes: Notes) -> Me
     if calls or tagged:
         message["tool_calls"] = [read_call(call, where) for call in calls + tagged]
     # one mark that says no is enough: sets repeat it under several names
-    for key, value in own.marks.items():
-        if not is_trained(key, value, where):
-            message["train"] = False
-    if own.bad:
+    trained = [is_trained(key, value, where) for key, value in own.marks.items()]
+    if own.bad or not all(trained):
         message["train"] = False
     return message
 
 
-def read_content(turn: dict[str, Json], role: str, where: str) -> tuple[str, str, list[Json]]:
+def read_content(turn: JsonObject, role: str, where: str) -> tuple[str, str, list[Json]]:
     """(text, reasoning, calls) of a turn, as far as its content and its fields for calls hold them."""
     calls = field_of(turn, "tool_calls", list, where, default=[])
     legacy = field_of(turn, "function_call", dict, where, default={})
@@ -203,58 +195,49 @@ def read_parts(parts: list[Json], role: str, where: str) -> tuple[str, str, list
         if kind == "call" and role == "assistant":
             calls.append(part)
         elif kind == "text":
-            text += text_of_part(part, (*PART_TEXTS, "refusal"), where)
+            text += text_of_part(part, where)
         # reasoning between two texts cannot be kept in its order by a template that writes it first
         elif kind == "reasoning" and role == "assistant" and not text.strip():
-            thoughts.append(text_of_part(part, (*PART_TEXTS, *REASONING_PARTS), where))
-        elif kind == "reasoning":
-            raise Rejected("reasoning_out_of_place", f"{where}a part of reasoning that no answer follows")
+            thoughts.append(text_of_part(part, where))
         else:
-            raise Rejected("not_text", f"{where}content has a part of type {kind!r}, not text")
+            reason = "reasoning_out_of_place" if kind == "reasoning" else "not_text"
+            raise Rejected(reason, f"{where}content has a part of type {kind!r}, expected text, or reasoning before it")
     return text, "\n".join(thoughts), calls
 
 
 def kind_of_part(part: Json) -> str:
     """text, reasoning or call; for other parts their own type."""
-    if type(part) is str:
-        return "text"
     if type(part) is not dict:
-        return json_type(part)
+        return "text" if type(part) is str else json_type(part)
     kind = part.get("type") or "text"
     if kind in REASONING_PARTS or (kind == "text" and part.get("thought") is True):  # Gemini: thought: true
         return "reasoning"
-    if kind == "tool_use":
-        return "call"
-    return "text" if kind in TEXT_PARTS else str(kind)
+    if kind in TEXT_PARTS:
+        return "text"
+    return "call" if kind == "tool_use" else str(kind)
 
 
-def text_of_part(part: Json, keys: tuple[str, ...], where: str) -> str:
+def text_of_part(part: Json, where: str) -> str:
     """The text of a part, which must hold nothing else: a text part may come with a picture. Raises Rejected."""
     if type(part) is str:
         return part
-    texts = [part[key] for key in keys if type(part.get(key)) in (str, list)]
+    texts = [part[key] for key in PART_TEXTS if type(part.get(key)) in (str, list)]
+    media = [key for key, value in part.items() if meaning(key) == "media" and not is_empty(value)]
+    if media or len(texts) != 1:
+        raise Rejected("not_text", f"{where}content has a part that is not one text: {str(part)[:60]}")
     # Mistral's thinking parts hold text parts
-    if texts and type(texts[0]) is list:
-        texts = [read_parts(texts[0], "assistant", where)[0]]
-    for key, value in part.items():
-        if key not in keys and meaning(key) == "media" and not is_empty(value):
-            raise Rejected("not_text", f"{where}a part of the content has {key!r} beside its text")
-    if len(texts) != 1:
-        raise Rejected("not_text", f"{where}content has a part without one text: {str(part)[:60]}")
-    return texts[0]
+    return texts[0] if type(texts[0]) is str else read_parts(texts[0], "assistant", where)[0]
 
 
-def field_of(holder: dict[str, Json], name: str, kind: type = str, where: str = "", default: Json = None) -> Json:
+def field_of(holder: JsonObject, name: str, kind: type = str, where: str = "", default: Json = None) -> Json:
     """The value of a field, which must be a text (or list, or object); `default`, where given, for null and for a
     missing one. Lists and objects may be kept as JSON text, as in CSV files. Raises Rejected."""
     value = holder.get(name)
     if value is None and default is not None:
         return default
-    if type(value) is kind:
-        return value
     if kind is not str and type(value) is str and value.lstrip()[:1] in ("[", "{"):
         value = parsed(value, f"{where}{name!r}: ", "wrong_type")
-        if type(value) is kind:
-            return value
+    if type(value) is kind:
+        return value
     reason = "wrong_type" if value is not None else "null_field" if name in holder else "missing_field"
     raise Rejected(reason, f"{where}{name!r} is {json_type(value)}, expected {json_type(kind())}")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 
 from toolkit.data import cache
+from toolkit.data.conversation import Fillings
 from toolkit.data.dedup import Duplicates, NearDuplicates, grams_of, prompt_key, shared_gram, sign
 from toolkit.data.lint import lint, looks_like
 from toolkit.data.render import Chat, Example, chat_of, examples, load_chat, supervised_turns, with_switch
@@ -370,9 +371,7 @@ def question_prompts(recipe: Recipe) -> list[str]:
     return prompts if recipe.data.decontaminate else []
 
 
-def read_questions(
-    source: Source, seed: int = 3407, placeholders: dict[str, str | dict[str, str]] | None = None
-) -> list[Question]:
+def read_questions(source: Source, seed: int = 3407, placeholders: Fillings | None = None) -> list[Question]:
     """The questions of a source, of `#N` and `max_rows` those that `seed` draws: evaluation's own, not the recipe's, so that
     runs of several seeds are asked alike. Raises ToolkitError at a malformed row, as nobody would miss a question."""
     questions = []

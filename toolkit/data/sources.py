@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.data.conversation import Placeholders
+from toolkit.data.conversation import Fillings, Placeholders
 from toolkit.data.formats import canonical, reader_of, recognise
 from toolkit.data.readers import (
     Rejected,
@@ -70,9 +70,7 @@ class Location:
     """The files of its split."""
 
 
-def conversations(
-    source: Source, seed: int, placeholders: dict[str, str | dict[str, str]]
-) -> Iterator[tuple[int, Conversation | Rejected]]:
+def conversations(source: Source, seed: int, placeholders: Fillings) -> Iterator[tuple[int, Conversation | Rejected]]:
     """(number, canonical conversation or Rejected) of every row, shuffled by the seed, read as they are asked for.
 
     Raises ToolkitError for trouble with the whole source and for an unfilled {{NAME}} or {{AUTHOR}}.
@@ -81,7 +79,7 @@ def conversations(
         yield row.number, row.conversation
 
 
-def read_rows(source: Source, seed: int, placeholders: dict[str, str | dict[str, str]]) -> Iterator[ReadRow]:
+def read_rows(source: Source, seed: int, placeholders: Fillings) -> Iterator[ReadRow]:
     """The same with the keys that nothing read."""
     rows = open_rows(source)
     # the source's own names go before the recipe's, and count in every spelling

@@ -8,7 +8,7 @@ import json
 import re
 
 from toolkit.data.readers import Rejected, json_type
-from toolkit.records import Json, Message, ToolCall
+from toolkit.records import Json, JsonObject, Message, ToolCall
 
 TAGGED_CALL = re.compile("<tool_call>(.*?)</tool_call>", re.DOTALL)
 TAGGED_RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
@@ -25,7 +25,7 @@ def parsed(text: str, where: str, reason: str = "broken_tools") -> Json:
             raise Rejected(reason, f"{where}{text[:60]!r} is not JSON: {error}") from error
 
 
-def function_of(value: Json, where: str) -> dict[str, Json]:
+def function_of(value: Json, where: str) -> JsonObject:
     """A function as OpenAI wraps it, {"type": "function", "function": {"name", …}}, or bare."""
     function = value.get("function", value) if type(value) is dict else None
     if type(function) is not dict or type(function.get("name")) is not str:
@@ -36,7 +36,7 @@ def function_of(value: Json, where: str) -> dict[str, Json]:
 def read_call(call: Json, where: str) -> ToolCall:
     """A tool call with its arguments as an object; some sets write `parameters` or `input` for arguments."""
     function = function_of(call, where)
-    arguments: Json = next((function[key] for key in ("arguments", "parameters", "input") if function.get(key)), {})
+    arguments = function.get("arguments") or function.get("parameters") or function.get("input") or {}
     if type(arguments) is str:
         arguments = parsed(arguments, where)
     if type(arguments) is not dict:
@@ -53,7 +53,7 @@ def read_calls(text: str, where: str) -> list[Json]:
     return calls
 
 
-def read_schema(value: Json, where: str) -> list[dict[str, Json]]:
+def read_schema(value: Json, where: str) -> list[JsonObject]:
     """The tools of a list or of one object, or of either as JSON text; bare functions get OpenAI's wrapping."""
     if type(value) is str and value.strip():
         value = parsed(value, where)
@@ -63,19 +63,16 @@ def read_schema(value: Json, where: str) -> list[dict[str, Json]]:
     return [{"type": "function", "function": function_of(tool, where)} for tool in tools]
 
 
-def check_calls(messages: list[Message], tools: list[dict[str, Json]]) -> None:
+def check_calls(messages: list[Message], tools: list[JsonObject]) -> None:
     """Raises Rejected where a called tool is not in the row's schema, and for numbers that JSON does not have."""
-    calls: list[ToolCall] = []
-    for message in messages:
-        calls += message.get("tool_calls", [])
+    calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
     if not calls and not tools:
         return
     names = [tool["function"]["name"] for tool in tools]
-    for call in calls:
-        name = call["function"]["name"]
-        # without a schema the tools are described in the system prompt, if at all
-        if names and name not in names:
-            raise Rejected("unknown_tool", f"{name!r} is called; the row's tools are {', '.join(names)[:200]}")
+    # without a schema the tools are described in the system prompt, if at all
+    unknown = [call["name"] for call in calls if names and call["name"] not in names]
+    if unknown:
+        raise Rejected("unknown_tool", f"{unknown[0]!r} is called; the row's tools are {', '.join(names)[:200]}")
     try:
         # Python reads and writes NaN and Infinity, which no JSON parser of a tool takes
         json.dumps([calls, tools], allow_nan=False)
