@@ -79,12 +79,6 @@ class OwnRow(TypedDict):
 # mix.json ------------------------------------------------------------------------------------------------------------
 
 
-class Lengths(TypedDict):
-    p50: int  # median number of tokens of a row, prompt and completion
-    p90: int  # nine rows of ten are not longer
-    max: int  # the longest row
-
-
 class CompletionLengths(TypedDict):
     completion_p90: int  # nine completions of ten are not longer
     completion_max: int  # the longest one
@@ -108,7 +102,6 @@ class SourceReport(TypedDict):
     looks_like: dict[str, int]  # {reasoning or placeholder: rows whose reply looks as if it held one}
     tokens: int  # tokens in training
     supervised_tokens: int  # those of them that the loss counts
-    length: Lengths  # tokens of a row
     lengths: dict[str, CompletionLengths]  # {mode: tokens of its completions}
 
 

@@ -5,7 +5,6 @@ from toolkit.data import cache; cache.read(cache.folder_of(recipe, chat, fingerp
 
 import hashlib
 import json
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,24 +15,24 @@ from toolkit.data.rows import Mix, Row
 from toolkit.files import PACKAGE, complete, outputs
 from toolkit.recipe import Recipe
 
-CODE = ("family.py", "data/*.py")
-"""The files of the package that make rows."""
+PARTS = ("ids", "ends", "numbers", "names", "texts")
+"""The arrays of mix.npz."""
 
 
 def folder_of(recipe: Recipe, chat: Chat, fingerprints: dict[str, str]) -> Path:
     """Where the mix of a recipe is kept, compiled with this model's template from sources of these fingerprints."""
+    decides = [
+        asdict(recipe.data),
+        [asdict(q) for q in recipe.evaluate.questions],
+        recipe.model.max_seq_length,
+        f"{chat.json}{chat.template_text}{chat.tokens}{chat.switches}",
+        fingerprints,
+    ]
+    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
     # a change of the code that makes rows makes another mix: nobody remembers to raise a version number
-    code = [file.read_bytes() for pattern in CODE for file in sorted(PACKAGE.glob(pattern))]
-    model = f"{chat.json}{chat.template_text}{chat.tokens}{chat.switches}"
-    decides = {
-        "data": asdict(recipe.data),
-        "questions": [asdict(q) for q in recipe.evaluate.questions],
-        "max_seq_length": recipe.model.max_seq_length,
-        "tokenizer": hashlib.sha256(model.encode()).hexdigest(),
-        "sources": fingerprints,
-        "code": hashlib.sha256(b"".join(code)).hexdigest(),
-    }
-    return folder_named(hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16])
+    for file in [PACKAGE / "family.py", *sorted(PACKAGE.glob("data/*.py"))]:
+        key.update(file.read_bytes())
+    return folder_named(key.hexdigest()[:16])
 
 
 def folder_named(key: str) -> Path:
@@ -61,14 +60,10 @@ def write(mixed: Mix) -> None:
 def read(folder: Path) -> Mix | None:
     """A compiled mix from its folder; None where there is none, or where a checksum in mix.npz says it is damaged."""
     try:
-        if zipfile.ZipFile(folder / "mix.npz").testzip():
-            return None
+        # reading a part checks its checksum; numpy asks for each by its name
         with np.load(folder / "mix.npz") as file:
-            arrays = dict(file)
-    except Exception:  # missing, or damaged: zipfile and numpy have many kinds of error for that
-        return None
-    # written by an older version of this toolkit: it is compiled again
-    if "texts" not in arrays:
+            arrays = {name: file[name] for name in PARTS}
+    except Exception:  # missing, damaged, or of an older toolkit: zipfile and numpy have many kinds of error for that
         return None
     texts = json.loads(arrays["texts"].tobytes())
     # views of one array, no copies

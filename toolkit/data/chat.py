@@ -11,18 +11,10 @@ import jinja2
 import numpy as np
 
 from toolkit.data.readers import Rejected
-from toolkit.data.tokenize import (
-    MAX_STEPS,
-    TEMPLATE_ERRORS,
-    EndlessTemplate,
-    Tokenizers,
-    compile_template,
-    loaded,
-    rendered,
-)
+from toolkit.data.tokenize import TEMPLATE_ERRORS, Tokenizers, compile_template, loaded
 from toolkit.family import PROBE, PROBE_REPLY, STRUCTURE, end_of_turn, family_of, kind_of
-from toolkit.files import POCKET, ToolkitError, download, find, read_json
-from toolkit.records import Json, Message
+from toolkit.files import POCKET, ToolkitError, download, find, read_json, read_text
+from toolkit.records import Json, JsonObject, Message
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -65,14 +57,14 @@ class Chat:
                 "hybrid model (e.g. unsloth/Qwen3-4B), or save a chat_template.jinja beside its tokenizer.json"
             )
         try:
-            return compile_template(self.template_text)
+            return compile_template(self.template_text, self.name)
         except jinja2.TemplateSyntaxError as error:
             raise ToolkitError(f"{self.name}: chat_template.jinja, line {error.lineno}: {error.message}") from error
 
     def render(
         self,
         messages: list[Message],
-        tools: list[dict[str, Json]] | None = None,
+        tools: list[JsonObject] | None = None,
         enable_thinking: bool | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
@@ -81,14 +73,12 @@ class Chat:
         Raises Rejected with the template's own words where it refuses the messages."""
         switch = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         values = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
-        template = self._template  # outside of try: a broken template is the model's fault, not the row's
+        template = self._template
+        template.environment.steps = 0
         try:
-            return rendered(template, values | self.tokens | switch)
-        except EndlessTemplate as error:
-            raise ToolkitError(
-                f"{self.name}: its chat template takes more than {MAX_STEPS:,} steps for one conversation: a loop in it does "
-                "not end. Use the model's official template: chat_template.jinja"
-            ) from error
+            return template.render(values | self.tokens | switch)
+        except ToolkitError:  # a loop without an end is the template's fault, not the row's
+            raise
         except TEMPLATE_ERRORS as error:
             raise Rejected("template_error", f"the chat template of {self.name} refuses it: {error}") from error
 
@@ -150,10 +140,7 @@ class Chat:
     @property
     def slow_reason(self) -> str | None:
         """Why `encode` uses Hugging Face's tokenizer instead of the fast one; None where it does not."""
-        for tokenizers in (self.tokenizers, self.following):
-            if tokenizers.fallback_reason or not tokenizers.fast:
-                return tokenizers.fallback_reason or "fastokens does not know this kind of tokenizer"
-        return None
+        return self.tokenizers.slow_reason or self.following.slow_reason
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text, special tokens recognised, nothing added."""
@@ -167,18 +154,19 @@ class Chat:
 def load_chat(model_name: str, revision: str | None = None) -> Chat:
     """Template and tokenizer of a local folder or a Hub model. Raises ToolkitError when neither can be reached."""
     folder = POCKET if model_name == "pocket" else find(model_name) or download(model_name, revision, FILES)
-    missing = [name for name in FILES[:2] if not (folder / name).is_file()]
-    if missing:
-        raise ToolkitError(f"{model_name}: {' and '.join(missing)} not found: expected a model folder or a Hub name")
     tokenizer, settings_file, template_file, config = (folder / name for name in FILES)
+    for file in (tokenizer, settings_file):
+        if not file.is_file():
+            raise ToolkitError(f"{model_name}: {file.name} not found: expected a model folder or a Hub name")
     settings = read_json(settings_file)
     # newer checkpoints keep the template in a file of its own, older ones in their settings
-    template = template_file.read_text(encoding="utf-8") if template_file.is_file() else settings.get("chat_template")
+    template = read_text(template_file) if template_file.is_file() else settings.get("chat_template")
     if isinstance(template, list):  # several templates by name, as some checkpoints of 2024 have
         template = {t["name"]: t["template"] for t in template}["default"]
-    # a token is a text, or the object that describes it (AddedToken)
-    given = {name: settings.get(name) for name in TOKENS}
-    tokens = {name: token["content"] if isinstance(token, dict) else token for name, token in given.items()}
+    tokens = {name: settings.get(name) for name in TOKENS}
+    for name, token in tokens.items():
+        if isinstance(token, dict):  # AddedToken, described as an object
+            tokens[name] = token["content"]
     model_type = read_json(config).get("model_type") if config.is_file() else None
     return Chat(model_name, tokenizer.read_text(encoding="utf-8"), template, tokens, model_type)
 

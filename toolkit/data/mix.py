@@ -48,11 +48,11 @@ CHECK_AT = 2000
 """Rows of a source after which one that gave nothing is given up: it may have millions."""
 TOLERANCE = 0.01
 """An achieved share further from its plan than one point stops the run."""
-NOT_MALFORMED = {
-    *("too_long", "duplicate", "near_duplicate", "validation_prompt", "near_validation", "contaminated"),
+NOT_MALFORMED = frozenset(
+    "too_long duplicate near_duplicate validation_prompt near_validation contaminated"
     # what the set's own authors left out of training
-    *("marked_bad", "untrained_turn", "untrained_row"),
-}
+    " marked_bad untrained_turn untrained_row".split()
+)
 """Reasons that say nothing against the quality of a source: they do not count for data.max_rejected."""
 
 
@@ -113,7 +113,7 @@ def _compile(recipe: Recipe, chat: Chat, fingerprints: dict[str, str], folder: P
         check_shares(report, data)
     except ToolkitError as error:
         # without a mix, too, people want to see which rows were dropped and why
-        if dropped := [entry for draw in draws for entry in draw.quarantine]:
+        if dropped := dropped_rows(draws):
             write_jsonl(folder / "quarantine.jsonl", dropped)
             raise ToolkitError(f"{error}. Every dropped row: {folder / 'quarantine.jsonl'}") from error
         raise
@@ -121,10 +121,14 @@ def _compile(recipe: Recipe, chat: Chat, fingerprints: dict[str, str], folder: P
     # The trainer shuffles each epoch again; here it keeps the file of a mix from being sorted by source
     order = np.random.default_rng(data.seed).permutation(len(train))
     validation = [row for draw in draws for row in draw.validation]
-    quarantine = [entry for draw in draws for entry in draw.quarantine]
-    mixed = Mix([train[i] for i in order], validation, report, quarantine, folder)
+    mixed = Mix([train[i] for i in order], validation, report, dropped_rows(draws), folder)
     cache.write(mixed)
     return mixed
+
+
+def dropped_rows(draws: list["Draw"]) -> list[DroppedRow]:
+    """What quarantine.jsonl holds."""
+    return [entry for draw in draws for entry in draw.quarantine]
 
 
 def draw_all(draws: list["Draw"], recipe: Recipe, chat: Chat) -> None:
@@ -158,13 +162,14 @@ class DrawnRow:
 
 def draw_rows(draw: "Draw", data: Data, chat: Chat) -> Iterator[DrawnRow]:
     """The rows of a source in seeded order, rendered and tokenized a batch at a time."""
-    dice = random.Random(f"{data.seed} {draw.source.name}")
+    source = draw.source
+    dice = random.Random(f"{data.seed} {source.name}")
     rows = read_rows(draw.pool, data.seed, dict(data.placeholders.items()))
     while read := list(itertools.islice(rows, BATCH)):
         # a number is drawn for every row, so that its switch does not depend on what was rejected before it
-        batch = [render_row(row, draw.source, chat, dice.random() < draw.source.soft_switch) for row in read]
+        batch = [render_row(row, source, chat, dice.random() < source.soft_switch) for row in read]
         # a batch at a time: the fast tokenizer works on all its texts at once, on every core
-        tokenize(batch, draw.source.name, chat)
+        tokenize(batch, source.name, chat)
         if data.duplicates == "near":
             sign([row for drawn in batch for row in drawn.rows])
         yield from batch
@@ -178,8 +183,9 @@ def render_row(row: ReadRow, source: Source, chat: Chat, switched: bool) -> Draw
             raise row.conversation
         conversation = with_switch(row.conversation, chat) if switched else row.conversation
         drawn.examples = examples(conversation, source.mode, chat, source.turns)
-        for place in supervised_turns(conversation["messages"], source.turns):
-            if not conversation["messages"][place].get("train", True):
+        messages = conversation["messages"]
+        for place in supervised_turns(messages, source.turns):
+            if "train" in messages[place]:
                 drawn.rejected.append(Rejected("untrained_turn", f"turn {place + 1} is marked as not to be trained on"))
     except Rejected as rejected:
         drawn.rejected = [rejected]
@@ -233,15 +239,18 @@ class Draw:
     def take(self, drawn: DrawnRow, row_filter: "RowFilter", hold_out: bool) -> None:
         """Hold out, train on or drop each example of a row."""
         kept = []
-        for rejected in drawn.rejected:
-            self._drop(drawn.number, rejected)
+        reasons = list(drawn.rejected)
         for row in drawn.rows:
             if reason := row_filter.reason(row, hold_out):
-                self._drop(drawn.number, reason)
+                reasons.append(reason)
             else:
                 kept.append(row)
+        for why in reasons:
+            self.quarantine.append(
+                {"source": self.source.name, "row": drawn.number, "reason": why.reason, "detail": why.detail}
+            )
         self.drawn += 1
-        self.seen += len(drawn.rows) + len(drawn.rejected)
+        self.seen += len(kept) + len(reasons)
         self.not_read.update(drawn.not_read)
         if hold_out:  # whole conversations, so that no turn of one trains while another is held out
             row_filter.hold(kept)
@@ -254,10 +263,6 @@ class Draw:
         if self.drawn == CHECK_AT and not (self.train or self.validation):
             self.check()
 
-    def _drop(self, number: int, why: Rejected) -> None:
-        entry: DroppedRow = {"source": self.source.name, "row": number, "reason": why.reason, "detail": why.detail}
-        self.quarantine.append(entry)
-
     def add(self, rows: list[Row]) -> None:
         """Train on these, of which only the ids are kept."""
         for row in rows:
@@ -268,18 +273,16 @@ class Draw:
     def repeat(self) -> None:
         """Use rows again, in their order, where the source allows it (max_repeats) or asks for more than it has (#N)."""
         # in their drawn order, so that every row is used n times before one is used n + 1 times
+        again = itertools.cycle(self.train.copy())
         limit = len(self.train) * self.source.max_repeats
-        asked = None if self.source.max_rows else self.count
-        if (
-            asked is not None
-        ):  # fewer usable rows than `#N`: ms-swift repeats them to N, and so do recipes taken over from it
-            limit = max(limit, asked - len(self.validation))
-        again = itertools.cycle(list(self.train))
-        while self.train and len(self.train) < limit and self.wants(hold_out=False):
+        # ms-swift repeats rows to the number after `#`, and so do recipes taken over from it
+        is_counted = self.count is not None and not self.source.max_rows
+        wanted = (self.count or 0) - len(self.validation) if is_counted else 0
+        while self.train and len(self.train) < max(limit, wanted) and self.wants(hold_out=False):
             self.add([next(again)])
         # the last conversation may have had more examples than were wanted
-        if asked is not None and self.source.fraction is None:
-            del self.train[asked - len(self.validation) :]
+        if is_counted and self.source.fraction is None:
+            del self.train[wanted:]
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -293,10 +296,11 @@ class Draw:
         why = ", ".join(f"{reason} {n}" for reason, n in self.dropped.items()) or "none dropped"
         for first in (malformed or self.quarantine)[:1]:
             why += f". First, row {first['row']}: {first['detail']}"
-        if len(malformed) > self.data.max_rejected * self.drawn:
+        allowed = self.data.max_rejected
+        if len(malformed) > allowed * self.drawn:
             raise ToolkitError(
-                f"{where}: {len(malformed)} of {self.drawn} rows rejected, more than data.max_rejected="
-                f"{self.data.max_rejected:g} allows: {why}. Fix the rows, or raise data.max_rejected to leave them out"
+                f"{where}: {len(malformed)} of {self.drawn} rows rejected, more than data.max_rejected={allowed:g} allows: "
+                f"{why}. Fix the rows, or raise data.max_rejected to leave them out"
             )
         if not self.train:
             held = len(self.validation)
@@ -348,13 +352,13 @@ class RowFilter:
         if gram := shared_gram(row.conversation, self.grams):
             return Rejected("contaminated", f"shares 13 words with an evaluation prompt: {gram!r}")
         if earlier := self.near_held.find(row):
-            return Rejected("near_validation", f"nearly repeats held-out row {earlier.number} of {earlier.source}")
+            return Rejected("near_validation", f"nearly repeats held-out {earlier.place}")
         if self.duplicates == "keep":
             return None
         if earlier := self.exact.find(row, key):
-            return Rejected("duplicate", f"repeats row {earlier.number} of {earlier.source}, case and spacing aside")
+            return Rejected("duplicate", f"repeats {earlier.place}, case and spacing aside")
         if earlier := self.near.find(row):
-            return Rejected("near_duplicate", f"nearly repeats row {earlier.number} of {earlier.source}")
+            return Rejected("near_duplicate", f"nearly repeats {earlier.place}")
         self.near.add(row)
         return None
 
@@ -377,24 +381,24 @@ def read_questions(source: Source, seed: int = 3407, placeholders: Fillings | No
     questions = []
     for number, conversation in conversations(source, seed, placeholders or {}):
         try:
-            if isinstance(conversation, Rejected):
-                raise conversation
             questions.append(as_question(conversation, source.name))
         except Rejected as rejected:
             raise ToolkitError(f"{source.path}, row {number}: {rejected.detail}") from rejected
     return questions
 
 
-def as_question(conversation: Conversation, name: str) -> Question:
+def as_question(conversation: Conversation | Rejected, name: str) -> Question:
     """A canonical conversation as a question: the messages before its last turn, without typed switches, as it is asked in
     each mode. Raises Rejected where it cannot be asked."""
+    if isinstance(conversation, Rejected):
+        raise conversation
     answer = conversation.get("expected_answer", "")
-    messages = conversation["messages"]
+    *messages, reply = conversation["messages"]
     if not answer.strip():
         raise Rejected("no_expected_answer", "a question needs an expected_answer")
-    if "tools" in conversation or any("tool_calls" in message for message in messages):
+    if "tools" in conversation or any("tool_calls" in message for message in [*messages, reply]):
         raise Rejected("needs_tools", "a question with tools or a tool call cannot be asked: evaluation shows no tools")
-    asked = [m | {"content": without_switch(m["content"]).strip()} if m["role"] == "user" else m for m in messages[:-1]]
+    asked = [m | {"content": without_switch(m["content"]).strip()} if m["role"] == "user" else m for m in messages]
     return {"messages": asked, "expected_answer": answer, "set": name}
 
 
@@ -420,23 +424,26 @@ def unit_of(data: Data) -> Unit:
 
 def plan(data: Data) -> dict[str, Planned]:
     """What each source is to give. Every source that takes part holds out at least one row."""
+    count = len(data.sources)
     fractions = [s.fraction for s in data.sources if s.fraction is not None]
     quotas = [split_count(s)[1] for s in data.sources]
     counts = [n for n in quotas if n is not None]
     # where neither fractions nor counts are complete, rows are taken as they come
-    shares: list[float | None] = [None] * len(quotas)
-    weights: Sequence[float] = [1] * len(quotas)
-    if len(fractions) == len(quotas):
+    weights: Sequence[float] = [1] * count
+    shares: list[float | None] = [None] * count
+    if len(fractions) == count:
+        weights = fractions
+        shares = [*fractions]
         quotas = [round(share * data.budget) if data.budget else None for share in fractions]
-        shares, weights = [*fractions], fractions
-    elif len(counts) == len(quotas):
-        shares, weights = [n / sum(counts) for n in counts], counts
-    size = data.validation_size
-    held = [max(1, round(size * weight / sum(weights))) if weight and size else 0 for weight in weights]
-    return {
-        source.name: {"share": share, "quota": quota, "validation": n}
-        for source, share, quota, n in zip(data.sources, shares, quotas, held, strict=True)
-    }
+    elif len(counts) == count:
+        weights = counts
+        shares = [n / sum(counts) for n in counts]
+    held = [round(data.validation_size * weight / sum(weights)) for weight in weights]
+    planned: dict[str, Planned] = {}
+    for source, weight, share, quota, rows in zip(data.sources, weights, shares, quotas, held, strict=True):
+        least = 1 if weight and data.validation_size else 0
+        planned[source.name] = {"share": share, "quota": quota, "validation": max(least, rows)}
+    return planned
 
 
 def balance(draws: list[Draw], data: Data) -> str | None:
@@ -466,19 +473,23 @@ def check_shares(report: MixReport, data: Data) -> None:
     if data.sources[0].fraction is None:
         return  # counts are the mix: what a source lacks of its own is in the report
     unit = report["unit"]
-    achieved = Counter(report["achieved"][unit])
-    planned = report["planned"]
-    name = max(planned, key=lambda n: abs(achieved[n] - planned[n]))
-    if abs(achieved[name] - planned[name]) > TOLERANCE:
-        limit = report["limited_by"]
-        fix = f"Add rows to {limit}, which is exhausted, or lower its fraction" if limit else "Raise data.budget"
-        raise ToolkitError(
-            f"data.sources: {name}: planned {planned[name]:.1%} of {unit}, achieved {achieved[name]:.1%}: "
-            f"a mix of {report['total'][unit]:,} {unit} is too small for rows of this length. {fix}"
-        )
+    limit = report["limited_by"]
+    for name, share in report["planned"].items():
+        achieved = report["achieved"][unit].get(name, 0)
+        if abs(achieved - share) > TOLERANCE:
+            fix = f"Add rows to {limit}, which is exhausted, or lower its fraction" if limit else "Raise data.budget"
+            raise ToolkitError(
+                f"data.sources: {name}: planned {share:.1%} of {unit}, achieved {achieved:.1%}: "
+                f"a mix of {report['total'][unit]:,} {unit} is too small for rows of this length. {fix}"
+            )
 
 
 # --- mix.json --------------------------------------------------------------------------------------------------------
+
+
+def size_of(rows: list[Row], unit: Unit) -> int:
+    """Rows counted in a unit."""
+    return sum(row.size(unit) for row in rows)
 
 
 def shares_of(rows: list[Row], by: str = "source") -> dict[Unit, Shares]:
@@ -501,10 +512,10 @@ def mix_report(recipe: Recipe, draws: list[Draw], planned: dict[str, Planned], l
     return {
         "unit": unit,
         "budget": recipe.data.budget,
-        "planned": {n: achieved[unit][n] if p["share"] is None else p["share"] for n, p in planned.items()},
+        "planned": {n: p["share"] if p["share"] is not None else achieved[unit][n] for n, p in planned.items()},
         "achieved": achieved,
         "achieved_modes": shares_of(rows, by="mode"),
-        "total": {u: sum(row.size(u) for row in rows) for u in UNITS},
+        "total": {u: size_of(rows, u) for u in UNITS},
         "limited_by": limited_by,
         "lengths": completion_lengths(rows),
         "sources": {d.source.name: source_report(d) for d in draws},
@@ -519,37 +530,26 @@ def mix_report(recipe: Recipe, draws: list[Draw], planned: dict[str, Planned], l
 def source_report(draw: Draw) -> SourceReport:
     """What mix.json holds of one source."""
     rows = draw.train
-    lengths = [len(r.ids) for r in rows]
+    not_read: NotRead = {"row": {}, "turn": {}}
+    for key, n in draw.not_read.most_common():
+        place, _, name = key.partition(" ")
+        keys = not_read["row"] if place == "row" else not_read["turn"]
+        keys[name] = n
     return {
         "mode": draw.source.mode,
-        "modes": dict(Counter(r.mode for r in rows)),
+        "modes": dict(Counter(row.mode for row in rows)),
         "rows_asked": draw.count,
         "rows_seen": draw.seen,
         "rows_kept": len(rows),
-        "rows_repeated": len(rows) - len({id(r) for r in rows}),
+        "rows_repeated": len(rows) - len(set(rows)),
         "rows_held_out": len(draw.validation),
         "dropped": draw.dropped,
-        "not_read": not_read_of(draw),
+        "not_read": not_read,
         "looks_like": dict(draw.looks_like),
-        "tokens": sum(lengths),
-        "supervised_tokens": sum(r.size("supervised_tokens") for r in rows),
-        "length": {
-            "p50": int(np.percentile(lengths, 50)),
-            "p90": int(np.percentile(lengths, 90)),
-            "max": max(lengths),
-        },
+        "tokens": size_of(rows, "tokens"),
+        "supervised_tokens": size_of(rows, "supervised_tokens"),
         "lengths": completion_lengths(rows),
     }
-
-
-def not_read_of(draw: Draw) -> NotRead:
-    """{"row": {key: rows}, "turn": {key: turns}} of the keys that no rule reads, the most frequent first."""
-    counts: NotRead = {"row": {}, "turn": {}}
-    for key, n in draw.not_read.most_common():
-        place, _, name = key.partition(" ")
-        keys = counts["row"] if place == "row" else counts["turn"]
-        keys[name] = n
-    return counts
 
 
 def completion_lengths(rows: list[Row]) -> dict[str, CompletionLengths]:

@@ -35,6 +35,11 @@ class Row:
     """The signature in parts, as keys of their index."""
 
     @property
+    def place(self) -> str:
+        """Where it is from, in words."""
+        return f"row {self.number} of {self.source}"
+
+    @property
     def prompt(self) -> np.ndarray:
         """Ids that the model is shown."""
         return self.ids[: self.prompt_length]

@@ -18,6 +18,7 @@ import jinja2.runtime
 import jinja2.sandbox
 import numpy as np
 
+from toolkit.files import ToolkitError
 from toolkit.records import Json
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
 
 COMPARED = 2
 """Texts of each call whose ids are compared with the Hugging Face tokenizer's: of 5M tokens, four took a tenth of the time."""
-MERGES = (('",\n        "', " "), ('[\n        "', '"'), ('"\n      ]', '"'))
-"""The layout of merges in tokenizer.json → their older form."""
 TEMPLATE_ERRORS = (
     jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
 )  # fmt: skip
@@ -41,9 +40,9 @@ class Tokenizers:
     """The tokenizers of one tokenizer.json, each loaded when it is first needed: that takes a second."""
 
     def __init__(self, text: str):
-        self.text = with_short_merges(text)
+        self.text = text
         self.fallback_reason: str | None = None
-        """Why the Hugging Face tokenizer is used instead of the fast one."""
+        """How the fast tokenizer was found to differ."""
 
     @functools.cached_property
     def fast(self) -> "fastokens.Tokenizer | None":
@@ -61,6 +60,11 @@ class Tokenizers:
         import tokenizers
 
         return without_limits(tokenizers.Tokenizer.from_str(self.text))
+
+    @property
+    def slow_reason(self) -> str | None:
+        """Why the Hugging Face tokenizer is used; None where the fast one is."""
+        return self.fallback_reason or (None if self.fast else "fastokens does not know this kind of tokenizer")
 
     def reference_ids(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text by the Hugging Face tokenizer."""
@@ -91,16 +95,6 @@ class Tokenizers:
         return {token["content"]: token["special"] for token in tokens}
 
 
-def with_short_merges(text: str) -> str:
-    """A tokenizer.json with its merges as "a b" instead of ["a", "b"], which load 0.3 s sooner.
-
-    A line break stands in JSON only between values, so no token's text is touched; another layout is left as it is."""
-    head, merges, tail = text.partition('"merges"')
-    for long, short in MERGES:
-        tail = tail.replace(long, short)
-    return head + merges + tail
-
-
 def without_limits(tokenizer: "tokenizers.Tokenizer") -> "tokenizers.Tokenizer":
     """Without a training script's truncation and padding, which some checkpoints keep and which would cut rows."""
     tokenizer.no_truncation()
@@ -121,24 +115,25 @@ GENERATION = re.compile(r"({%[-+]?\s*)(end)?generation\b")
 """`{% generation %}` marks assistant text for trainers; when rendering it means nothing."""
 
 
-class EndlessTemplate(Exception):
-    """A rendering that took more than MAX_STEPS."""
-
-
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """Jinja's sandbox, which of the kinds in CHECKED_BY_NAME refuses what begins with an underscore and nothing else.
 
     It asks eleven questions about every attribute to find that out, and looks for an attribute before it looks for a key, so
     that each key of a message costs an exception; rendering took three quarters as long again."""
 
+    name = ""
+    """Of the model, for messages."""
     steps = 0
     """Of the rendering under way."""
 
     def count(self) -> None:
-        """One step more. Raises EndlessTemplate."""
+        """One step more. Raises ToolkitError for one too many."""
         self.steps += 1
         if self.steps > MAX_STEPS:
-            raise EndlessTemplate
+            raise ToolkitError(
+                f"{self.name}: its chat template takes more than {MAX_STEPS:,} steps for one conversation: a loop in it does "
+                "not end. Use the model's official template: chat_template.jinja"
+            )
 
     def counted(self, items: Iterable[Json]) -> Iterator[Json]:
         """The same items; Jinja limits a single range, but not loops inside loops."""
@@ -170,23 +165,18 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
 
-def compile_template(text: str) -> jinja2.Template:
-    """A chat template, ready to render. Raises jinja2.TemplateSyntaxError."""
+def compile_template(text: str, name: str) -> jinja2.Template:
+    """The chat template of a model, ready to render. Raises jinja2.TemplateSyntaxError."""
     env = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
     env.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
     env.globals["raise_exception"] = refuse
     env.globals["strftime_now"] = time.strftime
     env.filters["counted"] = env.counted
+    env.name = name
     template = env.from_string(GENERATION.sub(lambda tag: tag[1] + ("endif" if tag[2] else "if true"), text))
     # every rendering copies the globals; out of Jinja's chain of two dicts that takes a tenth of its time
     template.globals = dict(template.globals)
     return template
-
-
-def rendered(template: jinja2.Template, values: dict[str, Json]) -> str:
-    """The text of a template. Raises TEMPLATE_ERRORS and EndlessTemplate."""
-    template.environment.steps = 0
-    return template.render(values)
 
 
 def refuse(message: str) -> NoReturn:
