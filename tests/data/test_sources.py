@@ -89,7 +89,7 @@ def test_a_folder_with_splits_gives_the_split_asked_for(tmp_path):
     for split, part in (("train", ROWS[:30]), ("test", ROWS[30:])):
         write(tmp_path / f"{split}-00000-of-00001.jsonl", part)
     assert [len(drawn(tmp_path, split=s)) for s in ("train", "test")] == [30, 10]
-    with pytest.raises(ToolkitError, match="'cot', found splits test, train"):
+    with pytest.raises(ToolkitError, match="split: cot`, found split test, split train"):
         open_rows(Source(str(tmp_path), split="cot"))
 
 
@@ -138,8 +138,8 @@ def test_folders_and_names_tell_the_splits_apart(tmp_path, names, split, expecte
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (ULTRA, "files of the split 'train', found splits test_sft, train_gen, train_sft"),
-        ("my_test.jsonl dev/a.jsonl", "found splits dev, test"),
+        (ULTRA, "split: train`, found split test_sft, split train_gen, split train_sft"),
+        ("my_test.jsonl dev/a.jsonl", "found split dev, split test"),
         ("notes.md", "found notes.md"),
         ("main/train-0.jsonl socratic/train-0.jsonl", "main, socratic .*choose one by `subset:`"),
         ("main/train/a.jsonl socratic/train/a.jsonl main/test/a.jsonl", "main, socratic .*choose one by `subset:`"),

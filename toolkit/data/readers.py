@@ -18,18 +18,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from toolkit.files import ToolkitError, read_json, sha256
-from toolkit.records import Json
+from toolkit.records import Json, JsonObject
 
 if TYPE_CHECKING:
-    import datasets
     import pyarrow
 
-SPLITS = ("train", "validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+SPLITS = "train|validation|valid|val|dev|test|testing|eval|evaluation"
 SHARD = re.compile(r"(?:data/)?(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 """How `datasets` names the files of a split, whatever it is called: data/train_sft-00000-of-00003.parquet."""
 NOT_ROWS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "configuration.json", "state.json"}
@@ -70,7 +69,7 @@ class Rows:
 
     location: str
     fields: list[str]
-    draw: Callable[[int], Iterator[tuple[int, dict[str, Json] | Rejected]]]
+    draw: Callable[[int], Iterator[tuple[int, JsonObject | Rejected]]]
     where: Callable[[int], str]
     left_out: tuple[str, ...] = ()
     """Columns of kinds that nothing here reads (Arrow's maps)."""
@@ -83,7 +82,7 @@ class Table:
     path: Path
     unit: str
     size: int
-    get: Callable[[int], dict[str, Json] | Rejected | None]
+    get: Callable[[int], JsonObject | Rejected | None]
     left_out: tuple[str, ...] = ()
 
 
@@ -105,27 +104,25 @@ def data_files(path: Path, split: str) -> list[Path]:
     """
     known = ", ".join(READERS)
     if not path.is_dir():
-        if not ending(path):
-            way_out = "save a spreadsheet as CSV UTF-8, unpack an archive"
-            if path.suffix.lower() == ".zst":
-                way_out = f"unpack it: zstd -d {path}"
-            raise ToolkitError(f"{path}: unknown kind of file: expected {known}: {way_out}")
-        return [path]
-    # hidden files are caches, among them half-finished downloads of the Hub's client
-    found = sorted(f for f in path.rglob("[!.]*") if not f.is_dir() and "/." not in f"/{f.relative_to(path)}")
-    names = {f: f.relative_to(path).as_posix() for f in found if is_rows(f)}
-    files = {f: split_of(name, split) for f, name in names.items()}
+        if ending(path):
+            return [path]
+        is_zst = path.suffix.lower() == ".zst"
+        way_out = f"unpack it: zstd -d {path}" if is_zst else "save a spreadsheet as CSV UTF-8, unpack an archive"
+        raise ToolkitError(f"{path}: unknown kind of file: expected {known}: {way_out}")
+    names = {file: file.relative_to(path).as_posix() for file in sorted(path.rglob("[!.]*")) if file.is_file()}
+    # what is hidden is a cache, among them half-finished downloads of the Hub's client
+    splits = {file: split_of(name, split) for file, name in names.items() if is_rows(file) and "/." not in f"/{name}"}
     # a folder without files of that split has files of no split (data.jsonl); another split's are never taken for it
-    chosen = [f for f in files if files[f] == split] or [f for f in files if not files[f]]
+    chosen = [file for file in splits if splits[file] == split] or [file for file in splits if not splits[file]]
     if not chosen:
-        there = ", ".join(sorted({name for name in files.values() if name}) or [f.name for f in found[:5]])
-        there = f"splits {there}: choose one by `split:`" if files else there or "no files"
-        raise ToolkitError(f"{path}: expected {known} files of the split {split!r}, found {there}")
+        there = (
+            ", ".join(sorted({f"split {other}" for other in splits.values()}) or [*names.values()][:5]) or "no files"
+        )
+        raise ToolkitError(f"{path}: expected {known} files of `split: {split}`, found {there}")
     # several folders that each hold the split are subsets or languages, kept apart by their author
-    tops = sorted({names[f].partition("/")[0] for f in chosen})
-    if files[chosen[0]] and len(tops) > 1 and not any(top == "data" or split_of(top, split) for top in tops):
-        folders = ", ".join(tops[:8])
-        raise ToolkitError(f"{path}: {folders} each hold files of the split {split!r}: choose one by `subset:`")
+    tops = sorted({names[file].partition("/")[0] for file in chosen})
+    if splits[chosen[0]] and len(tops) > 1 and not any(top == "data" or split_of(top, split) for top in tops):
+        raise ToolkitError(f"{path}: {', '.join(tops[:8])} each hold the split {split!r}: choose one by `subset:`")
     return chosen
 
 
@@ -143,7 +140,7 @@ def split_of(name: str, split: str) -> str | None:
     # save_to_disk calls every file data-00000-of-00001.arrow; the split is its folder's name
     if shard and not name.endswith(".arrow"):
         return shard[1]
-    words = re.findall(rf"(?<![^\W\d_])({re.escape(split)}|{'|'.join(SPLITS)})(?![^\W\d_])", name, re.IGNORECASE)
+    words = re.findall(rf"(?<![^\W\d_])({re.escape(split)}|{SPLITS})(?![^\W\d_])", name, re.IGNORECASE)
     return words[-1].lower() if words else None
 
 
@@ -168,17 +165,21 @@ def open_files(path: Path, files: list[Path]) -> Rows:
         index = bisect.bisect_right(starts, position) - 1
         return tables[index], position - starts[index]
 
-    def draw(seed: int) -> Iterator[tuple[int, dict | Rejected]]:
-        for position in map(int, np.random.default_rng(seed).permutation(starts[-1])):
-            table, inside = locate(position)
-            if (row := table.get(inside)) is not None:
+    def read(position: int) -> JsonObject | Rejected | None:
+        table, inside = locate(position)
+        return table.get(inside)
+
+    def draw(seed: int) -> Iterator[tuple[int, JsonObject | Rejected]]:
+        for position in np.random.default_rng(seed).permutation(starts[-1]).tolist():
+            row = read(position)
+            if row is not None:
                 yield position + 1, row
 
     def where(number: int) -> str:
         table, inside = locate(number - 1)
         return f"{table.path} {table.unit} {inside + 1}"
 
-    first = [table.get(inside) for table, inside in map(locate, range(min(PEEK, starts[-1])))]
+    first = [read(position) for position in range(min(PEEK, starts[-1]))]
     fields = list(dict.fromkeys(key for row in first if isinstance(row, dict) for key in row))
     if not fields:
         bad = next((f"holds no row that can be read: {row}" for row in first if row), "is empty: no rows")
@@ -224,7 +225,7 @@ def line_table(path: Path, file: io.BytesIO | io.FileIO) -> Table:
     """One object a line. Costs one pass for the newlines and 8 bytes a line; rows are read when drawn."""
     starts = line_starts(file)
 
-    def get(line: int) -> dict | Rejected | None:
+    def get(line: int) -> JsonObject | Rejected | None:
         start, end = starts[line : line + 2].tolist()
         file.seek(start)
         text = decode(file.read(end - start), path, line + 1)
@@ -247,7 +248,7 @@ def line_starts(file: io.BytesIO | io.FileIO) -> np.ndarray:
     return starts if starts[-1] == offset else np.append(starts, offset)
 
 
-def as_row(value: Json) -> dict | Rejected:
+def as_row(value: Json) -> JsonObject | Rejected:
     """A JSON value as a row."""
     return value if type(value) is dict else Rejected("wrong_type", f"{json_type(value)}, expected an object")
 
@@ -258,78 +259,50 @@ def csv_table(path: Path) -> Table:
     Quoted cells may hold separators and line breaks (CRLF becomes LF)."""
     text = decode(read_bytes(path), path, 1).replace("\r\n", "\n")
     csv.field_size_limit(1 << 30)  # the reader's own limit of 128 KiB is below a long reasoning trace
-    unquoted = QUOTED.sub("", text[: 1 << 16])
-    delimiter = max(",;\t", key=unquoted.partition("\n")[0].count)
+    first_line = QUOTED.sub("", text[: 1 << 16]).partition("\n")[0]
     # strict: otherwise a quote left open swallows all rows after it without an error
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=first_line.count), strict=True)
     try:
-        rows, header = list(reader), [name.strip() for name in reader.fieldnames or ()]
+        rows = [cells for cells in reader if cells]
     except csv.Error as error:
         raise ToolkitError(f"{path} line {reader.line_num}: broken CSV: {error}: is a quote left open?") from error
+    header = [name.strip() for name in rows.pop(0)] if rows else []
     if len(set(header)) < len(header):
         raise ToolkitError(f"{path}: a name stands twice in the header: {', '.join(header)}")
 
-    def get(i: int) -> dict | Rejected:
-        cells = [*rows[i].values()]
-        if len(cells) != len(header) or None in cells:  # DictReader's way to say that there are too many, or too few
+    def get(i: int) -> JsonObject | Rejected:
+        if len(rows[i]) != len(header):
             return Rejected("wrong_columns", f"expected {len(header)} cells, as in the header")
-        return dict(zip(header, cells, strict=True))
+        return dict(zip(header, rows[i], strict=True))
 
     return Table(path, "row", len(rows), get)
 
 
-def parquet_table(path: Path) -> Table:
-    """Rows of a parquet file, which `datasets` copies once to a memory-mapped file in its cache."""
-    import datasets
-    import pyarrow.parquet
-
-    with arrow_errors(path):
-        meta = pyarrow.parquet.read_metadata(path)
-        schema = meta.schema.to_arrow_schema()
-        fields = readable_fields(schema, path)
-        # the cache knows a file by path and time of change only, the configuration's name by its content too
-        options: dict[str, Any] = {"config_name": sha256(path)}
-        if len(fields) < len(schema):
-            options["features"] = datasets.Features.from_arrow_schema(pyarrow.schema(fields))
-            options["columns"] = [field.name for field in fields]
-        data = datasets.Dataset.from_parquet(str(path), **options) if meta.num_rows else []
-    return arrow_rows(path, data, schema.names)
-
-
 def arrow_table(path: Path) -> Table:
-    """Rows of a file of `Dataset.save_to_disk`, memory-mapped."""
-    import datasets
-
-    with arrow_errors(path):
-        data = datasets.Dataset.from_file(str(path))
-        readable_fields(data.features.arrow_schema, path)
-    return arrow_rows(path, data, data.column_names)
-
-
-def arrow_rows(path: Path, data: "datasets.Dataset", names: list[str]) -> Table:
-    """The rows of a loaded file; those of its columns that were not loaded are left out."""
-    left_out = tuple(name for name in names if data and name not in data.column_names)
-    return Table(path, "row", len(data), lambda i: without_nulls(data[i]), left_out)
-
-
-@contextlib.contextmanager
-def arrow_errors(path: Path) -> Iterator[None]:
-    """Turns what pyarrow and datasets raise over a file into a ToolkitError that names it."""
+    """Rows of a file of `Dataset.save_to_disk`, or of a parquet file, which `datasets` copies once to its cache; both are
+    memory-mapped."""
     import datasets
     import pyarrow
+    import pyarrow.parquet
 
+    left_out: list[str] = []
     try:
-        yield
+        if ending(path) == ".arrow":
+            data = datasets.Dataset.from_file(str(path))
+            refuse_bytes(data.features.arrow_schema, path)
+        else:
+            schema = pyarrow.parquet.read_schema(path)
+            refuse_bytes(schema, path)
+            left_out += [field.name for field in schema if "map<" in str(field.type)]  # which `datasets` lacks
+            kept = pyarrow.schema([field for field in schema if field.name not in left_out])
+            options = {"features": datasets.Features.from_arrow_schema(kept), "columns": kept.names} if left_out else {}
+            # the cache knows a file by path and time of change only, the configuration's name by its content too
+            data = datasets.Dataset.from_parquet(str(path), config_name=sha256(path), **options)
     except (pyarrow.ArrowException, datasets.exceptions.DatasetsError, ValueError) as error:
         if isinstance(error, ToolkitError):
             raise
         raise ToolkitError(f"{path}: not readable as {path.suffix[1:]}: {error.__cause__ or error}") from error
-
-
-def readable_fields(schema: "pyarrow.Schema", path: Path) -> list["pyarrow.Field"]:
-    """The columns that can be loaded: all but maps, which `datasets` lacks. Raises ToolkitError where one holds bytes."""
-    refuse_bytes(schema, path)
-    return [field for field in schema if "map<" not in str(field.type)]
+    return Table(path, "row", len(data), lambda i: without_nulls(data[i]), tuple(left_out))
 
 
 def refuse_bytes(schema: Iterable["pyarrow.Field"], where: Path | str) -> None:
@@ -338,7 +311,7 @@ def refuse_bytes(schema: Iterable["pyarrow.Field"], where: Path | str) -> None:
         raise ToolkitError(f"{where}: column {held[0]!r} holds bytes (images, audio), only text is trained on: drop it")
 
 
-def without_nulls(row: dict) -> dict:
+def without_nulls(row: JsonObject) -> JsonObject:
     """A row without the nulls inside its columns: Arrow fills in keys that a nested object never had."""
 
     def present(value: Json) -> Json:
@@ -352,8 +325,7 @@ def without_nulls(row: dict) -> dict:
 READERS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), json_table),
     **dict.fromkeys((".csv", ".tsv"), csv_table),
-    ".parquet": parquet_table,
-    ".arrow": arrow_table,
+    **dict.fromkeys((".parquet", ".arrow"), arrow_table),
 }
 """Ending → how such a file is read."""
 
@@ -363,14 +335,14 @@ def decode(raw: bytes, path: Path, line: int) -> str:
     try:
         return raw.decode().removeprefix("\ufeff" if line == 1 else "")
     except UnicodeDecodeError as error:
+        line += raw[: error.start].count(10)
         bad = raw[raw.rfind(b"\n", 0, error.start) + 1 :].partition(b"\n")[0]
-        where = f"{path} line {line + raw[: error.start].count(10)}: not UTF-8"
     # only a person can tell which reading is right, so the line is shown in each encoding that fits
     readings = []
     for name in ("utf-16",) if bad.startswith((b"\xff\xfe", b"\xfe\xff")) else ENCODINGS:
         with contextlib.suppress(UnicodeDecodeError):
             readings.append(f"as {name} {NOT_ASCII.findall(bad.decode(name))[0]!r}")
     raise ToolkitError(
-        f"{where}. Its line reads {', '.join(readings) or 'in no common encoding: fix or delete it'}. Save the file as UTF-8 "
-        f"from the encoding that reads right, in an editor or by iconv -f ENCODING -t utf-8 {path.name} > utf8-{path.name}"
+        f"{path} line {line}: not UTF-8. Its line reads {', '.join(readings) or 'in no common encoding: fix or delete it'}. "
+        f"Save the file as UTF-8 from the encoding that reads right: iconv -f ENCODING -t utf-8 {path.name} > utf8-{path.name}"
     )

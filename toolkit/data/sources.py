@@ -25,7 +25,7 @@ from toolkit.data.readers import (
 )
 from toolkit.files import ToolkitError, check_regular, find
 from toolkit.recipe import Source
-from toolkit.records import Conversation, Json
+from toolkit.records import Conversation, JsonObject
 
 if TYPE_CHECKING:
     import datasets
@@ -35,6 +35,8 @@ __all__ = ["Rejected", "Rows", "canonical", "conversations", "detect", "fingerpr
 HUB_BUFFER = 2_000
 """Rows of a stream that are shuffled together, after its files are: so many come down before the first is drawn."""
 MODELSCOPE = "modelscope://"
+HUB_NAME = re.compile(r"(?!.{97})[^./~][^/]*/[^/]+")
+"""owner/name; a longer path, and one that begins like a file's, is meant as a file's."""
 SWIFT_SUBSETS = {
     "empty_think": "leave `:empty_think` out and set `mode: non_thinking`: the empty think block is then in the prompt, "
     "where inference puts it",
@@ -75,8 +77,7 @@ def conversations(source: Source, seed: int, placeholders: Fillings) -> Iterator
 
     Raises ToolkitError for trouble with the whole source and for an unfilled {{NAME}} or {{AUTHOR}}.
     """
-    for row in read_rows(source, seed, placeholders):
-        yield row.number, row.conversation
+    return ((row.number, row.conversation) for row in read_rows(source, seed, placeholders))
 
 
 def read_rows(source: Source, seed: int, placeholders: Fillings) -> Iterator[ReadRow]:
@@ -93,15 +94,16 @@ def read_rows(source: Source, seed: int, placeholders: Fillings) -> Iterator[Rea
                 raise row
             conversation, not_read = reader.read(row)
             yield ReadRow(number, conversation, left_out + not_read)
+        except RecursionError:
+            yield ReadRow(
+                number, Rejected("too_deep", f"{rows.where(number)}: objects inside objects, about 1,000 levels")
+            )
         except Rejected as rejected:
-            place = rows.where(number)
+            detail = f"{rows.where(number)}: {rejected.detail}"
             # usually in every row, and one recipe key fixes them all
             if rejected.reason == "unfilled_placeholder":
-                raise ToolkitError(f"{place}: {rejected.detail}") from rejected
-            yield ReadRow(number, Rejected(rejected.reason, f"{place}: {rejected.detail}"))
-        except RecursionError:
-            detail = f"{rows.where(number)}: objects inside objects, about 1,000 levels"
-            yield ReadRow(number, Rejected("too_deep", detail))
+                raise ToolkitError(detail) from rejected
+            yield ReadRow(number, Rejected(rejected.reason, detail))
 
 
 def detect(source: Source, rows: Rows) -> str:
@@ -139,7 +141,7 @@ def fingerprint(source: Source) -> str:
 def locate(source: Source) -> Location:
     """Where the rows of a source are. Raises ToolkitError for a path that is neither here nor a name of the Hub's form."""
     path = source.path
-    # a path that exists is taken as it is, a colon in it too (C:\data)
+    # a path that exists is taken as it is, a colon in it too (C:\\data)
     if not find(path) and (match := re.fullmatch(r"(.+[^:/]):([\w.\-]+)", path)):
         path = match[1]
         source = replace(source, path=path, subset=match[2])
@@ -148,10 +150,11 @@ def locate(source: Source) -> Location:
         raise ToolkitError(f"{path}:{source.subset}: only ms-swift has this subset: {SWIFT_SUBSETS[source.subset]}")
     if path.startswith(MODELSCOPE):
         folder = _modelscope_folder(path, source.revision)
-    elif not folder and (  # a file's name, a path of more than two parts: no Hub data set is called that
-        path.startswith((".", "/", "~")) or path.count("/") != 1 or len(path) > 96 or ending(Path(path))
-    ):
-        raise ToolkitError(f"{path[:200]}: no such file or folder here{_neighbours(path)}. A Hub name is owner/name")
+    if not folder and (not HUB_NAME.fullmatch(path) or ending(Path(path))):
+        near = find(Path(path).parent) or Path()
+        names = sorted(file.name for file in near.glob("*") if ending(file))[:8]
+        beside = f"; {near} has {', '.join(names)}" if names else ""
+        raise ToolkitError(f"{path[:200]}: no such file or folder here{beside}. A Hub name is owner/name")
     if folder and source.subset:
         folder /= source.subset
         if not folder.is_dir():
@@ -164,21 +167,14 @@ def locate(source: Source) -> Location:
     return Location(source, folder, files)
 
 
-def _neighbours(path: str) -> str:
-    """The data files beside a path that does not exist, as the end of a sentence."""
-    near = find(Path(path).parent)
-    names = sorted(f.name for f in near.iterdir() if ending(f)) if near and near.is_dir() else []
-    return f"; {near} has {', '.join(names[:8])}" if names else ""
-
-
 def _modelscope_folder(path: str, revision: str | None) -> Path:
     """ModelScope has no stream that stands still between versions: the data set is downloaded, once."""
     try:
         from modelscope import dataset_snapshot_download
+
+        return Path(dataset_snapshot_download(path.removeprefix(MODELSCOPE), revision=revision or "master"))
     except ModuleNotFoundError as error:
         raise ToolkitError(f"{path}: needs ModelScope's client: pip install modelscope==1.40.2") from error
-    try:
-        return Path(dataset_snapshot_download(path.removeprefix(MODELSCOPE), revision=revision or "master"))
     except Exception as error:  # the client has its own kinds for network, names and rights
         raise ToolkitError(f"{path}: not reachable: {error}. {OFFLINE}") from error
 
@@ -219,7 +215,7 @@ def stream_rows(source: Source, stream: "datasets.IterableDataset", revision: st
 
     where = f"{source.path}@{revision[:12]}"
 
-    def rows(some: Iterable[dict[str, Json]]) -> Iterator[dict[str, Json]]:
+    def rows(some: Iterable[JsonObject]) -> Iterator[JsonObject]:
         try:
             yield from map(without_nulls, some)
         except (OSError, ValueError, httpx.HTTPError) as error:
@@ -227,12 +223,11 @@ def stream_rows(source: Source, stream: "datasets.IterableDataset", revision: st
 
     if stream.features:
         refuse_bytes(stream.features.arrow_schema, where)
-    # a stream has no length
-    first = next(rows(stream.take(1)), None)
-    if first is None:
+    first = list(rows(stream.take(1)))  # a stream has no length
+    if not first:
         raise ToolkitError(f"{where}: is empty: expected at least one row")
 
-    def draw(seed: int) -> Iterator[tuple[int, dict]]:
+    def draw(seed: int) -> Iterator[tuple[int, JsonObject]]:
         return enumerate(rows(stream.shuffle(seed=seed, buffer_size=HUB_BUFFER)), start=1)
 
-    return Rows(where, list(stream.column_names or first), draw, lambda number: f"{where} drawn row {number}")
+    return Rows(where, list(stream.column_names or first[0]), draw, lambda number: f"{where} drawn row {number}")
