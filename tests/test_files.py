@@ -198,9 +198,9 @@ def test_secrets_and_the_home_folder_are_taken_out_of_what_is_shared(text, shown
 
 
 def test_a_path_in_the_home_folder_is_written_so_that_it_works_and_names_nobody():
-    assert files.home_relative(str(Path.home() / "data" / "x.jsonl")) == "~/data/x.jsonl"
-    assert files.home_relative("owner/name") == "owner/name"
-    assert files.home_relative("/srv/data") == "/srv/data"
+    assert files.without_home(str(Path.home() / "data" / "x.jsonl")) == "~/data/x.jsonl"
+    assert files.without_home("owner/name") == "owner/name"
+    assert files.without_home("/srv/data") == "/srv/data"
 
 
 def test_what_is_uploaded_beside_an_adapter_names_no_home_folder_and_the_vocabulary_stays(tmp_path, monkeypatch):

@@ -43,9 +43,8 @@ def command_line(words: Iterable[str]) -> str:
     """A command as it is typed here: quoted for a POSIX shell, on Windows for PowerShell."""
     if os.name != "nt":
         return shlex.join(words)
-    return " ".join(
-        word if re.fullmatch(r"[\w=.:/\\-]+", word) else "'" + word.replace("'", "''") + "'" for word in words
-    )
+    quoted = ["'" + word.replace("'", "''") + "'" for word in words]
+    return " ".join(re.sub(r"^'([\w=.:/\\-]+)'$", r"\1", word) for word in quoted)
 
 
 def outputs() -> Path:
@@ -118,17 +117,14 @@ def complete(path: Path) -> Iterator[Path]:
 def write_error(path: Path, error: OSError) -> ToolkitError:
     """The message for a failed write, with the advice that fits its cause: full disk, no permission, path below a file."""
     existing = next((p for p in path.parents if p.exists()), Path("/"))
-    free = shutil.disk_usage(existing).free / 1e9
     if existing.is_file():
         advice = f"{existing} is a file, not a folder: choose another output folder (TOOLKIT_OUTPUTS)"
     elif isinstance(error, PermissionError) or error.errno == errno.EROFS or not os.access(existing, os.W_OK):
         advice = f"{existing} is not writable: change its permissions, or set TOOLKIT_OUTPUTS to another folder"
-    elif error.errno in OTHER_CAUSES:
-        advice = OTHER_CAUSES[error.errno]
     else:
-        advice = (
-            f"{free:.2f} GB are free there: free some space and run the same command again; finished steps are kept"
-        )
+        free = shutil.disk_usage(existing).free / 1e9
+        space = f"{free:.2f} GB are free there: free some space and run the same command again; finished steps are kept"
+        advice = OTHER_CAUSES.get(error.errno or 0, space)
     return ToolkitError(f"{path}: could not be written ({error.strerror or error}). {advice}")
 
 
@@ -155,14 +151,13 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object per line, whole or not at all."""
-    lines = (json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    write_text(path, "".join(lines))
+    write_text(path, json_lines(rows))
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add JSON objects to a JSONL file, one per line, flushed to the disk. Raises ToolkitError."""
     check_in_place(path)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = json_lines(rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "ab") as file:
@@ -171,6 +166,11 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise write_error(path, error) from error
+
+
+def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """One JSON object per line."""
+    return "".join(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def finite(value: Any) -> Any:
@@ -193,21 +193,21 @@ def flat(node: Any, path: str = "") -> dict[str, Any]:
     return leaves
 
 
-REMEDIES = {
-    "recipe.yaml": "run the `train` command that began this run again: it writes the file anew",
-    "manifest.json": "run the `train` command that began this run again: it writes the file anew, without training",
-    "mix.json": "`python -m toolkit mix` with the run's recipe shows the mix; `train --fresh` writes the file anew",
-    "eval.json": "`python -m toolkit evaluate {run}` writes it anew",
-    "export.json": "`python -m toolkit export {run}` writes it anew",
-    "certificate.json": "`python -m toolkit export {run}` writes it anew",
+AGAIN = {
+    "recipe.yaml": "run the `train` command that began this run again",
+    "manifest.json": "run the `train` command that began this run again; it does not train again",
+    "mix.json": "`train --fresh`",
+    "eval.json": "`python -m toolkit evaluate {run}`",
+    "export.json": "`python -m toolkit export {run}`",
+    "certificate.json": "`python -m toolkit export {run}`",
 }
-"""The command that writes a file of a run again."""
+"""What writes a file of a run again."""
 
 
 def remedy(path: Path) -> str:
     """The end of a message about a damaged file of a run: what to do; empty for other files."""
-    advice = REMEDIES.get(path.name, "").format(run=path.absolute().parent.name)
-    return f". Damaged? {advice}" if advice else ""
+    run = path.absolute().parent.name
+    return f". Damaged? To write it anew: {AGAIN[path.name].format(run=run)}" if path.name in AGAIN else ""
 
 
 def read_text(path: Path) -> str:
@@ -222,11 +222,10 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ToolkitError naming the file when it is missing or damaged, and its remedy."""
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if isinstance(error, ToolkitError):
-            raise
         raise ToolkitError(f"{path}: expected a JSON file ({error}){remedy(path)}") from error
     if not isinstance(value, dict):
         raise ToolkitError(f"{path}: expected a JSON object, found {type(value).__name__}{remedy(path)}")
@@ -345,10 +344,9 @@ def check_in_place(path: Path) -> None:
     """Raises ToolkitError when a locked folder that `path` lies in was renamed: a write would begin a second one."""
     if folder := displaced(path):
         # libraries write their files by themselves, and may have begun the folder again
-        begun = f" (remove the {folder.name} that a library began anew)" if folder.exists() else ""
         raise ToolkitError(
-            f"{folder}: was renamed or removed while `{HELD[folder].verb}` writes to it: rename it back{begun}, then run "
-            "the same command again; finished steps are kept"
+            f"{folder}: was renamed or removed while `{HELD[folder].verb}` writes to it: rename it back, in place of what a "
+            "library may have begun there, then run the same command again; finished steps are kept"
         )
 
 
@@ -376,8 +374,8 @@ def shareable(text: str) -> str:
 
 
 def without_home(text: str) -> str:
-    """A text in which the home folder is written `~`."""
-    return re.sub(re.escape(str(Path.home())) + r"(?=[/\\]|$)", "~", text)
+    """A text in which the home folder is written `~`; a path works as before, and names nobody."""
+    return re.sub(r"(?<![\w/\\])" + re.escape(str(Path.home())) + r"(?=[/\\]|$)", "~", text)
 
 
 def hide_home(folder: Path) -> None:
@@ -389,12 +387,6 @@ def hide_home(folder: Path) -> None:
         text = read_text(file) if file.is_file() else ""
         if without_home(text) != text:
             write_text(file, without_home(text))
-
-
-def home_relative(path: str) -> str:
-    """A path below the home folder as `~/…`, which works here and names nobody; any other text as it is."""
-    home = str(Path.home())
-    return f"~/{Path(path).relative_to(home).as_posix()}" if path.startswith((f"{home}/", f"{home}\\")) else path
 
 
 def safe_output() -> None:

@@ -21,7 +21,7 @@ import msgspec
 import yaml
 
 from toolkit import files
-from toolkit.files import ToolkitError, did_you_mean, find, home_relative, read_json, read_text, remedy
+from toolkit.files import ToolkitError, did_you_mean, find, read_json, read_text, remedy, without_home
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -409,7 +409,7 @@ def _build(values: Any, where: str, overrides: Sequence[str]) -> Recipe:
             reasoning=None,
             placeholders=fill,
         ),
-        model=dataclasses.replace(built.model, model_name=home_relative(built.model.model_name)),
+        model=dataclasses.replace(built.model, model_name=without_home(built.model.model_name)),
         lora=built.lora,
         train=_flat(msgspec.to_builtins(Train()) | written),
         evaluate=dataclasses.replace(built.evaluate, questions=_named(built.evaluate.questions)),
@@ -574,7 +574,7 @@ def _named(sources: tuple[Source, ...]) -> tuple[Source, ...]:
             names[i] = "-".join(paths[i][-2:])
     numbered = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, start=1)]
     pairs = zip(sources, numbered, strict=True)
-    return tuple(dataclasses.replace(source, name=name, path=home_relative(source.path)) for source, name in pairs)
+    return tuple(dataclasses.replace(source, name=name, path=without_home(source.path)) for source, name in pairs)
 
 
 def _with_fractions(data: Data, where: str) -> tuple[Source, ...]:

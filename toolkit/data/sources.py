@@ -141,7 +141,7 @@ def fingerprint(source: Source) -> str:
 def locate(source: Source) -> Location:
     """Where the rows of a source are. Raises ToolkitError for a path that is neither here nor a name of the Hub's form."""
     path = source.path
-    # a path that exists is taken as it is, a colon in it too (C:\\data)
+    # a path that exists is taken as it is, a colon in it too (C:\data)
     if not find(path) and (match := re.fullmatch(r"(.+[^:/]):([\w.\-]+)", path)):
         path = match[1]
         source = replace(source, path=path, subset=match[2])

@@ -10,7 +10,7 @@ import torch
 
 from toolkit.export.checkpoint import Checkpoint, find_base
 from toolkit.export.merge import four_bit_round_trip
-from toolkit.files import ToolkitError, hide_home, home_relative, write_json
+from toolkit.files import ToolkitError, hide_home, without_home, write_json
 from toolkit.training.model import adapter_checksums
 
 SAME_16_BIT, SAME_4_BIT = 0.002, 0.01
@@ -26,7 +26,7 @@ def save_run(model: Any, tokenizer: Any, folder: Path) -> None:
     name = model.active_adapter
     base = model.get_base_model()
     loaded = {
-        "name": home_relative(model.peft_config[name].base_model_name_or_path or ""),
+        "name": without_home(model.peft_config[name].base_model_name_or_path or ""),
         "revision": vars(base.config).get("_commit_hash"),
         "load_in_4bit": bool(getattr(base, "is_loaded_in_4bit", False)),  # transformers sets it on 4-bit models only
     }
