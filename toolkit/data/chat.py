@@ -5,13 +5,13 @@ from toolkit.data.chat import load_chat; load_chat("pocket").render([{"role": "u
 
 import functools
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import jinja2
 import numpy as np
 
 from toolkit.data.readers import Rejected
-from toolkit.data.tokenize import TEMPLATE_ERRORS, Tokenizers, compile_template, loaded
+from toolkit.data.tokenize import TEMPLATE_ERRORS, Sandbox, Tokenizers, compile_template, loaded
 from toolkit.family import PROBE, PROBE_REPLY, STRUCTURE, end_of_turn, family_of, kind_of
 from toolkit.files import POCKET, ToolkitError, download, find, read_json, read_text
 from toolkit.records import Json, JsonObject, Message
@@ -74,7 +74,7 @@ class Chat:
         switch = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         values = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         template = self._template
-        template.environment.steps = 0
+        cast(Sandbox, template.environment).steps = 0
         try:
             return template.render(values | self.tokens | switch)
         except ToolkitError:  # a loop without an end is the template's fault, not the row's

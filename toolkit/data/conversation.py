@@ -6,6 +6,7 @@ checked({"messages": messages}, Placeholders({}))["messages"][1]["reasoning_cont
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from toolkit.data.readers import Rejected
@@ -45,10 +46,12 @@ class Placeholders:
     EXACT = ("{{NAME}}", "{{AUTHOR}}", "{{AUTHOER}}")
     """As ms-swift's self-cognition sets spell them. In other spellings they are also code: Vue, Jinja, f-strings."""
 
-    def fill(self, conversation: Conversation, language: str) -> Conversation:
+    def fill(self, conversation: Conversation) -> Conversation:
         """A copy of a conversation with every placeholder filled, wherever it stands. Raises Rejected."""
         # through JSON text, so that tools and nested arguments are filled too
-        return json.loads(self.PATTERN.sub(lambda match: self._text(match, language), json.dumps(conversation)))
+        text = json.dumps(conversation, ensure_ascii=False)
+        language = "zh" if CJK.search(text) else "en"
+        return json.loads(self.PATTERN.sub(lambda match: self._text(match, language), text))
 
     def _text(self, match: re.Match, language: str) -> str:
         key = match[1].upper().replace("AUTHOER", "AUTHOR")
@@ -69,11 +72,15 @@ def checked(conversation: Conversation, placeholders: Placeholders) -> Conversat
     texts = "\n".join(strings_of(conversation))
     # the plain search is quick, and hardly any row has a brace
     if "{{" in texts and placeholders.PATTERN.search(texts):
-        conversation = placeholders.fill(conversation, "zh" if CJK.search(texts) else "en")
+        conversation = placeholders.fill(conversation)
         texts = "\n".join(strings_of(conversation))
     check_text(texts)
     for turn, message in enumerate(conversation["messages"], start=1):
-        finish(message, f"turn {turn} ({message['role']})")
+        where = f"turn {turn} ({message['role']})"
+        if message["role"] == "assistant":
+            split_reasoning(message, where)
+        if not message["content"].strip() and message["role"] != "tool" and "tool_calls" not in message:
+            raise Rejected("empty_content", f"{where} is blank")
     return conversation
 
 
@@ -93,23 +100,17 @@ def check_order(messages: list[Message]) -> None:
         raise Rejected("no_answer", f"the last turn is {roles[-1]}, expected assistant")
 
 
-def strings_of(value: Json) -> list[str]:
+def strings_of(value: Json) -> Iterator[str]:
     """Every text in a value, keys of tools and calls included, as the template prints them too."""
-    texts: list[str] = []
-    _collect(value, texts)
-    return texts
-
-
-def _collect(value: Json, texts: list[str]) -> None:
     if type(value) is str:
-        texts.append(value)
+        yield value
     elif type(value) is dict:
         for key, item in value.items():
-            texts.append(key)
-            _collect(item, texts)
+            yield key
+            yield from strings_of(item)
     elif type(value) is list:
         for item in value:
-            _collect(item, texts)
+            yield from strings_of(item)
 
 
 def check_text(texts: str) -> None:
@@ -123,14 +124,6 @@ def check_text(texts: str) -> None:
     # Deleting bytes takes a sixth of the time of a character class: 5 µs for 10,000 characters.
     if len(raw.translate(None, CONTROLS)) != len(raw):
         raise Rejected("control_character", f"the text holds {CONTROL.findall(texts)[0]!r}")
-
-
-def finish(message: Message, where: str) -> None:
-    """Reasoning moves from <think> tags to its own field; content is blank only in calls and their results."""
-    if message["role"] == "assistant":
-        split_reasoning(message, where)
-    if not message["content"].strip() and message["role"] != "tool" and "tool_calls" not in message:
-        raise Rejected("empty_content", f"{where} is blank")
 
 
 def split_reasoning(message: Message, where: str) -> None:

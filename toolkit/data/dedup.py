@@ -13,7 +13,7 @@ import numpy as np
 
 from toolkit.data.rows import Row
 from toolkit.family import without_switch
-from toolkit.records import Conversation, Message
+from toolkit.records import Conversation
 
 WORDS_SHARED = 13
 """GPT-3's decontamination (arXiv:2005.14165, appendix C)."""
@@ -37,19 +37,13 @@ def prompt_key(conversation: Conversation) -> bytes:
     """16 bytes that are equal for rows with the same prompt: all that stands before the last reply, system prompt, earlier
     turns, tools and their results included; case, spacing and typed mode switches aside."""
     messages = conversation["messages"]
-    before = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
-    texts = [f"{m['role']} {_asked(m)}{_calls(m)}" for m in before]
-    if tools := conversation.get("tools"):
-        texts.append(json.dumps(tools, sort_keys=True))
+    texts = [json.dumps(conversation.get("tools", []), sort_keys=True)]
+    for message in messages[:-1] if messages[-1]["role"] == "assistant" else messages:
+        content = message["content"]
+        texts += [message["role"], without_switch(content) if message["role"] == "user" else content]
+        if "tool_calls" in message:
+            texts.append(json.dumps(message["tool_calls"], sort_keys=True))
     return digest("\0".join(texts))
-
-
-def _asked(message: Message) -> str:
-    return without_switch(message["content"]) if message["role"] == "user" else message["content"]
-
-
-def _calls(message: Message) -> str:
-    return json.dumps(message["tool_calls"], sort_keys=True) if "tool_calls" in message else ""
 
 
 def digest(text: str) -> bytes:
@@ -74,10 +68,10 @@ class Duplicates:
             return None
         self._by_text[self._text_key(first)] = first
         text = self._text_key(row)
-        if text not in self._by_text:
+        earlier = self._by_text.get(text)
+        if earlier is None:
             self._by_text[text] = row
-            return None
-        return self._by_text[text]
+        return earlier
 
     def _text_key(self, row: Row) -> bytes:
         return digest(without_switch(self._decode(row.ids)))

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from toolkit.data.chat import Chat, chat_of, load_chat
 from toolkit.data.readers import Rejected
 from toolkit.family import SWITCH
-from toolkit.records import Conversation, Json, Message
+from toolkit.records import Conversation, JsonObject, Message
 
-__all__ = ["Chat", "Example", "chat_of", "examples", "last_switch", "load_chat", "supervised_turns", "with_switch"]
+__all__ = ["Chat", "chat_of", "load_chat"]
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,9 @@ def supervised_turns(messages: list[Message], turns: str) -> list[int]:
 
 def check_special_tokens(conversation: Conversation, chat: Chat) -> None:
     """Raises Rejected for a text that holds what the tokenizer at hand reads as structure."""
-    messages = conversation["messages"]
-    texts = [str(conversation["tools"])] if "tools" in conversation else []
-    for message in messages:
-        texts.append(message["content"])
-        if "reasoning_content" in message:
-            texts.append(message["reasoning_content"])
-        if "tool_calls" in message:
-            texts.append(str(message["tool_calls"]))
+    texts = [str(conversation.get("tools", ""))]
+    for message in conversation["messages"]:
+        texts += [message["content"], message.get("reasoning_content", ""), str(message.get("tool_calls", ""))]
     if hit := chat.special.search("\n".join(texts)):
         raise Rejected("control_token", f"the text holds {hit.group()!r}, which {chat.name} reads as structure")
 
@@ -80,7 +75,7 @@ def example_of(conversation: Conversation, mode: str, chat: Chat) -> Example:
         at = len(os.path.commonprefix([prompt, full]))  # noqa: RUF071 - it is character by character that is wanted
         shown = f"prompt has {prompt[at : at + 40]!r} where it has {full[at : at + 40]!r}"
         raise Rejected("template_mismatch", f"the reply does not continue the prompt: {shown}")
-    check_kept(before, tools, prompt, reply, full[len(prompt) :])
+    check_kept(before, tools or [], prompt, reply, full[len(prompt) :])
     # templates write a line break after the end-of-turn token, which no model is asked to generate
     end = full.rfind(chat.end)
     if end < len(prompt):
@@ -90,38 +85,39 @@ def example_of(conversation: Conversation, mode: str, chat: Chat) -> Example:
 
 def turn_mode(reply: Message, mode: str, chat: Chat) -> str:
     """The mode a reply is taught in. Raises Rejected where neither the source's mode nor the model allows it."""
-    reasoned = "reasoning_content" in reply
-    if mode == "thinking" and not reasoned:
-        raise Rejected(
-            "no_reasoning",
-            "mode is thinking, but the reply has no reasoning: it would teach an empty think block. Set mode: non_thinking "
-            "(or auto), or use rows with reasoning",
-        )
-    if mode == "non_thinking" and reasoned:
+    if "reasoning_content" not in reply:
+        if mode == "thinking":
+            raise Rejected(
+                "no_reasoning",
+                "mode is thinking, but the reply has no reasoning: it would teach an empty think block. Set mode: "
+                "non_thinking (or auto), or use rows with reasoning",
+            )
+        return "non_thinking"
+    if mode == "non_thinking":
         raise Rejected(
             "reasoning_in_non_thinking", "mode is non_thinking, but the reply has reasoning: set mode: auto or thinking"
         )
-    if reasoned and chat.kind == "instruct":
-        why = f"the reply has reasoning (mode: {mode}), but {chat.name} has no thinking mode (instruct)"
-        raise Rejected("no_thinking_mode", f"{why}: choose a hybrid model, or leave this source out")
-    return "thinking" if reasoned else "non_thinking"
+    if chat.kind == "instruct":
+        raise Rejected(
+            "no_thinking_mode",
+            f"the reply has reasoning (mode: {mode}), but {chat.name} has no thinking mode (instruct): choose a hybrid "
+            "model, or leave this source out",
+        )
+    return "thinking"
 
 
-def check_kept(
-    before: list[Message], tools: list[dict[str, Json]] | None, prompt: str, reply: Message, completion: str
-) -> None:
+def check_kept(before: list[Message], tools: list[JsonObject], prompt: str, reply: Message, completion: str) -> None:
     """Templates for images drop text that is not a list of parts, others reasoning, tools or calls, and say nothing."""
-    for tool in tools or ():
+    for tool in tools:
         _expect("tool", tool["function"]["name"], prompt)
     for message in before:
         if message["role"] in ("system", "user"):
             _expect("text", message["content"], prompt)
-        for call in message.get("tool_calls", ()):
-            _expect("call", call["function"]["name"], prompt)
     _expect("answer", reply["content"], completion)
     _expect("reasoning", reply.get("reasoning_content", ""), completion)
-    for call in reply.get("tool_calls", ()):
-        _expect("call", call["function"]["name"], completion)
+    for message in [*before, reply]:
+        for call in message.get("tool_calls", ()):
+            _expect("call", call["function"]["name"], completion if message is reply else prompt)
 
 
 def _expect(what: str, text: str, rendered: str) -> None:
