@@ -20,16 +20,9 @@ CONTROLS = bytes(c for c in range(32) if CONTROL.match(chr(c)))
 CALL_TAG = re.compile("</?tool_(?:call|response)>")
 """What is left of calls in an answer that could not be read as calls."""
 CJK = re.compile("[\u3400-\u9fff]")
-NEXT = {
-    "the start": ("system", "user"),
-    "system": ("user",),
-    "user": ("assistant",),
-    "assistant": ("user",),
-    "a tool call": ("tool",),
-    "tool": ("tool", "assistant"),
-}
-"""What may come before → the roles that may follow."""
-
+ORDER = re.compile("s?(?:u(?:ct+)*a)*u(?:ct+)*[ac]")
+"""The turns of a conversation by their first letters: system?, then user and assistant in turns, an answer or a call (c) at
+the end; results of tools follow a call, and only a call."""
 Fillings = dict[str, str | dict[str, str]]
 """Placeholder → a text, or one for Chinese rows (zh) and one for others (en)."""
 
@@ -85,19 +78,17 @@ def checked(conversation: Conversation, placeholders: Placeholders) -> Conversat
 
 
 def check_order(messages: list[Message]) -> None:
-    """system?, then user and assistant in turns; tool results only after a call; an answer at the end."""
+    """Raises Rejected where the turns are not in ORDER."""
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
         raise Rejected("no_assistant", f"the turns are {', '.join(roles) or 'none'}: nothing to learn")
-    before = "the start"
-    for number, message in enumerate(messages, start=1):
-        role = message["role"]
-        if role not in NEXT[before]:
-            allowed = " or ".join(NEXT[before])
-            raise Rejected("role_order", f"turn {number} is {role} after {before}, expected {allowed}")
-        before = "a tool call" if "tool_calls" in message else role
-    if roles[-1] != "assistant":
-        raise Rejected("no_answer", f"the last turn is {roles[-1]}, expected assistant")
+    letters = ["c" if "tool_calls" in message else message["role"][0] for message in messages]
+    if not ORDER.fullmatch("".join(letters)):
+        raise Rejected(
+            "no_answer" if roles[-1] != "assistant" else "role_order",
+            f"the turns are {', '.join(roles)}: expected user and assistant in turns, results of tools only after a call, an "
+            "assistant at the end",
+        )
 
 
 def strings_of(value: Json) -> Iterator[str]:

@@ -5,6 +5,7 @@ canonical({"query": "Hi", "response": "Hello!"}, "query_response", columns={}, p
 
 import functools
 import math
+import re
 from dataclasses import dataclass
 
 from toolkit.data.conversation import Fillings, Placeholders, checked
@@ -45,7 +46,7 @@ LIKELY = {
     "input": "context document passage 上下文",
 }
 """Words in column names, other languages' too, by what such a column holds."""
-DISLIKED = ("reject", "worse", "negative", "incorrect", "wrong")
+DISLIKED = re.compile("reject|worse|negative|incorrect|wrong", re.IGNORECASE)
 """Words in the names of columns of which the answers must not be taught."""
 
 
@@ -213,9 +214,9 @@ def recognise(fields: list[str], format: str, columns: dict[str, str], where: st
     if format in FORMATS and not columns and set(signature(format)) <= set(fields):
         return format
     names = fitting(fields)
-    if format == "auto" and len(names) == 1:
-        return names[0]
     if format == "auto":
+        if len(names) == 1:
+            return names[0]
         several = f"fits several formats: set `format:` to one of {', '.join(names)}"
         problem = several if names else "no known format"
     elif format not in FORMATS:
@@ -242,6 +243,7 @@ def signature(format: str) -> list[str]:
 
 
 def _check_columns(fields: list[str], columns: dict[str, str], where: str) -> str:
+    """`columns`, as a format, where the recipe's own names can be read."""
     for key, column in columns.items():
         if key not in COLUMN_KEYS:
             raise ToolkitError(f"{where}: columns.{key}: expected one of {', '.join(COLUMN_KEYS)}")
@@ -251,28 +253,23 @@ def _check_columns(fields: list[str], columns: dict[str, str], where: str) -> st
         raise ToolkitError(f"{where}: columns needs `user` and `assistant` (or `messages`). {advice(fields)}")
     # it is one slip of the pen from `chosen` to `rejected`, and nothing else would tell
     answers = columns.get("messages") or columns["assistant"]
-    if is_disliked(answers):
+    if DISLIKED.search(answers):
         raise ToolkitError(f"{where}: {answers!r} holds the answers that must not be learned. {advice(fields)}")
     return "columns"
 
 
-def is_disliked(column: str) -> bool:
-    """Whether a column's name says that its answers are those which lost a comparison."""
-    return any(word in column.lower() for word in DISLIKED)
-
-
 def likely_columns(fields: list[str]) -> dict[str, str]:
     """{role: column} as the names of the columns suggest; a role without a likely column is left out."""
-    columns = {
-        kind: field for field in reversed(fields) if (kind := meaning(field)) in ("reasoning", "system", "tools")
-    }
-    # the words are in order of their weight: `question` before `input`
-    rest = [field for field in fields if field not in columns.values() and not is_disliked(field)]
-    for kind in ("user", "assistant", "input"):
-        fitting = [field for word in LIKELY[kind].split() for field in rest if word in field.lower()]
-        if fitting:
-            rest.remove(fitting[0])
-            columns[kind] = fitting[0]
+    columns = {meaning(field): field for field in reversed(fields) if meaning(field) in TEXTS}
+    rest = [field for field in fields if field not in columns.values() and not DISLIKED.search(field)]
+    for kind, words in LIKELY.items():
+        # in order of their weight: `question` before `input`
+        for word in words.split():
+            hits = [field for field in rest if word in field.lower()]
+            if hits:
+                columns[kind] = hits[0]
+                rest.remove(hits[0])
+                break
     return columns
 
 

@@ -59,6 +59,9 @@ class Rejected(ValueError):
         super().__init__(f"{reason}: {self.detail}")
 
 
+RawRow = JsonObject | Rejected
+
+
 @dataclass(frozen=True)
 class Rows:
     """Raw rows of one source.
@@ -69,7 +72,7 @@ class Rows:
 
     location: str
     fields: list[str]
-    draw: Callable[[int], Iterator[tuple[int, JsonObject | Rejected]]]
+    draw: Callable[[int], Iterator[tuple[int, RawRow]]]
     where: Callable[[int], str]
     left_out: tuple[str, ...] = ()
     """Columns of kinds that nothing here reads (Arrow's maps)."""
@@ -82,7 +85,7 @@ class Table:
     path: Path
     unit: str
     size: int
-    get: Callable[[int], JsonObject | Rejected | None]
+    get: Callable[[int], RawRow | None]
     left_out: tuple[str, ...] = ()
 
 
@@ -165,11 +168,11 @@ def open_files(path: Path, files: list[Path]) -> Rows:
         index = bisect.bisect_right(starts, position) - 1
         return tables[index], position - starts[index]
 
-    def read(position: int) -> JsonObject | Rejected | None:
+    def read(position: int) -> RawRow | None:
         table, inside = locate(position)
         return table.get(inside)
 
-    def draw(seed: int) -> Iterator[tuple[int, JsonObject | Rejected]]:
+    def draw(seed: int) -> Iterator[tuple[int, RawRow]]:
         for position in np.random.default_rng(seed).permutation(starts[-1]).tolist():
             row = read(position)
             if row is not None:
@@ -225,7 +228,7 @@ def line_table(path: Path, file: io.BytesIO | io.FileIO) -> Table:
     """One object a line. Costs one pass for the newlines and 8 bytes a line; rows are read when drawn."""
     starts = line_starts(file)
 
-    def get(line: int) -> JsonObject | Rejected | None:
+    def get(line: int) -> RawRow | None:
         start, end = starts[line : line + 2].tolist()
         file.seek(start)
         text = decode(file.read(end - start), path, line + 1)
@@ -248,7 +251,7 @@ def line_starts(file: io.BytesIO | io.FileIO) -> np.ndarray:
     return starts if starts[-1] == offset else np.append(starts, offset)
 
 
-def as_row(value: Json) -> JsonObject | Rejected:
+def as_row(value: Json) -> RawRow:
     """A JSON value as a row."""
     return value if type(value) is dict else Rejected("wrong_type", f"{json_type(value)}, expected an object")
 
@@ -270,7 +273,7 @@ def csv_table(path: Path) -> Table:
     if len(set(header)) < len(header):
         raise ToolkitError(f"{path}: a name stands twice in the header: {', '.join(header)}")
 
-    def get(i: int) -> JsonObject | Rejected:
+    def get(i: int) -> RawRow:
         if len(rows[i]) != len(header):
             return Rejected("wrong_columns", f"expected {len(header)} cells, as in the header")
         return dict(zip(header, rows[i], strict=True))
