@@ -294,7 +294,10 @@ def arrow_table(path: Path) -> Table:
             data = datasets.Dataset.from_file(str(path))
             refuse_bytes(data.features.arrow_schema, path)
         else:
-            schema = pyarrow.parquet.read_schema(path)
+            meta = pyarrow.parquet.read_metadata(path)
+            if not meta.num_rows:  # which `datasets` takes for a damaged file
+                return Table(path, "row", 0, as_row)
+            schema = meta.schema.to_arrow_schema()
             refuse_bytes(schema, path)
             left_out += [field.name for field in schema if "map<" in str(field.type)]  # which `datasets` lacks
             kept = pyarrow.schema([field for field in schema if field.name not in left_out])
