@@ -293,23 +293,24 @@ def lock(folder: Path, verb: str, *, wait: bool = False) -> Iterator[None]:
         )
     real = folder.resolve()
     file = real.parent / ".locks" / f"{real.name}.lock"
+    note = file.with_suffix(".txt")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         held = filelock.FileLock(file, is_singleton=True)
         held.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout as error:
-        raise ToolkitError(
-            f"{folder} is in use {_holder(file)}: wait until it ends, or stop it, then try again"
-        ) from error
+        # the holder may not have written its note yet
+        holder = note.read_text(encoding="utf-8") if note.is_file() else "another process"
+        raise ToolkitError(f"{folder} is in use by {holder}: wait until it ends, or stop it, then try again") from error
     except OSError as error:
         raise write_error(file, error) from error
     is_first = held.lock_counter == 1
     try:
         if is_first:
             HELD[real] = Held(verb)
-            note = {"verb": verb, "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
             with contextlib.suppress(OSError):  # a full disk; the lock holds without its note
-                file.with_suffix(".json").write_text(json.dumps(note), encoding="utf-8")
+                note.write_text(f"`{verb}` (process {os.getpid()}, since {since})", encoding="utf-8")
             remove_partials(real)
         yield
     finally:
@@ -348,14 +349,6 @@ def check_in_place(path: Path) -> None:
             f"{folder}: was renamed or removed while `{HELD[folder].verb}` writes to it: rename it back, in place of what a "
             "library may have begun there, then run the same command again; finished steps are kept"
         )
-
-
-def _holder(lock_file: Path) -> str:
-    try:
-        note = json.loads(lock_file.with_suffix(".json").read_text(encoding="utf-8"))
-        return f"by `{note['verb']}` (process {note['pid']}, since {note['since']})"
-    except (OSError, ValueError, KeyError):  # the holder has not written its note yet
-        return "by another process"
 
 
 SECRETS = (

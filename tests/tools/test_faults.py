@@ -57,6 +57,6 @@ def test_what_a_killed_process_left_half_written_is_removed_by_the_next_that_hol
 
 
 def test_a_lock_holds_where_its_note_cannot_be_written(tmp_path):
-    (tmp_path / ".locks" / "run.json").mkdir(parents=True)  # as on a full disk: writing it raises OSError
+    (tmp_path / ".locks" / "run.txt").mkdir(parents=True)  # as on a full disk: writing it raises OSError
     with lock(tmp_path / "run", "train"), pytest.raises(filelock.Timeout):
         filelock.FileLock(tmp_path / ".locks" / "run.lock").acquire(timeout=0)
