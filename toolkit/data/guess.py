@@ -129,21 +129,25 @@ def with_columns(source: Source, rows: Rows) -> tuple[Source, str]:
     """(source with its columns named where they have to be, the name of its format).
 
     Raises ToolkitError that names the one key to set where a column cannot be told."""
-    columns = likely_columns(rows.fields) | source.columns
     # a lone column holds no question and answer to tell apart
-    is_clear = source.format != "auto" or fitting(rows.fields) or len(rows.fields) == 1
-    if is_clear or {"user", "assistant"} <= source.columns.keys():
-        return source, recognise(rows.fields, source.format, source.columns, rows.location)
-    for role in ("user", "assistant"):
-        if role not in columns:
-            rest = [name for name in rows.fields if name not in columns.values()]
-            known = "".join(f"What {role} is in {column!r}. " for role, column in columns.items())
-            raise ToolkitError(
-                f"{rows.location}: has the columns {', '.join(rows.fields)}: which of them holds what the {role} says? {known}"
-                f"Add data.sources.0.columns.{role}={rest[0] if rest else 'NAME'} to this command (sources count from 0)"
-            )
-    ordered = {role: columns[role] for role in COLUMN_KEYS if role in columns}
-    return replace(source, columns=ordered), recognise(rows.fields, "columns", ordered, rows.location)
+    is_odd = source.format == "auto" and not fitting(rows.fields) and len(rows.fields) > 1
+    if is_odd:
+        columns = likely_columns(rows.fields) | source.columns
+        for role in ("user", "assistant"):
+            if role not in columns:
+                raise ToolkitError(f"{rows.location}: {which_column(role, columns, rows.fields)}")
+        source = replace(source, columns={role: columns[role] for role in COLUMN_KEYS if role in columns})
+    return source, recognise(rows.fields, source.format, source.columns, rows.location)
+
+
+def which_column(role: str, columns: dict[str, str], fields: list[str]) -> str:
+    """The question that is left to its reader where a role has no likely column."""
+    known = "".join(f"What {other} is in {column!r}. " for other, column in columns.items())
+    rest = [*(name for name in fields if name not in columns.values()), "NAME"]
+    return (
+        f"has the columns {', '.join(fields)}: which of them holds what the {role} says? {known}"
+        f"Add data.sources.0.columns.{role}={rest[0]} to this command (sources count from 0)"
+    )
 
 
 def shown(conversation: Conversation) -> list[str]:
