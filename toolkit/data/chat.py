@@ -24,8 +24,12 @@ if TYPE_CHECKING:
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
 TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 """What a template may ask the tokenizer for."""
-SPACE_BEFORE = re.compile(r'("prepend":\s*)"[^"]+"|("prepend_scheme":\s*)"(?:first|always)"')
-"""How a tokenizer.json of SentencePiece's kind (Llama 2, Mistral, Phi-3) says that a space is put before every text."""
+SPACE_BEFORE = (
+    (r'("prepend":\s*)"[^"]+"', r'\1""'),
+    (r'("prepend_scheme":\s*)"(?:first|always)"', r'\1"never"'),
+)
+"""How a tokenizer.json of SentencePiece's kind (Llama 2, Mistral, Phi-3) says that a space is put before every text, and how it
+says that none is."""
 
 
 class Chat:
@@ -134,7 +138,9 @@ class Chat:
     def following(self) -> Tokenizers:
         """The tokenizers for text that follows other text, where no space is put before it."""
         head, mark, tail = self.json.partition('"vocab"')
-        plain = SPACE_BEFORE.sub(lambda found: f'{found[1]}""' if found[1] else f'{found[2]}"never"', head)
+        plain = head
+        for pattern, none in SPACE_BEFORE:
+            plain = re.sub(pattern, none, plain)
         return self.tokenizers if plain == head else Tokenizers(plain + mark + tail)
 
     @property

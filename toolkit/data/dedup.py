@@ -48,7 +48,8 @@ def prompt_key(conversation: Conversation) -> bytes:
 
 def digest(text: str) -> bytes:
     """16 bytes by which equal texts are found, case and spacing aside."""
-    return hashlib.blake2b(" ".join(text.lower().split()).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    plain = " ".join(text.lower().split())
+    return hashlib.blake2b(plain.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 class Duplicates:
@@ -107,9 +108,11 @@ class NearDuplicates:
 
     def _asks_the_same(self, row: Row, earlier: Row) -> bool:
         changed = self._changed(row.prompt, earlier.prompt)
-        asked = words_of(" ".join(m["content"] for m in row.conversation["messages"] if m["role"] == "user"))
+        questions = [message["content"] for message in row.conversation["messages"] if message["role"] == "user"]
+        if changed.total() > REWORDED * len(words_of(" ".join(questions))):
+            return False
         # however long the prompt, another number makes another task
-        if changed.total() > REWORDED * len(asked) or any(c.isdigit() for word in changed for c in word):
+        if any(map(str.isdigit, "".join(changed))):
             return False
         return not changed & self._changed(row.completion, earlier.completion)
 
@@ -133,7 +136,9 @@ def sign(rows: list[Row]) -> None:
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, starts, PERMUTATIONS, 42)
     for row, signature in zip(long, np.array(matrix.to_rows(), np.uint32), strict=True):
         row.signature = signature
-        row.bands = [bytes([i]) + part.tobytes() for i, part in enumerate(signature.reshape(BANDS, -1))]
+        for number, part in enumerate(signature.reshape(BANDS, -1)):
+            # rows meet in a band only at its own place
+            row.bands.append(bytes([number]) + part.tobytes())
 
 
 def _shingles(ids: np.ndarray) -> np.ndarray:
@@ -168,4 +173,7 @@ def words_of(text: str) -> list[str]:
 
 
 def _grams(words: list[str]) -> Iterator[str]:
-    return (" ".join(words[i : i + WORDS_SHARED]) for i in range(max(1, len(words) - WORDS_SHARED + 1)))
+    # of fewer words one gram, as a whole
+    count = max(1, len(words) - WORDS_SHARED + 1)
+    for start in range(count):
+        yield " ".join(words[start : start + WORDS_SHARED])

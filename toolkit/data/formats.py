@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from toolkit.data.conversation import Fillings, Placeholders, checked
 from toolkit.data.keys import is_setting, is_trained, meaning, yes_or_no
-from toolkit.data.messages import Notes, field_of, read_notes, read_turns
+from toolkit.data.messages import Notes, field_of, read_notes, read_turns, role_of
 from toolkit.data.readers import Rejected
 from toolkit.data.tools import check_calls
 from toolkit.family import THINK_OPEN
@@ -35,6 +35,8 @@ POORER = ("question", "chosen", "preference_question", "preference_alpaca", "pre
 """Formats that give way to others that fit too: an openmath row holds a question as well."""
 TEXTS = ("reasoning", "system", "tools")
 """What is read beside the turns."""
+ASKING = ("system", "user")
+"""Roles of turns that an answer follows."""
 SHARED = {"history": "history", "expected_answer": "expected_answer"}
 COLUMN_KEYS = "user assistant input messages reasoning system history tools expected_answer".split()
 LIKELY = {
@@ -99,11 +101,12 @@ class RowReader:
         if "messages" in names:
             turns = field_of(row, names["messages"], list)
             # LLaMA-Factory's preference sets keep the answer that won beside the turns before it
-            is_open = turns and _is_asked(turns[-1]) and type(row.get("chosen")) is dict
-            return [*turns, row["chosen"]] if is_open else turns
+            if type(row.get("chosen")) is dict and turns and role_of(turns[-1], len(turns)) in ASKING:
+                return [*turns, row["chosen"]]
+            return turns
         question, answer = row.get(names["user"]), row.get(names["assistant"])
         # TRL's conversational prompt and completion; preference sets often repeat the prompt in the answer
-        if type(answer) is list and answer and _is_asked(answer[0]):
+        if type(answer) is list and answer and role_of(answer[0], 1) in ASKING:
             return answer
         if type(question) is not list:
             parts = [field_of(row, names["user"]), field_of(row, names.get("input", ""), default="")]
@@ -195,10 +198,6 @@ def earlier_turns(row: JsonObject, column: str) -> list[Json]:
             raise Rejected("wrong_type", f"{column!r} holds {pair!r}, expected [question, answer]")
         turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     return turns
-
-
-def _is_asked(turn: Json) -> bool:
-    return type(turn) is dict and str(turn.get("role") or turn.get("from")).lower() in ("system", "user", "human")
 
 
 # --- which format a source has ---------------------------------------------------------------------------------------

@@ -67,9 +67,10 @@ class Understood:
 
     def lines(self) -> list[str]:
         """What was understood, for people: the format, counts, and three rows."""
-        columns = ", ".join(f"{role}: {column}" for role, column in self.source.columns.items())
-        modes = " and ".join(f"{count:,} {mode}" for mode, count in self.modes.items())
-        text = [f"{self.source.path}: {self.rows:,} rows, {self.format} ({columns or 'by its own names'}); {modes}"]
+        columns = [f"{role}: {column}" for role, column in self.source.columns.items()]
+        modes = [f"{count:,} {mode}" for mode, count in self.modes.items()]
+        names = ", ".join(columns) or "by its own names"
+        text = [f"{self.source.path}: {self.rows:,} rows, {self.format} ({names}); {' and '.join(modes)}"]
         if self.rejected:
             text.append(f"· {len(self.rejected):,} rows cannot be trained on, e.g. {self.rejected[0].detail}")
         for number, conversation in enumerate(self.examples, start=1):
@@ -113,7 +114,14 @@ def read(source: Source, format: str) -> Understood:
         )
     reasoned = ["reasoning_content" in conversation["messages"][-1] for conversation in good]
     modes = Counter("thinking" if has_reasoning else "non_thinking" for has_reasoning in reasoned)
-    return Understood(source, format, len(rows), modes, good[:3], rejected)
+    return Understood(
+        source=source,
+        format=format,
+        rows=len(rows),
+        modes=modes,
+        examples=good[:3],
+        rejected=rejected,
+    )
 
 
 def formats_in(rows: Rows) -> set[str]:

@@ -21,10 +21,15 @@ NAMES = {
 ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
 TURN = dict.fromkeys("role from content value tool_calls function_call name tool_call_id".split(), "text")
 """Keys of a turn that are read as such."""
-REASONING_PARTS = ("reasoning", "thinking", "thought", "reasoning_text", "reasoning_content")
-TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
-PART_TEXTS = ("text", "content", "value", "refusal", *REASONING_PARTS)
-"""Where a part of a content keeps its text."""
+REASONING_PARTS = "reasoning thinking thought reasoning_text reasoning_content".split()
+PARTS = {
+    **dict.fromkeys("text input_text output_text refusal".split(), "text"),
+    **dict.fromkeys(REASONING_PARTS, "reasoning"),
+    "tool_use": "call",
+}
+"""`type` of a part of a content → what it holds."""
+PART_TEXTS = ["text", "content", "value", "refusal", *REASONING_PARTS]
+"""Where a part keeps its text."""
 
 
 @dataclass
@@ -209,12 +214,10 @@ def kind_of_part(part: Json) -> str:
     """text, reasoning or call; for other parts their own type."""
     if type(part) is not dict:
         return "text" if type(part) is str else json_type(part)
-    kind = part.get("type") or "text"
-    if kind in REASONING_PARTS or (kind == "text" and part.get("thought") is True):  # Gemini: thought: true
+    if part.get("thought") is True:  # Gemini's sign
         return "reasoning"
-    if kind in TEXT_PARTS:
-        return "text"
-    return "call" if kind == "tool_use" else str(kind)
+    kind = str(part.get("type") or "text")
+    return PARTS.get(kind, kind)
 
 
 def text_of_part(part: Json, where: str) -> str:

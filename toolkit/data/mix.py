@@ -121,7 +121,13 @@ def _compile(recipe: Recipe, chat: Chat, fingerprints: dict[str, str], folder: P
     # The trainer shuffles each epoch again; here it keeps the file of a mix from being sorted by source
     order = np.random.default_rng(data.seed).permutation(len(train))
     validation = [row for draw in draws for row in draw.validation]
-    mixed = Mix([train[i] for i in order], validation, report, dropped_rows(draws), folder)
+    mixed = Mix(
+        train=[train[i] for i in order],
+        validation=validation,
+        report=report,
+        quarantine=dropped_rows(draws),
+        folder=folder,
+    )
     cache.write(mixed)
     return mixed
 
@@ -199,7 +205,15 @@ def tokenize(batch: list[DrawnRow], source: str, chat: Chat) -> None:
     completions = chat.following.encode([example.completion for _, example in pairs])
     for (drawn, example), prompt, completion in zip(pairs, prompts, completions, strict=True):
         ids = np.concatenate([prompt, completion])
-        drawn.rows.append(Row(ids, len(prompt), source, example.mode, drawn.number, example.conversation))
+        row = Row(
+            ids=ids,
+            prompt_length=len(prompt),
+            source=source,
+            mode=example.mode,
+            number=drawn.number,
+            conversation=example.conversation,
+        )
+        drawn.rows.append(row)
 
 
 class Draw:
@@ -293,7 +307,8 @@ class Draw:
         """Raise ToolkitError when more rows are malformed than allowed, or none is left to train on."""
         where = f"{self.source.path} ({self.source.name})"
         malformed = [entry for entry in self.quarantine if entry["reason"] not in NOT_MALFORMED]
-        why = ", ".join(f"{reason} {n}" for reason, n in self.dropped.items()) or "none dropped"
+        counts = [f"{reason} {n}" for reason, n in self.dropped.items()]
+        why = ", ".join(counts) or "none dropped"
         for first in (malformed or self.quarantine)[:1]:
             why += f". First, row {first['row']}: {first['detail']}"
         allowed = self.data.max_rejected
@@ -398,8 +413,10 @@ def as_question(conversation: Conversation | Rejected, name: str) -> Question:
         raise Rejected("no_expected_answer", "a question needs an expected_answer")
     if "tools" in conversation or any("tool_calls" in message for message in [*messages, reply]):
         raise Rejected("needs_tools", "a question with tools or a tool call cannot be asked: evaluation shows no tools")
-    asked = [m | {"content": without_switch(m["content"]).strip()} if m["role"] == "user" else m for m in messages]
-    return {"messages": asked, "expected_answer": answer, "set": name}
+    for place, message in enumerate(messages):
+        if message["role"] == "user":
+            messages[place] = message | {"content": without_switch(message["content"]).strip()}
+    return {"messages": messages, "expected_answer": answer, "set": name}
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------
@@ -452,8 +469,11 @@ def balance(draws: list[Draw], data: Data) -> str | None:
     if not shares:
         return None
     # The total at which each exhausted source would have its share; the smallest is what all of them can give
-    short = {d.source.name: d.amount / shares[d.source.name] for d in draws if d.wants(hold_out=False)}
-    limiting = min(short, key=lambda name: short[name], default=None)
+    short: dict[str, float] = {}
+    for draw in draws:
+        if draw.wants(hold_out=False):
+            short[draw.source.name] = draw.amount / shares[draw.source.name]
+    limiting = min(short, key=short.__getitem__, default=None)
     # without a budget every source is exhausted at the end
     total = short[limiting] if limiting else float(data.budget or 0)
     for draw in draws:
@@ -509,10 +529,11 @@ def mix_report(recipe: Recipe, draws: list[Draw], planned: dict[str, Planned], l
     rows = [row for draw in draws for row in draw.train]
     unit = unit_of(recipe.data)
     achieved = shares_of(rows)
+    shares = {name: row["share"] for name, row in planned.items() if row["share"] is not None}
     return {
         "unit": unit,
         "budget": recipe.data.budget,
-        "planned": {n: p["share"] if p["share"] is not None else achieved[unit][n] for n, p in planned.items()},
+        "planned": shares or achieved[unit],
         "achieved": achieved,
         "achieved_modes": shares_of(rows, by="mode"),
         "total": {u: size_of(rows, u) for u in UNITS},

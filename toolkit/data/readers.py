@@ -55,7 +55,8 @@ class Rejected(ValueError):
     """A row that cannot be trained on: `reason` is a slug to count by, `detail` tells people what is wrong where."""
 
     def __init__(self, reason: str, detail: str):
-        self.reason, self.detail = reason, detail if len(detail) < 500 else f"{detail[:500]}…"
+        self.reason = reason
+        self.detail = detail[:500]
         super().__init__(f"{reason}: {self.detail}")
 
 
@@ -112,20 +113,26 @@ def data_files(path: Path, split: str) -> list[Path]:
         is_zst = path.suffix.lower() == ".zst"
         way_out = f"unpack it: zstd -d {path}" if is_zst else "save a spreadsheet as CSV UTF-8, unpack an archive"
         raise ToolkitError(f"{path}: unknown kind of file: expected {known}: {way_out}")
-    names = {file: file.relative_to(path).as_posix() for file in sorted(path.rglob("[!.]*")) if file.is_file()}
-    # what is hidden is a cache, among them half-finished downloads of the Hub's client
-    splits = {file: split_of(name, split) for file, name in names.items() if is_rows(file) and "/." not in f"/{name}"}
+    names: dict[Path, str] = {}
+    others: list[str] = []
+    for file in sorted(path.rglob("[!.]*")):
+        name = file.relative_to(path).as_posix()
+        # what is hidden is a cache, among them half-finished downloads of the Hub's client
+        if is_rows(file) and "/." not in f"/{name}":
+            names[file] = name
+        elif file.is_file():
+            others.append(name)
+    splits = {file: split_of(name, split) for file, name in names.items()}
     # a folder without files of that split has files of no split (data.jsonl); another split's are never taken for it
-    chosen = [file for file in splits if splits[file] == split] or [file for file in splits if not splits[file]]
+    chosen = [file for file in names if splits[file] == split] or [file for file in names if not splits[file]]
     if not chosen:
-        there = (
-            ", ".join(sorted({f"split {other}" for other in splits.values()}) or [*names.values()][:5]) or "no files"
-        )
-        raise ToolkitError(f"{path}: expected {known} files of `split: {split}`, found {there}")
+        there = sorted({f"split {other}" for other in splits.values()}) or others[:5] or ["no files"]
+        raise ToolkitError(f"{path}: expected {known} files of `split: {split}`, found {', '.join(there)}")
     # several folders that each hold the split are subsets or languages, kept apart by their author
-    tops = sorted({names[file].partition("/")[0] for file in chosen})
-    if splits[chosen[0]] and len(tops) > 1 and not any(top == "data" or split_of(top, split) for top in tops):
-        raise ToolkitError(f"{path}: {', '.join(tops[:8])} each hold the split {split!r}: choose one by `subset:`")
+    tops = {names[file].partition("/")[0] for file in chosen}
+    is_told_apart = "data" in tops or any(split_of(top, split) for top in tops)
+    if splits[chosen[0]] and len(tops) > 1 and not is_told_apart:
+        raise ToolkitError(f"{path}: {', '.join(sorted(tops))} each hold the split {split!r}: choose one by `subset:`")
     return chosen
 
 
@@ -133,8 +140,8 @@ def is_rows(file: Path) -> bool:
     """Whether a file of a folder holds rows: not what data sets keep beside them, nor a cache of `save_to_disk`'s folder."""
     state = file.with_name("state.json")
     if file.suffix == ".arrow" and state.is_file():
-        return file.name in {shard["filename"] for shard in read_json(state)["_data_files"]}
-    return bool(ending(file)) and file.name not in NOT_ROWS
+        return file.name in [shard["filename"] for shard in read_json(state)["_data_files"]]
+    return bool(ending(file)) and file.name not in NOT_ROWS and not file.is_dir()
 
 
 def split_of(name: str, split: str) -> str | None:
@@ -191,7 +198,13 @@ def open_files(path: Path, files: list[Path]) -> Rows:
             "array of objects, or CSV with a header"
         )
     left_out = dict.fromkeys(column for table in tables for column in table.left_out)
-    return Rows(str(path), fields, draw, where, tuple(left_out))
+    return Rows(
+        location=str(path),
+        fields=fields,
+        draw=draw,
+        where=where,
+        left_out=tuple(left_out),
+    )
 
 
 def json_table(path: Path) -> Table:
@@ -243,11 +256,13 @@ def line_table(path: Path, file: io.BytesIO | io.FileIO) -> Table:
 def line_starts(file: io.BytesIO | io.FileIO) -> np.ndarray:
     """Byte offsets of a file's lines and, last, of its end."""
     file.seek(0)
-    buffer, found, offset = np.empty(BLOCK, np.uint8), [np.zeros(1, np.int64)], 0
+    buffer = np.empty(BLOCK, np.uint8)
+    blocks = [np.zeros(1, np.int64)]
+    offset = 0
     while count := file.readinto(buffer.data):
-        found.append(np.flatnonzero(buffer[:count] == 10) + (offset + 1))
+        blocks.append(np.flatnonzero(buffer[:count] == 10) + (offset + 1))
         offset += count
-    starts = np.concatenate(found)
+    starts = np.concatenate(blocks)
     return starts if starts[-1] == offset else np.append(starts, offset)
 
 
@@ -308,7 +323,13 @@ def arrow_table(path: Path) -> Table:
         if isinstance(error, ToolkitError):
             raise
         raise ToolkitError(f"{path}: not readable as {path.suffix[1:]}: {error.__cause__ or error}") from error
-    return Table(path, "row", len(data), lambda i: without_nulls(data[i]), tuple(left_out))
+    return Table(
+        path=path,
+        unit="row",
+        size=len(data),
+        get=lambda i: without_nulls(data[i]),
+        left_out=tuple(left_out),
+    )
 
 
 def refuse_bytes(schema: Iterable["pyarrow.Field"], where: Path | str) -> None:

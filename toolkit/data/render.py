@@ -56,7 +56,9 @@ def check_special_tokens(conversation: Conversation, chat: Chat) -> None:
     """Raises Rejected for a text that holds what the tokenizer at hand reads as structure."""
     texts = [str(conversation.get("tools", ""))]
     for message in conversation["messages"]:
-        texts += [message["content"], message.get("reasoning_content", ""), str(message.get("tool_calls", ""))]
+        texts.append(message["content"])
+        texts.append(message.get("reasoning_content", ""))
+        texts.append(str(message.get("tool_calls", "")))
     if hit := chat.special.search("\n".join(texts)):
         raise Rejected("control_token", f"the text holds {hit.group()!r}, which {chat.name} reads as structure")
 
@@ -80,7 +82,12 @@ def example_of(conversation: Conversation, mode: str, chat: Chat) -> Example:
     end = full.rfind(chat.end)
     if end < len(prompt):
         raise Rejected("no_end_of_turn", f"the template does not close the reply with {chat.end!r}")
-    return Example(prompt, full[len(prompt) : end + len(chat.end)], mode, conversation)
+    return Example(
+        prompt=prompt,
+        completion=full[len(prompt) : end + len(chat.end)],
+        mode=mode,
+        conversation=conversation,
+    )
 
 
 def turn_mode(reply: Message, mode: str, chat: Chat) -> str:

@@ -84,9 +84,10 @@ class Mix:
     @property
     def validation_by_source(self) -> "dict[str, datasets.Dataset] | None":
         """{"source/mode": data set} of the held-out rows: SFTTrainer then logs a loss for each. None without any."""
-        names = sorted({f"{row.source}/{row.mode}" for row in self.validation})
-        groups = {name: [row for row in self.validation if f"{row.source}/{row.mode}" == name] for name in names}
-        return {name: dataset(group) for name, group in groups.items()} or None
+        groups: dict[str, list[Row]] = {}
+        for row in self.validation:
+            groups.setdefault(f"{row.source}/{row.mode}", []).append(row)
+        return {name: dataset(groups[name]) for name in sorted(groups)} or None
 
 
 def dataset(rows: list[Row]) -> "datasets.Dataset":

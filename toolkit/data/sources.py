@@ -125,11 +125,14 @@ def open_rows(source: Source) -> Rows:
 
 def split_count(source: Source) -> tuple[Source, int | None]:
     """A source without its limit, and the limit: N of `path#N` or `max_rows`."""
+    path = source.path
     limit = source.max_rows
     # a file may really be called notes#1.jsonl
-    if not find(source.path) and (match := re.fullmatch(r"(.+)#([1-9]\d*)", source.path)):
-        source, limit = replace(source, path=match[1]), min(int(match[2]), limit or int(match[2]))
-    return replace(source, max_rows=None), limit
+    if not find(path) and (match := re.fullmatch(r"(.+)#([1-9]\d*)", path)):
+        path = match[1]
+        count = int(match[2])
+        limit = min(count, limit or count)
+    return replace(source, path=path, max_rows=None), limit
 
 
 def fingerprint(source: Source) -> str:
@@ -230,4 +233,9 @@ def stream_rows(source: Source, stream: "datasets.IterableDataset", revision: st
     def draw(seed: int) -> Iterator[tuple[int, JsonObject]]:
         return enumerate(rows(stream.shuffle(seed=seed, buffer_size=HUB_BUFFER)), start=1)
 
-    return Rows(where, list(stream.column_names or first[0]), draw, lambda number: f"{where} drawn row {number}")
+    return Rows(
+        location=where,
+        fields=list(stream.column_names or first[0]),
+        draw=draw,
+        where=lambda number: f"{where} drawn row {number}",
+    )
