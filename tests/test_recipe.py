@@ -422,6 +422,23 @@ def test_a_recipe_that_was_edited_after_its_run_began_is_noticed(tmp_path):
         recipe.of_run(tmp_path)
 
 
+def test_a_recipe_that_nothing_vouches_for_is_not_taken_for_the_runs(tmp_path):
+    from toolkit.files import write_json, write_text
+
+    write_text(tmp_path / "recipe.yaml", to_yaml(from_dict(GOOD)))
+    with pytest.raises(ToolkitError, match=r"manifest.json: expected .*`train` command"):
+        recipe.of_run(tmp_path)
+    write_json(tmp_path / "manifest.json", {})
+    with pytest.raises(ToolkitError, match=r"is not that of manifest.json, missing.*`train` command"):
+        recipe.of_run(tmp_path)
+
+
+def test_an_empty_recipe_of_a_run_says_how_to_write_it_anew(tmp_path):
+    (tmp_path / "recipe.yaml").touch()
+    with pytest.raises(ToolkitError, match=r"recipe.yaml: expected keys .*NoneType.*`train` command"):
+        load(tmp_path / "recipe.yaml")
+
+
 # --- files and names as people and accidents make them ---------------------------------------------------------------
 
 

@@ -363,14 +363,15 @@ def recipe_file(path: str | Path) -> Path:
 
 
 def of_run(folder: Path) -> Recipe:
-    """The recipe of a run's folder, as the run began with it. Raises ToolkitError when the file was changed since."""
-    file, manifest = folder / "recipe.yaml", folder / "manifest.json"
+    """The recipe of a run's folder, as the run began with it. Raises ToolkitError when the file was changed since, or when
+    the manifest cannot say whether it was."""
+    file = folder / "recipe.yaml"
     loaded = load(file)
-    recorded = read_json(manifest).get("recipe_sha256") if manifest.is_file() else None
-    if recorded and hashlib.sha256(read_text(file).encode()).hexdigest() != recorded:
+    recorded = read_json(folder / "manifest.json").get("recipe_sha256", "missing")
+    if hashlib.sha256(read_text(file).encode()).hexdigest() != recorded:
         raise ToolkitError(
-            f"{file}: was changed after this run began, so it does not describe the run (its SHA-256 differs from "
-            "manifest.json). Undo the change, or run the `train` command that began this run: it writes the file anew"
+            f"{file}: was changed after this run began (its SHA-256 is not that of manifest.json, {recorded:.8}). Undo the "
+            "change, or run the `train` command that began this run: it writes the file anew"
         )
     return loaded
 
@@ -385,7 +386,9 @@ def from_dict(values: dict[str, Any], where: str = "recipe", overrides: Sequence
 
 def _build(values: Any, where: str, overrides: Sequence[str]) -> Recipe:
     if not isinstance(values, dict):
-        raise ToolkitError(f"{where}: expected keys like `name:`, `data:`, `model:`, found {type(values).__name__}")
+        raise ToolkitError(
+            f"{where}: expected keys like `name:`, `data:`, `model:`, found {type(values).__name__}{remedy(Path(where))}"
+        )
     # a copy: the caller's dict stays as it is
     values = _plain(values, where)
     for override in overrides:

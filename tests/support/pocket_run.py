@@ -79,7 +79,8 @@ def make_run(folder: Path, seed: int = 1, noise: float = 0.002, base: Path = POC
     name = "pocket" if base == POCKET else str(base)
     resolved = recipe.load(ROOT / "data_recipes" / "pocket.yaml", [f"name={folder.name}", f"model.model_name={name}"])
     (folder / "recipe.yaml").write_text(recipe.to_yaml(resolved), encoding="utf-8")
-    _write(folder / "manifest.json", {"model": {"name": name, "revision": None, "load_in_4bit": True}})
+    base_record = {"name": name, "revision": None, "load_in_4bit": True}
+    _write(folder / "manifest.json", {"recipe_sha256": recipe.sha256(resolved), "model": base_record})
     return folder
 
 
