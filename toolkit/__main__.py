@@ -411,7 +411,6 @@ def write_replay(recipe: str | None, overrides: list[str], **options: Any) -> No
     arg("--quant", nargs="+", metavar="Q", help="f16 bf16 q8_0 q4_k_m …; default: the recipe's"),
     arg("--onto", choices=("16bit", "4bit"), default="16bit", help="the base that is merged into"),
     SCALE,
-    arg("--details", action="store_true", help="every check of the certificate"),
 )
 def export_run(run: Path, to: list[str], quant: list[str] | None, **options: Any) -> None:
     """Write merged weights and GGUF files and prove that they are the run: certificate.json."""
@@ -437,7 +436,7 @@ def verify_export(run: Path) -> Outcome:
     checked = certificate.verify(model.run_folder(run), console=console())
     failed = "; ".join(certificate.failures(checked))
     verdict = f"FAILED: {failed}" if failed else f"verified: {len(checked['checks'])} checks passed"
-    console().print(verdict, markup=False)
+    console().print(f"{verdict}\nevery check: {model.run_folder(run) / 'certificate.md'}", markup=False)
     return Outcome(checked, 1 if failed else 0)
 
 

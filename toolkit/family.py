@@ -52,7 +52,6 @@ class Family:
     """`sampling` holds another family's values, to generate with here; no exported file states them."""
     switches: bool = False
     """Obeys /think and /no_think in user turns."""
-    licence: str = "its own licence applies"
     recommended: tuple[str, ...] = ()
     """Hub names of 4-bit checkpoints, smallest first."""
 
@@ -64,7 +63,6 @@ FAMILIES = (
         "qwen3",
         QWEN3_SAMPLING,
         switches=True,
-        licence="by the Qwen team, Apache-2.0",
         recommended=tuple(f"unsloth/Qwen3-{s}-unsloth-bnb-4bit" for s in ("0.6B", "1.7B", "4B", "8B", "14B", "32B")),
     ),
     Family(
@@ -73,22 +71,19 @@ FAMILIES = (
         None,
         QWEN3_SAMPLING,
         switches=True,
-        licence="by the Qwen team, Apache-2.0",
     ),
-    Family("Qwen2.5", ("qwen2",), "qwen2", licence="by the Qwen team, see its model card"),
+    Family("Qwen2.5", ("qwen2",), "qwen2"),
     Family(
         "Llama",
         ("llama",),
         "llama",
         sampling_is_borrowed=True,
-        licence="see its model card (Llama licence, or SmolLM2's Apache-2.0)",
     ),
     Family(
         "Gemma 3",
         ("gemma3_text", "gemma3"),
         "gemma3",
         sampling_is_borrowed=True,
-        licence="Gemma terms of use",
     ),
 )
 UNKNOWN = Family("unknown", ())

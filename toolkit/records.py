@@ -352,12 +352,18 @@ class Note(TypedDict):
     note: str  # what it means; it decides nothing
 
 
+class ModelFacts(TypedDict):
+    model_type: str  # the architecture, by config.json
+    max_position_embeddings: int  # its context length in tokens
+
+
 class Certificate(TypedDict):
     passed: bool  # whether every check did
     checks: list[Check]  # the gates
     reports: list[Note]  # measured for information
     files: dict[str, FileRecord]  # {path in the run folder: its content as verified}
     inputs: ExportInputs  # what the files were made of
+    model: ModelFacts  # what a server of the files has to know of them
     positions: int  # tokens at which probabilities were compared
     kl: str  # how KL from a GGUF is taken
     seconds: float  # how long the verification took

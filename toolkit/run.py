@@ -198,9 +198,9 @@ def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:
 
 def write_card(folder: Path) -> None:
     """adapter/README.md: the filled model card, with scores once there are some."""
-    from toolkit.export.card import adapter_card
+    from toolkit.export.card import card
 
-    write_text(folder / "adapter" / "README.md", adapter_card(folder))
+    write_text(folder / "adapter" / "README.md", card(folder))
 
 
 def resolve(recipe: Recipe, console: Console) -> Recipe:

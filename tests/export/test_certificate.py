@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.support.export_fixtures import base_model, run_folder, tokenizer
+from tests.support.export_fixtures import base_model, gguf_tensor, header_value, run_folder, tokenizer
 from toolkit.export import export, gguf_path
 from toolkit.export.card import upload_commands
 from toolkit.export.certificate import merge_limit, verify
 from toolkit.export.checkpoint import Adapter, Checkpoint, find_base
-from toolkit.export.gguf import GgufFile, write_gguf
+from toolkit.export.gguf import write_gguf
 from toolkit.export.merge import Merged
 from toolkit.export.parity import divergence, log_probs
 from toolkit.export.record import FAILED
@@ -23,14 +23,6 @@ from toolkit.files import ToolkitError, read_json
 from toolkit.serving.engine import exported_gguf
 
 SILENT = {"console": Console(quiet=True)}
-
-
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """(run folder, certificate) of an export with an F16 and a Q4_K_M file."""
-    folder = tmp_path_factory.mktemp("sound")
-    run = run_folder(folder / "toy", base_model(folder / "base"))
-    return run, export(run, quants=("f16", "q4_k_m"), **SILENT)
 
 
 @pytest.fixture
@@ -106,7 +98,7 @@ def test_a_wrong_template_fails(copy):
     template.write_text(template.read_text().replace("<think>\\n\\n</think>\\n\\n", "<think>\\n</think>\\n"))
     rewrite(copy)
     found = failed(copy)
-    assert "merged: templates rendered differently" in found
+    assert "merged: facts of the tokenizer that differ from the run's: chat template" in found
     assert "toy.f16.gguf: templates rendered differently" in found
     assert "header values that differ: tokenizer.chat_template" in found
 
@@ -116,15 +108,15 @@ def test_a_swapped_tokenizer_fails(copy):
     other.save_pretrained(copy / "merged")
     rewrite(copy)
     found = failed(copy)
-    assert "merged: texts tokenized differently" in found
+    assert "vocabulary and rules" in found
     assert "toy.f16.gguf: texts tokenized differently" in found
 
 
 def test_one_flipped_tensor_of_the_gguf_fails(copy):
     path = gguf_path(copy, "f16")
-    tensor = GgufFile(path).tensors["blk.2.attn_v.weight"]
+    tensor = gguf_tensor(path, "blk.2.attn_v.weight")
     with open(path, "rb+") as file:
-        file.seek(tensor.offset)
+        file.seek(tensor.data_offset)
         file.write((-tensor.data.view(np.float16)).tobytes())
     found = failed(copy)
     assert "toy.f16.gguf: worst tensor" in found
@@ -236,7 +228,7 @@ def test_an_export_at_a_scale_passes_against_the_scaled_adapter_and_says_it_ever
     assert certificate["inputs"]["scale"] == read_json(run / "export.json")["inputs"]["scale"] == 0.8
     assert "0.8 of its trained strength" in (run / "certificate.md").read_text()
     assert "0.8 of its trained strength" in (run / "merged" / "README.md").read_text()
-    assert "0.8 of its trained strength" in GgufFile(gguf_path(run, "f16")).value("general.description")
+    assert "0.8 of its trained strength" in header_value(gguf_path(run, "f16"), "general.description")
     assert read_json(run / "merged" / "config.json")["adapter_scale"] == 0.8
     assert sound[1]["inputs"]["scale"] == 1.0
     assert "strength" not in (sound[0] / "merged" / "README.md").read_text()

@@ -16,7 +16,7 @@ from rich.console import Console
 from tests.support import families
 from tests.support.export_fixtures import base_model, dynamic_4bit, killed_export, run_folder
 from toolkit.export import export, gguf_path, modelfile
-from toolkit.export.card import adapter_card, model_card, upload_commands
+from toolkit.export.card import card, upload_commands
 from toolkit.export.certificate import verify
 from toolkit.export.checkpoint import Adapter, Base, Checkpoint, find_base
 from toolkit.export.merge import Merged, merge, open_merged
@@ -30,21 +30,9 @@ SILENT = {"console": Console(quiet=True)}
 QUANTS = ("f16", "q4_k_m")
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return base_model(tmp_path_factory.mktemp("base") / "model")
-
-
-@pytest.fixture(scope="module")
-def trained(base, tmp_path_factory):
-    return run_folder(tmp_path_factory.mktemp("trained") / "toy", base)
-
-
-@pytest.fixture(scope="module")
-def exported(trained, tmp_path_factory):
-    run = Path(shutil.copytree(trained, tmp_path_factory.mktemp("exported") / "toy"))
-    export(run, quants=QUANTS, **SILENT)
-    return run
+@pytest.fixture
+def exported(sound):
+    return sound[0]
 
 
 @pytest.fixture
@@ -288,7 +276,7 @@ def test_the_disk_is_told_in_numbers_before_anything_is_written(run):
     class Watched(Console):
         def print(self, *line, **_) -> None:
             assert len(lines) > 1 or not (run / "merged").exists()
-            lines.append(line[0])
+            lines.extend(line[0].split("\n"))
 
     lines = []
     export(run, quants=(), console=Watched())
@@ -345,7 +333,7 @@ def test_onto_4bit_is_certified_against_the_4bit_model_and_recorded(run):
 
 def test_the_modelfile_names_the_smallest_file_its_stops_and_both_modes(exported):
     text = (exported / "gguf" / "Modelfile").read_text()
-    assert text == modelfile(exported, open_merged(exported, "16bit"), load_tokenizer(exported / "adapter"))
+    assert text.encode() == modelfile(exported, open_merged(exported, "16bit"), load_tokenizer(exported / "adapter"))
     assert "FROM ./toy.q4_k_m.gguf\n" in text
     assert 'PARAMETER stop "<|im_end|>"' in text
     assert "\nPARAMETER temperature 0.6\n" in text
@@ -413,12 +401,12 @@ def test_a_revision_counts_for_the_4bit_repository_it_was_recorded_with_only(tmp
 
 def test_an_adapters_card_is_filled_and_names_no_path_of_this_machine(run):
     story(run)
-    card = adapter_card(run)
-    assert "library_name: peft" in card
-    assert "PeftModel.from_pretrained" in card
-    assert "| OpenMathReasoning-mini | thinking | 8 | 75.0% | 31.0% | 75.0% |" in card
-    assert "More Information Needed" not in card
-    assert str(run.parent) not in card
+    page = card(run)
+    assert "library_name: peft" in page
+    assert "PeftModel.from_pretrained" in page
+    assert "| OpenMathReasoning-mini | thinking | 8 | 75.0% | 31.0% | 75.0% |" in page
+    assert "More Information Needed" not in page
+    assert str(run.parent) not in page
 
 
 # Sharing
@@ -463,13 +451,13 @@ def test_the_upload_holds_a_card_with_mix_scores_and_certificate(exported, tmp_p
         f"hf upload USER/toy {run / 'merged'} .",
         f"hf upload USER/toy {run / 'gguf'} gguf",
     ]
-    card = (run / "merged" / "README.md").read_text()
-    assert card == model_card(run)
-    assert "| OpenMathReasoning-mini | thinking | 8 | 75.0% | 31.0% | 75.0% |" in card
-    assert "| sums with thinking | 50% | 70% | +20 [+10, +30] | 50 |" in card
-    assert "CC BY 4.0" in card
-    assert "merged against base + adapter" in card
-    assert str(run) not in card
+    page = (run / "merged" / "README.md").read_text()
+    assert page == card(run, read_json(run / "certificate.json"))
+    assert "| OpenMathReasoning-mini | thinking | 8 | 75.0% | 31.0% | 75.0% |" in page
+    assert "| sums with thinking | 50% | 70% | +20 [+10, +30] | 50 |" in page
+    assert "CC BY 4.0" in page
+    assert "merged against base + adapter" in page
+    assert str(run) not in page
     assert verify(run, **SILENT)["passed"]  # the card is no file that a program loads
 
 

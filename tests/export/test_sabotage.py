@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from tests.support import families
-from tests.support.export_fixtures import run_folder
+from tests.support.export_fixtures import gguf_tensor, run_folder
 from toolkit.export import export, gguf_path, verify
 from toolkit.export.checkpoint import Checkpoint
-from toolkit.export.gguf import GgufFile, write_gguf
+from toolkit.export.gguf import write_gguf
 from toolkit.export.merge import open_merged
 from toolkit.export.ollama import modelfile
 from toolkit.export.tokenizer import load_tokenizer
@@ -56,7 +56,7 @@ def only(run: Path, *quants: str) -> None:
         del record["files"][f"gguf/toy.{quant}.gguf"]
     if quants:
         merged = open_merged(run, "16bit")
-        (run / "gguf" / "Modelfile").write_text(modelfile(run, merged, load_tokenizer(run / "adapter")))
+        (run / "gguf" / "Modelfile").write_bytes(modelfile(run, merged, load_tokenizer(run / "adapter")))
         record["files"]["gguf/Modelfile"] = describe(run / "gguf" / "Modelfile")
     else:
         shutil.rmtree(run / "gguf")
@@ -365,11 +365,11 @@ def rows(quant: str, change: Callable, name: str = "token_embd.weight") -> Calla
 
     def sabotage(run: Path) -> None:
         only(run, quant)
-        tensor = GgufFile(gguf_path(run, quant)).tensors[name]
+        tensor = gguf_tensor(gguf_path(run, quant), name)
         data = tensor.data.copy()
         change(data)
         with open(gguf_path(run, quant), "rb+") as file:
-            file.seek(tensor.offset)
+            file.seek(tensor.data_offset)
             file.write(data.tobytes())
 
     return sabotage

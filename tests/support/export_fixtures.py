@@ -155,11 +155,32 @@ def _write(file: Path, shapes: dict, scale: float) -> None:
     file.write_bytes(len(header).to_bytes(8, "little") + header + b"".join(data))
 
 
-def gguf_tensors(path: Path) -> dict[str, tuple[str, str]]:
-    """{tensor: (type, sha256 of its bytes)} of a GGUF file."""
+def read_gguf(path: Path):
+    """A GGUF by gguf's own reader, on a plain view of the file: slices of a memmap cost ten times those of an array."""
     import gguf
 
-    tensors = gguf.GGUFReader(path).tensors
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, override_order=None):
+            self.data = np.asarray(self.data)
+            return super()._get(offset, dtype, count, override_order)
+
+    return Reader(path)
+
+
+def header_value(path: Path, key: str):
+    """A value of a GGUF's header, None where it has no such key."""
+    field = read_gguf(path).fields.get(key)
+    return field and field.contents()
+
+
+def gguf_tensor(path: Path, name: str):
+    """A tensor of a GGUF: its `data`, and `data_offset` in the file."""
+    return next(tensor for tensor in read_gguf(path).tensors if tensor.name == name)
+
+
+def gguf_tensors(path: Path) -> dict[str, tuple[str, str]]:
+    """{tensor: (type, sha256 of its bytes)} of a GGUF file."""
+    tensors = read_gguf(path).tensors
     return {t.name: (t.tensor_type.name, hashlib.sha256(t.data.tobytes()).hexdigest()) for t in tensors}
 
 

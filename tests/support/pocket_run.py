@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from toolkit import recipe
-from toolkit.files import POCKET, ROOT, describe
+from toolkit.files import POCKET, ROOT, describe, read_json
 
 RANK = 8
 SMALL = ["data.budget=3000", "data.validation_size=8", "train.per_device_train_batch_size=4", "train.max_steps=4",
@@ -93,7 +93,10 @@ def make_gguf(folder: Path, quant: str = "q8_0") -> Path:
     path.parent.mkdir()
     write_gguf(Checkpoint(POCKET), path, quant, folder.name)
     files = {path.relative_to(folder).as_posix(): describe(path)}
-    _write(folder / "certificate.json", {"passed": True, "checks": [], "files": files})
+    _write(
+        folder / "certificate.json",
+        {"passed": True, "checks": [], "files": files, "model": read_json(POCKET / "config.json")},
+    )
     return path
 
 

@@ -97,7 +97,6 @@ def test_every_verb_of_a_run_fits_the_terminal_and_says_what_comes_next(here):
         (["diff", "a", "b"], "openmath"),
         (["reproduce", "a"], "equal"),
         (["export", "a", "--quant", "q8_0"], "next: "),
-        (["export", "a", "--quant", "q8_0", "--details"], "verified"),
         (["export", "a", "--quant", "q8_0"], "hf upload"),
         (["verify", "a"], "verified: "),
         (["generate", "a", str(here / "prompts.txt"), str(here / "replies.jsonl"), "--max-new-tokens", "8"], "4 replies"),

@@ -3,24 +3,32 @@
 certificate = export("outputs/hybrid", quants=("q8_0", "q4_k_m"))
 """
 
-import importlib.metadata
+import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from toolkit.export.card import upload_commands
 from toolkit.export.certificate import Certificate, changes_nothing, failures, verify
-from toolkit.export.checkpoint import Checkpoint, check_scale
+from toolkit.export.checkpoint import Checkpoint
 from toolkit.export.gguf import gguf_path, plan_tensors, write_gguf
 from toolkit.export.gguf_types import check_quant, check_tokenizer
-from toolkit.export.merge import Merged, check_base, check_run, check_weights, merge, open_merged
+from toolkit.export.merge import (
+    Merged,
+    check_base,
+    check_run,
+    check_weights,
+    inputs_of,
+    merge,
+    open_merged,
+    shards,
+)
 from toolkit.export.ollama import modelfile
 from toolkit.export.record import FAILED, Record
 from toolkit.export.tokenizer import load_tokenizer
 from toolkit.files import ToolkitError, lock, read_json
-from toolkit.training.base import base_checksums
-from toolkit.training.model import adapter_checksums, check_adapter
+from toolkit.training.model import check_adapter
 from toolkit.view.progress import Progress
 
 if TYPE_CHECKING:
@@ -34,22 +42,21 @@ def export(
     *,
     scale: float = 1.0,
     console: "Console | None" = None,
-    details: bool = False,
 ) -> Certificate:
     """Write merged/ and gguf/ into the run folder and return the certificate; a second call does what is missing.
 
     Without `quants` it stops at merged/, from which GGUF files are made and against which they are checked. `onto`
     "16bit" merges onto the 16-bit base, "4bit" onto the dequantized NF4 weights the adapter was trained on. `scale` is how
-    much of the adapter to keep (1: as it was trained, 0: the base). `details` says every check. Raises ToolkitError if another
-    process works on the run, if the disk is too full (before anything is written), or if the certificate fails;
-    EXPORT_FAILED.txt then stands in the run folder."""
+    much of the adapter to keep (1: as it was trained, 0: the base). Raises ToolkitError if another process works on the run, if
+    the disk is too full (before anything is written), or if the certificate fails; EXPORT_FAILED.txt then stands in the run
+    folder."""
     from rich.console import Console
 
     run = Path(run)
     console = console or Console()
+    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     quants = list(dict.fromkeys(quant.lower() for quant in quants))
     # all that can be refused is refused before gigabytes are written
-    check_scale(scale)
     for quant in quants:
         check_quant(quant)
     check_run(run)
@@ -59,88 +66,68 @@ def export(
         check_base(run, merged.base)
         check_weights(merged)
         check_tokenizer(merged.config, run / "adapter", gguf=bool(quants))
-        record = Record(run, _inputs(run, onto, merged))
-        _check_disk(run, merged, quants, record, console)
+        record = Record(run, inputs_of(run, merged))
+        say("\n".join(_plan(run, merged, quants, record)))
         merge(merged, run, record, console)
+        stored = Checkpoint(run / "merged")
+        name = run.resolve().name
         for quant in quants:
-            _write_quant(run, quant, record, console)
+            path = gguf_path(run, quant)
+            with Progress(console, f"writing {quant}", total=len(stored.weights)) as progress:
+                write = functools.partial(
+                    write_gguf, stored, quant=quant, name=name, tokenizer=run / "adapter", advance=progress.advance
+                )
+                record.make(path, write)
+            say(f"gguf: {path.name}, {path.stat().st_size / 1e9:.3f} GB")
         if quants:
             record.make(run / "gguf" / "Modelfile", modelfile(run, merged, load_tokenizer(run / "adapter")))
         # A certificate that is still there is that of these files: the first that is written withdraws it
         certified = (run / "certificate.json").is_file() and not (run / FAILED).is_file()
-        certificate = (
-            read_json(run / "certificate.json") if certified else verify(run, console=console, details=details)
-        )
-        _conclude(run, certificate, lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
+        certificate = read_json(run / "certificate.json") if certified else verify(run, console=console)
+        say("\n".join(_conclusion(run, certificate)))
     return certificate
 
 
-def _inputs(run: Path, onto: str, merged: Merged) -> dict[str, Any]:
-    """Everything the files depend on; another value of any of it makes them stale."""
+def _plan(run: Path, merged: Merged, quants: list[str], record: Record) -> list[str]:
+    """What it is merged onto, and the disk needed against free. Raises ToolkitError if that is too little."""
     base = merged.base
-    return {
-        "onto": onto,
-        "scale": merged.adapter.scale,
-        "base": base.label,
-        "revision": base.revision,
-        "base_files": base_checksums(base.folder),
-        "adapter": adapter_checksums(run / "adapter"),
-        "versions": {package: importlib.metadata.version(package) for package in ("gguf", "xllamacpp")},
-    }
-
-
-def _check_disk(run: Path, merged: Merged, quants: list[str], record: Record, console: "Console") -> None:
-    """Say what it is merged onto and the disk needed against free. Raises ToolkitError if that is too little."""
-    base = merged.base
-    sizes = {"merged": merged.total_size()}
+    gigabytes = {"merged": shards(merged).metadata["total_size"] / 1e9}
     for quant in quants:
-        sizes[quant] = sum(tensor.bytes for tensor in plan_tensors(merged, quant))
-    here = sum(file["bytes"] for name, file in record.files.items() if (run / name).is_file())
-    needed = max(0, sum(sizes.values()) - here) * 1.01 + 20e6  # headers, vocabulary and merges of each file
-    free = shutil.disk_usage(run).free
-    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items())
-    strength = "" if merged.adapter.scale == 1 else f", the adapter at {merged.adapter.scale:g} of its strength"
-    lines = [
-        f"base: {base.name} ({base.revision or 'local folder'}), onto {'4bit' if base.four_bit else '16bit'}{strength}",
-        f"disk: {needed / 1e9:.2f} GB needed ({parts}; {here / 1e9:.2f} there already), {free / 1e9:.2f} GB free",
-    ]
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        gigabytes[quant] = sum(tensor.bytes for tensor in plan_tensors(merged, quant)) / 1e9
+    there = sum(file["bytes"] for name, file in record.files.items() if (run / name).is_file()) / 1e9
+    # headers, vocabulary and merges of each file come on top
+    needed = max(0, sum(gigabytes.values()) - there) * 1.01 + 0.02
+    free = shutil.disk_usage(run).free / 1e9
     if needed > free:
         raise ToolkitError(
-            f"{run}: {needed / 1e9:.2f} GB of disk needed, {free / 1e9:.2f} GB free. Nothing was written; make room, or "
-            "export to fewer files (--quant q4_k_m)"
+            f"{run}: {needed:.2f} GB of disk needed, {free:.2f} GB free. Nothing was written; make room, or export to fewer "
+            "files (--quant q4_k_m)"
         )
+    parts = ", ".join(f"{name} {size:.2f}" for name, size in gigabytes.items())
+    strength = "" if merged.adapter.scale == 1 else f", the adapter at {merged.adapter.scale:g} of its strength"
+    return [
+        f"base: {base.name} ({base.revision or 'local folder'}), onto {'4bit' if base.four_bit else '16bit'}{strength}",
+        f"disk: {needed:.2f} GB needed ({parts}; {there:.2f} there already), {free:.2f} GB free",
+    ]
 
 
-def _write_quant(run: Path, quant: str, record: Record, console: "Console") -> None:
-    path = gguf_path(run, quant)
-    merged = Checkpoint(run / "merged")
-    name = run.resolve().name
-    with Progress(console, f"writing {quant}", total=len(merged.weights)) as progress:
-        written = record.make(
-            path, lambda partial: write_gguf(merged, partial, quant, name, run / "adapter", progress.advance)
-        )
-    note = "" if written else ", was there already"
-    console.print(f"gguf: {path.name}, {path.stat().st_size / 1e9:.3f} GB{note}", markup=False, highlight=False)
-
-
-def _conclude(run: Path, certificate: Certificate, say: Callable[[str], object]) -> None:
+def _conclusion(run: Path, certificate: Certificate) -> list[str]:
     """The verdict and the next commands. Raises ToolkitError if a check failed."""
     if failed := failures(certificate):
         raise ToolkitError(
             f"{run}: the exported files do not match the run; {len(failed)} checks failed ({'; '.join(failed)}). "
             f"See certificate.md and {FAILED} there"
         )
-    commands = upload_commands(run)
-    say(f"verified: {len(certificate['checks'])} checks passed")
-    if changes_nothing(certificate):
-        say("note:     the adapter changes nothing: these files are the run, and the run is its base. Train longer, or")
-        say("          at a higher learning rate")
-    say("files:    " + ", ".join(str(run / name) for name in ("merged", "gguf") if (run / name).is_dir()))
+    folders = [run / "merged"]
+    following = f"vllm serve {run / 'merged'}"
     if (run / "gguf" / "Modelfile").is_file():
-        say(f"next:     cd {run / 'gguf'} && ollama create {run.resolve().name} -f Modelfile")
-    else:
-        say(f"next:     vllm serve {run / 'merged'}")
-    for command in commands:
-        say(f"share:    {command}")
+        folders.append(run / "gguf")
+        following = f"cd {run / 'gguf'} && ollama create {run.resolve().name} -f Modelfile"
+    said = [f"verified: {len(certificate['checks'])} checks passed"]
+    if changes_nothing(certificate):
+        said.append(
+            "note:     the adapter changes nothing: these files are the run, and the run is its base. Train longer,"
+        )
+        said.append("          or at a higher learning rate")
+    said += [f"files:    {', '.join(map(str, folders))}", f"next:     {following}"]
+    return said + [f"share:    {command}" for command in upload_commands(run)]

@@ -49,10 +49,10 @@ def check_base(base: torch.nn.Module, loaded: dict[str, Any]) -> None:
     if not loaded["name"]:
         raise ToolkitError("the model has no name: save it with save_pretrained and load it from that folder")
     stored = Checkpoint(find_base(loaded, "4bit" if loaded["load_in_4bit"] else "16bit").folder)
-    # PEFT wraps a trained layer and keeps the old one inside it as base_layer
     for path, module in base.named_modules():
+        # PEFT wraps a trained layer and keeps the old one inside it as base_layer
         name = path.replace(".base_layer", "") + ".weight"
-        if name in stored.shapes and getattr(module, "weight", None) is not None and not hasattr(module, "base_layer"):
+        if name in stored.shapes and hasattr(module, "weight") and not hasattr(module, "base_layer"):
             _check_weight(name, module.weight, stored, loaded["name"])
 
 
@@ -63,13 +63,13 @@ def _check_weight(name: str, weight: Any, stored: Checkpoint, model: str) -> Non
     expected, limit = stored.tensor(name), SAME_16_BIT
     if state := getattr(weight, "quant_state", None):
         weight, limit = dequantize_4bit(weight, state), SAME_4_BIT
-        if not stored.is_quantized(name):  # quantized when it was loaded
+        if name not in stored.packed:  # quantized when it was loaded
             expected = four_bit_round_trip(expected.to(weight.dtype), state.blocksize, state.nested, state.quant_type)
     elif not weight.is_floating_point():
         return  # 8-bit: what is merged onto is the 16-bit base
-    expected, weight = expected.float(), weight.detach().float().cpu()
     if weight.shape != expected.shape:
         raise ToolkitError(f"{name}: resized in memory: save the model and load it before an adapter is trained on it")
+    expected, weight = expected.float(), weight.detach().float().cpu()
     if not (weight - expected).norm() <= limit * expected.norm():  # NaN too
         raise ToolkitError(
             f"{name}: the model in memory is not {model} any more: it was merged or trained before this adapter. "

@@ -4,7 +4,7 @@ convertible(read_json(folder / "config.json"), read_json(folder / "tokenizer.jso
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,32 +58,29 @@ SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
 
 
 def convertible(
-    config: ModelConfig, tokenizer: TokenizerJson | None = None, settings: dict[str, Any] | None = None
+    config: ModelConfig, tokenizer: TokenizerJson | None = None, templates: Sequence[str] = ()
 ) -> str | None:
     """Why a model cannot become a GGUF file here, with the way out; None if it can.
 
-    `config` is config.json, `tokenizer` tokenizer.json, `settings` tokenizer_config.json: without them the vocabulary and
-    the template are not looked at."""
+    `config` is config.json, `tokenizer` tokenizer.json (without it the vocabulary is not looked at), `templates` the names of
+    the chat templates, where there are several."""
     if tokenizer is not None and (reason := tokens_beyond(tokenizer, config)):
         return reason  # true of merged weights too
     kind = config.get("model_type", "unknown")
     if family_of(kind).gguf is None or "text_config" in config:
         reason = f"model type {kind!r} is not among those converted here"
     else:
-        reason = not_computed(full_config(config))
-    if reason is None and tokenizer is not None:
-        reason = not_tokenized(tokenizer)
-    if reason is None and settings is not None and isinstance(settings.get("chat_template"), list):
-        names = ", ".join(template["name"] for template in settings["chat_template"])
-        reason = f"it has several chat templates ({names}), a GGUF one: save the one to use as chat_template.jinja"
+        reason = not_computed(full_config(config)) or (not_tokenized(tokenizer) if tokenizer else None)
+    if not reason and templates:
+        reason = f"it has several chat templates ({', '.join(templates)}), a GGUF one: keep chat_template.jinja alone"
     return reason and f"{reason}. {WAY_OUT}"
 
 
 def not_computed(config: "PreTrainedConfig") -> str | None:
     """What llama.cpp's graph of this architecture does not compute."""
     gemma = config.model_type == "gemma3_text"
-    values = {key: getattr(config, key, None) for key in NOT_COMPUTED}
     rope = rope_parameters(config)
+    values = {key: getattr(config, key, None) for key in NOT_COMPUTED}
     activation = config.hidden_activation if gemma else config.hidden_act
     if activation != ("gelu_pytorch_tanh" if gemma else "silu"):
         values["activation"] = activation
@@ -94,10 +91,9 @@ def not_computed(config: "PreTrainedConfig") -> str | None:
     for key, default in YARN_DEFAULTS.items():
         if rope.get(key) not in (default, None):
             values[f"YaRN {key}"] = str(rope[key])
+    # llama.cpp derives Gemma's scale from the head size, in its 62-layer model (27B) from the hidden size
     if gemma:
-        # llama.cpp derives the scale from the head size, in its 62-layer model (27B) from the hidden size
-        shared = config.hidden_size / config.num_attention_heads
-        scale = shared if config.num_hidden_layers == 62 else config.head_dim
+        scale = config.hidden_size / config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim
         if config.query_pre_attn_scalar != scale:
             values["query_pre_attn_scalar"] = config.query_pre_attn_scalar
     for key, value in values.items():
@@ -127,7 +123,8 @@ def not_tokenized(tokenizer: TokenizerJson) -> str | None:
     """What llama.cpp's tokenizers do not do with a text, of what a tokenizer.json asks for."""
     if pre_tokenizer(tokenizer) is None:
         return "its pre-tokenizer is none that llama.cpp is known to have"
-    for step in normalizers(tokenizer):
+    outer = tokenizer.get("normalizer") or {"normalizers": []}
+    for step in outer.get("normalizers", [outer]):
         # llama.cpp leaves NFC out for every model that has it: composed text, as people type it, is the same
         if step["type"] != "NFC" and step != SPACES:
             return f"its normalizer {step['type']} changes texts before they are tokenized, which llama.cpp does not"
@@ -139,32 +136,22 @@ def not_tokenized(tokenizer: TokenizerJson) -> str | None:
     return None
 
 
-def normalizers(tokenizer: TokenizerJson) -> list[dict[str, Any]]:
-    """The steps by which a tokenizer.json changes texts first."""
-    outer = tokenizer.get("normalizer")
-    if outer is None:
-        return []
-    return outer["normalizers"] if outer["type"] == "Sequence" else [outer]
+def template_names(settings: dict[str, Any], folder: Path | None = None) -> list[str]:
+    """The names of a tokenizer's chat templates where it has several: in tokenizer_config.json, or as files in its folder."""
+    named = settings.get("chat_template")
+    names = [template["name"] for template in named] if isinstance(named, list) else []
+    return names + [file.stem for file in folder.glob(f"{NAMED_TEMPLATES}/*.jinja")] if folder else names
 
 
 def check_tokenizer(config: ModelConfig, folder: Path, *, gguf: bool) -> None:
-    """Raises ToolkitError where the tokenizer of a run's adapter folder does not fit its model, or llama.cpp's tokenizers."""
+    """Raises ToolkitError, with the way out, where a model and the tokenizer in a folder do not fit each other, or llama.cpp."""
     tokenizer = read_json(folder / "tokenizer.json")
     reason = tokens_beyond(tokenizer, config)
-    if gguf and reason is None:
-        reason = convertible(config, tokenizer, read_json(folder / "tokenizer_config.json"))
-    if gguf and reason is None and (folder / NAMED_TEMPLATES).is_dir():
-        reason = (
-            f"it has several chat templates ({NAMED_TEMPLATES}/), a GGUF one: remove all but the one to use. {WAY_OUT}"
-        )
+    if gguf:
+        templates = template_names(read_json(folder / "tokenizer_config.json"), folder)
+        reason = convertible(config, tokenizer, templates)
     if reason:
         raise ToolkitError(f"{folder}: {reason}")
-
-
-def check_supported(config: ModelConfig, where: object) -> None:
-    """Raises ToolkitError, with the way out, for a model that cannot be converted."""
-    if reason := convertible(config):
-        raise ToolkitError(f"{where}: {reason}")
 
 
 def check_quant(quant: str) -> None:

@@ -4,32 +4,25 @@ merged = open_merged(Path("outputs/hybrid"), "16bit"); merged.tensor("model.norm
 """
 
 import functools
+import importlib.metadata
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.evaluation.generate import closing_token
-from toolkit.export.checkpoint import (
-    BYTES,
-    HEAD,
-    INDEX,
-    Adapter,
-    Base,
-    Checkpoint,
-    Stored,
-    find_base,
-    full_config,
-)
+from toolkit.export.checkpoint import BYTES, HEAD, INDEX, Adapter, Base, Checkpoint, empty_model, find_base
 from toolkit.export.record import Record, as_json
 from toolkit.export.tokenizer import load_tokenizer, tokenizer_files
 from toolkit.files import ToolkitError, read_json
-from toolkit.training.base import base_checksums
+from toolkit.recipe import Model
+from toolkit.training import base as training_base
+from toolkit.training.model import adapter_checksums
 from toolkit.view.progress import Progress
 
 if TYPE_CHECKING:
     import torch
+    from huggingface_hub import StateDictSplit
     from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
@@ -48,16 +41,22 @@ class Merged(Checkpoint):
         # left out without a word, a factor would make an export that differs from its run
         if stray := sorted(adapter.factors.keys() - self.weights):
             raise ToolkitError(
-                f"the adapter holds {stray[0]} ({len(stray)} such), which belongs to no weight of the base: it was "
-                "trained on another model, or on the head of one that shares it with the embedding"
+                f"the adapter holds {stray[0]} ({len(stray)} such), which the base lacks: it was trained on another model, "
+                "or on the head of one that shares it with the embedding"
             )
         if base.four_bit:  # as bitsandbytes computes with them
             self.weights = {name: stored._replace(dtype="bfloat16") for name, stored in self.weights.items()}
-        for name, stored in self.weights.items():
-            if stored.dtype not in BYTES:
-                raise ToolkitError(f"{stored.file}: {name} is stored as {stored.dtype}: expected {', '.join(BYTES)}")
+        types = [stored.dtype for stored in self.weights.values()]
+        if strange := sorted(set(types) - BYTES.keys()):
+            raise ToolkitError(f"{base.folder}: weights stored as {', '.join(strange)}, expected {', '.join(BYTES)}")
         self.quantized = self.config.pop("quantization_config", None) is not None
-        self.config = merged_config(self.config, self.weights, self.tied, adapter.scale)
+        # the name of `dtype` before transformers 5, and a path of another machine
+        for key in ("torch_dtype", "_name_or_path"):
+            self.config.pop(key, None)
+        # most have this type; some models keep a few norms in fp32
+        self.config |= {"dtype": max(types, key=types.count), "tie_word_embeddings": self.tied}
+        if adapter.scale != 1:
+            self.config["adapter_scale"] = adapter.scale
 
     def base_tensor(self, name: str) -> "torch.Tensor":
         """The base's weight, before the adapter: as stored, or through NF4 as bitsandbytes does when it loads a model."""
@@ -81,28 +80,6 @@ class Merged(Checkpoint):
                 "(model.to(torch.bfloat16).save_pretrained(...)) and export onto that"
             )
         return merged
-
-    def size(self, name: str) -> int:
-        """Bytes of a merged tensor."""
-        stored = self.weights[name]
-        return BYTES[stored.dtype] * math.prod(stored.shape)
-
-    def total_size(self) -> int:
-        """Bytes of all merged tensors."""
-        return sum(self.size(name) for name in self.weights)
-
-
-def merged_config(config: dict[str, Any], weights: dict[str, Stored], tied: bool, scale: float) -> dict[str, Any]:
-    """The base's config.json as it is for merged weights: their type and tie are stated, no path of another machine is."""
-    # the name of `dtype` before transformers 5; a path; a file name that is not that of the merged weights
-    left_out = {"torch_dtype", "_name_or_path", "transformers_weights"}
-    kept = {key: value for key, value in config.items() if key not in left_out}
-    types = [stored.dtype for stored in weights.values()]
-    # some models keep a few norms in fp32
-    kept |= {"dtype": max(types, key=types.count), "tie_word_embeddings": tied}
-    if scale != 1:
-        kept["adapter_scale"] = scale
-    return kept
 
 
 def four_bit_round_trip(
@@ -133,90 +110,79 @@ def open_merged(run: Path, onto: str, *, scale: float = 1.0, local_only: bool = 
     return Merged(find_base(model, onto, local_only=local_only), adapter)
 
 
+def inputs_of(run: Path, merged: Merged) -> dict[str, Any]:
+    """Everything an export's files depend on; another value of any of it makes them stale."""
+    base = merged.base
+    return {
+        "onto": "4bit" if base.four_bit else "16bit",
+        "scale": merged.adapter.scale,
+        "base": base.label,
+        "revision": base.revision,
+        "base_files": training_base.base_checksums(base.folder),
+        "adapter": adapter_checksums(run / "adapter"),
+        "versions": {package: importlib.metadata.version(package) for package in ("gguf", "xllamacpp")},
+    }
+
+
 def check_base(run: Path, base: Base) -> None:
     """Compare a base with the checksums that training recorded of it. Raises ToolkitError where it has changed since.
 
     What was trained on in 4 bits may be another folder than the 16-bit one that is merged onto: then there is nothing to compare."""
     model = read_json(run / "manifest.json")["model"]
-    recorded = model.get("files") or {}
-    if base.name != model["name"] or not recorded:
-        return
-    now = base_checksums(base.folder)
-    if changed := [name for name, checksum in recorded.items() if now.get(name) != checksum]:
-        raise ToolkitError(
-            f"{base.folder / changed[0]}: changed since the run was trained on it: put the file back that has the SHA-256 in "
-            f"{run / 'manifest.json'} (model.files), or train the run again"
-        )
+    if base.name == model["name"]:
+        training_base.check_base(Model(model["name"]), model.get("files") or {})
 
 
-def check_weights(merged: Merged) -> None:
-    """Raises ToolkitError where the base lacks a weight of its architecture, which transformers would fill with random values."""
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(full_config(merged.config))
-    expected = dict(model.named_parameters())
-    if merged.tied:
+def check_weights(model: Checkpoint) -> None:
+    """Raises ToolkitError for weights that are not those of config.json, which transformers would fill with random values, or
+    are elsewhere than the index says."""
+    expected = {name: tuple(parameter.shape) for name, parameter in empty_model(model.config).named_parameters()}
+    if model.tied:
         expected.pop(HEAD, None)
-    if missing := sorted(expected.keys() - merged.weights):
-        raise ToolkitError(
-            f"{merged.folder}: has no {missing[0]} ({len(missing)} weights are missing), which transformers would fill with "
-            "random values: fetch the model again"
-        )
-    for name, parameter in expected.items():
-        if tuple(parameter.shape) != merged.shapes[name]:
+    shapes = model.shapes
+    for name, shape in expected.items():
+        if shapes.get(name) != shape:
+            found = shapes.get(name) or "missing"
             raise ToolkitError(
-                f"{merged.folder}: {name} has the shape {merged.shapes[name]}, config.json says {tuple(parameter.shape)}: "
-                "weights and config.json are of different models"
+                f"{model.folder}: {name} is {found}, expected {shape} by config.json: fetch the model again"
             )
+    if len({stored.file for stored in model.entries.values()}) > 1:
+        index = model.folder / INDEX
+        places = read_json(index)["weight_map"]
+        if any(places.get(name) != stored.file.name for name, stored in model.weights.items()):
+            raise ToolkitError(f"{index}: does not say where the weights of these files are: fetch the model again")
 
 
 # --- the merged folder -----------------------------------------------------------------------------------------------
 
 
-class Shards:
-    """How merged weights are divided among files."""
+def shards(merged: Merged) -> "StateDictSplit":
+    """How merged weights are divided among files: `filename_to_tensors`, and `metadata["total_size"]` in bytes."""
+    from huggingface_hub import split_state_dict_into_shards_factory
 
-    def __init__(self, merged: Merged):
-        from huggingface_hub import split_state_dict_into_shards_factory
-
-        sizes = {name: merged.size(name) for name in merged.weights}
-        split = split_state_dict_into_shards_factory(
-            sizes,
-            get_storage_size=lambda size: size,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=SHARD_BYTES,
-        )
-        self.files: dict[str, list[str]] = split.filename_to_tensors
-        """{file: its tensors}."""
-        self.index = None
-        """The index's text; None where one file holds all."""
-        if split.is_sharded:
-            self.index = as_json({"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+    sizes = {name: BYTES[stored.dtype] * math.prod(stored.shape) for name, stored in merged.weights.items()}
+    return split_state_dict_into_shards_factory(
+        sizes,
+        get_storage_size=lambda size: size,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=SHARD_BYTES,
+    )
 
 
 def merge(merged: Merged, run: Path, record: Record, console: "Console") -> None:
     """Write run/merged in the Hugging Face layout; `config.json` comes last, so a folder that loads is whole."""
     folder = run / "merged"
-    shards = Shards(merged)
     with Progress(console, "merging", total=len(merged.weights)) as progress:
-        for file, names in shards.files.items():
+        for file, names in shards(merged).filename_to_tensors.items():
             if record.make(folder / file, functools.partial(_write_shard, merged, names, progress)):
                 console.print(f"merged: {file}, {(folder / file).stat().st_size / 1e9:.2f} GB", markup=False)
             else:
                 progress.skip(len(names))
-    settings = settings_files(merged, run / "adapter")
-    if shards.index:
-        settings = {INDEX: shards.index.encode()} | settings
-    written = {f"merged/{name}" for name in [*shards.files, *settings]}
-    for name in [name for name in record.files if name.startswith("merged/") and name not in written]:
-        record.drop(name)
-    for name, content in settings.items():
+    for name, content in settings_files(merged, run / "adapter").items():
         record.make(folder / name, content)
 
 
-def _write_shard(merged: Merged, names: Iterable[str], progress: Progress, partial: Path) -> None:
+def _write_shard(merged: Merged, names: list[str], progress: Progress, partial: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -231,7 +197,7 @@ def _write_shard(merged: Merged, names: Iterable[str], progress: Progress, parti
 
 
 def settings_files(merged: Merged, tokenizer: Path) -> dict[str, bytes]:
-    """{file: content} of a merged folder besides its weights: the run's tokenizer, the base's settings.
+    """{file: content} of a merged folder besides its weights: the index, the run's tokenizer, the base's settings.
 
     `model_max_length` is the base's: training may set it to the recipe's `max_seq_length`, which vLLM and transformers
     would take for the model's limit."""
@@ -242,11 +208,14 @@ def settings_files(merged: Merged, tokenizer: Path) -> dict[str, bytes]:
     settings["model_max_length"] = longest or merged.config["max_position_embeddings"]
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4, which older vLLM has
-    files["tokenizer_config.json"] = as_json(settings).encode()
+    made = {"tokenizer_config.json": settings}
+    split = shards(merged)
+    if split.is_sharded:
+        made[INDEX] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     if generation := generation_config(merged, load_tokenizer(tokenizer)):
-        files["generation_config.json"] = as_json(generation).encode()
-    files["config.json"] = as_json(merged.config).encode()
-    return files
+        made["generation_config.json"] = generation
+    made["config.json"] = merged.config
+    return files | {name: as_json(content) for name, content in made.items()}
 
 
 def generation_config(merged: Merged, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
@@ -255,7 +224,7 @@ def generation_config(merged: Merged, tokenizer: "PreTrainedTokenizerBase") -> d
     generation = read_json(file) if file.is_file() else {}
     stops = stop_tokens(generation, merged.config)
     end = closing_token(tokenizer)
-    return generation if end in stops else generation | {"eos_token_id": [*stops, end]}
+    return generation if end in (None, *stops) else generation | {"eos_token_id": [*stops, end]}
 
 
 def stop_tokens(generation: dict[str, Any], config: dict[str, Any]) -> list[int]:

@@ -4,7 +4,7 @@ merged = open_merged(run, "16bit"); tuned, base = log_probs([(merged, "adapter")
 """
 
 import contextlib
-import copy
+import io
 import itertools
 import json
 import logging
@@ -12,14 +12,13 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from toolkit.evaluation.generate import closing_token, modes_of
-from toolkit.export.checkpoint import EMBEDDING, HEAD, Checkpoint, Factors, full_config
+from toolkit.export.checkpoint import EMBEDDING, HEAD, Checkpoint, Factors, empty_model
 from toolkit.export.llama import Engine
 from toolkit.export.merge import Merged
 from toolkit.export.tokenizer import load_tokenizer
@@ -35,8 +34,8 @@ NEAR_TIE = 1e-2
 """Two tokens this close in log-probability (1% of each other) are both the top one: rounding alone swaps them."""
 PER_TEXT = 50
 """Positions compared in each text, counted from its end."""
-Message = dict[str, Any]
-Tool = dict[str, Any]
+Conversation = dict[str, Any]
+"""A case of parity_cases.json: its messages, the tools it offers, its messages as a server takes them."""
 Sequences = list[list[int]]
 Question = tuple[Checkpoint, str]
 """A model, and which of its weights: "merged" are those stored in its folder, "base" those without the adapter, "adapter" base
@@ -44,6 +43,8 @@ and adapter side by side as trained."""
 
 CASES = json.loads(Path(__file__).with_name("parity_cases.json").read_text(encoding="utf-8"))
 """Texts and conversations that are compared (the file says what each is for)."""
+QUESTION = CASES["conversations"][0]
+FOLLOW_UP = CASES["conversations"][2]
 
 
 # --- probabilities by transformers -----------------------------------------------------------------------------------
@@ -52,12 +53,11 @@ CASES = json.loads(Path(__file__).with_name("parity_cases.json").read_text(encod
 class _Weights:
     """Weights by name, read or computed when a module is about to run: what accelerate loads offloaded modules from."""
 
-    def __init__(self, model: Checkpoint):
-        self.tied = model.tied
-        self.read = model.base_tensor if isinstance(model, Merged) else model.tensor
+    def __init__(self, model: Merged):
+        self.model = model
 
     def __getitem__(self, name: str) -> "torch.Tensor":
-        return self.read(EMBEDDING if name == HEAD and self.tied else name)
+        return self.model.base_tensor(EMBEDDING if name == HEAD and self.model.tied else name)
 
 
 def log_probs(questions: Sequence[Question], sequences: Sequences) -> list[np.ndarray]:
@@ -74,8 +74,9 @@ def log_probs(questions: Sequence[Question], sequences: Sequences) -> list[np.nd
 def _log_probs(model: Checkpoint, which: str, sequences: Sequences) -> np.ndarray:
     import torch
 
-    in_4_bit = isinstance(model, Merged) and model.base.four_bit
-    network = _network(model) if in_4_bit or not model.is_plain() else load_from_disk(model.folder)
+    network = (
+        load_from_disk(model.folder) if not isinstance(model, Merged) or not model.base.four_bit else _network(model)
+    )
     factors = model.adapter.factors if isinstance(model, Merged) and which == "adapter" else {}
     for name, module in network.named_modules():
         if added := factors.get(f"{name}.weight"):
@@ -92,56 +93,39 @@ def _log_probs(model: Checkpoint, which: str, sequences: Sequences) -> np.ndarra
 def load_from_disk(folder: Path) -> "PreTrainedModel":
     """A folder as `from_pretrained` loads it, in fp32, its weights left on the disk until a module runs.
 
-    Raises ToolkitError where transformers refuses it, lacks a weight or finds one that it does not know."""
+    Raises ToolkitError where transformers refuses it."""
     import torch
     from transformers import AutoModelForCausalLM
 
+    settings = {"dtype": torch.float32, "device_map": {"": "disk"}, "local_files_only": True}
     try:
-        with _quiet_transformers():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, device_map={"": "disk"}, output_loading_info=True, local_files_only=True
-            )
+        with _quiet():
+            return AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # transformers has no kind of its own
         raise ToolkitError(
             f"{folder}: transformers cannot load it ({type(error).__name__}: {str(error)[:200]})"
         ) from error
-    for kind in ("missing", "mismatched"):
-        if names := sorted(map(str, report[f"{kind}_keys"])):
-            raise ToolkitError(f"{folder}: {len(names)} weights are {kind} for transformers, e.g. {names[0]}")
-    return model.eval()
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Without its bar for each load, and without the warnings that weights are left on the disk."""
-    from transformers.utils import logging as verbosity
-
-    loggers = [logging.getLogger(name) for name in ("transformers", "accelerate.big_modeling")]
-    levels = [logger.level for logger in loggers]
-    bars = verbosity.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    verbosity.disable_progress_bar()
+def _quiet() -> Iterator[None]:
+    """Without transformers' bar for each load, and without the warnings that weights are left on the disk."""
+    logging.disable(logging.WARNING)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bars:
-            verbosity.enable_progress_bar()
+        logging.disable(logging.NOTSET)
 
 
-def _network(model: Checkpoint) -> "PreTrainedModel":
-    """A model whose weights have been through NF4, which no folder holds, or are laid out so that accelerate misses some."""
+def _network(model: Merged) -> "PreTrainedModel":
+    """A model whose weights have been through NF4, which no folder holds."""
     import torch
-    from accelerate import init_empty_weights
     from accelerate.hooks import attach_align_device_hook
-    from transformers import AutoModelForCausalLM
 
-    with init_empty_weights():
-        empty = AutoModelForCausalLM.from_config(full_config(model.config), dtype=torch.float32).eval()
-    attach_align_device_hook(empty, torch.device("cpu"), offload=True, weights_map=_Weights(model))
-    return empty
+    network = empty_model(model.config)
+    attach_align_device_hook(network, torch.device("cpu"), offload=True, weights_map=_Weights(model))
+    return network
 
 
 def _beside(factors: Factors) -> Callable:
@@ -171,111 +155,64 @@ def divergence(reference: np.ndarray, other: np.ndarray) -> np.ndarray:
 # --- tokens and templates --------------------------------------------------------------------------------------------
 
 
-class Conversation(NamedTuple):
-    """A case of parity_cases.json."""
-
-    messages: list[Message]
-    tools: list[Tool] | None
-
-
-CONVERSATIONS = [Conversation(case["messages"], case.get("tools")) for case in CASES["conversations"]]
-QUESTION = CONVERSATIONS[0].messages
-FOLLOW_UP = CONVERSATIONS[2].messages
-
-
 class Tokens:
     """The tokenizer and the template in a folder; the run's own is what every exported file is compared with."""
 
     def __init__(self, folder: Path):
         self.tokenizer = load_tokenizer(folder)
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text; `special` with what the tokenizer puts around every text."""
-        return self.tokenizer.encode(text, add_special_tokens=special)
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without what the tokenizer puts before every text."""
+        return self.tokenizer.encode(text, add_special_tokens=False)
 
-    def render(self, messages: list[Message], tools: list[Tool] | None, thinking: bool) -> str:
+    def start(self) -> str:
+        """What the tokenizer puts before every text, mostly nothing; llama.cpp leaves it out of what it renders."""
+        first = self.tokenizer.encode("a")[:1]
+        return "" if first == self.encode("a")[:1] else self.tokenizer.decode(first)
+
+    def render(self, case: Conversation, thinking: bool, tools: bool = True) -> str:
         """The prompt; empty where the template refuses the conversation."""
         from jinja2 import TemplateError
 
+        offered = case.get("tools") if tools else None
         options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
         with contextlib.suppress(TemplateError):
-            return self.tokenizer.apply_chat_template(messages, tools=tools, **options)
+            return self.tokenizer.apply_chat_template(case["messages"], tools=offered, **options)
         return ""
 
-    def encode_prompt(self, text: str, start: str) -> list[int]:
-        """Ids of a rendered prompt that is given without `start`, which the tokenizer puts before every text."""
-        return self.encode(start + text)
-
-    def special(self) -> dict[str, Any]:
-        """What a program that loads the tokenizer is told about its tokens."""
-        tokenizer = self.tokenizer
-        added = {i: (token.content, token.special) for i, token in tokenizer.added_tokens_decoder.items()}
+    def facts(self) -> dict[str, Any]:
+        """All that decides how texts become tokens, as transformers has loaded it."""
         return {
-            "special tokens": tokenizer.special_tokens_map,
-            "ids": {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "unk")},
-            "added tokens": added,
-            "size": len(tokenizer),
-            "chat template": tokenizer.chat_template,
+            "vocabulary and rules": self.tokenizer.backend_tokenizer.to_str(),
+            "special tokens": self.tokenizer.special_tokens_map,
+            "chat template": self.tokenizer.chat_template,
         }
 
 
-class ServedTokens:
-    """The same two questions to a served GGUF."""
+def served_differences(engine: Engine, own: Tokens) -> tuple[int, int]:
+    """How many texts a served file tokenizes and how many conversations it renders otherwise than the run: awkward texts, and
+    every kind of conversation in each mode, with the renderings tokenized too."""
 
-    def __init__(self, engine: Engine):
-        self.call = engine.call
+    def encode(text: str, special: bool = False) -> list[int]:
+        return engine.call("/tokenize", {"content": text, "add_special": special})["tokens"]
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        """Ids of a text."""
-        return self.call("/tokenize", {"content": text, "add_special": special})["tokens"]
-
-    def encode_prompt(self, text: str, _start: str) -> list[int]:
-        """Ids as a completion has them: the server itself puts the start before the text."""
-        return self.encode(text, special=True)
-
-    def render(self, messages: list[Message], tools: list[Tool] | None, thinking: bool) -> str:
-        """The prompt."""
-        body = {"messages": _as_openai(messages), "chat_template_kwargs": {"enable_thinking": thinking}}
-        return self.call("/apply-template", body | ({"tools": tools} if tools else {}))["prompt"]
-
-
-def _as_openai(messages: list[Message]) -> list[Message]:
-    """Tool calls as the API takes them, which gives them to the template as `Tokens.render` does: with an id, arguments as text."""
-    served = copy.deepcopy(messages)
-    for message in served:
-        for number, call in enumerate(message.get("tool_calls", [])):
-            call["id"] = str(number)
-            call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-    return served
-
-
-class TokenDifferences(NamedTuple):
-    """How often a file's tokenizer and template differ from the run's."""
-
-    texts: int
-    renderings: int
-
-
-def prefix_of(own: Tokens) -> str:
-    """What the tokenizer puts before every text, mostly nothing; llama.cpp leaves it out of what it renders."""
-    first = own.encode("a", special=True)[:1]
-    return "" if first == own.encode("a")[:1] else own.tokenizer.decode(first)
-
-
-def tokenizer_differences(theirs: Tokens | ServedTokens, own: Tokens) -> TokenDifferences:
-    """Awkward texts, and every kind of conversation in each mode, with the renderings tokenized too."""
-    texts = sum(theirs.encode(text) != own.encode(text) for text in CASES["texts"])
+    texts = sum(encode(text) != own.encode(text) for text in CASES["texts"])
     renderings = 0
-    start = prefix_of(own)
-    for mode, (messages, tools) in itertools.product(modes_of(own.tokenizer), CONVERSATIONS):
+    start = own.start()
+    for mode, case in itertools.product(modes_of(own.tokenizer), CASES["conversations"]):
         thinking = mode == "thinking"
-        rendered = own.render(messages, tools, thinking)
-        if not rendered or (tools and rendered == own.render(messages, None, thinking)):
+        rendered = own.render(case, thinking)
+        if not rendered or ("tools" in case and rendered == own.render(case, thinking, tools=False)):
             continue  # some templates refuse a role, and some leave tools out
+        body = {"messages": case.get("served_messages", case["messages"]), "tools": case.get("tools", [])}
+        prompt = engine.call("/apply-template", body | {"chat_template_kwargs": {"enable_thinking": thinking}})[
+            "prompt"
+        ]
         bare = rendered.removeprefix(start)
-        renderings += theirs.render(messages, tools, thinking).removeprefix(start) != bare
-        texts += theirs.encode_prompt(bare, start) != own.encode_prompt(bare, start)
-    return TokenDifferences(texts, renderings)
+        renderings += prompt.removeprefix(start) != bare
+        # the server itself puts the start before a prompt
+        texts += encode(bare, special=True) != own.encode(start + bare)
+    return texts, renderings
 
 
 # --- probabilities of a served file ----------------------------------------------------------------------------------
@@ -285,54 +222,46 @@ def probe_sequences(own: Tokens) -> Sequences:
     """A few hundred positions of conversation, in the modes the model has and with both kinds of reply."""
     modes = modes_of(own.tokenizer)
     end = own.tokenizer.decode([closing_token(own.tokenizer)])
-    thinking = modes[0] == "thinking"
-    direct = modes[-1] != "thinking"
+    thinking = "thinking" in modes
     thought = CASES["replies"]["thinking"]
     reply = CASES["replies"]["direct"]
     # prompts as inference shows them with the replies of both modes, and a reply that follows another without a header
     texts = [
-        own.render(QUESTION, None, thinking) + thought,
-        own.render(QUESTION, None, not direct) + reply,
-        own.render(FOLLOW_UP, None, thinking) + thought,
+        own.render(QUESTION, thinking) + thought,
+        own.render(QUESTION, modes == ("thinking",)) + reply,
+        own.render(FOLLOW_UP, thinking) + thought,
         reply + end + thought,
     ]
     return [own.encode(text + end)[-PER_TEXT:] for text in texts]
 
 
-@dataclass(frozen=True)
-class FileDivergence:
-    """A served file beside the reference, over its top 512 tokens and one bucket for the rest."""
-
-    mean: float
-    """KL in nats."""
-    max: float
-    """The largest KL of a position."""
-    other: float
-    """The share of positions with another top token."""
-
-
 def file_divergence(
     engine: Engine, reference: np.ndarray, sequences: Sequences, plain: int, **request: Any
-) -> FileDivergence:
-    """How far a served file is from `reference`; `request` goes into each request.
+) -> dict[str, float]:
+    """How far a served file is from `reference` (by the names in certificate.LIMITS), over its top 512 tokens and one bucket
+    for the rest; `request` goes into each request.
 
     One prompt per position, a request per text. The sampled token is forced to `plain`: the probabilities are
     those before sampling, and the server withholds them when the token it draws is an incomplete UTF-8 sequence."""
     options = {"n_predict": 1, "n_probs": TOP, "logit_bias": [[plain, 1000.0]]}
     options |= {"response_fields": ["index", "completion_probabilities"]} | request
-    tops: list[list[dict[str, Any]]] = []
+    rows = iter(reference.astype(np.float64))
+    values = []
+    others = 0
     for ids in sequences:
         prompts = [ids[:end] for end in range(1, len(ids) + 1)]
         replies = engine.call("/completion", options | {"prompt": prompts})
-        replies.sort(key=lambda reply: reply["index"])
-        tops += [reply["completion_probabilities"][0]["top_logprobs"] for reply in replies]
-    values = []
-    other = 0
-    for top, row in zip(tops, reference.astype(np.float64), strict=True):
-        kept = [token["id"] for token in top]
-        values.append(_bucketed(row[kept], np.array([token["logprob"] for token in top], np.float64)))
-        other += bool(row[kept[0]] <= row.max() - NEAR_TIE)
-    return FileDivergence(float(np.mean(values)), float(np.max(values)), other / len(values))
+        for reply in sorted(replies, key=lambda reply: reply["index"]):
+            top = reply["completion_probabilities"][0]["top_logprobs"]
+            row = next(rows)
+            kept = row[[token["id"] for token in top]]
+            values.append(_bucketed(kept, np.array([token["logprob"] for token in top], np.float64)))
+            others += bool(kept[0] <= row.max() - NEAR_TIE)
+    return {
+        "mean KL": float(np.mean(values)),
+        "largest KL": float(np.max(values)),
+        "share with another top token": others / len(values),
+    }
 
 
 def _bucketed(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -4,7 +4,7 @@ for line in findings(recipes.load("hybrid")): print(line)
 """
 
 from toolkit.export.checkpoint import unmergeable
-from toolkit.export.gguf_types import convertible
+from toolkit.export.gguf_types import convertible, template_names
 from toolkit.export.tokenizer import tokens_beyond
 from toolkit.files import ToolkitError
 from toolkit.recipe import Export, Recipe
@@ -17,16 +17,15 @@ def findings(recipe: Recipe) -> list[str]:
     setting = unmergeable(settings | {"modules_to_save": recipe.lora.trained_whole})
     if setting:
         return [f"this run cannot be exported here ({setting}): merge it with PEFT's merge_and_unload"]
-    quants = recipe.export.quantization_method
     config = checkpoint_file(recipe.model, "config.json")
     if not config:
         return []
     tokenizer = checkpoint_file(recipe.model, "tokenizer.json") or None
     if tokenizer and (reason := tokens_beyond(tokenizer, config)):
         return [f"this run cannot be exported: {reason}"]
-    if not quants:
-        return []
-    reason = convertible(config, tokenizer, checkpoint_file(recipe.model, "tokenizer_config.json"))
+    quants = recipe.export.quantization_method
+    templates = template_names(checkpoint_file(recipe.model, "tokenizer_config.json") or {})
+    reason = convertible(config, tokenizer, templates) if quants else None
     if not reason:
         return []
     if quants != Export().quantization_method:

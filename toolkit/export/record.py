@@ -1,6 +1,6 @@
 """export.json: what an export has written, by checksum, for one set of inputs; and the mark of a failed one.
 
-record = Record(run, inputs); record.make(run / "merged" / "config.json", text)
+record = Record(run, inputs); record.make(run / "merged" / "config.json", content)
 """
 
 import json
@@ -11,7 +11,7 @@ from typing import Any
 from toolkit.files import complete, describe, read_json, write_json, write_text
 
 FAILED = "EXPORT_FAILED.txt"
-Content = str | bytes | Callable[[Path], object]
+Content = bytes | Callable[[Path], object]
 """A file's content, or a function that writes it to a path."""
 
 
@@ -36,25 +36,18 @@ class Record:
     def make(self, path: Path, content: Content) -> bool:
         """Write a content, or let `content(partial)` write, unless the file is there already; True if it was written."""
         name = path.relative_to(self.run).as_posix()
-        data = content.encode() if isinstance(content, str) else content
         kept = path.is_file() and self.files.get(name) == describe(path)
-        if kept and (callable(data) or path.read_bytes() == data):
+        if kept and (callable(content) or path.read_bytes() == content):
             return False
         uncertify(self.run)
         with complete(path) as partial:
-            if callable(data):
-                data(partial)
+            if callable(content):
+                content(partial)
             else:
-                partial.write_bytes(data)
+                partial.write_bytes(content)
         self.files[name] = describe(path)
         write_json(self.run / "export.json", {"inputs": self.inputs, "files": self.files})
         return True
-
-    def drop(self, name: str) -> None:
-        """Delete a file of an earlier export that this one does not have."""
-        uncertify(self.run)
-        (self.run / name).unlink(missing_ok=True)
-        del self.files[name]
 
 
 def uncertify(run: Path) -> None:
@@ -73,6 +66,6 @@ def written_files(run: Path) -> list[Path]:
     return [run / name for name in names if name.endswith(".gguf") and (run / name).is_file()]
 
 
-def as_json(value: dict[str, Any]) -> str:
-    """A settings file's text, as transformers lays it out."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def as_json(value: dict[str, Any]) -> bytes:
+    """A settings file's content, as transformers lays it out."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

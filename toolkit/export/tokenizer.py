@@ -4,6 +4,7 @@ tokenizer = load_tokenizer(Path("toolkit/pocket")); tokenizer_files(Path("toolki
 """
 
 import functools
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,16 +26,12 @@ TokenizerJson = dict[str, Any]
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a folder. Raises ToolkitError when its files are missing or damaged."""
     # a verification asks for the same one a dozen times, and a vocabulary of 150,000 tokens takes over a second
-    stamps = []
-    for name in TOKENIZER_FILES:
-        if (folder / name).is_file():
-            status = (folder / name).stat()
-            stamps.append((name, status.st_size, status.st_mtime_ns, status.st_ino))
-    return _load_tokenizer(folder.resolve(), tuple(stamps))
+    files = [file for file in sorted(folder.glob("*")) if file.name in TOKENIZER_FILES]
+    return _load_tokenizer(folder.resolve(), tuple(file.stat().st_ctime_ns for file in files))
 
 
 @functools.lru_cache(maxsize=2)
-def _load_tokenizer(folder: Path, _stamps: tuple[tuple[str, int, int, int], ...]) -> "PreTrainedTokenizerBase":
+def _load_tokenizer(folder: Path, _times: tuple[int, ...]) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
@@ -47,30 +44,23 @@ def _load_tokenizer(folder: Path, _stamps: tuple[tuple[str, int, int, int], ...]
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
     """{file: content} of everything that makes a folder's tokenizer; one template where transformers reads one only."""
-    named = sorted(f"{NAMED_TEMPLATES}/{file.name}" for file in (folder / NAMED_TEMPLATES).glob("*.jinja"))
-    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES + named if (folder / name).is_file()}
-    if "chat_template.jinja" in files:
-        settings = read_json(folder / "tokenizer_config.json")
-        # transformers reads the file; other programs might read an older template that is left in the settings
-        if settings.pop("chat_template", None):
-            files["tokenizer_config.json"] = as_json(settings).encode()
+    paths = [folder / name for name in TOKENIZER_FILES] + sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))
+    files = {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths if path.is_file()}
+    settings = read_json(folder / "tokenizer_config.json")
+    # transformers reads the file; other programs might read an older template that is left in the settings
+    if "chat_template.jinja" in files and settings.pop("chat_template", None):
+        files["tokenizer_config.json"] = as_json(settings)
     return files
-
-
-def last_token(tokenizer: TokenizerJson) -> int:
-    """The largest id of a tokenizer.json."""
-    added = [token["id"] for token in tokenizer["added_tokens"]]
-    vocabulary = tokenizer["model"]["vocab"]
-    # a list in place of {token: id} for unigram models
-    last = len(vocabulary) - 1 if isinstance(vocabulary, list) else max(vocabulary.values(), default=-1)
-    return max([last, *added])
 
 
 def tokens_beyond(tokenizer: TokenizerJson, config: dict[str, Any]) -> str | None:
     """Why a tokenizer does not fit a model; None where every token has a row of the embedding."""
-    rows = config.get("vocab_size")
-    last = last_token(tokenizer)
-    if rows is None or last < rows:
+    vocabulary = tokenizer["model"]["vocab"]
+    # a list in place of {token: id} for unigram models
+    ids = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
+    last = max([*ids, *(token["id"] for token in tokenizer["added_tokens"])], default=-1)
+    rows = config.get("vocab_size", math.inf)
+    if last < rows:
         return None
     return (
         f"tokenizer.json has a token {last}, the model's embedding {rows} rows: tokens were added without "

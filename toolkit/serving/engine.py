@@ -13,7 +13,7 @@ from rich.console import Console
 
 from toolkit.data.chat import load_chat
 from toolkit.export.checkpoint import Checkpoint
-from toolkit.export.gguf import GgufFile, write_gguf, write_lora_gguf
+from toolkit.export.gguf import write_gguf, write_lora_gguf
 from toolkit.export.gguf_types import check_quant
 from toolkit.export.llama import Engine, launch
 from toolkit.export.merge import Merged, open_merged
@@ -185,10 +185,10 @@ def exported(folder: Path, quant: str | None, say: Say) -> Files:
     say(f"comparing {file.name} with its certificate")
     if written.get("sha256") != sha256(file):
         raise ToolkitError(f"{file}: not the file that its certificate is about: {again}")
-    header = GgufFile(file)
-    kind = header.value("general.architecture")
     # the folder merged/, which has a config.json, may have been deleted to save space
-    return Files(file, [], {"model_type": kind, "max_position_embeddings": header.value(f"{kind}.context_length")})
+    if "model" not in record:
+        raise ToolkitError(f"{file}: its certificate is of an older version of this toolkit: {again}")
+    return Files(file, [], record["model"])
 
 
 def base_key(run: Path, merged: Merged) -> str:
