@@ -55,7 +55,7 @@ def export(
     run = Path(run)
     console = console or Console()
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    quants = list(dict.fromkeys(quant.lower() for quant in quants))
+    quants = [quant.lower() for quant in quants]
     # all that can be refused is refused before gigabytes are written
     for quant in quants:
         check_quant(quant)

@@ -119,9 +119,10 @@ class Verification:
         expected |= {f"gguf/{name}" for name in ggufs} | settings.keys()
         paths = [path for folder in ("merged", "gguf") for path in (self.run / folder).rglob("*")]
         there = {path.relative_to(self.run).as_posix() for path in paths if not path.is_dir() or path.is_symlink()}
-        self.count("files that are missing", expected - there)
-        different = [name for name in there & settings.keys() if (self.run / name).read_bytes() != settings[name]]
-        self.count("settings files that differ from the base's and the run's", different)
+        different = [
+            name for name, content in settings.items() if name not in there or (self.run / name).read_bytes() != content
+        ]
+        self.count("settings files that are missing, or differ from the base's and the run's", different)
         foreign = []
         for name in sorted(there - expected):
             # other GGUF files are read only by their own name, but for projectors, which LM Studio loads by themselves

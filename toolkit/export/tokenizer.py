@@ -26,12 +26,12 @@ TokenizerJson = dict[str, Any]
 def load_tokenizer(folder: Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a folder. Raises ToolkitError when its files are missing or damaged."""
     # a verification asks for the same one a dozen times, and a vocabulary of 150,000 tokens takes over a second
-    files = [file for file in sorted(folder.glob("*")) if file.name in TOKENIZER_FILES]
-    return _load_tokenizer(folder.resolve(), tuple(file.stat().st_ctime_ns for file in files))
+    changed = max((path.stat().st_ctime_ns for path in folder.glob("*")), default=0)
+    return _load_tokenizer(folder.resolve(), changed)
 
 
 @functools.lru_cache(maxsize=2)
-def _load_tokenizer(folder: Path, _times: tuple[int, ...]) -> "PreTrainedTokenizerBase":
+def _load_tokenizer(folder: Path, _changed: int) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
     try:
