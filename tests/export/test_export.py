@@ -140,10 +140,11 @@ def test_a_run_on_a_dynamic_4bit_folder_exports_onto_both_bases(tmp_path):
         assert (certificate["passed"], certificate["inputs"]["base"]) == (True, label)
 
 
-def test_the_reference_pass_is_the_same_where_unsloth_has_patched_transformers(run, monkeypatch):
+def test_the_reference_pass_is_the_same_where_unsloth_has_patched_transformers(run, monkeypatch, one_reference_process):
     merged, texts = open_merged(run, "16bit"), [[1, 2, 3, 4], [5, 6, 7]]
     here = log_probs([(merged, "adapter")], texts)
     monkeypatch.setitem(sys.modules, "unsloth", sys)  # as if imported: the pass then runs in a process of its own
+    monkeypatch.setattr(sys.modules["toolkit.export.parity"], "_in_own_process", one_reference_process)
     assert (here[0] == log_probs([(merged, "adapter")], texts)[0]).all()
 
 

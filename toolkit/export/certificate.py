@@ -134,8 +134,8 @@ class Verification:
 
     # merged weights
 
-    def check_merged(self) -> np.ndarray:
-        """The merged folder against base + adapter, with a negative control; returns its log-probabilities."""
+    def check_merged(self) -> np.ndarray | None:
+        """The merged folder against base + adapter, with a negative control; returns its log-probabilities, where it has any."""
         merged = self.merged
         facts = Tokens(self.run / "merged").facts()
         different = [name for name, fact in self.own.facts().items() if facts[name] != fact]
@@ -144,19 +144,20 @@ class Verification:
         self.gate("merged: tensors missing, unknown or of another type", errors.missing)
         self.gate("merged: worst tensor, error in units of what rounding allows", errors.tensor, 1)
         self.gate("merged: worst row of a tensor, in the same units", errors.row, 1)
-        tuned, base = log_probs([(merged, "adapter"), (merged, "base")], self.sequences)
+        # transformers reads the folder anew, as it was written to the disk
+        questions = [(merged, "adapter"), (merged, "base"), (self.stored, "merged")]
+        if read_json(self.run / "manifest.json")["model"].get("load_in_4bit") and not merged.base.four_bit:
+            questions.append((self.in_4_bit(), "adapter"))
         try:
             check_weights(self.stored)
-            # the folder as it was written to the disk, read anew by transformers
-            [reference] = log_probs([(self.stored, "merged")], self.sequences)
+            tuned, base, reference, *trained = log_probs(questions, self.sequences)
         except ToolkitError as error:
             self.gate(f"merged: cannot be loaded ({error})", 1)
-            return tuned
+            return None
         self.check_probabilities(tuned, base, reference)
-        if read_json(self.run / "manifest.json")["model"].get("load_in_4bit") and not merged.base.four_bit:
-            [trained] = log_probs([(self.in_4_bit(), "adapter")], self.sequences)
+        if trained:
             note = "mean KL of the merged weights from the 4-bit model that was trained: of QLoRA, not of this export"
-            self.note("QLoRA gap", float(divergence(trained, reference).mean()), note)
+            self.note("QLoRA gap", float(divergence(trained[0], reference).mean()), note)
         return reference
 
     def check_probabilities(self, tuned: np.ndarray, base: np.ndarray, reference: np.ndarray) -> None:
@@ -183,7 +184,7 @@ class Verification:
 
     # GGUF files
 
-    def check_gguf(self, path: Path, reference: np.ndarray) -> None:
+    def check_gguf(self, path: Path, reference: np.ndarray | None) -> None:
         """Everything about one GGUF file. One that cannot be read has failed, and the others are still looked at."""
         import psutil
 
@@ -192,7 +193,9 @@ class Verification:
             # a file that does not fit is read and compared, but not served: the machine would swap for hours
             size = path.stat().st_size
             free = psutil.virtual_memory().available
-            if size > free:
+            if reference is None:
+                self.note(f"{path.name}: not served", None, "there is nothing to compare it with")
+            elif size > free:
                 needs = f"needs {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} are free"
                 self.note(f"{path.name}: not served", None, needs)
             else:
