@@ -4,6 +4,7 @@ merged = open_merged(run, "16bit"); tuned, base = log_probs([(merged, "adapter")
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -68,26 +69,42 @@ def log_probs(questions: Sequence[Question], sequences: Sequences) -> list[np.nd
     this runs in a process of its own. Raises ToolkitError where transformers cannot load a folder."""
     if "unsloth" in sys.modules:
         return _in_own_process(questions, sequences)
-    return [_log_probs(model, which, sequences) for model, which in questions]
+    load = functools.cache(_network)  # a model that is asked with and without its adapter is loaded once
+    return [_log_probs(load(model), _added(model, which), sequences) for model, which in questions]
 
 
-def _log_probs(model: Checkpoint, which: str, sequences: Sequences) -> np.ndarray:
+def _added(model: Checkpoint, which: str) -> dict[str, Factors]:
+    return model.adapter.factors if isinstance(model, Merged) and which == "adapter" else {}
+
+
+def _network(model: Checkpoint) -> "PreTrainedModel":
+    """A folder as transformers loads it; weights that have been through NF4 lie in no folder."""
+    import torch
+    from accelerate.hooks import attach_align_device_hook
+
+    if not isinstance(model, Merged) or not model.base.four_bit:
+        return load_from_disk(model.folder)
+    network = empty_model(model.config)
+    attach_align_device_hook(network, torch.device("cpu"), offload=True, weights_map=_Weights(model))
+    return network
+
+
+def _log_probs(network: "PreTrainedModel", added: dict[str, Factors], sequences: Sequences) -> np.ndarray:
     import torch
 
-    network = (
-        load_from_disk(model.folder) if not isinstance(model, Merged) or not model.base.four_bit else _network(model)
-    )
-    factors = model.adapter.factors if isinstance(model, Merged) and which == "adapter" else {}
-    for name, module in network.named_modules():
-        if added := factors.get(f"{name}.weight"):
-            module.register_forward_hook(_beside(added))
+    modules = dict(network.named_modules())
+    hooks = [
+        modules[name.removesuffix(".weight")].register_forward_hook(_beside(factors)) for name, factors in added.items()
+    ]
     # One batch, so that every weight is loaded once; padding to the right is not seen by what stands before it
     longest = max(map(len, sequences))
     batch = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences])
     with torch.inference_mode():
         logits = network(batch, use_cache=False).logits
         rows = [row[: len(ids)].float().log_softmax(-1) for row, ids in zip(logits, sequences, strict=True)]
-        return torch.cat(rows).numpy()
+    for hook in hooks:
+        hook.remove()
+    return torch.cat(rows).numpy()
 
 
 def load_from_disk(folder: Path) -> "PreTrainedModel":
@@ -116,16 +133,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _network(model: Merged) -> "PreTrainedModel":
-    """A model whose weights have been through NF4, which no folder holds."""
-    import torch
-    from accelerate.hooks import attach_align_device_hook
-
-    network = empty_model(model.config)
-    attach_align_device_hook(network, torch.device("cpu"), offload=True, weights_map=_Weights(model))
-    return network
 
 
 def _beside(factors: Factors) -> Callable:
