@@ -78,26 +78,23 @@ def convertible(
 
 def not_computed(config: "PreTrainedConfig") -> str | None:
     """What llama.cpp's graph of this architecture does not compute."""
-    gemma = config.model_type == "gemma3_text"
     rope = rope_parameters(config)
-    values = {key: getattr(config, key, None) for key in NOT_COMPUTED}
-    activation = config.hidden_activation if gemma else config.hidden_act
-    if activation != ("gelu_pytorch_tanh" if gemma else "silu"):
-        values["activation"] = activation
-    if rope["rope_type"] not in ROPE_TYPES:
-        values["rope type"] = rope["rope_type"]
-    if rope.get("partial_rotary_factor", 1) != 1:
-        values["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    for key, default in YARN_DEFAULTS.items():
-        if rope.get(key) not in (default, None):
-            values[f"YaRN {key}"] = str(rope[key])
-    # llama.cpp derives Gemma's scale from the head size, in its 62-layer model (27B) from the hidden size
-    if gemma:
+    # what it says of each: (value, those that are computed)
+    facts: dict[str, tuple[Any, Sequence[Any]]] = {
+        key: (getattr(config, key, None), (None, False)) for key in NOT_COMPUTED
+    }
+    facts |= {f"YaRN {key}": (rope.get(key), (None, default)) for key, default in YARN_DEFAULTS.items()}
+    facts["rope type"] = (rope["rope_type"], ROPE_TYPES)
+    facts["partial_rotary_factor"] = (rope.get("partial_rotary_factor"), (None, 1))
+    if config.model_type == "gemma3_text":
+        # llama.cpp derives the scale from the head size, in its 62-layer model (27B) from the hidden size
         scale = config.hidden_size / config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim
-        if config.query_pre_attn_scalar != scale:
-            values["query_pre_attn_scalar"] = config.query_pre_attn_scalar
-    for key, value in values.items():
-        if value:
+        facts["query_pre_attn_scalar"] = (config.query_pre_attn_scalar, (scale,))
+        facts["activation"] = (config.hidden_activation, ("gelu_pytorch_tanh",))
+    else:
+        facts["activation"] = (config.hidden_act, ("silu",))
+    for key, (value, computed) in facts.items():
+        if value not in computed:
             return f"config.json: {key} {value!r} is not converted here"
     return None
 
