@@ -78,7 +78,6 @@ def export(
                     write_gguf, stored, quant=quant, name=name, tokenizer=run / "adapter", advance=progress.advance
                 )
                 record.make(path, write)
-            say(f"gguf: {path.name}, {path.stat().st_size / 1e9:.3f} GB")
         if quants:
             record.make(run / "gguf" / "Modelfile", modelfile(run, merged, load_tokenizer(run / "adapter")))
         # A certificate that is still there is that of these files: the first that is written withdraws it

@@ -174,9 +174,7 @@ def merge(merged: Merged, run: Path, record: Record, console: "Console") -> None
     folder = run / "merged"
     with Progress(console, "merging", total=len(merged.weights)) as progress:
         for file, names in shards(merged).filename_to_tensors.items():
-            if record.make(folder / file, functools.partial(_write_shard, merged, names, progress)):
-                console.print(f"merged: {file}, {(folder / file).stat().st_size / 1e9:.2f} GB", markup=False)
-            else:
+            if not record.make(folder / file, functools.partial(_write_shard, merged, names, progress)):
                 progress.skip(len(names))
     for name, content in settings_files(merged, run / "adapter").items():
         record.make(folder / name, content)
