@@ -140,6 +140,16 @@ def test_a_run_on_a_dynamic_4bit_folder_exports_onto_both_bases(tmp_path):
         assert (certificate["passed"], certificate["inputs"]["base"]) == (True, label)
 
 
+@pytest.mark.parametrize(
+    "name", ["llama3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("qwen3", "qwen2.5", "gemma3"))]
+)
+def test_a_model_as_the_hub_has_it_passes_its_certificate(name, tmp_path):
+    run = run_folder(tmp_path / "run", families.build(name, tmp_path / "base"))
+    certificate = export(run, quants=("f16", "q8_0"), **SILENT)
+    assert certificate["passed"]
+    assert {"gguf/run.f16.gguf", "gguf/run.q8_0.gguf"} <= certificate["files"].keys()
+
+
 def test_the_reference_pass_is_the_same_where_unsloth_has_patched_transformers(run, monkeypatch, one_reference_process):
     merged, texts = open_merged(run, "16bit"), [[1, 2, 3, 4], [5, 6, 7]]
     here = log_probs([(merged, "adapter")], texts)
