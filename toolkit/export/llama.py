@@ -92,7 +92,7 @@ def _refused(reply: httpx.Response) -> None:
 
 
 def launch(
-    weights: Path, loras: Sequence[Path] = (), *, context: int = 2048, slots: int = 1, sampling: dict | None = None,
+    weights: Path, loras: Sequence[Path] = (), *, context: int = 2048, slots: int = 1, sampling: dict[str, float] | None = None,
     template: str = "", alias: str = "", host: str = "127.0.0.1", port: int = 0, key: str | None = None, scale: float = 1.0,
 ) -> Engine:  # fmt: skip
     """A server on these files; `slots` replies are generated at once, each within `context` tokens.
