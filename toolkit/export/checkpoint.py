@@ -214,7 +214,9 @@ class Checkpoint:
             return True
         if not states_tie or EMBEDDING not in self.weights:
             return False
-        if not torch.equal(self._stored(HEAD).float(), self._stored(EMBEDDING).float()):
+        # as stored, also where a subclass adds to it
+        head = Checkpoint.tensor(self, HEAD)
+        if not torch.equal(head.float(), Checkpoint.tensor(self, EMBEDDING).float()):
             return False
         del self.weights[HEAD]
         return True
@@ -223,7 +225,7 @@ class Checkpoint:
         with open_weights(self.entries[name].file) as weights:
             return weights.get_tensor(name)
 
-    def _stored(self, name: str) -> "torch.Tensor":
+    def tensor(self, name: str) -> "torch.Tensor":
         """The stored tensor; a stored 4-bit one is dequantized to the type it was trained in."""
         if name not in self.packed:
             return self._read(name)
@@ -231,10 +233,6 @@ class Checkpoint:
 
         parts = {n.removeprefix(f"{name}."): self._read(n) for n in self.entries if n.startswith(f"{name}.")}
         return dequantize_4bit(self._read(name), QuantState.from_dict(parts, device="cpu"))
-
-    def tensor(self, name: str) -> "torch.Tensor":
-        """A weight's values."""
-        return self._stored(name)
 
 
 def open_weights(file: Path) -> Any:

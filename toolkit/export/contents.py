@@ -95,7 +95,7 @@ def gguf_errors(path: Path, header_bytes: int, plan: list[Planned]) -> Errors:
     import gguf
 
     errors = Errors()
-    file = np.asarray(np.memmap(path, np.uint8, "r"))  # slices of a memmap cost ten times those of an array
+    file = np.asarray(np.memmap(path, np.uint8, "r"))  # a slice of a memmap takes 13 µs, of an array 0.1
     place = header_bytes
     for planned in plan:
         place += -place % ALIGNMENT
