@@ -8,10 +8,11 @@ The table of phrasings that are accepted and refused is tests/evaluation/test_an
 import re
 import unicodedata
 
+# Full-width forms → ASCII, minus sign and en dash → hyphen.
 KEYBOARD = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)} | dict.fromkeys((0x2212, 0x2013), "-")
-"""Full-width forms → ASCII, minus sign and en dash → hyphen."""
+# A choice: a capital that stands alone, or a small letter that ends the answer.
 LETTER = r"([A-Z](?![\w'’+#-])|[a-z](?=\W*$))"
-"""A choice: a capital that stands alone, or a small letter that ends the answer."""
+# How people name their choice, the clearest way first.
 CHOICES = (
     re.compile(r"^\W*([A-Za-z])\W*$"),
     re.compile(r"\\boxed\{\W*(?:\\text\{\W*)?([A-Za-z])\W*\}"),
@@ -20,11 +21,11 @@ CHOICES = (
     re.compile(r"(?<![\w'’-])([A-Z]) is (?:the )?(?:correct|right|better|best)", re.ASCII),
     re.compile(r"\(([A-Z])\)|\*\*([A-Z])\*\*"),
 )
-"""How people name their choice, the clearest way first."""
 LONE_CAPITAL = re.compile(r"(?<![\w'’-])(?!I\s+[a-z]|I['’])([A-Z])(?![\w'’+#-])", re.ASCII)
 QUOTED_CAPITAL = re.compile(r"(?<!\w)['\"‘“_`]([A-Z])['\"’”_`](?!\w)")
 LEADING_ARTICLE = re.compile(r"^\W*A\s+(?=[a-z])")
 EXPECTED_CHOICE = re.compile(r"\W*(?:\\text\{\W*)?([A-Z])\W*")
+# Where an answer says yes or no: boxed, bold, at its beginning, after "the answer is", or last.
 DECISIONS = (
     re.compile(r"\\boxed\{\s*(?:\\text\{\s*)?(\w+)"),
     re.compile(r"\*\*(\w+)\W*\*\*"),
@@ -32,13 +33,12 @@ DECISIONS = (
     re.compile(r"\b(?:answer|claim|statement|it)\s+is\W+(\w+)", re.IGNORECASE),
     re.compile(r"(\w+)"),
 )
-"""Where an answer says yes or no: boxed, bold, at its beginning, after "the answer is", or last."""
 NEGATED = re.compile(r"\bnot (true|false)\b", re.IGNORECASE)
 OPPOSITES = frozenset({"yes", "no"}), frozenset({"true", "false"})
 LATEX = re.compile(r"\\(?:text|mathrm|mbox)\{[^{}]*\}|\\[a-zA-Z]+")
 OPERATOR = re.compile(r"[=+*/^<>]|(?<![^\W\d_])-")
+# Words, Chinese characters, formulas of substances and times of day.
 NAME = re.compile(r"[\u3400-\u9fff]|(?<!\w)[^\W\d_]{2,}(?!\w)|(?<!\w)[A-Z][A-Za-z]*\d\w*|\d+(?::\d+)+")
-"""Words, Chinese characters, formulas of substances and times of day."""
 MATHEMATICAL_WORDS = frozenset("and or ln log sin cos tan mod".split())
 
 

@@ -6,10 +6,9 @@ A reply that the limit cut has a length nobody knows, so nothing here is a mean 
 same share of the shortest replies is compared: where tuned replies are simply r times longer, so are those.
 """
 
+import functools
 import math
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,85 +16,84 @@ from toolkit.evaluation.generate import Reply
 from toolkit.evaluation.stats import RESAMPLES, nothing_measured, percentile_interval
 from toolkit.records import Interval, ReplyLengths
 
+# Share of replies that never end from which it is a loss: lengths are not exactly proportional.
 EXCESS = 0.05
-"""Share of replies that never end from which it is a loss: lengths are not exactly proportional."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Replies of both models to the questions of one set: tokens (questions × samples), infinite where cut."""
-
-    base: np.ndarray
-    tuned: np.ndarray
+Groups = list[tuple[np.ndarray, np.ndarray]]
+"""By question set: tokens of base and tuned (questions × samples), infinite where the limit cut a reply."""
 
 
 def compare_lengths(
     base: Sequence[Reply], tuned: Sequence[Reply], sets: Sequence[str], samples: int, limit: int, seed: int
 ) -> ReplyLengths:
     """Lengths of both models' replies; `sets` names the set of each question, which has `samples` replies in a row."""
-    tokens = [_tokens(replies).reshape(-1, samples) for replies in (base, tuned)]
-    places = defaultdict(list)
-    for place, name in enumerate(sets):
-        places[name].append(place)
+    before, after = (tokens_of(replies).reshape(-1, samples) for replies in (base, tuned))
     # by set: where only mathematics is thought about longer, chat replies would hide by how much
-    groups = [Group(tokens[0][rows], tokens[1][rows]) for rows in places.values()]
+    groups = []
+    for name in dict.fromkeys(sets):
+        rows = np.array(sets) == name
+        groups.append((before[rows], after[rows]))
     return {
-        "base": _mean_ended(tokens[0]),
-        "tuned": _mean_ended(tokens[1]),
-        "ratio": _bootstrapped(groups, _ratio, seed),
-        "endless": _bootstrapped(groups, lambda drawn: _endless(drawn, limit), seed),
+        "base": mean_ended(before),
+        "tuned": mean_ended(after),
+        "ratio": bootstrapped(groups, length_ratio, seed),
+        "endless": bootstrapped(groups, functools.partial(endless_share, limit), seed),
     }
 
 
-def _tokens(replies: Sequence[Reply]) -> np.ndarray:
+def tokens_of(replies: Sequence[Reply]) -> np.ndarray:
+    """Length of each reply; infinite where nobody knows it."""
     return np.array([r.reasoning_tokens + r.answer_tokens if r.finished else math.inf for r in replies])
 
 
-def _mean_ended(tokens: np.ndarray) -> float | None:
+def mean_ended(tokens: np.ndarray) -> float | None:
+    """Mean length of the replies that ended; None without any."""
     ended = tokens[np.isfinite(tokens)]
     return float(ended.mean()) if len(ended) else None
 
 
-def _bootstrapped(groups: list[Group], statistic: Callable[[list[Group]], float], seed: int) -> Interval:
+def bootstrapped(groups: Groups, statistic: Callable[[Groups], float], seed: int) -> Interval:
     """A statistic of all groups with its 95% interval; each resample draws the same questions of both models, set by set."""
     # questions are what is resampled, the samples of one stay together
-    n = sum(len(group.base) for group in groups)
+    n = sum(len(base) for base, _ in groups)
     value = statistic(groups)
-    if not n or math.isnan(value):
+    if math.isnan(value):
         return nothing_measured()
     rng = np.random.default_rng([seed, n])
     resampled = []
     for _ in range(RESAMPLES):
-        rows = [rng.integers(len(group.base), size=len(group.base)) for group in groups]
-        drawn = [Group(group.base[chosen], group.tuned[chosen]) for group, chosen in zip(groups, rows, strict=True)]
+        drawn = []
+        for base, tuned in groups:
+            rows = rng.integers(len(base), size=len(base))
+            drawn.append((base[rows], tuned[rows]))
         resampled.append(statistic(drawn))
     low, high = percentile_interval(np.nan_to_num(resampled, nan=value), value, n, None)
-    return {"value": value, "low": low, "high": high, "n": n}
+    return {
+        "value": value,
+        "low": low,
+        "high": high,
+        "n": n,
+    }
 
 
-def _ratio(groups: list[Group]) -> float:
+def length_ratio(groups: Groups) -> float:
     """Tokens of the shortest replies of all sets, tuned by base; NaN where one of the models ended none."""
-    shortest = [_shortest(group, 1.0) for group in groups]
-    base = sum(tokens[0] for tokens in shortest)
-    tuned = sum(tokens[1] for tokens in shortest)
-    return tuned / base if base and tuned else math.nan
+    base, tuned = np.sum([shortest(*group, 1.0) for group in groups], axis=0)
+    return float(tuned / base) if base and tuned else math.nan
 
 
-def _shortest(group: Group, share: float) -> tuple[float, float]:
+def shortest(base: np.ndarray, tuned: np.ndarray, share: float) -> tuple[float, float]:
     """(base, tuned) tokens of the shortest replies: a share of as many as both models ended."""
-    base, tuned = np.sort(group.base, axis=None), np.sort(group.tuned, axis=None)
-    ended = min(np.isfinite(base).sum(), np.isfinite(tuned).sum())
-    count = math.ceil(share * ended)
+    base, tuned = np.sort(base, axis=None), np.sort(tuned, axis=None)
+    count = math.ceil(share * min(np.isfinite(base).sum(), np.isfinite(tuned).sum()))
     return float(base[:count].sum()), float(tuned[:count].sum())
 
 
-def _endless(groups: list[Group], limit: int) -> float:
+def endless_share(limit: int, groups: Groups) -> float:
     """Share of tuned replies that are cut, less the share that would be if the base's were as much longer."""
     excess = 0.0
-    for group in groups:
+    for before, after in groups:
         # the shorter half, since replies near the limit are those that are missing where some never end
-        base, tuned = _shortest(group, 0.5)
+        base, tuned = shortest(before, after, 0.5)
         factor = max(1.0, tuned / base) if base else 1.0
-        expected = (factor * group.base > limit).sum()
-        excess += np.isinf(group.tuned).sum() - expected
-    return float(excess / sum(group.base.size for group in groups))
+        excess += np.isinf(after).sum() - (factor * before > limit).sum()
+    return float(excess / sum(before.size for before, _ in groups))

@@ -15,8 +15,8 @@ import numpy as np
 from toolkit.records import Interval
 
 RESAMPLES = 2000
+# Fewer pairs show nothing at 95%, even where all agree: a sign test's least p is 2 * 0.5 ** n.
 MIN_PAIRS = 6
-"""Fewer pairs show nothing at 95%, even where all agree: a sign test's least p is 2 * 0.5 ** n."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,13 @@ class Sample:
         """The number itself: what all questions add up to, by how many there were."""
         return self.sums.sum() / self.counts.sum()
 
+    def rounded(self) -> list[list[float]]:
+        """[sums, counts] as eval.json keeps them."""
+        return [np.round(self.sums, 6).tolist(), np.round(self.counts, 6).tolist()]
+
     def all_once(self) -> bool:
         """Whether each question counts once and is right or wrong, so that the exact binomial interval applies."""
-        return bool(np.isin(self.sums, (0, 1)).all() and np.isin(self.counts, (0, 1)).all())
+        return bool(np.isin([self.sums, self.counts], (0, 1)).all())
 
 
 def interval(sample: Sample, *, seed: int, rate: bool = False) -> Interval:
@@ -64,7 +68,12 @@ def interval(sample: Sample, *, seed: int, rate: bool = False) -> Interval:
     # resamples of a few questions take few values, and an end of 0 or 1 is impossible where not all agree
     if rate and counted.all_once() and 0 < value < 1 and (n < 30 or low == 0 or high == 1):
         low, high = exact_interval(int(counted.sums.sum()), n)
-    return {"value": float(value), "low": low, "high": high, "n": n}
+    return {
+        "value": float(value),
+        "low": low,
+        "high": high,
+        "n": n,
+    }
 
 
 def paired_difference(before: Sample, after: Sample, *, seed: int, rate: bool = False) -> Interval:
@@ -78,7 +87,12 @@ def paired_difference(before: Sample, after: Sample, *, seed: int, rate: bool = 
     counts = resample_counts(n, seed)
     resampled = resampled_ratios(after, counts) - resampled_ratios(before, counts)
     low, high = percentile_interval(resampled, value, n, -1.0 if rate else None)
-    return {"value": float(value), "low": low, "high": high, "n": n}
+    return {
+        "value": float(value),
+        "low": low,
+        "high": high,
+        "n": n,
+    }
 
 
 def nothing_measured() -> Interval:
@@ -95,7 +109,7 @@ def direction(change: Interval) -> int:
 
 def is_rate(metric: str) -> bool:
     """Whether a metric counts replies, so that it lies between 0 and 1 and its extremes have an exact bound."""
-    return metric.split("/")[0] in ("accuracy", "adherence", "switch", "cut")
+    return metric.split("/")[0] in ("accuracy", "adherence", "cut")
 
 
 @functools.lru_cache(maxsize=4)
@@ -120,7 +134,9 @@ def percentile_interval(resampled: np.ndarray, value: float, n: int, lowest: flo
 
     For a rate, which is `lowest` or more, the exact bound around its value where all questions agree: there is no
     spread to resample."""
-    tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student_t975(n - 1)) if n > 1 else 0.0
+    tail = 0.0
+    if n > 1:
+        tail = NormalDist().cdf(-math.sqrt(n / (n - 1)) * student_t975(n - 1))
     low, high = np.quantile(resampled, [tail, 1 - tail])
     if lowest is not None and math.isclose(low, high):
         low = max(lowest, value - zero_count_bound(n))
@@ -145,7 +161,10 @@ def _rate_where_at_most(right: int, n: int, chance: float) -> float:
 
     def minus_chance(step: int) -> float:
         rate = step / 10**9
-        return -sum(math.comb(n, i) * rate**i * (1 - rate) ** (n - i) for i in range(right + 1))
+        chance = 0.0
+        for i in range(right + 1):
+            chance += math.comb(n, i) * rate**i * (1 - rate) ** (n - i)
+        return -chance
 
     return bisect.bisect(range(10**9), -chance, key=minus_chance) / 10**9
 

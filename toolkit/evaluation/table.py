@@ -5,8 +5,8 @@ scores = summarize(marks, seed=3407); scores["tuned"]["thinking"]["accuracy"]["v
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import TypedDict
+from collections.abc import Iterable, Sequence
+from typing import Final, TypedDict
 
 import numpy as np
 
@@ -14,9 +14,9 @@ from toolkit.evaluation.score import Mark
 from toolkit.evaluation.stats import Sample, interval, is_rate, paired_difference
 from toolkit.records import PerQuestion, Sections
 
-MODELS = ("base", "tuned")
+MODELS: Final = ("base", "tuned")
+# Metrics whose sums and counts per question are written out, so that `compare` can pair runs question by question.
 KEPT = ("accuracy", "accuracy/chat", "adherence", "kl")
-"""Metrics whose sums and counts per question are written out, so that `compare` can pair runs question by question."""
 
 
 class Scores(TypedDict):
@@ -30,49 +30,36 @@ class Scores(TypedDict):
 
 def summarize(marks: Iterable[Mark], seed: int) -> Scores:
     """All numbers of the long table. A value that is not a number counts as not measured."""
-    sections = by_section_and_metric(marks)
-    scores: dict[str, Sections] = {name: {section: {} for section in sections} for name in (*MODELS, "difference")}
-    per_question: PerQuestion = {section: {model: {} for model in MODELS} for section in sections}
-    for section, metrics in sections.items():
-        # One entry for each question asked, so that every metric of `per_question` pairs with every other
-        longest = max((question_count(pair) for metric, pair in metrics.items() if metric in KEPT), default=0)
-        for metric, pair in sorted(metrics.items()):
-            length = max(longest, question_count(pair))
-            samples = {model: sample_of(pair[model], length) for model in MODELS}
-            for model, sample in samples.items():
-                scores[model][section][metric] = interval(sample, seed=seed, rate=is_rate(metric))
-                if metric in KEPT:
-                    sums_and_counts = [np.round(x, 6).tolist() for x in (sample.sums, sample.counts)]
-                    per_question[section][model][metric] = sums_and_counts
-            scores["difference"][section][metric] = paired_difference(
-                samples["base"], samples["tuned"], seed=seed, rate=is_rate(metric)
-            )
-    return Scores(
-        base=scores["base"], tuned=scores["tuned"], difference=scores["difference"], per_question=per_question
-    )
-
-
-def by_section_and_metric(marks: Iterable[Mark]) -> dict[str, dict[str, dict[str, list[Mark]]]]:
-    """{section: {metric: {model: its marks}}}."""
-    grouped: defaultdict[str, defaultdict[str, dict[str, list[Mark]]]] = defaultdict(
-        lambda: defaultdict(lambda: {model: [] for model in MODELS})
-    )
+    grouped: defaultdict[str, defaultdict[str, list[Mark]]] = defaultdict(lambda: defaultdict(list))
     for mark in marks:
-        grouped[mark.section][mark.metric][mark.model].append(mark)
-    return {section: dict(metrics) for section, metrics in grouped.items()}
+        grouped[mark.section][mark.metric].append(mark)
+    scores = Scores(base={}, tuned={}, difference={}, per_question={})
+    for section, metrics in grouped.items():
+        scores["base"][section], scores["tuned"][section], scores["difference"][section] = {}, {}, {}
+        scores["per_question"][section] = {"base": {}, "tuned": {}}
+        # One entry for each question asked, so that every metric of `per_question` pairs with every other
+        asked = max((questions(own) for metric, own in metrics.items() if metric in KEPT), default=0)
+        for metric, own in sorted(metrics.items()):
+            length, rate = max(asked, questions(own)), is_rate(metric)
+            base, tuned = (sample_of(own, model, length) for model in MODELS)
+            scores["base"][section][metric] = interval(base, seed=seed, rate=rate)
+            scores["tuned"][section][metric] = interval(tuned, seed=seed, rate=rate)
+            scores["difference"][section][metric] = paired_difference(base, tuned, seed=seed, rate=rate)
+            if metric in KEPT:
+                scores["per_question"][section]["base"][metric] = base.rounded()
+                scores["per_question"][section]["tuned"][metric] = tuned.rounded()
+    return scores
 
 
-def question_count(pair: dict[str, list[Mark]]) -> int:
+def questions(marks: Sequence[Mark]) -> int:
     """One more than the highest number of a question."""
-    return 1 + max(mark.question for own in pair.values() for mark in own)
+    return 1 + max(mark.question for mark in marks)
 
 
-def sample_of(marks: list[Mark], length: int) -> Sample:
-    """What the marks of each question add up to."""
+def sample_of(marks: Sequence[Mark], model: str, length: int) -> Sample:
+    """What a model's marks of each question add up to."""
     # NaN of a diverged run: not measured, instead of spoiling the sum of all others
-    measured = [mark for mark in marks if math.isfinite(mark.value)]
-    questions = np.array([mark.question for mark in measured], int)
-    return Sample(
-        np.bincount(questions, [mark.value for mark in measured], minlength=length),
-        np.bincount(questions, [mark.weight for mark in measured], minlength=length),
-    )
+    measured = [mark for mark in marks if mark.model == model and math.isfinite(mark.value)]
+    places = np.array([mark.question for mark in measured], int)
+    sums = np.bincount(places, [mark.value for mark in measured], minlength=length)
+    return Sample(sums, np.bincount(places, [mark.weight for mark in measured], minlength=length))
