@@ -148,4 +148,4 @@ def test_a_comparison_that_never_ends_is_ended_even_outside_the_main_thread_and_
         )
         work.start()
         work.join(60)
-        assert (found, checker.timeouts) == ([False, True], 1)
+        assert found == [False, True]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.support import export_fixtures, tiny_qwen3
+from tests.support import tiny_qwen3
 from toolkit import recipe as recipes
 from toolkit.data.mix import compile_mix
 from toolkit.data.sources import Rejected
@@ -24,8 +24,11 @@ from toolkit.family import MODES
 from toolkit.files import ToolkitError, read_jsonl
 from toolkit.view.tables import score_table
 
-SUMS = [{"messages": [{"role": "user", "content": f"{a} + 7?"}], "expected_answer": str(a + 7), "set": "sums"}
-        for a in range(20)]  # fmt: skip
+NUMBERS = ("one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+           "eighteen nineteen twenty").split()  # fmt: skip
+# words, which are compared without starting math-verify
+SUMS = [{"messages": [{"role": "user", "content": f"{a} + 1?"}], "expected_answer": word, "set": "sums"}
+        for a, word in enumerate(NUMBERS)]  # fmt: skip
 CHAT = [{"messages": [{"role": "user", "content": f"Say {word}"}], "expected_answer": word, "set": "say"}
         for word in ("red apple", "green tea", "绿茶", "blue", "moon")]  # fmt: skip
 PROBES = [{"id": str(i), "category": c, "language": "en", "messages": [{"role": "user", "content": c}]}
@@ -212,7 +215,7 @@ def test_the_result_has_the_documented_keys_and_flat_names():
 
 def test_three_held_out_rows_of_each_source_are_answered_before_and_after_beside_their_reference():
     own = [
-        {"source": source, "mode": mode, "messages": SUMS[i]["messages"], "reference": f"it is {ANSWERS[f'{i} + 7?']}"}
+        {"source": source, "mode": mode, "messages": SUMS[i]["messages"], "reference": f"it is {ANSWERS[f'{i} + 1?']}"}
         for source, mode in (("mine", "thinking"), ("yours", "non_thinking"))
         for i in range(9)
     ]
@@ -292,11 +295,6 @@ def test_the_probe_set_is_frozen_bilingual_and_balanced():
     assert (len(probes), len(counts)) == (72, 12)
     assert len({p["messages"][0]["content"] for p in probes}) == 72
     assert fingerprint(probes) == "819bf2a74a174352", "changing a probe makes old evaluations incomparable"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return export_fixtures.tokenizer()
 
 
 def test_divergence_equals_a_plain_softmax_over_each_row(tokenizer, tmp_path, monkeypatch):
@@ -449,14 +447,19 @@ def test_the_base_is_asked_once_and_its_replies_are_used_again_unless_the_file_i
         result = evaluate(model, tokenizer, SUMS[:4], CHAT[:2], PROBES, **settings)
         return {key: value for key, value in result.items() if key != "seconds"}
 
+    def stored():
+        return {file: file.read_bytes() for file in tmp_path.iterdir()}
+
     fresh = scored()
-    files = {file: file.read_bytes() for file in sorted(tmp_path.iterdir())}
-    assert len(files) == 4  # replies and greedy answers, in two modes
+    assert len(stored()) == 4  # replies and greedy answers, in two modes
+    for file, content in stored().items():
+        file.write_bytes(content.replace(b'"answer": "', b'"answer": "x').replace(b"1", b"2"))
+    damaged = stored()
     assert scored() == fresh
-    for file in files:
-        file.write_bytes(file.read_bytes().replace(b'"answer": "', b'"answer": "x').replace(b"1", b"2"))
+    repaired = stored()
+    assert all(repaired[file] != content for file, content in damaged.items())  # asked again
     assert scored() == fresh
-    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == files
+    assert stored() == repaired
     scored(seed=2)
     assert len(list(tmp_path.iterdir())) == 8
 

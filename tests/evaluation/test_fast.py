@@ -5,29 +5,21 @@ import io
 import pytest
 from rich.console import Console
 
-from tests.support import export_fixtures, tiny_qwen3
 from toolkit.evaluation.fast import fast_evidence
 from toolkit.evaluation.generate import inference, prompts
 from toolkit.evaluation.measure import evaluate, summary
 from toolkit.evaluation.questions import select
+from toolkit.evaluation.score import Mark
 from toolkit.evaluation.subject import LoadedRun
+from toolkit.evaluation.watch import Forgetting
 from toolkit.files import ToolkitError
+from toolkit.view.progress import Progress
 
 QUESTIONS = [{"messages": [{"role": "user", "content": f"What is {n} plus one"}], "expected_answer": "2", "set": "sums"}
              for n in ("one", "two", "three")]  # fmt: skip
 PROBES = [{"id": "1", "category": "knowledge", "language": "en", "messages": [{"role": "user", "content": "hello"}]}]
 ROWS = [{"input_ids": list(range(20 + i, 40 + i)), "prompt_length": 4, "source": "mine", "mode": "thinking"}
         for i in range(8)]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return export_fixtures.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return tiny_qwen3.model(tokenizer)
 
 
 @pytest.fixture
@@ -37,6 +29,16 @@ def subject(model, tokenizer, tmp_path):
 
 def asked():
     return select("fast", None, QUESTIONS, [], PROBES, ROWS)
+
+
+def evidence(subject) -> list[Mark]:
+    with Progress(Console(quiet=True), "", 0) as progress:
+        return fast_evidence(subject, asked(), progress)
+
+
+def value(marks: list[Mark], section: str, metric: str, model: str = "tuned") -> float:
+    own = [mark for mark in marks if (mark.section, mark.metric, mark.model) == (section, metric, model)]
+    return sum(mark.value for mark in own) / sum(mark.weight for mark in own)
 
 
 def scaled(model, factor: float) -> None:
@@ -49,7 +51,7 @@ def scaled(model, factor: float) -> None:
 def test_held_out_loss_and_token_accuracy_equal_a_plain_forward_pass(subject, model, tokenizer):
     import torch
 
-    evidence = fast_evidence(subject, asked())
+    marks = evidence(subject)
     loss, hits, tokens = 0.0, 0, 0
     with inference(model, tokenizer):
         for row in ROWS:
@@ -58,8 +60,8 @@ def test_held_out_loss_and_token_accuracy_equal_a_plain_forward_pass(subject, mo
             loss -= log_probs.gather(-1, ids[0, 4:, None]).sum().item()
             hits += (log_probs.argmax(-1) == ids[0, 4:]).sum().item()
             tokens += 16
-    assert evidence.value("forgetting", "loss/mine/thinking") == pytest.approx(loss / tokens, rel=1e-4)
-    assert evidence.value("forgetting", "token_accuracy/mine/thinking") == hits / tokens
+    assert value(marks, "forgetting", "loss/mine/thinking") == pytest.approx(loss / tokens, rel=1e-4)
+    assert value(marks, "forgetting", "token_accuracy/mine/thinking") == hits / tokens
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -71,7 +73,7 @@ def test_a_beginning_is_the_probability_of_its_first_tokens_one_after_the_other(
     conversations = [question["messages"] for question in QUESTIONS]
     found = subject.beginnings(conversations, "thinking", adapter=adapter)
     opening, empty = tokenizer(["<think>", "\n\n</think>"], add_special_tokens=False)["input_ids"]
-    for prompt, beginning in zip(prompts(tokenizer, conversations, "thinking")[1], found, strict=True):
+    for prompt, beginning in zip(prompts(tokenizer, conversations, "thinking"), found, strict=True):
         ids, chances = list(prompt), []
         with inference(model, tokenizer), switched(model, adapter):
             for token in opening + empty:
@@ -84,19 +86,19 @@ def test_a_beginning_is_the_probability_of_its_first_tokens_one_after_the_other(
 
 
 def test_at_scale_zero_tuned_is_the_base_and_between_the_scales_the_evidence_moves(subject, model):
-    full = fast_evidence(subject, asked())
+    full = evidence(subject)
     scaled(model, 0.5)
-    half = fast_evidence(subject, asked())
+    half = evidence(subject)
     scaled(model, 0.0)
-    none = fast_evidence(subject, asked())
+    none = evidence(subject)
     for module in model.modules():  # back to what it was: the factor of a scale of 0 cannot be undone
         if hasattr(module, "scaling") and isinstance(module.scaling, dict):
             module.scaling = {name: module.lora_alpha[name] / module.r[name] for name in module.scaling}
-    assert none.value("forgetting", "kl") == pytest.approx(0, abs=1e-9)
-    assert 0 < half.value("forgetting", "kl") < full.value("forgetting", "kl")
-    for section, metric in {(mark.section, mark.metric) for mark in full.marks}:
-        assert full.value(section, metric, "base") == pytest.approx(none.value(section, metric), abs=1e-6)
-    assert fast_evidence(subject, asked()).value("forgetting", "kl") == pytest.approx(full.value("forgetting", "kl"))
+    assert value(none, "forgetting", "kl") == pytest.approx(0, abs=1e-9)
+    assert 0 < value(half, "forgetting", "kl") < value(full, "forgetting", "kl")
+    for section, metric in {(mark.section, mark.metric) for mark in full}:
+        assert value(full, section, metric, "base") == pytest.approx(value(none, section, metric), abs=1e-6)
+    assert value(evidence(subject), "forgetting", "kl") == pytest.approx(value(full, "forgetting", "kl"))
 
 
 def test_fast_evidence_alone_carries_a_verdict_and_generates_no_reply(model, tokenizer, tmp_path):
@@ -126,15 +128,16 @@ def test_one_minute_reads_no_reply_and_says_so(model, tokenizer, tmp_path):
     assert "fast evidence only" in console.file.getvalue()
 
 
-def test_the_base_s_own_answers_are_stored_and_one_call_gives_their_kl(subject):
-    from toolkit.evaluation.fast import base_answers, mean_kl
-
-    answers = base_answers(subject, PROBES, tokens=6)
-    assert len(answers) == 2  # one for each mode
-    assert mean_kl(subject, answers) == pytest.approx(
-        fast_evidence(subject, asked()).value("forgetting", "kl"), rel=0.9
-    )
-    assert mean_kl(subject, answers) > 0
+def test_while_a_model_trains_the_base_s_own_answers_are_asked_once_and_give_their_kl(model, tokenizer, tmp_path):
+    watch = Forgetting(4, ROWS, tmp_path, tokens=6)
+    first = watch(model, tokenizer)
+    assert len(watch.answers) == 4 * 2  # in each mode
+    assert first["forgetting_kl"] > 0
+    stored = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    assert Forgetting(4, ROWS, tmp_path, tokens=6)(model, tokenizer) == first
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == stored
+    marks = evidence(LoadedRun(model, tokenizer, tmp_path))
+    assert first["token_accuracy"] == value(marks, "forgetting", "token_accuracy/mine/thinking")
 
 
 @pytest.mark.parametrize("row", [{"expected_answer": "4"}, {"messages": [], "expected_answer": 4}])

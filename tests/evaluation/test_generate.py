@@ -4,8 +4,9 @@ import copy
 
 import numpy as np
 import pytest
+from bitsandbytes.nn import Linear4bit, Params4bit
 
-from tests.support import export_fixtures, tiny_qwen3
+from tests.support import tiny_qwen3
 from toolkit.evaluation.decode import rows_that_fit, sampler
 from toolkit.evaluation.generate import (
     LONG_PROMPTS,
@@ -14,7 +15,9 @@ from toolkit.evaluation.generate import (
     generate,
     inference,
     modes_of,
+    plain_on_cpu,
     split_reply,
+    switched,
 )
 from toolkit.family import KINDS, QWEN3_SAMPLING, family_of, sampling_of
 from toolkit.files import ToolkitError
@@ -30,16 +33,6 @@ CHATS = [
         "six",
     )
 ]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return export_fixtures.tokenizer()
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return tiny_qwen3.model(tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +231,7 @@ def test_private_names_of_unsloth_that_replies_rely_on_still_exist(file, names):
 def test_a_prompt_that_leaves_little_room_cuts_no_other_reply_of_its_batch(model, tokenizer, monkeypatch):
     from toolkit.evaluation import generate as module
 
-    longest = max(len(ids) for ids in module.prompts(tokenizer, CHATS, "non_thinking")[1])
+    longest = max(len(ids) for ids in module.prompts(tokenizer, CHATS, "non_thinking"))
     monkeypatch.setattr(model.config, "max_position_embeddings", longest + 3)
     settings = {"max_new_tokens": 12, "seed": 1}
     together = generate(model, tokenizer, CHATS, "non_thinking", batch_size=32, **settings)
@@ -263,10 +256,10 @@ def test_a_long_reply_generated_in_parts_is_the_reply_generated_at_once(model, t
     settings = {"max_new_tokens": 24, "seed": 1, "greedy": greedy}
     whole = generate(model, tokenizer, CHATS, "thinking", **settings)
     monkeypatch.setattr(decode, "FIRST_PART", 3)
-    kept = {}
-    parts = generate(model, tokenizer, CHATS, "thinking", batch_size=2, keep=kept.update, **settings)
+    done = []
+    parts = generate(model, tokenizer, CHATS, "thinking", batch_size=2, progress=done.append, **settings)
     assert parts == whole
-    assert [kept[place] for place in range(len(CHATS))] == whole
+    assert sum(done) == len(CHATS)
     lengths = {reply.reasoning_tokens + reply.answer_tokens for reply in whole}
     assert max(lengths) > 12, "some reply is longer than three parts"
 
@@ -312,25 +305,38 @@ def test_decode_graphs_are_on_while_a_card_generates_and_as_they_were_afterwards
         assert decode.os.environ[decode.GRAPHS] == "0"
 
 
-def test_on_a_cpu_the_adapter_is_merged_for_replies_and_every_weight_is_as_before_afterwards(model, tokenizer):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_on_a_cpu_replies_come_from_plain_weights_and_every_layer_is_as_before_afterwards(tokenizer, four_bit, dtype):
+    """In float32 with the adapter in them; 16 bits would round the sum to another model."""
     import torch
 
-    from toolkit.evaluation.generate import merged_on_cpu
-
+    model = tiny_qwen3.model(tokenizer).to(getattr(torch, dtype))
+    if four_bit:
+        quantize(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settings = {"max_new_tokens": 12, "seed": 1}
-    separate = generate(model, tokenizer, CHATS, "thinking", **settings)
-    with merged_on_cpu(model):
-        layers = [m for m in model.modules() if vars(m).get("merged_adapters")]
-        assert layers, "the adapter is merged while replies are generated"
-        assert generate(model, tokenizer, CHATS, "thinking", **settings) == separate
+    layers = [(name, type(module)) for name, module in model.named_modules()]
+    settings = {"max_new_tokens": 12, "seed": 1, "greedy": True}
+    for adapter in (False, True):
+        with switched(model, adapter):
+            separate = generate(model, tokenizer, CHATS, "thinking", **settings)
+            with plain_on_cpu(model, merge=adapter):
+                merged = {name for m in model.modules() for name in vars(m).get("merged_adapters", [])}
+                assert bool(merged) == (adapter and dtype == "float32")
+                assert not any(isinstance(m, Linear4bit) for m in model.modules())
+                assert generate(model, tokenizer, CHATS, "thinking", **settings) == separate
     assert not any(vars(m).get("merged_adapters") for m in model.modules())
+    assert [(name, type(module)) for name, module in model.named_modules()] == layers
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_16_bit_weights_are_not_merged_since_the_sum_would_be_rounded(tokenizer):
-    from toolkit.evaluation.generate import merged_on_cpu
+def quantize(model) -> None:
+    """Give every LoRA layer 4-bit weights, as a base that was loaded in 4 bits has them."""
+    from peft.tuners.lora import LoraLayer
 
-    half = tiny_qwen3.model(tokenizer).bfloat16()
-    with merged_on_cpu(half):
-        assert not any(vars(m).get("merged_adapters") for m in half.modules())
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            base = module.base_layer
+            module.base_layer = Linear4bit(base.in_features, base.out_features, bias=False, quant_type="nf4")
+            module.base_layer.weight = Params4bit(base.weight.data, requires_grad=False, quant_type="nf4")
+            module.base_layer.to("cpu")

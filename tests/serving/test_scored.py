@@ -5,13 +5,14 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from rich.console import Console
 
 from toolkit.data.render import load_chat
-from toolkit.evaluation.subject import NoProgress
 from toolkit.export.llama import Engine
 from toolkit.family import MODES, QWEN3_SAMPLING
 from toolkit.files import ToolkitError
 from toolkit.serving.scored import Model, ServedRun, check_models, kept_lines
+from toolkit.view.progress import Progress
 
 QUESTIONS = [[{"role": "user", "content": f"{i} + 1?"}] for i in range(12)]
 
@@ -74,7 +75,8 @@ def subject(api: Api, identity: str = "weights", clients: int = 3) -> ServedRun:
 
 
 def ask(served: ServedRun, mode: str = "thinking", adapter: bool = True):
-    return served.reply(QUESTIONS, mode, adapter, NoProgress(), max_new_tokens=64)
+    with Progress(Console(quiet=True), "", len(QUESTIONS)) as progress:
+        return served.reply(QUESTIONS, mode, adapter, progress, max_new_tokens=64)
 
 
 @pytest.mark.parametrize("apart", [True, False])

@@ -4,6 +4,7 @@ rows = rows_at_once(model, tokens=3000, batch_size=32)
 """
 
 import contextlib
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,16 +19,16 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
+# New tokens after which finished rows leave their batch. Every further part is as long as all before it: what is read
+# again at its beginning (prompt and reply so far, in one pass) is then at most as much as what is generated.
 FIRST_PART = 256
-"""New tokens after which finished rows leave their batch. Every further part is as long as all before it: what is read
-again at its beginning (prompt and reply so far, in one pass) is then at most as much as what is generated."""
+# Compute capability → rows up to which Unsloth multiplies 4-bit weights as they are; 1 elsewhere. With more rows it
+# dequantizes all weights for every token (unsloth/kernels/utils.py, _GEMV_ROWS_BY_ARCH).
 GEMV_ROWS = {(7, 5): 4, (8, 0): 2, (8, 9): 4, (12, 0): 4}
-"""Compute capability → rows up to which Unsloth multiplies 4-bit weights as they are; 1 elsewhere. With more rows it
-dequantizes all weights for every token (unsloth/kernels/utils.py, _GEMV_ROWS_BY_ARCH)."""
+# How many times as long a step with dequantized weights takes: 157 ms against 25 ms (calculated: Qwen3-32B, RTX 4090).
 DEQUANTIZED_STEP = 6
-"""How many times as long a step with dequantized weights takes: 157 ms against 25 ms (calculated: Qwen3-32B, RTX 4090)."""
-T4_ROWS = 16
-"""Rows up to which bitsandbytes has a 4-bit kernel for a T4, faster than to dequantize (_BNB_GEMM_4BIT_MAX_ROWS)."""
+# Rows up to which bitsandbytes has a 4-bit kernel for a T4, faster than to dequantize (_BNB_GEMM_4BIT_MAX_ROWS).
+T4, T4_ROWS = (7, 5), 16
 GRAPHS = "UNSLOTH_DECODE_CUDA_GRAPHS"
 
 
@@ -35,10 +36,8 @@ GRAPHS = "UNSLOTH_DECODE_CUDA_GRAPHS"
 class Row:
     """One reply in the making."""
 
-    place: int
-    """Where it stands among the replies asked for."""
     number: int
-    """Its stream of uniforms."""
+    """Its conversation's, which decides its stream of uniforms."""
     prompt: list[int]
     limit: int
     """New tokens that it may have."""
@@ -46,9 +45,9 @@ class Row:
     ended: bool = False
 
     @property
-    def done(self) -> bool:
-        """Nothing more is to be generated."""
-        return self.ended or len(self.new) >= self.limit
+    def left(self) -> int:
+        """New tokens that are still to be generated, at most."""
+        return 0 if self.ended else self.limit - len(self.new)
 
 
 def decode(
@@ -59,23 +58,25 @@ def decode(
     sampling: dict[str, float] | None,
     seed: int,
     batch_size: int,
-) -> Iterator[list[Row]]:
-    """Generate every row to its end or limit; yields those that are done, batch by batch. Greedy without `sampling`.
+) -> Iterator[int]:
+    """Generate every row to its end or limit; yields how many more are done, batch by batch. Greedy without `sampling`.
 
     Long replies are generated in parts: between two parts finished rows leave and batches are filled again, so that
     short replies do not wait for long ones, and key-value memory is taken for what is used, not for the limit."""
-    waiting, length = list(rows), part_length(0, max((row.limit for row in rows), default=0))
-    while waiting:
-        unfinished = []
-        while waiting:
-            batch = next_batch(model, waiting, length, batch_size)
-            waiting = waiting[len(batch) :]
-            continue_rows(model, pad, batch, length, ends, sampling, seed)
-            yield [row for row in batch if row.done]
-            unfinished += [row for row in batch if not row.done]
+    unfinished = list(rows)
+    while unfinished:
         # the longest first: what does not fit fails at once
-        waiting = sorted(unfinished, key=lambda row: -len(row.prompt))
-        length = max((part_length(len(row.new), row.limit) for row in waiting), default=0)
+        waiting, unfinished = sorted(unfinished, key=lambda row: -len(row.prompt)), []
+        length = max(part_length(len(row.new), row.limit) for row in waiting)
+        while waiting:
+            longest = len(waiting[0].prompt) + len(waiting[0].new) + length
+            fit = rows_at_once(model, longest, batch_size)
+            batch, waiting = waiting[:fit], waiting[fit:]
+            # a row with little room ends the part of its batch: the others go on in the next
+            continue_rows(model, pad, batch, min(length, *(row.left for row in batch)), ends, sampling, seed)
+            left = [row for row in batch if row.left]
+            unfinished += left
+            yield len(batch) - len(left)
 
 
 def part_length(generated: int, limit: int) -> int:
@@ -83,19 +84,6 @@ def part_length(generated: int, limit: int) -> int:
     if limit <= 2 * FIRST_PART:
         return limit
     return min(max(FIRST_PART, generated), limit - generated)
-
-
-def next_batch(model: "PreTrainedModel", waiting: Sequence[Row], length: int, batch_size: int) -> list[Row]:
-    """The first rows, as many as go together. Rows that have less room are a batch of their own: others may say more."""
-    first = waiting[0]
-    new = min(length, first.limit - len(first.new))
-    fit = rows_at_once(model, len(first.prompt) + len(first.new) + new, batch_size)
-    batch = []
-    for row in waiting[:fit]:
-        if min(length, row.limit - len(row.new)) != new:
-            break
-        batch.append(row)
-    return batch
 
 
 def rows_at_once(model: "PreTrainedModel", tokens: int, batch_size: int) -> int:
@@ -111,7 +99,7 @@ def rows_at_once(model: "PreTrainedModel", tokens: int, batch_size: int) -> int:
 
 def rows_for_kernels(fit: int, capability: tuple[int, int]) -> int:
     """Rows at once of those that fit: few that need no dequantizing are sooner done than some more that do."""
-    if capability == (7, 5):
+    if capability == T4:
         return min(fit, T4_ROWS)
     undequantized = GEMV_ROWS.get(capability, 1)
     return fit if fit > undequantized * DEQUANTIZED_STEP else min(fit, undequantized)
@@ -158,26 +146,25 @@ def continue_rows(
 ) -> None:
     """Add up to `length` new tokens to each row: prompts are padded on the left, replies end in padding."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    length = min(length, rows[0].limit - len(rows[0].new))
-    chooser = sampler(sampling, uniforms(seed, rows, length)) if sampling else None
-    texts = [row.prompt + row.new for row in rows]
-    width = max(map(len, texts))
+    pad_left = functools.partial(pad_sequence, batch_first=True, padding_side="left")
+    texts = [torch.tensor(row.prompt + row.new) for row in rows]
+    input_ids = pad_left(texts, padding_value=pad).to(model.device)
+    attention_mask = pad_left([torch.ones_like(ids) for ids in texts]).to(model.device)
     with decode_graphs(model):
         output = model.generate(
-            input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in texts], device=model.device),
-            attention_mask=torch.tensor(
-                [[0] * (width - len(ids)) + [1] * len(ids) for ids in texts], device=model.device
-            ),
+            input_ids=input_ids,
+            attention_mask=attention_mask,
             max_new_tokens=length,
             do_sample=False,
             use_cache=True,
             repetition_penalty=1.0,  # Qwen2.5's file says 1.1, which would also count the padding of a row
             eos_token_id=sorted(ends),
             pad_token_id=pad,
-            logits_processor=[chooser] if chooser else [],
+            logits_processor=[sampler(sampling, uniforms(seed, rows, length))] if sampling else [],
         )
-    for row, new in zip(rows, output[:, width:].tolist(), strict=True):
+    for row, new in zip(rows, output[:, input_ids.shape[1] :].tolist(), strict=True):
         end = next((place for place, token in enumerate(new) if token in ends), None)
         row.ended = end is not None
         row.new += new[:end]
@@ -209,10 +196,9 @@ def sampler(values: dict[str, float], uniforms: np.ndarray) -> Callable:
     through the inverse of the cumulative distribution, with `uniforms` (rows × steps) as the only randomness."""
     import torch
 
-    step = 0
+    columns = iter(uniforms.T)
 
     def choose(_input_ids: "torch.Tensor", scores: "torch.Tensor") -> "torch.Tensor":
-        nonlocal step
         count = min(int(values["top_k"]) or scores.shape[-1], scores.shape[-1])  # 0 means all
         top = torch.topk(scores.float() / values["temperature"], count, dim=-1)
         share = top.values.softmax(-1)
@@ -221,10 +207,9 @@ def sampler(values: dict[str, float], uniforms: np.ndarray) -> Callable:
         share = share * (nucleus & (share >= values["min_p"] * share[:, :1]))
         mass = share.cumsum(-1)
         # the inverse of the cumulative distribution: the first token whose mass exceeds the uniform
-        draw = torch.as_tensor(uniforms[:, step], dtype=mass.dtype, device=mass.device)[:, None] * mass[:, -1:]
-        step += 1
-        token = top.indices.gather(-1, (mass <= draw).sum(-1, keepdim=True).clamp(max=share.shape[-1] - 1))
-        return torch.full_like(scores, float("-inf")).scatter(-1, token, 0.0)
+        draw = torch.as_tensor(next(columns), dtype=mass.dtype, device=mass.device)[:, None] * mass[:, -1:]
+        place = (mass <= draw).sum(-1, keepdim=True).clamp(max=count - 1)
+        return torch.full_like(scores, float("-inf")).scatter(-1, top.indices.gather(-1, place), 0.0)
 
     return choose
 

@@ -10,20 +10,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from toolkit.evaluation.decode import Row, decode, room_for_reply
-from toolkit.family import KINDS, THINK_CLOSE, THINK_OPEN, end_of_turn, family_of, kind_of, sampling_of
+from toolkit.family import KINDS, PROBE, THINK_CLOSE, THINK_OPEN, end_of_turn, family_of, kind_of, sampling_of
 from toolkit.files import ToolkitError
 from toolkit.records import Message
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Messages = list[Message]
 """A conversation up to a user turn."""
+# Unsloth cuts a prompt to `max_seq_length` without an error unless this mark stands on the module (models/llama.py).
 LONG_PROMPTS = "_unsloth_allow_packed_overlength"
-"""Unsloth cuts a prompt to `max_seq_length` without an error unless this mark stands on the module (models/llama.py)."""
-STATE = ("training", "gradient_checkpointing", "_flag_for_generation", LONG_PROMPTS)
-"""What generating may change on a module. Unsloth's generate() switches checkpointing off and leaves its inference flag
-behind when it meets a model in eval mode; with that flag a later training step would run kernels without gradients."""
+# What generating may change on a module or its config. Unsloth's generate() switches checkpointing off and leaves its
+# inference flag behind when it meets a model in eval mode: a later training step would run kernels without gradients.
+STATE = ("training", "gradient_checkpointing", "_flag_for_generation", LONG_PROMPTS, "use_cache")
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,14 @@ def split_reply(text: str) -> tuple[str, str, bool, bool]:
     """(reasoning, answer, opened, closed): what stands before the first `</think>` and what after it.
 
     Text before `<think>` belongs to the answer. A block that never closes leaves no answer but what stood before it."""
-    before, opening, after = text.partition(THINK_OPEN)
+    before, opening, inside = text.partition(THINK_OPEN)
     opened = bool(opening) and THINK_CLOSE not in before
-    inside, closing, rest = (after if opened else text).partition(THINK_CLOSE)
-    if not opened and not closing:
+    if not opened:
+        before, inside = "", text
+    if not opened and THINK_CLOSE not in text:
         return "", text.strip(), False, False
-    answer = (before + rest) if opened else rest
-    return inside.strip(), answer.strip(), opened, bool(closing)
+    reasoning, closing, after = inside.partition(THINK_CLOSE)
+    return reasoning.strip(), (before + after).strip(), opened, bool(closing)
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
@@ -67,25 +69,27 @@ def modes_of(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
             f"{tokenizer.name_or_path}: no chat template: a base model cannot hold a conversation. Choose an instruct "
             "or hybrid model, or save a chat_template.jinja beside its tokenizer.json"
         )
-    return KINDS[kind_of(lambda messages, **switch: _template(tokenizer, messages, **switch))]
+    return KINDS[kind_of(functools.partial(_template, tokenizer))]
 
 
-def prompts(
-    tokenizer: "PreTrainedTokenizerBase",
-    conversations: Sequence[Messages],
-    mode: str,
-    tools: Sequence[dict] | None = None,
-) -> tuple[list[str], list[list[int]]]:
-    """(texts, token ids) of what the model is shown. Raises ToolkitError for a mode that it does not have."""
+def prompts(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Messages], mode: str) -> list[list[int]]:
+    """Token ids of what the model is shown. Raises ToolkitError for a mode that it does not have."""
     modes = modes_of(tokenizer)
     if mode not in modes:
         raise ToolkitError(f"mode {mode!r}: expected one of {', '.join(modes)}, which this model has")
-    texts = [_template(tokenizer, c, tools=tools, enable_thinking=mode == "thinking") for c in conversations]
-    return texts, tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    texts = [_template(tokenizer, messages, enable_thinking=mode == "thinking") for messages in conversations]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
 
-def _template(tokenizer: "PreTrainedTokenizerBase", messages: Messages, **values: object) -> str:
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **values)
+def prompt_opens(tokenizer: "PreTrainedTokenizerBase", mode: str) -> bool:
+    """Whether the prompt of a mode opens the think block itself, as those of thinking-only models do."""
+    return _template(tokenizer, PROBE, enable_thinking=mode == "thinking").rstrip().endswith(THINK_OPEN)
+
+
+def _template(tokenizer: "PreTrainedTokenizerBase", messages: Messages, enable_thinking: bool) -> str:
+    return tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=enable_thinking
+    )
 
 
 def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
@@ -120,55 +124,43 @@ def generate(
     max_new_tokens: int,
     seed: int,
     batch_size: int = 32,
-    tools: Sequence[dict] | None = None,
     greedy: bool = False,
-    numbers: Sequence[int] | None = None,
     progress: Callable[[int], None] = lambda _: None,
-    keep: Callable[[dict[int, Reply]], None] = lambda _: None,
 ) -> list[Reply]:
     """One reply to each conversation, in their order; sampled with the model's values for the mode unless `greedy`.
 
     A reply depends on (seed, number of its conversation), not on the batch it falls into: every row draws its uniforms
-    from a stream of its own, and neither torch's random state nor the model's training state is touched. `numbers` are 0,
-    1, … unless told otherwise. What is left is rounding: another batch size pads otherwise, and a 16-bit model may then
-    turn a near tie.
-    `progress(n)` is called when n more are there, `keep` with them by their place. Raises ToolkitError if a prompt leaves
-    no room for a reply."""
-    texts, ids = prompts(tokenizer, conversations, mode, tools)
-    numbers = range(len(ids)) if numbers is None else numbers
+    from a stream of its own, and neither torch's random state nor the model's training state is touched. What is left is
+    rounding: another batch size pads otherwise, and a 16-bit model may then turn a near tie.
+    `progress(n)` is called when n more are done. Raises ToolkitError if a prompt leaves no room for a reply."""
     rows = [
-        Row(place, number, prompt, room_for_reply(model, len(prompt), max_new_tokens))
-        for place, (number, prompt) in enumerate(zip(numbers, ids, strict=True))
+        Row(number, prompt, room_for_reply(model, len(prompt), max_new_tokens))
+        for number, prompt in enumerate(prompts(tokenizer, conversations, mode))
     ]
-    rows.sort(key=lambda row: -len(row.prompt))  # the longest first: what takes too much memory fails at once
     sampling = sampling_values(model, mode)
+    chosen_by = None if greedy or not sampling["temperature"] else sampling
     # Llama 3 has no padding token
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    chosen_by = None if greedy or not sampling["temperature"] else sampling
-    replies: dict[int, Reply] = {}
     with inference(model, tokenizer):
         for done in decode(model, pad, rows, end_tokens(model, tokenizer), chosen_by, seed, batch_size):
-            batch = {row.place: read_reply(tokenizer, row, texts[row.place]) for row in done}
-            replies |= batch
-            keep(batch)
-            progress(len(batch))
-    return [replies[place] for place in range(len(rows))]
+            progress(done)
+    opened = prompt_opens(tokenizer, mode)
+    return [read_reply(tokenizer, row, opened) for row in rows]
 
 
-def read_reply(tokenizer: "PreTrainedTokenizerBase", row: Row, prompt: str) -> Reply:
-    """What was generated, taken apart."""
+def read_reply(tokenizer: "PreTrainedTokenizerBase", row: Row, opened_before: bool) -> Reply:
+    """What was generated, taken apart; `opened_before` by the prompt, or not."""
     text = tokenizer.decode(row.new, skip_special_tokens=False)
-    prompt_opens = prompt.rstrip().endswith(THINK_OPEN)
-    reasoning, answer, opened, closed = split_reply(THINK_OPEN * prompt_opens + text)
+    reasoning, answer, opened, closed = split_reply(THINK_OPEN * opened_before + text)
     opening, closing = tokenizer([THINK_OPEN, THINK_CLOSE], add_special_tokens=False)["input_ids"]
+    tokens = row.new
     if len(closing) > 1:  # the tags are ordinary text to this tokenizer
-        tags = 0
         thought = len(tokenizer(reasoning, add_special_tokens=False)["input_ids"])
     else:
-        tags = sum(token in opening + closing for token in row.new)
-        inside = row.new.index(closing[0]) if closing[0] in row.new else len(row.new) if opened else 0
-        thought = sum(token not in opening for token in row.new[:inside])
-    return Reply(reasoning, answer, text, thought, len(row.new) - thought - tags, opened, closed, row.ended)
+        tokens = [token for token in row.new if token not in opening]
+        thought = tokens.index(closing[0]) if closing[0] in tokens else len(tokens) * opened
+        tokens = [token for token in tokens if token != closing[0]]
+    return Reply(reasoning, answer, text, thought, len(tokens) - thought, opened, closed, row.ended)
 
 
 def base_and_tuned(
@@ -195,28 +187,45 @@ def switched(model: "PreTrainedModel", adapter: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def merged_on_cpu(model: "PreTrainedModel") -> Iterator[None]:
-    """On a CPU, a PeftModel whose adapter is added into copies of the weights: token by token the adapter would cost more
-    than its base. In float32 alone, since 16 bits would round the sum to another model, and where memory allows."""
+def plain_on_cpu(model: "PreTrainedModel", merge: bool) -> Iterator[None]:
+    """A PeftModel that replies faster on a CPU, where memory allows: 4-bit weights dequantized once instead of for every
+    token, and in float32 the adapter added to them (`merge`). In 16 bits the sum would be rounded to another model."""
     import psutil
     import torch
-    from peft.tuners.lora import Linear
+    from peft.tuners.lora import Linear, LoraLayer
 
-    # a 4-bit layer is of another class and stays as it is
-    layers = [module for module in model.modules() if isinstance(module, Linear)]
-    weights = [layer.get_base_layer().weight.data for layer in layers]
-    plain = model.device.type == "cpu" and all(weight.dtype == torch.float32 for weight in weights)
-    if not plain or 2 * sum(weight.nbytes for weight in weights) > psutil.virtual_memory().available:
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    sizes = [layer.in_features * layer.out_features for layer in layers]
+    if model.device.type != "cpu" or 2 * 4 * sum(sizes) > psutil.virtual_memory().available:
         yield
         return
+    before = [layer.base_layer for layer in layers]
     try:
         for layer in layers:
-            layer.merge(safe_merge=True)  # into a copy; the weights that are kept here stay what they are
+            layer.base_layer = plain_layer(layer.base_layer, model.dtype)
+            if merge and layer.base_layer.weight.dtype == torch.float32:
+                # what LoRA on a 4-bit layer calls merging would quantize again
+                Linear.merge(layer, safe_merge=True)
         yield
     finally:
-        for layer, weight in zip(layers, weights, strict=True):
-            layer.get_base_layer().weight.data = weight
+        for layer, base in zip(layers, before, strict=True):
+            layer.base_layer = base
             layer.merged_adapters.clear()
+
+
+def plain_layer(base: Any, dtype: "torch.dtype") -> Any:
+    """A linear layer with the same weights, of which 4-bit ones are dequantized."""
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = getattr(base.weight, "quant_state", None)
+    # this layout has a fast kernel of its own, for processors with 16-bit products
+    if getattr(state, "packing_format_for_cpu", False):
+        return base
+    weight = base.weight.data if state is None else dequantize_4bit(base.weight.data, state).to(dtype)
+    plain = torch.nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
+    plain.weight, plain.bias = torch.nn.Parameter(weight, requires_grad=False), base.bias
+    return plain
 
 
 @contextlib.contextmanager
@@ -225,24 +234,23 @@ def inference(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") ->
     interrupt a training."""
     import torch
 
-    states = [(vars(module), {k: vars(module)[k] for k in STATE if k in vars(module)}) for module in model.modules()]
-    configs = {id(m.config): m.config for m in model.modules() if "config" in vars(m)}.values()
-    caches = [(vars(config), vars(config)["use_cache"]) for config in configs if "use_cache" in vars(config)]
+    configs = [module.config for module in model.modules() if "config" in vars(module)]
+    # a config is shared by many modules
+    attributes = {id(owner): vars(owner) for owner in [*model.modules(), *configs]}.values()
+    before = [{name: values[name] for name in STATE if name in values} for values in attributes]
     side = tokenizer.padding_side  # Unsloth's generate() sets it
     model.eval()
     try:
-        for attributes, _ in states:
-            if "max_seq_length" in attributes:
-                attributes[LONG_PROMPTS] = True
+        for values in attributes:
+            if "max_seq_length" in values:
+                values[LONG_PROMPTS] = True
         # On a GPU in the precision Unsloth trains and generates in, since its LoRA weights are float32
         half = model.device.type == "cuda" and model.dtype in (torch.float16, torch.bfloat16)
         with torch.no_grad(), torch.autocast("cuda", dtype=model.dtype) if half else contextlib.nullcontext():
             yield
     finally:
         tokenizer.padding_side = side
-        for attributes, state in states:
+        for values, state in zip(attributes, before, strict=True):
             for name in STATE:
-                attributes.pop(name, None)
-            attributes.update(state)
-        for attributes, use_cache in caches:
-            attributes["use_cache"] = use_cache
+                values.pop(name, None)
+            values.update(state)

@@ -8,6 +8,7 @@ A reply that the limit cut counts as `cut` and as nothing else.
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +29,7 @@ from toolkit.evaluation.questions import (
 )
 from toolkit.evaluation.score import AnswerChecker, Mark, longest_answers, reply_marks
 from toolkit.evaluation.stats import is_rate
-from toolkit.evaluation.subject import LoadedRun, ProgressBar, Subject
+from toolkit.evaluation.subject import LoadedRun, Subject
 from toolkit.evaluation.table import MODELS, summarize
 from toolkit.evaluation.words import summary, verdict
 from toolkit.family import mode_title
@@ -38,6 +39,7 @@ from toolkit.records import (
     Evaluation,
     EvaluationSample,
     HeldOutRow,
+    Message,
     OwnRow,
     OwnRowReplies,
     Probe,
@@ -51,10 +53,10 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate", "from_mix", "is_rate", "score", "summary", "verdict"]
 
+# Prompts of each mode whose replies are kept for people to read.
 SAMPLES = 8
-"""Prompts of each mode whose replies are kept for people to read."""
-ModeReplies = dict[str, dict[str, list[Reply]]]
-"""{mode: {model: a reply to each prompt}}."""
+Replies = dict[str, list[Reply]]
+"""{model: a reply to each prompt}."""
 
 
 def evaluate(
@@ -88,7 +90,6 @@ def evaluate(
     differ in their training seed must be asked alike. The base's replies are kept in `cache` (default: .base_replies
     under the outputs) for the next evaluation. `console` is a rich one that shows progress.
     Raises ToolkitError for a model without an adapter or a chat template."""
-    console = console or Console(highlight=False)
     subject = LoadedRun(model, tokenizer, cache or outputs() / ".base_replies", seed, batch_size)
     known = dict.fromkeys(subject.modes, max_new_tokens) if max_new_tokens else limits or {}
     # no reply is longer than what the model was loaded for
@@ -96,11 +97,11 @@ def evaluate(
     limits = {mode: min(room, known.get(mode) or REPLY_LIMIT) for mode in subject.modes}
     given = questions, chat_questions, probes, validation, own_rows
     # what cannot be asked is named before anything is generated
-    some = [question["messages"] for question in select(level, steps, *given).starts]
+    starts = [question["messages"] for question in select(level, steps, *given).starts]
     first = subject.modes[0]
     plan = plan_generation(
         level, steps=steps, limits=limits, minutes=minutes, train_seconds=train_seconds,
-        questions=questions_per_mode, modes=subject.modes, speed=lambda: subject.speed(some, first, limits[first]),
+        questions=questions_per_mode, modes=subject.modes, speed=lambda: subject.speed(starts, first, limits[first]),
     )  # fmt: skip
     return score(subject, select(level, steps, *given, plan=plan), console)
 
@@ -112,15 +113,15 @@ def score(
     started = time.perf_counter()
     console = console or Console(highlight=False)
     console.print(announcement(eval_set, subject.modes), markup=False)
-    replies: ModeReplies = {}
-    own_rows: list[OwnRowReplies] = []
     prompts_per_mode = len(MODELS) * len(eval_set.numbers()) + fast * len(eval_set.probes)
     total = len(subject.modes) * prompts_per_mode + len(MODELS) * len(eval_set.own_rows)
+    replies: dict[str, Replies] = {}
     with Progress(console, "evaluating", total) as progress:
-        evidence = fast_evidence(cast(LoadedRun, subject), eval_set, progress).marks if fast else []
-        if eval_set.questions:
-            own_rows = own_row_replies(subject, eval_set, progress)
-            replies = all_replies(subject, eval_set, progress)
+        evidence = fast_evidence(cast(LoadedRun, subject), eval_set, progress) if fast else []
+        own_rows = own_row_replies(subject, eval_set, progress)
+        conversations = [eval_set.questions[i]["messages"] for i in eval_set.numbers()]
+        if conversations:
+            replies = {mode: both(subject, conversations, mode, eval_set, progress) for mode in subject.modes}
         # after all replies, since a direct answer is measured by the length of the base's
         scores = summarize([*answer_marks(replies, eval_set), *evidence], subject.seed)
     # limits as they were used: another evaluation of the run asks by them
@@ -131,7 +132,7 @@ def score(
         "modes": list(subject.modes),
         "budget": {
             **asdict(eval_set.plan.size),
-            "replies": len(subject.modes) * len(MODELS) * len(eval_set.numbers()),
+            "replies": len(subject.modes) * len(MODELS) * len(conversations),
             "max_new_tokens": max(limits.values()),
             "limits": limits,
             "note": eval_set.plan.note,
@@ -149,25 +150,19 @@ def score(
 
 def announcement(eval_set: EvaluationSet, modes: Sequence[str]) -> str:
     """What will be asked and how long it takes, before the first reply."""
-    if not eval_set.questions:
-        return (
-            f"{eval_set.level} evaluation without generation: {len(eval_set.validation)} held-out rows, {len(eval_set.probes)} "
-            f"probes, {len(eval_set.starts)} beginnings" + (f"\n{eval_set.plan.note}" if eval_set.plan.note else "")
-        )
-    several = f" x {eval_set.plan.size.samples} replies" if eval_set.plan.size.samples > 1 else ""
-    shown = " and ".join(map(mode_title, modes))
-    limit = max(eval_set.plan.limit(mode) for mode in modes)
-    text = (
-        f"{eval_set.level} evaluation: {len(eval_set.questions)} questions{several} x {len(modes)} "
-        f"mode{'s' * (len(modes) > 1)} ({shown}) x base and tuned, up to {limit:,} tokens"
+    plan, asked = eval_set.plan, eval_set.questions
+    note = f"\n{plan.note}" if plan.note else ""
+    if not asked:
+        return f"{eval_set.level} evaluation without generation{note}"
+    several = f" x {plan.size.samples} replies" if plan.size.samples > 1 else ""
+    shown = f"{len(modes)} mode{'s' * (len(modes) > 1)} ({' and '.join(map(mode_title, modes))})"
+    limit = max(map(plan.limit, modes))
+    time_left = f": about {duration(plan.seconds)}" if plan.seconds is not None else ""
+    fewest = min(Counter(question["chat"] for question in asked).values())
+    return (
+        f"{eval_set.level} evaluation: {len(asked)} questions{several} x {shown} x base and tuned, up to {limit:,} tokens"
+        f"{time_left}\nfrom {fewest} questions of a kind, a change below {smallest_change(fewest)} points cannot be told{note}"
     )
-    if eval_set.plan.seconds is not None:
-        text += f": about {duration(eval_set.plan.seconds)}"
-    fewest = min(
-        sum(q["chat"] == chat for q in eval_set.questions) or len(eval_set.questions) for chat in (False, True)
-    )
-    text += f"\nfrom {fewest} questions of a kind, a change below {smallest_change(fewest)} points cannot be told"
-    return text + (f"\n{eval_set.plan.note}" if eval_set.plan.note else "")
 
 
 def duration(seconds: float) -> str:
@@ -175,38 +170,31 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{max(1, seconds):.0f} seconds"
 
 
-def all_replies(subject: Subject, eval_set: EvaluationSet, progress: ProgressBar) -> ModeReplies:
-    """A reply of base and tuned to every prompt in each mode."""
-    conversations = [eval_set.questions[i]["messages"] for i in eval_set.numbers()]
-    replies: ModeReplies = {}
-    for mode in subject.modes:
-        limit = eval_set.plan.limit(mode)
-        replies[mode] = {
-            model: subject.reply(conversations, mode, model == "tuned", progress, max_new_tokens=limit)
-            for model in MODELS
-        }
-    return replies
+def both(
+    subject: Subject, conversations: Sequence[list[Message]], mode: str, eval_set: EvaluationSet, progress: Progress
+) -> Replies:
+    """A reply of base and tuned to each conversation."""
+    limit = eval_set.plan.limit(mode)
+    return {
+        model: subject.reply(conversations, mode, model == "tuned", progress, max_new_tokens=limit) for model in MODELS
+    }
 
 
-def own_row_replies(subject: Subject, eval_set: EvaluationSet, progress: ProgressBar) -> list[OwnRowReplies]:
+def own_row_replies(subject: Subject, eval_set: EvaluationSet, progress: Progress) -> list[OwnRowReplies]:
     """The person's own held-out rows answered by base and tuned, beside their reference."""
     rows: list[OwnRowReplies] = []
     for mode in subject.modes:
         own = [row for row in eval_set.own_rows if row["mode"] == mode]
-        conversations = [row["messages"] for row in own]
-        base, tuned = (
-            subject.reply(conversations, mode, model == "tuned", progress, max_new_tokens=eval_set.plan.limit(mode))
-            for model in MODELS
-        )
-        for row, before, after in zip(own, base, tuned, strict=True):
+        replies = both(subject, [row["messages"] for row in own], mode, eval_set, progress)
+        for row, base, tuned in zip(own, replies["base"], replies["tuned"], strict=True):
             rows.append({
                 "source": row["source"], "mode": mode, "prompt": row["messages"][-1]["content"],
-                "reference": row["reference"], "base": before.text, "tuned": after.text,
+                "reference": row["reference"], "base": base.text, "tuned": tuned.text,
             })  # fmt: skip
     return rows
 
 
-def answer_marks(replies: ModeReplies, eval_set: EvaluationSet) -> Iterator[Mark]:
+def answer_marks(replies: dict[str, Replies], eval_set: EvaluationSet) -> Iterator[Mark]:
     """Rows of the long table for what each reply of base and tuned scores."""
     numbers = eval_set.numbers()
     with AnswerChecker() as checker:
@@ -215,13 +203,12 @@ def answer_marks(replies: ModeReplies, eval_set: EvaluationSet) -> Iterator[Mark
             longest = longest_answers(numbers, models["base"]) if len(replies) > 1 else {}
             for model in MODELS:
                 for i, reply in zip(numbers, models[model], strict=True):
-                    for metric, value, weight in reply_marks(
-                        mode, reply, eval_set.questions[i], longest.get(i), checker
-                    ):
+                    scored = reply_marks(mode, reply, eval_set.questions[i], longest.get(i), checker)
+                    for metric, value, weight in scored:
                         yield Mark(mode, model, metric, i, float(value), weight)
 
 
-def reply_lengths(replies: ModeReplies, eval_set: EvaluationSet, seed: int) -> dict[str, ReplyLengths]:
+def reply_lengths(replies: dict[str, Replies], eval_set: EvaluationSet, seed: int) -> dict[str, ReplyLengths]:
     """How much longer tuned replies are, and whether some never end, by mode."""
     sets = [f"{question['set']} {question['chat']}" for question in eval_set.questions]
     samples = eval_set.plan.size.samples
@@ -231,14 +218,16 @@ def reply_lengths(replies: ModeReplies, eval_set: EvaluationSet, seed: int) -> d
     }
 
 
-def samples(replies: ModeReplies, eval_set: EvaluationSet) -> list[EvaluationSample]:
+def samples(replies: dict[str, Replies], eval_set: EvaluationSet) -> list[EvaluationSample]:
     """A few prompts of each mode with both models' replies, for people to read."""
     numbers = eval_set.numbers()
-    rows: list[Any] = []
+    rows: list[EvaluationSample] = []
     for mode, models in replies.items():
         for place in spread(len(numbers), SAMPLES):
             question = eval_set.questions[numbers[place]]
-            row = {"mode": mode, "prompt": question["messages"][-1]["content"]}
-            row["expected_answer"] = question["expected_answer"]
-            rows.append(row | {model: models[model][place].text for model in MODELS})
+            rows.append({
+                "mode": mode, "prompt": question["messages"][-1]["content"],
+                "expected_answer": question["expected_answer"],
+                "base": models["base"][place].text, "tuned": models["tuned"][place].text,
+            })  # fmt: skip
     return rows

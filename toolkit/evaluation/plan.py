@@ -11,19 +11,19 @@ from toolkit.evaluation.stats import MIN_PAIRS
 from toolkit.files import ToolkitError
 from toolkit.recipe import REPLY_LIMIT
 
+# A quick evaluation asks at most one question of each kind for so many training steps: every run of a sweep takes the
+# same number of steps, so all are asked the same, on whatever machine each of them ran.
 STEPS_PER_QUESTION = 4
-"""A quick evaluation asks at most one question of each kind for so many training steps: every run of a sweep takes the
-same number of steps, so all are asked the same, on whatever machine each of them ran."""
+# Time for replies unless a third of the training took longer; with less than MIN_MINUTES none are generated.
 LEAST_MINUTES = 3.0
-"""Time for replies unless a third of the training took longer; with less than MIN_MINUTES none are generated."""
 MIN_MINUTES = 2.0
 FULL_MINUTES = 120.0
-NUMBERS = (384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8)
-"""Questions of each kind to choose from, so that a little noise in the measured speed changes nothing."""
+# Questions of each kind to choose from: steps so large that a little noise in the measured speed changes nothing.
+NUMBERS = (500, 384, 256, 192, 128, 96, 64, 48, 32, 24, 16, 12, 8)
+# Mean reply as a share of the limit, where that is the 90th percentile of lognormal lengths (sigma 0.73).
 USUAL_SHARE = 0.5
-"""Mean reply as a share of the limit, where that is the 90th percentile of lognormal lengths (sigma 0.73)."""
+# Reasoning and chat questions.
 KINDS = 2
-"""Reasoning and chat questions."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,10 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a machine generates."""
+    """How fast a machine generates: `rows` replies at once, in so many seconds for one more token of each."""
 
     rows: int
-    """Replies at once."""
     seconds_per_step: float
-    """For one more token of each of them."""
 
 
 @dataclass(frozen=True)
@@ -83,15 +81,13 @@ def sized(level: str, steps: int | None = None) -> Level:
     if level == "full" or steps is None:
         return size
     affordable = next((n for n in (64, 32, 16) if n * STEPS_PER_QUESTION <= steps), 8)
-    questions = min(size.questions, affordable)
-    return replace(size, questions=questions, probes=1 + (affordable > 16), validation=affordable)
+    probes = 2 if affordable > 16 else 1
+    return replace(size, questions=min(size.questions, affordable), probes=probes, validation=affordable)
 
 
 def minutes_for(level: str, train_seconds: float | None) -> float:
     """Minutes for replies where nobody named any: a third of the training's, but at least three."""
-    if level == "full":
-        return FULL_MINUTES
-    return max(LEAST_MINUTES, (train_seconds or 0) / 3 / 60)
+    return FULL_MINUTES if level == "full" else max(LEAST_MINUTES, (train_seconds or 0) / 180)
 
 
 def plan_generation(
@@ -111,22 +107,21 @@ def plan_generation(
     A number of minutes that somebody names lifts the bound by `steps`."""
     size = sized(level, steps if minutes is None else None)
     # runs that are to be compared must be asked the same, on whatever machine: nothing is measured
-    if questions:
-        return Plan(replace(size, questions=questions), limits)
-    if not size.questions:
-        return Plan(size, limits)
-    # what is left where replies would take too long
+    if questions or not size.questions:
+        return Plan(replace(size, questions=questions or 0), limits)
     silent = replace(size, questions=0)
     if minutes is not None and minutes < MIN_MINUTES:
-        return Plan(
-            silent, limits, note=f"fast evidence only: replies need {MIN_MINUTES:g} minutes or more (--minutes 3)"
-        )
+        note = f"fast evidence only: replies need {MIN_MINUTES:g} minutes or more (--minutes 3)"
+        return Plan(silent, limits, note=note)
     seconds = 60 * (minutes or minutes_for(level, train_seconds))
     measured = speed()
-    for smaller in smaller_sizes(size):
-        expected = generation_seconds(smaller, Plan(smaller, limits), modes, measured)
+    # first with fewer replies to a question, then with fewer questions
+    fewer = [replace(size, questions=n, samples=1) for n in NUMBERS if n <= size.questions]
+    for smaller in [size, *fewer]:
+        plan = Plan(smaller, limits, note=why_fewer(smaller, size, level, steps))
+        expected = generation_seconds(smaller, plan, modes, measured)
         if expected <= seconds:
-            return Plan(smaller, limits, expected, _why_fewer(smaller, size, level, steps, minutes))
+            return replace(plan, seconds=expected)
     note = (
         f"fast evidence only: even {NUMBERS[-1]} questions of each kind would take about {expected / 60:.0f} minutes, and "
         f"fewer than {MIN_PAIRS} show nothing (--minutes {math.ceil(expected / 60)} generates them)"
@@ -134,28 +129,19 @@ def plan_generation(
     return Plan(silent, limits, note=note)
 
 
-def smaller_sizes(size: Level) -> list[Level]:
-    """The level itself, then with one reply to a question, then with fewer questions."""
-    fewer = [n for n in NUMBERS if n < size.questions]
-    return [size, *(replace(size, questions=n, samples=1) for n in [size.questions, *fewer])]
-
-
 def generation_seconds(size: Level, plan: Plan, modes: Sequence[str], speed: Speed) -> float:
     """Seconds for the replies of base and tuned in each mode."""
     replies = KINDS * size.questions * size.samples
-    rows = min(speed.rows, replies)
-    steps = 0.0
-    for mode in modes:
-        # the last batch runs to the limit, since one long reply is enough; those before it are refilled
-        steps += 2 * (1 + USUAL_SHARE * (replies / rows - 1)) * plan.limit(mode)
-    return steps * speed.seconds_per_step
+    # the last batch runs to the limit, since one long reply is enough; those before it are refilled
+    batches = 1 + USUAL_SHARE * (replies / min(speed.rows, replies) - 1)
+    return 2 * batches * sum(plan.limit(mode) for mode in modes) * speed.seconds_per_step
 
 
-def _why_fewer(size: Level, full: Level, level: str, steps: int | None, minutes: float | None) -> str:
+def why_fewer(size: Level, asked: Level, level: str, steps: int | None) -> str:
     """Why fewer questions are asked than the level names; empty where all are."""
-    if size.questions < full.questions:
-        return f"{size.questions} of {full.questions} questions of each kind fit the time: --minutes asks more"
-    if steps is not None and minutes is None and full.questions < LEVELS[level].questions:
+    if size.questions < asked.questions:
+        return f"{size.questions} of {asked.questions} questions of each kind fit the time: --minutes asks more"
+    if size.questions < LEVELS[level].questions:
         return f"{size.questions} questions of each kind after {steps} training steps: --level full asks more"
     return ""
 

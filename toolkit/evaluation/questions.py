@@ -21,17 +21,17 @@ from toolkit.files import ToolkitError, read_jsonl
 from toolkit.recipe import REPLY_LIMIT, Recipe, Source
 from toolkit.records import HeldOutRow, OwnRow, Probe, Question
 
+# Easy questions, reasoning and chat, that any chat model answers: they show what was lost.
 SHIPPED = (
     Source("data_recipes/samples/heldout_reasoning.jsonl", name="sums", format="openmath"),
     Source("data_recipes/samples/heldout_chat.jsonl", name="chat", format="question", mode="non_thinking"),
 )
-"""Easy questions, reasoning and chat, that any chat model answers: they show what was lost."""
+# The frozen bilingual probe set that ships: rows {"id", "category", "language", "messages"}.
 PROBES = Path(__file__).with_name("probes.jsonl")
-"""The frozen bilingual probe set that ships: rows {"id", "category", "language", "messages"}."""
+# Held-out rows of each source that are answered before and after, for people to read.
 OWN_ROWS = 3
-"""Held-out rows of each source that are answered before and after, for people to read."""
+# Questions of each kind at whose first token a mode's beginning is measured.
 STARTS = 16
-"""Questions of each kind at whose first token a mode's beginning is measured."""
 
 
 @dataclass(frozen=True)
@@ -68,48 +68,46 @@ def select(
     for None. Raises ToolkitError where there is nothing to ask."""
     plan = plan or Plan(sized(level, steps))
     size = plan.size
-    shipped = [s.name for s, given in zip(SHIPPED, (questions, chat_questions), strict=True) if given is None]
-    reasoning, chat = _with_shipped(questions, SHIPPED[0]), _with_shipped(chat_questions, SHIPPED[1])
-    if not reasoning and not chat:
+    given = questions, chat_questions
+    asked = [
+        read_questions(shipped) if own is None else [checked_question(row) for row in own]
+        for shipped, own in zip(SHIPPED, given, strict=True)
+    ]
+    if not any(asked):
         raise ToolkitError(
             "nothing to ask: evaluation needs questions with an expected_answer (recipe: evaluate.questions)"
         )
+
+    def chosen(count: int) -> list[Any]:
+        reasoning, chat = (choose(rows, count, "set") for rows in asked)
+        return [row | {"chat": False} for row in reasoning] + [row | {"chat": True} for row in chat]
+
     known: Sequence[Any] = read_jsonl(PROBES) if probes is None else probes
     kinds = {(probe["category"], probe["language"]) for probe in known}
     # the person's own rows are answered too, unless nothing is generated
-    sources = {row["source"] for row in own_rows}
+    own_count = OWN_ROWS * len({row["source"] for row in own_rows}) if size.questions else 0
     return EvaluationSet(
         level,
         plan,
-        questions=_chosen(reasoning, size.questions, False) + _chosen(chat, size.questions, True),
+        questions=chosen(size.questions),
         probes=choose(known, size.probes * len(kinds), "category", "language"),
         validation=choose(validation, size.validation, "source", "mode"),
-        own_rows=choose(own_rows, OWN_ROWS * len(sources), "source") if size.questions else [],
-        starts=_chosen(reasoning, STARTS, False) + _chosen(chat, STARTS, True),
-        shipped=tuple(shipped),
+        own_rows=choose(own_rows, own_count, "source"),
+        starts=chosen(STARTS),
+        shipped=tuple(shipped.name for shipped, own in zip(SHIPPED, given, strict=True) if own is None),
     )
 
 
-def _with_shipped(given: Sequence[Question] | None, shipped: Source) -> list[Any]:
-    return read_questions(shipped) if given is None else [checked_question(row) for row in given]
-
-
-def _chosen(questions: Sequence[Any], limit: int, chat: bool) -> list[Question]:
-    chosen: list[Any] = [{**question, "chat": chat} for question in choose(questions, limit, "set")]
-    return chosen
-
-
-def checked_question(row: Any) -> Question:
+def checked_question(row: Any) -> Any:
     """A question of somebody's own, with its answer as text and a set. Raises ToolkitError naming what it lacks."""
-    refusal = ToolkitError(f"a question needs messages up to a user turn, and an expected_answer; found {row!r:.200}")
-    if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-        raise refusal
-    roles = [message.get("role") for message in row["messages"] if isinstance(message, dict)]
-    answer = row.get("expected_answer")
-    if roles[-1:] != ["user"] or type(answer) not in (str, int, float) or str(answer).strip() in ("", "nan"):
-        raise refusal
-    question: Any = {"set": "questions", **row, "expected_answer": str(answer)}
-    return question
+    try:
+        asks = row["messages"][-1]["role"] == "user"
+        answer = row["expected_answer"]
+    except (TypeError, LookupError):
+        asks, answer = False, None
+    if not asks or type(answer) not in (str, int, float) or str(answer).strip() in ("", "nan"):
+        raise ToolkitError(f"a question needs messages up to a user turn, and an expected_answer; found {row!r:.200}")
+    return {"set": "questions", **row, "expected_answer": str(answer)}
 
 
 # --- from a mix ------------------------------------------------------------------------------------------------------
@@ -129,20 +127,23 @@ def from_mix(mixed: Mix) -> dict[str, Any]:
     for row in last.values():
         with contextlib.suppress(Rejected):
             questions.append(as_question(row.conversation, row.source))
-    validation = [
-        {"input_ids": row.ids.tolist(), "prompt_length": row.prompt_length, "source": row.source, "mode": row.mode}
-        for row in rows
-    ]
-    # evaluation shows no tools, so a row that calls some cannot be answered
-    own = [own_row(row) for row in rows if "tools" not in row.conversation]
-    return {"questions": questions or None, "validation": validation, "own_rows": own, "limits": reply_limits(mixed)}
+    return {
+        "questions": questions or None,
+        "validation": [
+            {"input_ids": row.ids.tolist(), "prompt_length": row.prompt_length, "source": row.source, "mode": row.mode}
+            for row in rows
+        ],
+        # evaluation shows no tools, so a row that calls some cannot be answered
+        "own_rows": [own_row(row) for row in rows if "tools" not in row.conversation],
+        "limits": reply_limits(mixed),
+    }
 
 
 def own_row(row: Row) -> OwnRow:
     """A held-out row as text."""
     *prompt, reply = row.conversation["messages"]
-    parts = [reply.get("reasoning_content") or "", reply.get("content") or ""]
-    reference = "\n\n".join(part.strip() for part in parts if part.strip())
+    parts = [(reply.get("reasoning_content") or "").strip(), reply["content"].strip()]
+    reference = "\n\n".join(filter(None, parts))
     return {"source": row.source, "mode": row.mode, "messages": prompt, "reference": reference}
 
 

@@ -7,13 +7,12 @@ One line a reply: its place among the questions, the reply, and a checksum, sinc
 
 import contextlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from toolkit.evaluation.generate import Reply
 from toolkit.evaluation.questions import fingerprint
-from toolkit.files import append_rows, write_text
+from toolkit.files import append_rows
 
 
 @dataclass(frozen=True)
@@ -37,16 +36,8 @@ class ReplyStore:
 
     def add(self, replies: dict[int, Reply]) -> None:
         """Append some replies, so that a kill costs one batch at most."""
-        if not replies:
-            return
-        append_rows(self.path, [_row(place, reply) for place, reply in replies.items()])
-
-    def complete(self, replies: Sequence[Reply]) -> None:
-        """Write the file anew with all replies in their order: damaged lines and those written twice are gone."""
-        lines = [json.dumps(_row(place, reply), ensure_ascii=False) for place, reply in enumerate(replies)]
-        write_text(self.path, "\n".join(lines) + "\n")
-
-
-def _row(place: int, reply: Reply) -> dict[str, object]:
-    fields = asdict(reply)
-    return {"place": place, "reply": fields, "checksum": fingerprint([place, fields])}
+        rows = []
+        for place, reply in replies.items():
+            fields = asdict(reply)
+            rows.append({"place": place, "reply": fields, "checksum": fingerprint([place, fields])})
+        append_rows(self.path, rows)

@@ -19,17 +19,17 @@ from toolkit.family import THINK_CLOSE, THINK_TAG
 from toolkit.files import ToolkitError
 from toolkit.records import Question
 
+# Longest a comparison may take; `9^{9^{9}}` would take the machine.
 SECONDS = 10.0
-"""Longest a comparison may take; `9^{9^{9}}` would take the machine."""
+# How Qwen3's reasoning sounds at the start of a sentence, in English and Chinese. An answer does not think aloud.
 LEAK = re.compile(
     r"(?:^|[\n.!?…。！？])\s*(?:"
     r"wait\b|h+m+\b|hold on\b|let me (?:think|see|check|re-?check|double|verify|reconsider|re-?read|work)|let's see\b|"
     r"(?:ok|okay|alright|all right|right),? (?:so|let)\b|so,? the user\b|the user (?:is asking|wants|asks)|"
     r"等等|等一下|嗯|让我(?:想|再|检查|看看|重新|验证)|我再(?:想|检查|验算)|好的?，(?:用户|我(?:需要|得|要先))|用户(?:问|想|要求))",
     re.IGNORECASE)  # fmt: skip
-"""How Qwen3's reasoning sounds at the start of a sentence, in English and Chinese. An answer does not think aloud."""
+# A direct answer longer than this many times the base's is reasoning that moved outside the block.
 LENGTH_FACTOR = 3.0
-"""A direct answer longer than this many times the base's is reasoning that moved outside the block."""
 
 
 class Mark(NamedTuple):
@@ -133,9 +133,8 @@ class AnswerChecker(contextlib.AbstractContextManager):
 
     def __init__(self, seconds: float = SECONDS):
         self.seconds = seconds
-        self.timeouts = 0
+        # math-verify's, with pipes of text; None where it is not needed or was ended
         self.process: Any = None
-        """math-verify's, with pipes of text; None where it is not needed or was ended."""
 
     def is_right(self, answer: str, expected: str) -> bool:
         """Whether the answer is the expected one. From the most to the least particular kind: the first that fits decides."""
@@ -149,10 +148,10 @@ class AnswerChecker(contextlib.AbstractContextManager):
         if not is_mathematics(expected):
             return same_words(answer, expected)
         required, rest = required_words(expected)
-        # a formula: what stands in it are variables, not words
-        if rest == expected:
-            return self._verified(answer, expected)
-        return same_words(answer, expected) or (required <= set(words(answer)) and self._verified(answer, rest))
+        # in a formula, which has no rest, letters are variables and not words
+        if rest != expected and same_words(answer, expected):
+            return True
+        return required <= set(words(answer)) and self._verified(answer, rest)
 
     def _verified(self, answer: str, expected: str) -> bool:
         """Whether math-verify finds both equal; False where it does not come to an end."""
@@ -165,7 +164,6 @@ class AnswerChecker(contextlib.AbstractContextManager):
         if line := self.process.stdout.readline():
             return json.loads(line)
         self.close()  # out of time, or dead for want of memory: no verdict, and a fresh process for the next
-        self.timeouts += 1
         return False
 
     def close(self) -> None:

@@ -19,8 +19,9 @@ from toolkit.evaluation.generate import (
     end_tokens,
     generate,
     inference,
-    merged_on_cpu,
     modes_of,
+    plain_on_cpu,
+    prompt_opens,
     prompts,
     sampling_values,
     switched,
@@ -31,19 +32,20 @@ from toolkit.evaluation.reply_store import ReplyStore
 from toolkit.family import THINK_CLOSE, THINK_OPEN
 from toolkit.files import ToolkitError
 from toolkit.recipe import INITS
+from toolkit.view.progress import Progress
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+# Logits held at a time (512 MB in 16 bits, twice: base and tuned); a row with more is read again for each part.
 LOGITS = 1 << 28
-"""Logits held at a time (512 MB in 16 bits, twice: base and tuned); a row with more is read again for each part."""
+# Base and tuned in float32, as accelerate's wrapper returns them after a training in the same process.
 BYTES_PER_LOGIT = 8
-"""Base and tuned in float32, as accelerate's wrapper returns them after a training in the same process."""
+# Positions whose full distributions are compared at once in float32 (78 MB each at Qwen3's 151,936 entries).
 CHUNK = 128
-"""Positions whose full distributions are compared at once in float32 (78 MB each at Qwen3's 151,936 entries)."""
+# Tokens of each row by which the speed of decoding is measured.
 SPEED_TOKENS = 32
-"""Tokens of each row by which the speed of decoding is measured."""
 
 
 class Completion(TypedDict):
@@ -54,36 +56,15 @@ class Completion(TypedDict):
 
 
 class TokenSums(TypedDict):
-    """Sums over the tokens of one completion."""
+    """Sums over the tokens of one completion: negative log-likelihood and KL of tuned from base in nats, and how many
+    tokens are the likeliest to each model."""
 
     tokens: int
     base: float
-    """Negative log-likelihood in nats."""
     tuned: float
     kl: float
-    """Of tuned from base, in nats."""
-    base_hits: int
-    """Tokens that are the likeliest to the model."""
-    tuned_hits: int
-
-
-class Beginning(TypedDict):
-    """Shares of probability at the first tokens of a reply."""
-
-    thinking: float
-    """That it opens a think block which is not closed at once."""
-    answer: float
-    """That it answers at once, after an empty block too."""
-
-
-class ProgressBar(Protocol):
-    """What is told how far replies are; a toolkit.view.progress.Progress is one."""
-
-    def advance(self, count: int) -> None:
-        """`count` more are done."""
-
-    def skip(self, count: int) -> None:
-        """`count` need not be done."""
+    base_hits: float
+    tuned_hits: float
 
 
 class Subject(Protocol):
@@ -93,19 +74,9 @@ class Subject(Protocol):
     seed: int
 
     def reply(
-        self, conversations: Sequence[Messages], mode: str, adapter: bool, progress: ProgressBar, *, max_new_tokens: int
+        self, conversations: Sequence[Messages], mode: str, adapter: bool, progress: Progress, *, max_new_tokens: int
     ) -> list[Reply]:
         """A reply of tuned (`adapter`) or base to each conversation."""
-
-
-class NoProgress:
-    """Shows nothing."""
-
-    def advance(self, count: int) -> None:
-        """`count` more are done."""
-
-    def skip(self, count: int) -> None:
-        """`count` need not be done."""
 
 
 @dataclass
@@ -131,29 +102,25 @@ class LoadedRun:
         self.weights = checksum(self.model)
 
     def reply(
-        self, conversations: Sequence[Messages], mode: str, adapter: bool, progress: ProgressBar, *,
+        self, conversations: Sequence[Messages], mode: str, adapter: bool, progress: Progress, *,
         max_new_tokens: int, greedy: bool = False,
     ) -> list[Reply]:  # fmt: skip
-        """A reply to each conversation; the base's are kept for the next evaluation, a batch at a time."""
+        """A reply to each conversation; the base's are kept for the next evaluation."""
         settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": self.seed, "greedy": greedy}
         # only the base's are kept: tuned replies belong to one run and are asked once
         store = None if adapter else ReplyStore(self.cache / f"{self.key(conversations, mode, settings)}.jsonl")
-        replies = store.read() if store else {}
-        missing = [place for place in range(len(conversations)) if place not in replies]
-        progress.skip(len(conversations) - len(missing))
-        if not missing:
-            return [replies[place] for place in range(len(conversations))]
-        with merged_on_cpu(self.model) if adapter else switched(self.model, False):
-            new = generate(
-                self.model, self.tokenizer, [conversations[place] for place in missing], mode, numbers=missing,
+        known = store.read() if store else {}
+        if len(known) == len(conversations):
+            progress.skip(len(known))
+            return [known[place] for place in range(len(known))]
+        with switched(self.model, adapter), plain_on_cpu(self.model, merge=adapter):
+            replies = generate(
+                self.model, self.tokenizer, conversations, mode,
                 batch_size=self.batch_size, progress=progress.advance, **settings,
-                keep=lambda batch: store.add({missing[i]: reply for i, reply in batch.items()}) if store else None,
             )  # fmt: skip
-        replies |= dict(zip(missing, new, strict=True))
-        complete = [replies[place] for place in range(len(conversations))]
         if store:
-            store.complete(complete)
-        return complete
+            store.add(dict(enumerate(replies)))
+        return replies
 
     def key(self, conversations: Sequence[Messages], mode: str, settings: dict[str, Any]) -> str:
         """Identity of everything that decides the base's replies. Not the batch size: that decides rounding alone."""
@@ -163,7 +130,7 @@ class LoadedRun:
         decides = {
             **settings,
             "weights": self.weights,
-            "prompts": prompts(self.tokenizer, conversations, mode)[1],
+            "prompts": prompts(self.tokenizer, conversations, mode),
             "positions": [text.to_dict().get("rope_parameters"), text.max_position_embeddings],
             "ends": sorted(end_tokens(self.model, self.tokenizer)),
             "sampling": sampling_values(self.model, mode),
@@ -172,13 +139,12 @@ class LoadedRun:
         }
         return fingerprint(decides)
 
-    def own(self, conversations: Sequence[Messages], mode: str, tokens: int, progress: ProgressBar) -> list[Completion]:
+    def own(self, conversations: Sequence[Messages], mode: str, tokens: int, progress: Progress) -> list[Completion]:
         """The base's greedy answers of at most so many tokens, the end-of-turn token included."""
-        prompt_ids = prompts(self.tokenizer, conversations, mode)[1]
         replies = self.reply(conversations, mode, False, progress, max_new_tokens=tokens, greedy=True)
         rows: list[Completion] = []
         end = [closing_token(self.tokenizer)]
-        for ids, reply in zip(prompt_ids, replies, strict=True):
+        for ids, reply in zip(prompts(self.tokenizer, conversations, mode), replies, strict=True):
             # the cache keeps texts, so the ids are made again, in a first evaluation too: both must score the same
             answer = self.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
             rows.append({"input_ids": ids + answer + end * reply.finished, "prompt_length": len(ids)})
@@ -189,31 +155,35 @@ class LoadedRun:
         with inference(self.model, self.tokenizer):
             return [_divergence(self.model, row["input_ids"], row["prompt_length"]) for row in rows]
 
-    def beginnings(self, conversations: Sequence[Messages], mode: str, adapter: bool) -> list[Beginning]:
-        """How a reply to each conversation begins, by the model's own probabilities."""
-        texts, ids = prompts(self.tokenizer, conversations, mode)
-        encode = self.tokenizer
-        opening, close_at_once = encode([THINK_OPEN, "\n\n" + THINK_CLOSE], add_special_tokens=False)["input_ids"]
-        ends = end_tokens(self.model, self.tokenizer)
-        beginnings = []
+    def beginnings(self, conversations: Sequence[Messages], mode: str, adapter: bool) -> list[dict[str, float]]:
+        """How a reply to each conversation begins: the probability that it is `thinking`, opening a think block which is
+        not closed at once, and that it is an `answer` at once, after an empty block too."""
+        tags = [THINK_OPEN, "\n\n" + THINK_CLOSE]
+        opening, close_at_once = self.tokenizer(tags, add_special_tokens=False)["input_ids"]
+        if prompt_opens(self.tokenizer, mode):
+            opening = []
+        ends = sorted(end_tokens(self.model, self.tokenizer))
         with inference(self.model, self.tokenizer), switched(self.model, adapter):
-            for text, prompt in zip(texts, ids, strict=True):
-                # a thinking-only model's prompt opens the block itself
-                opened = text.rstrip().endswith(THINK_OPEN)
-                beginnings.append(_beginning(self.model, prompt, [] if opened else opening, close_at_once, ends))
-        return beginnings
+            return [
+                _beginning(self.model, prompt, opening, close_at_once, ends)
+                for prompt in prompts(self.tokenizer, conversations, mode)
+            ]
 
     def speed(self, conversations: Sequence[Messages], mode: str, limit: int) -> Speed:
         """How fast the tuned model generates here, from a few tokens of as many rows as go together."""
-        longest = max(map(len, prompts(self.tokenizer, conversations, mode)[1]))
+        longest = max(map(len, prompts(self.tokenizer, conversations, mode)))
         rows = min(len(conversations), rows_at_once(self.model, longest + limit, self.batch_size))
-        chosen = list(conversations[:rows])
-        options: dict[str, Any] = {"seed": self.seed, "batch_size": rows}
-        generate(self.model, self.tokenizer, chosen, mode, max_new_tokens=2, **options)  # first kernels are compiled
-        started = busy_seconds(self.model)
-        replies = generate(self.model, self.tokenizer, chosen, mode, max_new_tokens=SPEED_TOKENS, **options)
+
+        settings: dict[str, Any] = {"seed": self.seed, "batch_size": rows}
+        chosen = conversations[:rows]
+        with plain_on_cpu(self.model, merge=True):
+            # first kernels are compiled
+            generate(self.model, self.tokenizer, chosen, mode, max_new_tokens=2, **settings)
+            started = busy_seconds(self.model)
+            replies = generate(self.model, self.tokenizer, chosen, mode, max_new_tokens=SPEED_TOKENS, **settings)
+            seconds = busy_seconds(self.model) - started
         steps = max(reply.reasoning_tokens + reply.answer_tokens for reply in replies) + 1
-        return Speed(rows, (busy_seconds(self.model) - started) / steps)
+        return Speed(rows, seconds / steps)
 
 
 def busy_seconds(model: "PreTrainedModel") -> float:
@@ -253,18 +223,20 @@ def _divergence(model: "PreTrainedModel", ids: list[int], prompt_length: int) ->
     import torch
 
     part = max(CHUNK, logits_at_once(free_memory(model)) // model.config.get_text_config().vocab_size)
-    row = torch.tensor([ids], device=model.device)
+    row = torch.tensor(ids, device=model.device)
     sums = torch.zeros(5, dtype=torch.float64)
     for start in range(prompt_length, len(ids), part):
-        end = min(start + part, len(ids))
-        logits = [_logits(model, row[:, : end - 1], end - start, adapter) for adapter in (False, True)]
-        for base, tuned, target in zip(*(x.split(CHUNK) for x in (*logits, row[0, start:end])), strict=True):
+        targets = row[start : start + part]
+        logits = []
+        for adapter in (False, True):
+            with switched(model, adapter):
+                logits.append(_logits(model, row[: start + len(targets)], len(targets)))
+        for base, tuned, target in zip(*(x.split(CHUNK) for x in (*logits, targets)), strict=True):
             sums += _token_sums(base, tuned, target).double().cpu()
     base, tuned, kl, base_hits, tuned_hits = sums.tolist()
-    return {
-        "tokens": len(ids) - prompt_length, "base": base, "tuned": tuned, "kl": kl,
-        "base_hits": int(base_hits), "tuned_hits": int(tuned_hits),
-    }  # fmt: skip
+    return TokenSums(
+        tokens=len(ids) - prompt_length, base=base, tuned=tuned, kl=kl, base_hits=base_hits, tuned_hits=tuned_hits
+    )
 
 
 def _token_sums(base: "torch.Tensor", tuned: "torch.Tensor", target: "torch.Tensor") -> "torch.Tensor":
@@ -280,24 +252,23 @@ def _token_sums(base: "torch.Tensor", tuned: "torch.Tensor", target: "torch.Tens
 
 
 def _beginning(
-    model: "PreTrainedModel", prompt: list[int], opening: list[int], close_at_once: list[int], ends: set[int]
-) -> Beginning:
+    model: "PreTrainedModel", prompt: list[int], opening: list[int], close_at_once: list[int], ends: list[int]
+) -> dict[str, float]:
     """From one pass over the prompt and an empty think block. An end-of-turn token at once is neither."""
     import torch
 
-    ids = torch.tensor([prompt + opening + close_at_once], device=model.device)
     # every probability below is of one token after those before it: one pass gives all
-    forced = ids[0, len(prompt) :]
-    log_probs = model(input_ids=ids[:, :-1], use_cache=False, logits_to_keep=len(forced)).logits[0, -len(forced) :]
-    log_probs = log_probs.float().log_softmax(-1)
+    forced = torch.tensor(opening + close_at_once, device=model.device)
+    row = torch.cat([torch.tensor(prompt, device=model.device), forced])
+    log_probs = _logits(model, row, len(forced)).float().log_softmax(-1)
     token = log_probs.gather(-1, forced[:, None])[:, 0].double()
     opens = float(token[: len(opening)].sum().exp())
     empty = float(token[len(opening) :].sum().exp())
-    silent = 0.0 if not opening else float(log_probs[0, sorted(ends)].exp().sum())
+    silent = float(log_probs[0, ends].exp().sum()) if opening else 0.0
     return {"thinking": opens * (1 - empty), "answer": max(0.0, 1 - opens - silent) + opens * empty}
 
 
-def _logits(model: "PreTrainedModel", ids: "torch.Tensor", keep: int, adapter: bool) -> "torch.Tensor":
-    # No labels: with them Unsloth's fused loss returns no logits. The one at position p - 1 judges token p.
-    with switched(model, adapter):
-        return model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits[0, -keep:]
+def _logits(model: "PreTrainedModel", row: "torch.Tensor", count: int) -> "torch.Tensor":
+    """Logits (count × vocabulary) of the last tokens of a row; the one at position p - 1 judges token p."""
+    # no labels: with them Unsloth's fused loss returns no logits
+    return model(input_ids=row[None, :-1], use_cache=False, logits_to_keep=count).logits[0, -count:]

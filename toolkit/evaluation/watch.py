@@ -8,15 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from toolkit.evaluation.fast import MAY_CHANGE, base_answers, mean_kl
+from rich.console import Console
+
+from toolkit.evaluation.fast import MAY_CHANGE
 from toolkit.evaluation.generate import base_and_tuned
 from toolkit.evaluation.questions import PROBES, choose
 from toolkit.evaluation.subject import Completion, LoadedRun
 from toolkit.files import read_jsonl
 from toolkit.records import SampleLine
+from toolkit.view.progress import Progress
 
+SAMPLED = {"before": "base", "after": "tuned"}
+# Validation rows on which token accuracy is measured.
 HELD_OUT = 16
-"""Validation rows on which token accuracy is measured."""
 
 
 def answer_prompts(
@@ -24,20 +28,11 @@ def answer_prompts(
 ) -> list[SampleLine]:
     """Fixed prompts answered without the adapter and with it, in each mode of the model."""
     answered = base_and_tuned(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed)
-    lines: list[SampleLine] = []
-    for when, name in (("before", "base"), ("after", "tuned")):
+    lines: list[Any] = []
+    for when, name in SAMPLED.items():
         for row in answered:
-            reply = row[name]
-            lines.append(
-                {
-                    "when": when,  # type: ignore[typeddict-item]  # one of the two words above
-                    "prompt": row["prompt"],
-                    "mode": row["mode"],
-                    "reasoning": reply.reasoning,
-                    "answer": reply.answer,
-                    "finished": reply.finished,
-                }
-            )
+            reply, asked = row[name], {"when": when, "prompt": row["prompt"], "mode": row["mode"]}
+            lines.append(asked | {"reasoning": reply.reasoning, "answer": reply.answer, "finished": reply.finished})
     return lines
 
 
@@ -66,11 +61,21 @@ class Forgetting:
         # generating may seed the generators that dropout draws from: a resumed run, whose answers are stored, would differ
         with torch.random.fork_rng():
             subject = self.subject = self.subject or LoadedRun(model, tokenizer, cache=self.cache)
-            if not self.answers:
-                stays = [probe for probe in read_jsonl(PROBES) if probe["category"] not in MAY_CHANGE]
-                self.answers = base_answers(subject, choose(stays, self.probes, "category", "language"), self.tokens)
-            found = {"forgetting_kl": mean_kl(subject, self.answers)}
+            self.answers = self.answers or self.base_answers(subject)
+            sums = subject.divergence(self.answers)
+            measured = {"forgetting_kl": sum(row["kl"] for row in sums) / max(1, sum(row["tokens"] for row in sums))}
             if self.held_out:
                 sums = subject.divergence(self.held_out[:HELD_OUT])
-                found["token_accuracy"] = sum(row["tuned_hits"] for row in sums) / sum(row["tokens"] for row in sums)
-        return found
+                hits, tokens = (sum(row[key] for row in sums) for key in ("tuned_hits", "tokens"))
+                measured["token_accuracy"] = hits / tokens
+        return measured
+
+    def base_answers(self, subject: LoadedRun) -> list[Completion]:
+        """The base's own greedy answers in every mode."""
+        stays = [probe for probe in read_jsonl(PROBES) if probe["category"] not in MAY_CHANGE]
+        conversations = [probe["messages"] for probe in choose(stays, self.probes, "category", "language")]
+        answers = []
+        with Progress(Console(quiet=True), "base answers", 0) as progress:
+            for mode in subject.modes:
+                answers += subject.own(conversations, mode, self.tokens, progress)
+        return answers

@@ -22,7 +22,6 @@ from toolkit.evaluation.measure import score
 from toolkit.evaluation.plan import Plan, sized
 from toolkit.evaluation.questions import EvaluationSet, fingerprint, questions_of, reply_limits, select
 from toolkit.evaluation.reply_store import ReplyStore
-from toolkit.evaluation.subject import ProgressBar
 from toolkit.export.llama import Engine, launch
 from toolkit.family import THINK_CLOSE, THINK_OPEN
 from toolkit.files import ToolkitError, outputs, read_json, sha256, write_json
@@ -30,6 +29,7 @@ from toolkit.records import Evaluation
 from toolkit.serving.client import Answer, chat_body, served_names
 from toolkit.serving.engine import SLOTS, Files, converted, exported, modes_of_run, sampling_by_mode
 from toolkit.training.model import checkpoint_file, run_folder
+from toolkit.view.progress import Progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -62,7 +62,7 @@ class ServedRun:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def reply(
-        self, conversations: Sequence[Messages], mode: str, adapter: bool, progress: ProgressBar, *, max_new_tokens: int
+        self, conversations: Sequence[Messages], mode: str, adapter: bool, progress: Progress, *, max_new_tokens: int
     ) -> list[Reply]:  # fmt: skip
         """A reply to each conversation. Raises ToolkitError where the server does not answer; what it answered is kept."""
         model = self.tuned if adapter else self.base

@@ -1,0 +1,15 @@
+"""One small model with an adapter, and its tokenizer, for all tests of evaluation: whoever changes them puts them back."""
+
+import pytest
+
+from tests.support import export_fixtures, tiny_qwen3
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return export_fixtures.tokenizer()
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer):
+    return tiny_qwen3.model(tokenizer)
