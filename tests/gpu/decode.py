@@ -27,7 +27,7 @@ def replies(model: Any, tokenizer: Any, count: int, new_tokens: int) -> list[lis
     """Greedy replies of exactly so many tokens to prompts of different lengths."""
     texts = ["What is 12 + 30? " * (3 + number % 5) for number in range(count)]
     prompts = [tokenizer(text)["input_ids"] for text in texts]
-    rows = [decode.Row(number, number, ids, new_tokens) for number, ids in enumerate(prompts)]
+    rows = [decode.Row(number, ids, new_tokens) for number, ids in enumerate(prompts)]
     with inference(model, tokenizer):
         # without tokens that end a reply
         decode.continue_rows(model, tokenizer.pad_token_id, rows, new_tokens, {tokenizer.vocab_size + 1}, None, 1)

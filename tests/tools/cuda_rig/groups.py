@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from tests.tools.cuda_rig import LAYERS, PROMPT
+from tests.tools.cuda_rig import LAYERS, NEW_TOKENS, PROMPT
 from tests.tools.cuda_rig.shim import CALLS, with_card
 from toolkit import recipe, run
 from toolkit.data import mix
@@ -29,10 +29,6 @@ QUICK = ["name=rig", "train.report_to=none", "train.optim=adamw_torch", "evaluat
          'evaluate.prompts=["Hi"]', "train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=2",
          "train.max_steps=2", "train.logging_steps=1", "train.save_steps=1", "train.eval_steps=1",
          "train.per_device_eval_batch_size=2", "train.lr_scheduler_type=constant"]  # fmt: skip
-
-
-NEW_TOKENS = 8
-"""Of each reply in `decoding`: Triton's interpreter takes seconds for one."""
 
 
 def use_the_cuda_trainer() -> None:
@@ -309,13 +305,13 @@ def decoding(folder: Path) -> dict:
     conversations = [[{"role": "user", "content": question}] for question in questions]
     replies = {}
     for mode in modes_of(tokenizer):
-        _, ids = prompts(tokenizer, conversations, mode)
+        ids = prompts(tokenizer, conversations, mode)
         for name in ("base", "tuned"):
-            rows = [decode.Row(number, number, prompt, NEW_TOKENS) for number, prompt in enumerate(ids)]
+            rows = [decode.Row(number, prompt, NEW_TOKENS) for number, prompt in enumerate(ids)]
+            ends = end_tokens(model, tokenizer)
             with switched(model, name == "tuned"), inference(model, tokenizer):
-                ends = end_tokens(model, tokenizer)
                 decode.continue_rows(model, tokenizer.pad_token_id, rows, NEW_TOKENS, ends, None, 1)
-            replies[f"{mode}/{name}"] = {"prompts": ids, "new": [row.new for row in rows]}
+            replies[f"{mode}/{name}"] = {"prompts": ids, "ends": sorted(ends), "new": [row.new for row in rows]}
     return replies
 
 
