@@ -330,6 +330,15 @@ def test_on_a_cpu_replies_come_from_plain_weights_and_every_layer_is_as_before_a
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_diverged_adapter_is_no_obstacle_to_replies(tokenizer):
+    model = tiny_qwen3.model(tokenizer)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.fill_(float("nan"))
+    with plain_on_cpu(model, merge=True):
+        assert len(generate(model, tokenizer, CHATS[:2], "thinking", max_new_tokens=2, seed=1)) == 2
+
+
 def quantize(model) -> None:
     """Give every LoRA layer 4-bit weights, as a base that was loaded in 4 bits has them."""
     from peft.tuners.lora import LoraLayer

@@ -4,6 +4,7 @@ replies = generate(model, tokenizer, [[{"role": "user", "content": "12 + 30?"}]]
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -194,18 +195,21 @@ def plain_on_cpu(model: "PreTrainedModel", merge: bool) -> Iterator[None]:
     import torch
     from peft.tuners.lora import Linear, LoraLayer
 
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    sizes = [layer.in_features * layer.out_features for layer in layers]
-    if model.device.type != "cpu" or 2 * 4 * sum(sizes) > psutil.virtual_memory().available:
+    layers = []
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and isinstance(module.base_layer, torch.nn.Linear):
+            layers.append(module)
+    before = [layer.base_layer for layer in layers]
+    needed = 2 * 4 * sum(base.in_features * base.out_features for base in before)
+    if model.device.type != "cpu" or needed > psutil.virtual_memory().available:
         yield
         return
-    before = [layer.base_layer for layer in layers]
     try:
         for layer in layers:
             layer.base_layer = plain_layer(layer.base_layer, model.dtype)
             if merge and layer.base_layer.weight.dtype == torch.float32:
-                # what LoRA on a 4-bit layer calls merging would quantize again
-                Linear.merge(layer, safe_merge=True)
+                # what LoRA on a 4-bit layer calls merging would quantize again; a safe merge refuses a diverged adapter
+                Linear.merge(layer, safe_merge=False)
         yield
     finally:
         for layer, base in zip(layers, before, strict=True):
@@ -214,7 +218,7 @@ def plain_on_cpu(model: "PreTrainedModel", merge: bool) -> Iterator[None]:
 
 
 def plain_layer(base: Any, dtype: "torch.dtype") -> Any:
-    """A linear layer with the same weights, of which 4-bit ones are dequantized."""
+    """A linear layer with a copy of the same weights, of which 4-bit ones are dequantized."""
     import torch
     from bitsandbytes.functional import dequantize_4bit
 
@@ -222,9 +226,9 @@ def plain_layer(base: Any, dtype: "torch.dtype") -> Any:
     # this layout has a fast kernel of its own, for processors with 16-bit products
     if getattr(state, "packing_format_for_cpu", False):
         return base
-    weight = base.weight.data if state is None else dequantize_4bit(base.weight.data, state).to(dtype)
+    weight = base.weight.data.clone() if state is None else dequantize_4bit(base.weight.data, state).to(dtype)
     plain = torch.nn.Linear(base.in_features, base.out_features, bias=False, device="meta")
-    plain.weight, plain.bias = torch.nn.Parameter(weight, requires_grad=False), base.bias
+    plain.weight, plain.bias = torch.nn.Parameter(weight, requires_grad=False), copy.deepcopy(base.bias)
     return plain
 
 
