@@ -69,7 +69,7 @@ def test_every_verb_says_what_it_does():
         ("train hybird", "Did you mean 'hybrid'?"),
         ("train pocket max_steps", "override 'max_steps': expected key=value"),
         ("evaluate no-such-run-at-all", "no such run"),
-        ("diff tuend tuned", "tuend: no such run in {outputs}. Did you mean 'tuned'?"),
+        ("compare tuend tuned", "tuend: no such run in {outputs}. Did you mean 'tuned'?"),
         ("compare nowhere", "nowhere: no such run in {outputs}. Known: tuned"),
     ],
 )
@@ -223,7 +223,7 @@ def test_doctor_works_where_one_package_is_missing(package):
 @pytest.mark.parametrize(
     "line",
     ["train pocket", "mix pocket", "fit", "evaluate x", "compare", "export x", "verify x", "chat x", "serve x", "sweep",
-     "generate x a b", "diff a b", "reproduce x", "replay", "list", "doctor --gpu", "init x.jsonl"],
+     "generate x a b", "replay", "list", "doctor --gpu", "init x.jsonl"],
 )  # fmt: skip
 def test_every_verb_names_setup_where_packages_are_missing(line):
     done = subprocess.run([*WITHOUT_PACKAGES, *line.split()], cwd=ROOT, capture_output=True, text=True)

@@ -373,24 +373,6 @@ def dial_runs(runs: list[str], scales: list[float] | None, out: Path | None) -> 
     return Outcome(report.as_json(comparison))
 
 
-@verb("diff", arg("first", help="a run's folder, or its name under outputs/"), arg("second"))
-def explain_difference(first: str, second: str) -> None:
-    """Two runs: in words, what differed between them and what it did to the scores."""
-    from toolkit.comparison import decide
-
-    console().print("\n".join(decide.difference_report(_folder(first), _folder(second))), markup=False)
-
-
-@verb("reproduce", *RUN)
-def reproduce_run(run: Path) -> int:
-    """Train a run again from its folder alone, and say whether it is equal; exit 1 when it is not."""
-    from toolkit.comparison.reproduce import reproduce
-
-    lines = reproduce(run, console())
-    console().print("\n".join(lines), markup=False)
-    return 0 if lines[0].startswith("equal") else 1
-
-
 @verb(
     "replay",
     *RECIPE,

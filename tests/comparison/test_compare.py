@@ -16,7 +16,8 @@ import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from rich.console import Console
 
-from toolkit.comparison.decide import SEED_SPREAD, Average, Point, compare, difference_report, simultaneous_margin
+from toolkit.comparison.decide import SEED_SPREAD, compare
+from toolkit.comparison.points import Average, Point, simultaneous_margin
 from toolkit.comparison.report import conclude, figure, notes, numbers, terminal_table, write
 from toolkit.comparison.runs import Run, Score
 from toolkit.evaluation.stats import Sample, interval, is_rate, paired_difference
@@ -194,8 +195,8 @@ def equal_point(name, right):
     key, mean = ("thinking", "accuracy"), float(np.mean(right))
     scores = {"tuned": {key: Score(mean, 0.0, 1.0, QUESTIONS)}}
     counted = {"tuned": {key: np.array([right, [1.0] * QUESTIONS])}}
-    run = Run(name, {}, {}, scores=scores, counted=counted)
-    return Point(name, [run], {key: Average(mean, 0.0, 1.0, QUESTIONS)}, {})
+    run = Run(name, {}, scores=scores, counted=counted)
+    return Point(name, [run], {key: Average(mean, 0.0, 1.0, QUESTIONS, [mean])})
 
 
 def test_unanimous_answers_to_few_questions_prove_nothing(tmp_path, monkeypatch):
@@ -205,8 +206,6 @@ def test_unanimous_answers_to_few_questions_prove_nothing(tmp_path, monkeypatch)
     assert simultaneous_margin(found.points, found.goal) > 0.7  # three of three: 29% to 100%
     gain = found.points[1].changes[found.goal]
     assert gain.low < 0.5 < gain.value
-    lines = difference_report(*runs)
-    assert any(line.startswith("reasoning questions with thinking 0% → 100%") for line in lines)
 
 
 def test_seeds_are_averaged_and_each_stays_visible(tmp_path):
@@ -294,7 +293,7 @@ def test_a_ratio_that_fell_far_below_the_base_is_named(tmp_path):
     runs = [make_run(tmp_path, s, thinking=a, base=0.6) for s, a in ((0.0, 0.1), (0.5, 0.85), (1.0, 0.95))]
     found = compare(runs)
     assert found.recommended.label == "50% reasoning"
-    assert found.verdict[1].startswith("Below the base: 0% reasoning (-50 points")
+    assert found.verdict[2].startswith("Below the base: 0% reasoning (-50 points")
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -309,9 +308,8 @@ def test_the_next_command_can_be_pasted_and_what_to_do_with_it_stands_before_it(
     assert seeds.startswith("One seed: ")
     assert command == "next: python -m toolkit evaluate r0.25-s1quickq1 --level full"
     assert first.startswith("No ratio is recommended")
-    assert second.endswith(
-        " are chance (95%): it ties with 75% reasoning. Evaluate each run at level full, then compare again."
-    )
+    assert "more questions (`evaluate --level full` for each run)" in first
+    assert second.endswith(" are chance (95%): it ties with 75% reasoning.")
 
 
 def test_small_differences_are_called_noise(tmp_path):
@@ -340,7 +338,7 @@ def test_no_ratio_is_recommended_when_none_is_shown_to_beat_the_base(tmp_path):
     found = compare([make_run(tmp_path, s, thinking=a) for s, a in ((0.25, 0.1), (0.75, 0.4))])
     assert found.recommended is None
     assert found.verdict[0].startswith("No ratio is recommended: none is shown to beat the base. Highest is 75% ")
-    assert found.verdict[1].startswith("Below the base: 25% reasoning (-30 points")
+    assert found.verdict[2].startswith("Below the base: 25% reasoning (-30 points")
 
 
 def test_of_tied_ratios_only_those_that_beat_the_base_count(tmp_path):
@@ -358,7 +356,7 @@ def test_runs_with_chat_questions_only_are_compared_by_their_chat_answers(tmp_pa
     found = compare(runs)
     assert found.left_out == {}
     assert found.goal == ("non_thinking", "accuracy/chat")
-    assert found.verdict[1].startswith("Below the base: 100% reasoning (-30 points")
+    assert found.verdict[2].startswith("Below the base: 100% reasoning (-30 points")
     assert write(found, tmp_path / "report")["png"].is_file()
 
 
@@ -641,26 +639,3 @@ def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
     file = run / "recipe.yaml"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes().replace(b"\n", b"\r\n"))
     assert compare([run]).left_out == {}
-
-
-# --- two runs
-
-
-def test_the_difference_of_two_runs_is_said_in_words_with_paired_intervals(tmp_path):
-    first = make_run(tmp_path, 0.25, thinking=0.5)
-    second = make_run(tmp_path, 0.75, thinking=0.8, settings={"learning_rate": 2e-4})
-    lines = difference_report(first, second)
-    text = "\n".join(lines)
-    assert "train.learning_rate: 0.0001 → 0.0002" in text
-    assert "share of maths: 0.25 → 0.75" in text
-    (accuracy,) = [line for line in lines if line.startswith("reasoning questions with thinking")]
-    assert "50% → 80% (+30 points [+" in accuracy
-    assert accuracy.endswith(": certain")
-    assert any("no difference shown" in line for line in lines if line.startswith("chat questions with thinking"))
-
-
-def test_runs_that_were_asked_differently_are_not_called_different_in_score(tmp_path):
-    first, second = make_run(tmp_path, 0.25, name="a"), make_run(tmp_path, 0.75, name="b", level="full", questions="q2")
-    *_, verdict, remedy = difference_report(first, second)
-    assert verdict == "not comparable: b was evaluated differently: level full instead of quick; other questions"
-    assert "`python -m toolkit evaluate NAME --level full` for each" in remedy

@@ -94,8 +94,6 @@ def test_every_verb_of_a_run_fits_the_terminal_and_says_what_comes_next(here):
         (["evaluate", "a"], "result: "),
         (["evaluate", "a", "--details"], "difference"),
         (["compare", "a", "b"], "next: "),
-        (["diff", "a", "b"], "openmath"),
-        (["reproduce", "a"], "equal"),
         (["export", "a", "--quant", "q8_0"], "next: "),
         (["export", "a", "--quant", "q8_0"], "hf upload"),
         (["verify", "a"], "verified: "),
@@ -103,7 +101,7 @@ def test_every_verb_of_a_run_fits_the_terminal_and_says_what_comes_next(here):
         (["replay", "pocket", "--count", "2", *FEW], "rows"),
         (["sweep", "pocket", "--reasoning", "0", "0.5", *FEW], "next: "),
     ]  # fmt: skip
-    shown = [verb for verb in verbs if verb[0][0] in ("evaluate", "compare", "diff", "verify")]
+    shown = [verb for verb in verbs if verb[0][0] in ("evaluate", "compare", "verify")]
     for columns, chosen in zip(WIDTHS, (verbs, shown), strict=True):
         for words, expected in chosen:
             code, text = screen(columns, *words)

@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from toolkit import recipe as recipes
-from toolkit.comparison.decide import KL, SCALE, Comparison, Point, Side, averages, decide, point, usual_goal
+from toolkit.comparison.decide import KL, SCALE, Comparison, decide, usual_goal
+from toolkit.comparison.points import point
 from toolkit.comparison.report import conclude
-from toolkit.comparison.runs import DAMAGED, Run, changed_keys, run_of
+from toolkit.comparison.runs import Run, changed_keys, run_of
 from toolkit.comparison.sweep import QUESTIONS
 from toolkit.data import mix
 from toolkit.evaluation import measure as evaluation
 from toolkit.evaluation.questions import questions_of
+from toolkit.export.checkpoint import check_scale
 from toolkit.files import ToolkitError, flat, lock, read_json, write_json
 from toolkit.records import Evaluation
 from toolkit.run import default_console
@@ -36,7 +38,6 @@ if TYPE_CHECKING:
 
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
 """Scale 0 is the base, which every evaluation measures beside."""
-LARGEST = 2.0
 WITH_REPLIES = 4
 """Scales that get replies, the run itself among them."""
 WORTH = 0.5
@@ -45,8 +46,6 @@ NOTHING = 1e-6
 """Nats of KL below which an adapter changes nothing."""
 MAY_DIFFER = re.compile(r"name$|data\.seed$|export\b|evaluate\.prompts\b|train\.(report_to|logging_steps)\b")
 """Recipe keys in which runs that are averaged may differ: the seed, and what changes neither training nor questions."""
-Result = Evaluation
-"""As in eval.json."""
 
 
 # --- one adapter at another scale ------------------------------------------------------------------------------------
@@ -71,28 +70,24 @@ def scaled(model: "PeftModel", scale: float) -> Iterator[None]:
             layer.scaling.update(scalings)
 
 
-def check_scale(scale: float) -> None:
-    """Raises ToolkitError for a scale outside of 0 to 2; NaN too."""
-    if not 0 <= scale <= LARGEST:
-        raise ToolkitError(f"scale {scale:g}: expected 0 (the base) to {LARGEST:g}; 1 is the run as it was trained")
-
-
 def lora_layers(model: "PeftModel") -> "list[LoraLayer]":
     """The layers of the active adapter. Raises ToolkitError where a scale would not lead from the base to the run."""
     from peft.tuners.lora import LoraLayer
 
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     config = model.peft_config[model.active_adapter]
-    if not layers:
-        raise ToolkitError("the model has no LoRA layer: there is nothing to scale")
-    if any(layer.merged for layer in layers):
-        raise ToolkitError("the adapter is merged into the base already: load the run again, then scale it")
-    if config.use_dora:
-        raise ToolkitError("a DoRA adapter trains the length of each weight too, which no scale takes back")
-    trained_whole = config.modules_to_save or config.trainable_token_indices
-    if trained_whole or config.bias != "none":
-        names = ", ".join(map(str, trained_whole or [f"bias={config.bias}"]))
-        raise ToolkitError(f"the run trained more than its LoRA ({names}), which a scale does not reach")
+    beyond = ", ".join(map(str, config.modules_to_save or config.trainable_token_indices or ()))
+    if config.bias != "none":
+        beyond = f"bias={config.bias}"
+    faults = {
+        "the model has no LoRA layer: there is nothing to scale": not layers,
+        "the adapter is merged into the base already: load the run again": any(layer.merged for layer in layers),
+        "a DoRA adapter trains the length of each weight too, which no scale takes back": config.use_dora,
+        f"the run trained more than its LoRA ({beyond}), which a scale does not reach": beyond,
+    }
+    for fault, found in faults.items():
+        if found:
+            raise ToolkitError(fault)
     return layers
 
 
@@ -106,23 +101,8 @@ class Dialled:
     folder: Path
     recipe: recipes.Recipe
     manifest: dict[str, Any]
-    results: dict[str, Result]
+    results: dict[str, Evaluation]
     """{`fast 0.5` or `quick 0.5`: the evaluation at that scale}."""
-
-    @classmethod
-    def open(cls, name: str | Path) -> "Dialled":
-        """A finished run's folder. Raises ToolkitError where there is none, or its adapter is damaged."""
-        folder = models.run_folder(name).resolve()
-        if not (folder / "recipe.yaml").is_file():
-            raise ToolkitError(f"{folder}: a folder of export_model has no recipe, and so no questions to dial by")
-        models.check_adapter(folder)
-        recipe, manifest = recipes.of_run(folder), read_json(folder / "manifest.json")
-        results = {}
-        with contextlib.suppress(ToolkitError):  # none yet, or damaged: then it is measured again
-            kept = read_json(folder / "dial.json")
-            if kept.get("adapter") == manifest.get("adapter"):
-                results = dict(kept.get("results", {}))
-        return cls(folder, recipe, manifest, results)
 
     def measure(self, level: str, scales: Sequence[float], console: Console) -> None:
         """Evaluate at each scale that was not measured before; every result is written at once."""
@@ -130,48 +110,51 @@ class Dialled:
         if not missing:
             return
         mixed = mix.of_run(self.recipe, self.manifest)
+        held_out = evaluation.from_mix(mixed)
+        questions, section = questions_of(self.recipe, mixed), self.recipe.evaluate
+        count = section.questions_per_mode or QUESTIONS["quick"]
         with models.loading(self.recipe.model, console):
-            model, tokenizer = models.load_run(self.folder)
-        lora_layers(model)
-        settings = self.settings(level, mixed)
+            loaded = models.load_run(self.folder)
         with Progress(console, f"{self.folder.name}, {level} evidence, scales", len(missing)) as progress:
             for scale in missing:
-                with scaled(model, scale):
-                    result = evaluation.evaluate(model, tokenizer, console=Console(quiet=True), **settings)
+                with scaled(loaded[0], scale):
+                    result = evaluation.evaluate(
+                        *loaded,
+                        *questions,
+                        validation=held_out["validation"],
+                        limits=held_out["limits"],
+                        max_new_tokens=section.max_new_tokens,
+                        level=level,
+                        steps=self.manifest.get("steps"),
+                        questions_per_mode=None if level == "fast" else count,
+                        console=Console(quiet=True),
+                    )
                 self.results[f"{level} {scale:g}"] = result
                 kept = {"adapter": self.manifest.get("adapter"), "results": self.results}
                 write_json(self.folder / "dial.json", kept)
                 progress.advance(1)
 
-    def settings(self, level: str, mixed: mix.Mix) -> dict[str, Any]:
-        """What is asked, the same at every scale."""
-        reasoning, chat = questions_of(self.recipe, mixed)
-        held_out = evaluation.from_mix(mixed)
-        count = self.recipe.evaluate.questions_per_mode or QUESTIONS["quick"]
-        return {
-            "questions": reasoning,
-            "chat_questions": chat,
-            "validation": held_out["validation"],
-            "limits": held_out["limits"],
-            "max_new_tokens": self.recipe.evaluate.max_new_tokens,
-            "level": level,
-            "steps": self.manifest.get("steps"),
-            "questions_per_mode": None if level == "fast" else count,
-        }
-
     def at(self, scale: float) -> Run:
         """The run at a scale, by the most that was measured there."""
         result = self.results.get(f"quick {scale:g}") or self.results[f"fast {scale:g}"]
-        recipe = recipes.read_values(self.folder / "recipe.yaml")
-        try:
-            run = run_of(self.folder.name, recipe, read_json(self.folder / "mix.json"), self.manifest, result)
-        except DAMAGED as error:
-            raise ToolkitError(f"{self.folder / 'dial.json'}: damaged ({error}): delete it and dial again") from error
+        values = recipes.read_values(self.folder / "recipe.yaml")
+        run = run_of(self.folder.name, values, read_json(self.folder / "mix.json"), self.manifest, result)
         return replace(run, trained=run.trained | {SCALE: float(scale)})
 
-    def has_replies(self, scale: float) -> bool:
-        """Whether it was asked questions at a scale."""
-        return f"quick {scale:g}" in self.results
+
+def open_run(name: str | Path) -> Dialled:
+    """A finished run's folder. Raises ToolkitError where there is none, or its adapter is damaged."""
+    folder = models.run_folder(name).resolve()
+    if not (folder / "recipe.yaml").is_file():
+        raise ToolkitError(f"{folder}: a folder of export_model has no recipe, and so no questions to dial by")
+    models.check_adapter(folder)
+    manifest = read_json(folder / "manifest.json")
+    kept: dict[str, Any] = {}
+    with contextlib.suppress(ToolkitError):  # none yet, or damaged: then it is measured again
+        kept = read_json(folder / "dial.json")
+    # what was measured of another adapter says nothing of this one
+    same = kept.get("adapter") == manifest.get("adapter")
+    return Dialled(folder, recipes.of_run(folder), manifest, kept.get("results", {}) if same else {})
 
 
 def dial(
@@ -190,12 +173,11 @@ def dial(
     for scale in scales:
         check_scale(scale)
     # the same run by two spellings is one training, not two seeds
-    members = list({member.folder: member for member in map(Dialled.open, runs)}.values())
+    members = list({member.folder: member for member in map(open_run, runs)}.values())
     check_same_training(members)
     with contextlib.ExitStack() as locks:
         for member in members:
             locks.enter_context(lock(member.folder, "dial"))
-        for member in members:
             member.measure("fast", scales, console)
             check_changed(member)
         chosen = scales_for_replies(members, scales)
@@ -217,15 +199,14 @@ def check_same_training(members: Sequence[Dialled]) -> None:
 
 def check_changed(member: Dialled) -> None:
     """Raises ToolkitError for a run whose adapter does nothing, or breaks the model."""
-    kl = member.results["fast 1"]["tuned"]["forgetting"]["kl"]
-    if kl["value"] is None:
+    kl = member.results["fast 1"]["tuned"]["forgetting"]["kl"]["value"]
+    name = member.folder.name
+    if kl is None:
+        raise ToolkitError(f"{name}: at scale 1 the model computes no numbers (NaN): its training diverged")
+    if kl < NOTHING:
         raise ToolkitError(
-            f"{member.folder.name}: at scale 1 the model computes no numbers (NaN): its training diverged"
-        )
-    if kl["value"] < NOTHING:
-        raise ToolkitError(
-            f"{member.folder.name}: the adapter changes nothing (KL {kl['value']:.1g} at scale 1), so there is nothing to "
-            "dial. Train longer, or with a higher train.learning_rate"
+            f"{name}: the adapter changes nothing (KL {kl:.1g} at scale 1), so there is nothing to dial. Train longer, or "
+            "with a higher train.learning_rate"
         )
 
 
@@ -239,39 +220,25 @@ def scales_for_replies(members: Sequence[Dialled], scales: Sequence[float]) -> l
 
 def held_out_gain(result: Mapping[str, Any]) -> float:
     """By how much the loss on held-out rows fell, in nats per token, averaged over sources and modes; 0 without any."""
-    changes = [
-        change["value"] for metric, change in result["difference"]["forgetting"].items() if metric.startswith("loss/")
+    fallen = [
+        -change["value"]
+        for metric, change in result["difference"]["forgetting"].items()
+        if metric.startswith("loss/") and change["value"] is not None
     ]
-    known = [-change for change in changes if change is not None]
-    return sum(known) / len(known) if known else 0.0
+    return sum(fallen) / len(fallen) if fallen else 0.0
 
 
 def compare_scales(members: Sequence[Dialled], scales: Sequence[float]) -> Comparison:
     """The scales as points of one comparison; only those with replies can be recommended."""
     points = [point([member.at(scale) for member in members], SCALE) for scale in scales]
-    with_replies = [p for p in points if all(member.has_replies(p.place) for member in members)]
-    goal = usual_goal([run for p in with_replies for run in p.runs])
-    asked = [p for p in with_replies if goal in p.values]
-    if not asked:
+    goal = usual_goal([run for point in points for run in point.runs])
+    silent = [point for point in points if goal not in point.values]
+    if len(silent) == len(points):
         raise ToolkitError("no question was answered to the end at any scale: set evaluate.max_new_tokens higher")
-    recommended, verdict, notes = decide(asked, goal, SCALE)
-    base = Point("scale 0 (base)", [], averages(Side(asked[0].runs[:1], "base")), {})
-    notes = [*fast_only_note(points, asked), *training_note(members), *notes]
-    return Comparison(SCALE, goal, base, points, recommended, verdict, notes, {})
-
-
-def fast_only_note(points: Sequence[Point], asked: Sequence[Point]) -> list[str]:
-    """Which scales were not asked any question, and why."""
-    silent = ", ".join(
-        f"{p.place:g} (KL {p.values[KL].value:.2f})" for p in points if p not in asked and KL in p.values
-    )
-    if not silent:
-        return []
-    return [f"Held-out loss and KL only, no replies: scale {silent}."]
-
-
-def training_note(members: Sequence[Dialled]) -> list[str]:
-    """What one training cannot show."""
+    notes = ["One training: another seed may keep less or more at the same scale (dial RUN RUN RUN averages seeds)."]
     if len(members) > 1:
-        return [f"Means over {len(members)} trainings: {', '.join(member.folder.name for member in members)}."]
-    return ["One training: another seed may keep less or more at the same scale (dial RUN RUN RUN averages seeds)."]
+        notes = [f"Means over {len(members)} trainings: {', '.join(member.folder.name for member in members)}."]
+    if silent:
+        listed = ", ".join(f"{point.short} (KL {point.values[KL].value:.2f})" for point in silent if KL in point.values)
+        notes.insert(0, f"Held-out loss and KL only, no replies: scale {listed}.")
+    return decide(points, goal, SCALE, notes, {})

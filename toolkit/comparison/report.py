@@ -4,15 +4,16 @@ from toolkit.comparison import decide, report; report.write(decide.compare(Path(
 """
 
 import csv
-from collections.abc import Sequence
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from toolkit.comparison.decide import CHAT, KL, SCALE, Average, Comparison, Point, score_text
-from toolkit.comparison.runs import Key
+from toolkit.comparison.decide import CHAT, KL, SCALE, Comparison, score_text
+from toolkit.comparison.points import Point
+from toolkit.comparison.runs import Key, Score
 from toolkit.evaluation.stats import is_rate
 from toolkit.evaluation.words import title
 from toolkit.family import MODES
@@ -41,10 +42,15 @@ def conclude(comparison: Comparison, console: Console, folder: Path | None = Non
 
 def notes(comparison: Comparison) -> list[str]:
     """What went into the table and what did not."""
-    members = [f"{point.label}: {', '.join(run.name for run in point.runs)}" for point in comparison.points]
-    left_out = [f"left out: {name}: {why}" for name, why in comparison.left_out.items()]
-    by_share = comparison.axis not in ("", SCALE)
-    return [*(members if by_share else []), *left_out, *comparison.notes]
+    lines = [f"left out: {name}: {why}" for name, why in comparison.left_out.items()]
+    if comparison.axis not in ("", SCALE):
+        lines = [f"{point.label}: {run_names(point)}" for point in comparison.points] + lines
+    return lines + comparison.notes
+
+
+def run_names(point: Point) -> str:
+    """The runs of a point, one for each seed."""
+    return " ".join(run.name for run in point.runs)
 
 
 def write(comparison: Comparison, folder: Path) -> dict[str, Path]:
@@ -67,42 +73,40 @@ def log(comparison: Comparison, folder: Path, console: Console) -> None:
     owner wants wandb."""
     recipes = [run.recipe for point in comparison.points for run in point.runs]
     if any("wandb" in tracking.trackers(recipe["train"]) for recipe in recipes):
-        rows = [
-            {"settings": point.label, **texts, "runs": " ".join(run.name for run in point.runs)}
-            for point, texts in zip(comparison.everyone(), in_words(comparison), strict=True)
-        ]
+        rows = [row | {"runs": run_names(point)} for point, row in in_words(comparison)]
         tracking.TRACKER.comparison(folder, rows, " ".join(comparison.verdict[:-1]), console)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def deciding(comparison: Comparison) -> list[Key]:
-    """What a recommendation is made by; everything else is in the CSV."""
+def in_words(comparison: Comparison) -> list[tuple[Point, dict[str, str]]]:
+    """The base and each point with its row of what a recommendation is made by, the goal first: `{metric: 70% [59, 81]}`,
+    and `-` where it was not measured. Everything else is in the CSV."""
     keys = dict.fromkeys([comparison.goal, CHAT, *((mode, "adherence") for mode in MODES), KL])
-    measured = [point.values for point in comparison.points]
-    return [key for key in keys if any(key in values for values in measured)]
-
-
-def in_words(comparison: Comparison) -> list[dict[str, str]]:
-    """The table: for the base and each point `{metric: 70% [59, 81]}`, and `-` where it was not measured."""
+    measured = {key for point in comparison.points for key in point.values}
     sections = comparison.points[0].runs[0].sections
-    keys = deciding(comparison)
-    return [
-        {title(*key, sections): score_text(key, point.values.get(key)) for key in keys}
-        for point in comparison.everyone()
-    ]
+    rows = []
+    for point in comparison.everyone():
+        row = {"settings": point.label}
+        for key in keys:
+            if key in measured:
+                row[title(*key, sections)] = score_text(key, point.values.get(key))
+        rows.append((point, row))
+    return rows
 
 
 def terminal_table(comparison: Comparison) -> Table:
     """The table, whole at 80 columns: only the goal has its interval."""
-    rows = []
-    for point, texts in zip(comparison.everyone(), in_words(comparison), strict=True):
-        goal, *others = texts
-        label = f"★ {point.label}" if point is comparison.recommended else point.label
+    rows, best = [], []
+    for number, (point, row) in enumerate(in_words(comparison)):
+        if point is comparison.recommended:
+            row["settings"] = f"★ {point.label}"
+            best.append(number)
         # `70% [59, 81]` becomes `70%`: four intervals do not fit 80 columns
-        rows.append({"": label, goal: texts[goal]} | {name: texts[name].partition(" ")[0] for name in others})
-    best = [i for i, point in enumerate(comparison.everyone()) if point is comparison.recommended]
+        for name in list(row)[2:]:
+            row[name] = row[name].partition(" ")[0]
+        rows.append(row)
     return tables.rich_table(rows, bold=best)
 
 
@@ -110,7 +114,7 @@ def numbers(comparison: Comparison) -> list[dict[str, Any]]:
     """A row for the base and each point: its runs, achieved reasoning shares, every metric with its interval."""
     rows = []
     for point in comparison.everyone():
-        row: dict[str, Any] = {"label": point.label, "runs": " ".join(run.name for run in point.runs)}
+        row: dict[str, Any] = {"label": point.label, "runs": run_names(point)}
         for unit in point.runs[0].reasoning if point.runs else ():
             shares = [run.reasoning[unit] for run in point.runs]
             row[f"reasoning_share_{unit}"] = sum(shares) / len(shares)
@@ -118,7 +122,8 @@ def numbers(comparison: Comparison) -> list[dict[str, Any]]:
             name = f"{section}/{metric}"
             row |= {name: score.value, f"{name}.low": score.low, f"{name}.high": score.high, f"{name}.n": score.n}
             row[f"{name}.each"] = " ".join(f"{value:.6g}" for value in score.each)
-        rows.append(row | {"recommended": int(point is comparison.recommended)})
+        row["recommended"] = int(point is comparison.recommended)
+        rows.append(row)
     return rows
 
 
@@ -144,21 +149,44 @@ def figure(comparison: Comparison) -> "Figure":
     picture, (left, right) = figures.panels(11, 4.8, 2, width_ratios=(3, 2))
     draw_gained_and_kept(left, comparison)
     draw_distance(right, comparison)
-    heading = [f"{number}  {point.label}" for number, point in enumerate(comparison.points, 1)]
+    heading = "\n".join(f"{point.short}  {point.label}" for point in comparison.points)
     if comparison.axis:
         seeds = max(len(point.runs) for point in comparison.points)
-        heading = [f"by {comparison.axis}; {seeds} training{'s' if seeds > 1 else ''} a point, bars are 95% intervals"]
-    picture.suptitle("\n".join(heading), fontsize=10)
+        heading = f"by {comparison.axis}; {seeds} training{'s' if seeds > 1 else ''} a point, bars are 95% intervals"
+    picture.suptitle(heading, fontsize=10)
     return picture
 
 
-def short_names(comparison: Comparison) -> list[str]:
-    """`25% reasoning` is `25%` beside a point, `scale 0.5` is `0.5`, a run's name is its number."""
-    names = ["base"]
-    for number, point in enumerate(comparison.points, 1):
-        share = next((word for word in point.label.split() if word[0].isdigit()), point.label)
-        names.append(share if comparison.axis else str(number))
-    return names
+def draw_gained_and_kept(axes: "Axes", comparison: Comparison) -> None:
+    """The goal against the chat that is left, or where nobody was asked any, against the distance from the base."""
+    goal = comparison.goal
+    kept = CHAT if CHAT in comparison.base.values and goal != CHAT else KL
+    labels: dict[tuple[float, float], list[str]] = defaultdict(list)
+    for point in comparison.everyone():
+        if goal in point.values and kept in point.values:
+            x, left_right = value_and_arms(goal, point.values[goal])
+            y, below_above = value_and_arms(kept, point.values[kept])
+            shade = colour(comparison, point)
+            axes.errorbar(x, y, xerr=left_right, yerr=below_above, fmt="o", markersize=9, color=shade, elinewidth=0.8)
+            labels[x, y].append(point.short)
+    for place, names in labels.items():  # points at one place share a label
+        axes.annotate(", ".join(names), place, (6, 6), textcoords="offset points", fontsize=9)
+    axes.set(xlabel=axis_title(comparison, goal), ylabel=axis_title(comparison, kept))
+    axes.set_title("what is gained, what is kept")
+    axes.margins(0.12)
+
+
+def draw_distance(axes: "Axes", comparison: Comparison) -> None:
+    """KL from the base, point by point along the axis."""
+    measured = [point for point in comparison.points if KL in point.values]
+    for point in measured:
+        kl, below_above = value_and_arms(KL, point.values[KL])
+        axes.errorbar(point.place, kl, yerr=below_above, fmt="o", markersize=7, color=colour(comparison, point))
+    places = [point.place for point in measured]
+    axes.plot(places, [point.values[KL].value for point in measured], color=figures.BASE, linewidth=1, zorder=0)
+    axes.set_xticks(places, [point.short for point in measured], fontsize=9)
+    axes.set(title="KL from the base (nats per token)", xlabel=comparison.axis or "run", ylim=(0, None))
+    axes.margins(0.12)
 
 
 def colour(comparison: Comparison, point: Point) -> str:
@@ -168,53 +196,14 @@ def colour(comparison: Comparison, point: Point) -> str:
     return figures.TUNED if point is comparison.recommended else figures.PALETTE[0]
 
 
-def draw_gained_and_kept(axes: "Axes", comparison: Comparison) -> None:
-    """The goal against the chat that is left, or where nobody was asked any, against the distance from the base."""
-    goal = comparison.goal
-    kept = CHAT if CHAT in comparison.base.values and goal != CHAT else KL
-    labels: dict[tuple[float, float], list[str]] = {}
-    for name, point in zip(short_names(comparison), comparison.everyone(), strict=True):
-        if goal in point.values and kept in point.values:
-            x, y = scaled(goal, point.values[goal]), scaled(kept, point.values[kept])
-            shade = colour(comparison, point)
-            axes.errorbar(
-                x[0], y[0], xerr=arms(x), yerr=arms(y), fmt="o", markersize=9, color=shade, elinewidth=0.8, alpha=0.9
-            )
-            labels.setdefault((x[0], y[0]), []).append(name)
-    for place, names in labels.items():  # points at one place share a label
-        axes.annotate(", ".join(names), place, (6, 6), textcoords="offset points", fontsize=9)
-    sections = comparison.points[0].runs[0].sections
-    axes.set(xlabel=axis_title(goal, sections), ylabel=axis_title(kept, sections), title="what is gained, what is kept")
-    axes.margins(0.12)
-
-
-def draw_distance(axes: "Axes", comparison: Comparison) -> None:
-    """KL from the base, point by point along the axis."""
-    measured = [(point, point.values[KL]) for point in comparison.points if KL in point.values]
-    numbered = not comparison.axis or len({point.place for point, _ in measured}) < len(measured)
-    places = [float(i) if numbered else point.place for i, (point, _) in enumerate(measured, 1)]
-    for place, (point, score) in zip(places, measured, strict=True):
-        bars = arms((score.value, score.low, score.high))
-        axes.errorbar(place, score.value, yerr=bars, fmt="o", markersize=7, color=colour(comparison, point))
-    axes.plot(places, [score.value for _, score in measured], color=figures.BASE, linewidth=1, zorder=0)
-    names = dict(zip(map(id, comparison.everyone()), short_names(comparison), strict=True))
-    axes.set_xticks(places, [names[id(point)] for point, _ in measured], fontsize=9)
-    axes.set(title="KL from the base (nats per token)", xlabel=comparison.axis or "run", ylim=(0, None))
-    axes.margins(0.12)
-
-
-def scaled(key: Key, score: Average) -> tuple[float, float, float]:
-    """(value, low, high): per cent for a rate."""
+def value_and_arms(key: Key, score: Score) -> tuple[float, list[list[float]]]:
+    """A number, in per cent for a rate, and the lengths of its interval's arms as matplotlib's errorbar wants them."""
     factor = 100 if is_rate(key[1]) else 1
-    return factor * score.value, factor * score.low, factor * score.high
+    below, above = score.value - score.low, score.high - score.value
+    return factor * score.value, [[max(0.0, factor * below)], [max(0.0, factor * above)]]
 
 
-def arms(ends: Sequence[float]) -> list[list[float]]:
-    """(value, low, high) as matplotlib's errorbar wants it: the lengths of both arms."""
-    value, low, high = ends
-    return [[max(0.0, value - low)], [max(0.0, high - value)]]
-
-
-def axis_title(key: Key, sections: Sequence[str]) -> str:
+def axis_title(comparison: Comparison, key: Key) -> str:
     """`reasoning questions with thinking, %`."""
-    return title(*key, sections) + (", %" if is_rate(key[1]) else "")
+    name = title(*key, comparison.points[0].runs[0].sections)
+    return f"{name}, %" if is_rate(key[1]) else name

@@ -22,8 +22,7 @@ from toolkit.recipe import read_values
 Key = tuple[str, str]
 """(section, metric) of eval.json."""
 FILES = ("recipe.yaml", "mix.json", "manifest.json", "eval.json")
-SECTIONS = (*MODES, "forgetting")
-METRICS: tuple[Key, ...] = tuple((section, metric) for metric in TITLES for section in SECTIONS)
+METRICS: tuple[Key, ...] = tuple((section, metric) for metric in TITLES for section in (*MODES, "forgetting"))
 MODELS = ("base", "tuned")
 CONDITIONS = {
     "level": "level {} instead of {}",
@@ -39,7 +38,7 @@ CONDITIONS = {
     "model.revision": "revision {} of the base model instead of {}",
     "model.load_in_4bit": "load_in_4bit {} instead of {}",
 }
-"""What must be equal for two evaluations to be comparable, and how a difference is said; held-out rows may differ with
+"""What must be equal for two evaluations to be comparable, and how a difference is named; held-out rows may differ with
 the mix."""
 NOT_TRAINED = re.compile(
     r"(name|data\.seed|.*\.fraction|train\.(report_to|logging_steps|per_device_train_batch_size|gradient_accumulation_steps))$"
@@ -68,7 +67,6 @@ class Run:
 
     name: str
     recipe: dict[str, Any]
-    manifest: dict[str, Any]
     sections: tuple[str, ...] = ()
     """Modes of the model, and forgetting."""
     scores: dict[str, dict[Key, Score]] = field(default_factory=dict)
@@ -86,55 +84,48 @@ class Run:
     rows_per_step: int = 0
     """Rows that each optimizer step averaged over; 0 where the recipe does not say."""
 
-    def score(self, model: str, key: Key) -> Score | None:
-        """A number of base or tuned; None where it was not measured."""
-        return self.scores[model].get(key)
-
 
 def read_runs(folders: Iterable[Path]) -> tuple[list[Run], dict[str, str]]:
     """(runs by name, {folder that cannot be compared: why})."""
-    runs, left_out = [], {}
+    runs: list[Run] = []
+    left_out = {}
     for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
         try:
             runs.append(read_run(folder))
         except ToolkitError as error:
             left_out[folder.name] = str(error)
-    return sorted(runs, key=lambda run: run.name), left_out
+    runs.sort(key=lambda run: run.name)
+    return runs, left_out
 
 
 def read_run(folder: Path) -> Run:
     """Read an evaluated run's folder. Raises ToolkitError saying what is missing and how to get it."""
+    evaluate = f"`python -m toolkit evaluate {folder.name}`"
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
-        raise ToolkitError(
-            f"incomplete: no {', '.join(missing)}; `python -m toolkit evaluate {folder.name}` scores a finished run"
-        )
+        raise ToolkitError(f"incomplete: no {', '.join(missing)}; {evaluate} scores a finished run")
     mix, manifest, result = (read_json(folder / name) for name in FILES[1:])
     recipe = read_values(folder / "recipe.yaml")
     try:
         return run_of(folder.name, recipe, mix, manifest, result)
     except DAMAGED as error:
-        raise ToolkitError(
-            f"unreadable: {type(error).__name__}: {error}; `python -m toolkit evaluate {folder.name}` writes eval.json again"
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        raise ToolkitError(f"unreadable: {why}; {evaluate} writes eval.json again") from error
 
 
 def run_of(
-    name: str, recipe: dict[str, Any], mix: Mapping[str, Any], manifest: dict[str, Any], result: Mapping[str, Any]
+    name: str, recipe: dict[str, Any], mix: Mapping[str, Any], manifest: Mapping[str, Any], result: Mapping[str, Any]
 ) -> Run:
     """A Run from the content of its four files. Raises one of DAMAGED where they are not as they were written."""
     train = recipe["train"]
     counted = {model: counts_of(result["per_question"], model) for model in MODELS}
-    questions = sorted({counts.shape[1] for by_key in counted.values() for counts in by_key.values()})
-    asked = flat({**result, "model": manifest["model"], "per_question": " and ".join(map(str, questions))})
     return Run(
         name,
         recipe,
-        manifest,
         sections=tuple(result["tuned"]),
         scores={model: scores_of(result[model]) for model in MODELS},
         counted=counted,
-        conditions={key: str(asked.get(key)) for key in CONDITIONS},
+        conditions=conditions_of(result, manifest, counted),
         trained=trained_on(recipe, mix),
         reasoning={unit: float(shares.get("thinking", 0.0)) for unit, shares in mix["achieved_modes"].items()},
         endless=tuple(mode for mode, lengths in result.get("lengths", {}).items() if never_ends(lengths["endless"])),
@@ -147,9 +138,10 @@ def scores_of(sections: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[K
     scores = {}
     for section, metric in METRICS:
         score = sections.get(section, {}).get(metric)
+        # null: no question counted, or a diverged model computed no number
         if score and score["value"] is not None:
-            value, low, high = (float(score[name]) for name in ("value", "low", "high"))
-            scores[section, metric] = Score(value, low, high, int(score["n"]))
+            ends = float(score["low"]), float(score["high"])
+            scores[section, metric] = Score(float(score["value"]), *ends, int(score["n"]))
     return scores
 
 
@@ -158,32 +150,42 @@ def counts_of(per_question: Mapping[str, Any], model: str) -> dict[Key, np.ndarr
     tables = {}
     for section, models in per_question.items():
         for metric, rows in models.get(model, {}).items():
-            table = np.asarray(rows, dtype=float)
-            if table.ndim != 2 or len(table) != 2:
-                raise ValueError(f"per_question.{section}.{model}.{metric}: expected sums and counts")
-            tables[section, metric] = table
+            sums, counts = rows
+            tables[section, metric] = np.array([sums, counts], dtype=float)
     return tables
+
+
+def conditions_of(
+    result: Mapping[str, Any], manifest: Mapping[str, Any], counted: Mapping[str, Mapping[Key, np.ndarray]]
+) -> dict[str, str]:
+    """How a run was evaluated, by the keys of CONDITIONS."""
+    questions = {counts.shape[1] for tables in counted.values() for counts in tables.values()}
+    kept = " and ".join(map(str, sorted(questions)))
+    known = flat({**result, "model": manifest["model"], "per_question": kept})
+    return {key: str(known.get(key)) for key in CONDITIONS}
 
 
 def trained_on(recipe: Mapping[str, Any], mix: Mapping[str, Any]) -> dict[str, Any]:
     """What tells a training from another: recipe keys that matter, then planned shares; all thinking rows come last."""
-    settings = {key: value for key, value in flat(recipe).items() if not NOT_TRAINED.match(key)}
+    trained = {key: value for key, value in flat(recipe).items() if not NOT_TRAINED.match(key)}
     shares = {name: round(share, 3) for name, share in mix["planned"].items()}
     # a source of which nothing was wanted is planned but has no entry
     thinking = [shares[name] for name, source in mix["sources"].items() if source["mode"] == "thinking"]
     # fsum: the same number whatever the order of the sources
     shares["reasoning"] = round(math.fsum(thinking), 3)
-    return settings | {SHARE + name: share for name, share in shares.items()}
+    for name, share in shares.items():
+        trained[SHARE + name] = share
+    return trained
 
 
 def evaluated_differently(run: Run, usual: Run) -> str:
-    """How a run was evaluated otherwise than another, in words; empty where it was not."""
+    """How the conditions of a run's evaluation differ from those of another, in words."""
     differences = []
     for key, words in CONDITIONS.items():
         value, expected = run.conditions[key], usual.conditions[key]
         if value != expected:
             differences.append(words.format(value, expected))
-    return f"evaluated differently: {'; '.join(differences)}" if differences else ""
+    return f"evaluated differently: {'; '.join(differences)}"
 
 
 def changed_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -8,13 +8,13 @@ for each ratio (short chat rows: many; long traces: few), so that a step holds a
 Kill it anywhere and run the same command again: finished runs are skipped, the unfinished one resumes from its checkpoint.
 """
 
-import contextlib
 import dataclasses
 import math
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from toolkit.data.mix import compile_mix
 from toolkit.evaluation.questions import SHIPPED, from_mix
 from toolkit.files import ToolkitError, did_you_mean, lock, outputs, read_json, write_json, write_jsonl, write_text
 from toolkit.recipe import Recipe, Source
-from toolkit.records import MixReport
+from toolkit.records import MixReport, Question
 from toolkit.run import default_console, resolve
 from toolkit.training.model import check_adapter
 from toolkit.view.figures import logged
@@ -78,9 +78,10 @@ class Planned:
         `train`, which writes damaged files again."""
         try:
             check_adapter(self.folder)
-            return "finished" in read_run(self.folder).manifest
+            read_run(self.folder)
         except ToolkitError:
             return False
+        return "finished" in read_json(self.folder / "manifest.json")
 
     def steps_done(self) -> int:
         """Optimizer steps that its metrics.jsonl holds; 0 while its last line is not whole."""
@@ -118,16 +119,15 @@ def sweep(
     values. Without `seeds` a setting is trained three times where that is short, else once."""
     console = console or default_console()
     base = recipes.load(path, overrides)
-    changes = settings_of_key(over, base) if over else settings_of_share(of, shares, base)
+    settings = settings_of_key(over, base) if over else settings_of_share(of, shares, base)
     folder = outputs() / f"{base.name}-sweep"
     with lock(folder, "sweep"):
-        runs = plan(base, changes, seeds or SEEDS, console)
-        first = [run for run in runs if run.recipe.data.seed == base.data.seed]
-        further = [run for run in runs if run not in first]
+        runs = plan(base, settings, seeds or SEEDS, console)
         write_plan(folder, runs)
+        first, further = runs[: len(settings)], runs[len(settings) :]
         console.print(plan_table(first))
-        failed = work(first if seeds is None else runs, folder, command, console)
-        if seeds is None and further and not failed and affordable(first, further, console):
+        failed = work(runs if seeds else first, folder, command, console)
+        if not seeds and not failed and affordable(first, console):
             failed = work(further, folder, command, console)
         # what an earlier command trained counts too
         done = [run.folder for run in runs if run not in failed and run.finished()]
@@ -142,47 +142,42 @@ def sweep(
     return folder
 
 
-def affordable(first: Sequence[Planned], further: Sequence[Planned], console: Console) -> bool:
+def affordable(first: Sequence[Planned], console: Console) -> bool:
     """Whether more seeds are trained unasked: says what they cost, and how to ask for another number."""
-    longest = max(run.seconds() for run in first)
-    minutes = sum(run.seconds() for run in first) / len(first) * len(further) / 60
-    if longest <= SHORT:
+    seconds = [run.seconds() for run in first]
+    more = (SEEDS - 1) * sum(seconds)
+    if max(seconds) <= SHORT:
         console.print(
-            f"two more seeds of each: about {minutes:.0f} min, since one training does not tell settings apart (--seeds 1 leaves them out)"
+            f"two more seeds of each: about {more / 60:.0f} min, since one training does not tell settings apart (--seeds 1 "
+            "leaves them out)"
         )
         return True
     console.print(
-        f"one seed: a run took {longest / 60:.0f} min, so two more of each (about {minutes / 60:.1f} h) are trained only on "
-        f"request: --seeds {SEEDS}"
+        f"one seed: a run took {max(seconds) / 60:.0f} min, so two more of each (about {more / 3600:.1f} h) are trained only "
+        f"on request: --seeds {SEEDS}"
     )
     return False
 
 
 # --- the settings ----------------------------------------------------------------------------------------------------
 
-
-@dataclass(frozen=True)
-class Setting:
-    """What one point of a sweep changes."""
-
-    name: str
-    """As part of a run's name."""
-    overrides: list[str]
+Settings = dict[str, list[str]]
+"""{part of a run's name: the overrides that make it}, one for each point of a sweep."""
 
 
-def settings_of_share(of: str, shares: Sequence[float], base: Recipe) -> list[Setting]:
+def settings_of_share(of: str, shares: Sequence[float], base: Recipe) -> Settings:
     """One for each share. Raises ToolkitError for a recipe that has no such share."""
     if all(source.fraction is None for source in base.data.sources):
         raise ToolkitError(
             f"{base.name}: its mix is given in counts (path#500), so it has no share to sweep. Give every source a `fraction`"
         )
     if of != "reasoning":
-        return [Setting(f"{of}{share:g}", share_of_source(of, share, base)) for share in shares]
+        return {f"{of}{share:g}": share_of_source(of, share, base) for share in shares}
     if not any(source.mode == "thinking" for source in base.data.sources):
         raise ToolkitError(
             f"{base.name}: no source has mode thinking: sweep the share of one source (--of {base.data.sources[-1].name})"
         )
-    return [Setting(f"r{share:g}", [f"data.reasoning={share}"]) for share in shares]
+    return {f"r{share:g}": [f"data.reasoning={share}"] for share in shares}
 
 
 def share_of_source(name: str, share: float, base: Recipe) -> list[str]:
@@ -200,7 +195,7 @@ def share_of_source(name: str, share: float, base: Recipe) -> list[str]:
     return overrides
 
 
-def settings_of_key(over: Sequence[str], base: Recipe) -> list[Setting]:
+def settings_of_key(over: Sequence[str], base: Recipe) -> Settings:
     """One for each value of a key: `over` is the key, then its values. Raises ToolkitError for a key that a sweep sets
     itself, or that changes no training."""
     key, *values = over
@@ -211,16 +206,16 @@ def settings_of_key(over: Sequence[str], base: Recipe) -> list[Setting]:
             f"--over {key}: a sweep keeps it equal in all runs, or it changes no training. Sweep a key like "
             "train.learning_rate or lora.r"
         )
-    settings = [Setting(f"{key.rpartition('.')[2]}{value}", [f"{key}={value}"]) for value in dict.fromkeys(values)]
-    for setting in settings:  # a mistyped key or value is said before anything is compiled
-        run_recipe(base, setting, base.data.seed)
+    settings = {f"{key.rpartition('.')[2]}{value}": [f"{key}={value}"] for value in values}
+    for name, overrides in settings.items():  # a mistyped key or value is an error before anything is compiled
+        run_recipe(base, name, overrides, base.data.seed)
     return settings
 
 
-def run_recipe(base: Recipe, setting: Setting, seed: int) -> Recipe:
+def run_recipe(base: Recipe, setting: str, overrides: Sequence[str], seed: int) -> Recipe:
     """The recipe of one run, named after what is swept: hybrid-r0.25-s3407."""
-    name = file_name(f"{base.name}-{setting.name}-s{seed}")
-    overrides = [f"name={name}", f"data.seed={seed}", *setting.overrides]
+    name = file_name(f"{base.name}-{setting}-s{seed}")
+    overrides = [f"name={name}", f"data.seed={seed}", *overrides]
     return recipes.from_dict(recipes.to_dict(base), f"sweep of {base.name}", overrides)
 
 
@@ -232,30 +227,37 @@ def file_name(text: str) -> str:
 # --- the plan --------------------------------------------------------------------------------------------------------
 
 
-def plan(base: Recipe, settings: Sequence[Setting], seeds: int, console: Console) -> list[Planned]:
+def plan(base: Recipe, settings: Settings, seeds: int, console: Console) -> list[Planned]:
     """Every run, with one budget and one number of steps, all settings of a seed before the next seed. Raises ToolkitError
     for a recipe that cannot give every run the same."""
-    if base.data.unit != "supervised_tokens":
+    if base.data.unit != "supervised_tokens" or base.train.get("packing"):
         raise ToolkitError(
-            "a sweep gives every run the same supervised tokens, row by row: add data.unit=supervised_tokens"
+            "a sweep gives every run the same supervised tokens, row by row: add data.unit=supervised_tokens "
+            "train.packing=false"
         )
-    if base.train.get("packing"):
-        raise ToolkitError("a sweep gives every run the same supervised tokens, row by row: add train.packing=false")
-    # the questions first, since every run must be asked the same
-    base = with_questions(resolve(base, console))
-    base = with_equal_evaluation(base)
+    base = asked_alike(resolve(base, console))
     group = []
     for seed in range(base.data.seed, base.data.seed + seeds):
-        group += [run_recipe(base, setting, seed) for setting in settings]
+        group += [run_recipe(base, name, overrides, seed) for name, overrides in settings.items()]
     return same_budget(group, console)
 
 
-def with_questions(base: Recipe) -> Recipe:
-    """The recipe with questions that do not depend on the setting: its own, else those among the rows that it holds out as
-    it stands, kept in the sweep's folder, else those that ship."""
-    if base.evaluate.questions:
-        return base
-    questions = from_mix(compile_mix(base))["questions"] or []
+def asked_alike(base: Recipe) -> Recipe:
+    """The recipe with what an evaluation would else decide by itself, from the run's own mix and the speed of the machine:
+    which questions, how many, and how long a reply may be."""
+    section, own = base.evaluate, from_mix(compile_mix(base))
+    evaluate = dataclasses.replace(
+        section,
+        questions=section.questions or held_out_questions(base, own["questions"] or []) or SHIPPED,
+        questions_per_mode=section.questions_per_mode or QUESTIONS[section.level],
+        max_new_tokens=section.max_new_tokens or max(own["limits"].values(), default=None),
+    )
+    return dataclasses.replace(base, evaluate=evaluate)
+
+
+def held_out_questions(base: Recipe, questions: Sequence[Question]) -> tuple[Source, ...]:
+    """Those among the rows that the recipe holds out as it stands, kept in the sweep's folder: other shares hold out other
+    rows."""
     if questions and not base.data.decontaminate:
         raise ToolkitError(f"{base.name}: one run would train on what another holds out: add data.decontaminate=true")
     sets = []
@@ -267,48 +269,30 @@ def with_questions(base: Recipe) -> Recipe:
         if rows:
             write_jsonl(file, rows)
             sets.append(Source(str(file), name=source.name, format="messages", mode=source.mode))
-    return dataclasses.replace(base, evaluate=dataclasses.replace(base.evaluate, questions=tuple(sets) or SHIPPED))
-
-
-def with_equal_evaluation(base: Recipe) -> Recipe:
-    """The recipe with what an evaluation would else decide by itself, from the run's own mix and the speed of the machine:
-    how many questions, and how long a reply may be."""
-    settings = base.evaluate
-    count = settings.questions_per_mode or QUESTIONS[settings.level]
-    limit = settings.max_new_tokens or max(from_mix(compile_mix(base))["limits"].values(), default=None)
-    return dataclasses.replace(
-        base, evaluate=dataclasses.replace(settings, questions_per_mode=count, max_new_tokens=limit)
-    )
+    return tuple(sets)
 
 
 def same_budget(group: list[Recipe], console: Console) -> list[Planned]:
-    """The runs with the largest budget that every one of the mixes can reach, and with equal steps."""
+    """The runs with the largest budget that every one of the mixes can reach, in three digits, and with equal steps."""
     while True:  # a smaller budget can make another source the one that limits a mix
         reports = [compile_mix(recipe).report for recipe in group]
-        budget = reachable_budget(reports, group[0].data.budget)
-        if budget is None:
+        limits = []
+        for report in reports:
+            name = report["limited_by"]
+            if name:
+                limits.append((int(report["sources"][name]["supervised_tokens"] / report["planned"][name]), name))
+        if not limits:
             return same_steps(group, reports)
-        names = " and ".join(sorted({report["limited_by"] for report in reports if report["limited_by"]}))
+        budget, name = min(limits)
+        wanted = group[0].data.budget
+        if wanted:  # a mix may be a part of a row above its budget: lower at each turn, so that the turns end
+            budget = min(budget, wanted - 1)
+        budget -= budget % 10 ** max(0, len(str(budget)) - 3)
         if not budget:
-            raise ToolkitError(f"{names}: no budget is left that every run can reach: add rows")
-        wanted = f"{group[0].data.budget:,}" if group[0].data.budget else "an open budget"
-        console.print(f"{names} cannot fill {wanted} in every run: each run gets {budget:,} supervised tokens")
+            raise ToolkitError(f"{name}: no budget is left that every run can reach: add rows")
+        asked = f"{wanted:,}" if wanted else "an open budget"
+        console.print(f"{name} cannot fill {asked} in every run: each run gets {budget:,} supervised tokens")
         group = [dataclasses.replace(r, data=dataclasses.replace(r.data, budget=budget)) for r in group]
-
-
-def reachable_budget(reports: Sequence[MixReport], budget: int | None) -> int | None:
-    """A budget below `budget` that the exhausted sources can fill, three digits of it; None where none is exhausted."""
-    limits = []
-    for report in reports:
-        name = report["limited_by"]
-        if name:  # a mix's total may be a part of a row above what its exhausted source can fill
-            limits.append(int(report["sources"][name]["supervised_tokens"] / report["planned"][name]))
-    if not limits:
-        return None
-    least = min(limits)
-    if budget:  # lower at each turn, so that the turns end
-        least = min(least, budget - 1)
-    return least - least % 10 ** max(0, len(str(least)) - 3)  # rounding down keeps it reachable
 
 
 def same_steps(group: Sequence[Recipe], reports: Sequence[MixReport]) -> list[Planned]:
@@ -324,7 +308,6 @@ def same_steps(group: Sequence[Recipe], reports: Sequence[MixReport]) -> list[Pl
     runs = []
     for recipe, report, seen in zip(group, reports, rows, strict=True):
         per_device, accumulation = rows_per_step(seen / steps, device)
-        sizes = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
         total, batch = report["total"], per_device * accumulation
         row = PlanRow(
             name=recipe.name,
@@ -335,8 +318,9 @@ def same_steps(group: Sequence[Recipe], reports: Sequence[MixReport]) -> list[Pl
             rows_per_step=batch,
             tokens_trained_on=round(total["supervised_tokens"] * steps * batch / total["examples"]),
         )
-        train_section = {**recipe.train, **sizes, "max_steps": steps}
-        runs.append(Planned(dataclasses.replace(recipe, train=train_section), row))
+        sizes = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
+        section = {**recipe.train, **sizes, "max_steps": steps}
+        runs.append(Planned(dataclasses.replace(recipe, train=section), row))
     return runs
 
 
@@ -389,7 +373,7 @@ def work(
 ) -> list[Planned]:
     """Do every run that is not finished, one after the other; returns those that failed."""
     failed = []
-    with Progress(console, f"{folder.name}, steps", sum(run.row["steps"] for run in runs)) as progress:
+    with Progress(console, folder.name, sum(run.row["steps"] for run in runs)) as progress:
         for number, run in enumerate(runs, 1):
             progress.title = f"{folder.name}, run {number} of {len(runs)}, steps"
             with lock(run.folder, "sweep", wait=True):  # the training of a killed sweep may go on by itself
@@ -408,20 +392,17 @@ def train_run(
     name, log = run.recipe.name, folder / "logs" / f"{run.recipe.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"{name}: training (log: {log})")
+    words = command(folder / "recipes" / f"{name}.yaml")
     environment = os.environ | {"TOOLKIT_SWEEP": folder.name, "PYTHONUNBUFFERED": "1"}
     done = run.steps_done()
     with open(log, "a", encoding="utf-8") as out:
-        words = command(folder / "recipes" / f"{name}.yaml")
         # a process of its own: what Unsloth patches and what stays on the card ends with it
         process = subprocess.Popen(words, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=environment)
         try:
             while process.poll() is None:
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(POLL_SECONDS)
-                more = run.steps_done() - done
-                if more > 0:
-                    progress.advance(more)
-                    done += more
+                time.sleep(POLL_SECONDS)
+                before, done = done, max(done, run.steps_done())
+                progress.advance(done - before)
         finally:  # an interrupt leaves no orphan training
             process.terminate()
             process.wait()
@@ -431,5 +412,5 @@ def train_run(
         return True
     tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL_LINES:]
     console.print(f"{name}: failed with exit code {process.returncode}; its log ends:", style="red")
-    console.print("\n".join(f"    {line}" for line in tail), markup=False)
+    console.print("\n".join(tail), markup=False)
     return False

@@ -3,6 +3,8 @@
 from toolkit.view.listing import recipes, runs; runs(); recipes()
 """
 
+import re
+import textwrap
 from pathlib import Path
 from typing import TypedDict
 
@@ -21,54 +23,47 @@ class ListedRun(TypedDict):
     """What of `merged` and `gguf` is there."""
 
 
-class ListedRecipe(TypedDict):
-    """A recipe that ships."""
-
-    name: str
-    purpose: str
-
-
 def runs() -> list[ListedRun]:
-    """Every run in the outputs folder, by name; a damaged file of one is told and hides no other."""
-    return [_run(file.parent) for file in sorted(outputs().glob("*/recipe.yaml"))]
+    """Every run in the outputs folder, by name; a damaged file of one hides no other."""
+    return [listed(file.parent) for file in sorted(outputs().glob("*/recipe.yaml"))]
 
 
-def _run(folder: Path) -> ListedRun:
-    manifest = {}
-    state = "not begun"
-    if (folder / "manifest.json").is_file():
-        try:
+def listed(folder: Path) -> ListedRun:
+    """One run's folder."""
+    manifest = {"state": "not begun"}
+    try:
+        if (folder / "manifest.json").is_file():
             manifest = read_json(folder / "manifest.json")
-            # a folder of another program's making may hold no state
-            state = manifest.get("state", "finished" if (folder / "adapter").is_dir() else "unknown")
-        except ToolkitError:
-            state = "manifest.json is damaged: run its `train` command again"
+    except ToolkitError:
+        manifest = {"state": "manifest.json is damaged: run its `train` command again"}
     return {
         "name": folder.name,
-        "state": state,
+        "state": manifest.get("state", "unknown"),
         "steps": manifest.get("steps"),
         "scored": (folder / "eval.json").is_file(),
         "exported": [name for name in ("merged", "gguf") if (folder / name).is_dir()],
     }
 
 
-def recipes() -> list[ListedRecipe]:
-    """Every recipe that ships, by name, with the first line of its header."""
-    shipped: list[ListedRecipe] = []
+def recipes() -> list[dict[str, str]]:
+    """Every recipe that ships, {"name", "purpose"} by name: the first sentence of its header."""
+    shipped = []
     for file in sorted(RECIPES.glob("*.yaml")):
-        header = read_text(file).partition("\n")[0]
-        shipped.append({"name": file.stem, "purpose": header.lstrip("# ")})
+        header = read_text(file).partition("\n# Run:")[0].replace("\n#", "").lstrip("# ")
+        shipped.append({"name": file.stem, "purpose": re.split(r"(?<=\.)\s", header)[0]})
     return shipped
 
 
 def lines() -> list[str]:
-    """The same for people: a line each, then the commands that go on from there."""
-    listed = runs()
-    text = [f"runs in {outputs()}:" if listed else f"no run in {outputs()} yet"]
-    for run in listed:
+    """The same for people, at most 80 columns wide, then the commands that go on from there."""
+    found = runs()
+    text = [f"runs in {outputs()}:" if found else f"no run in {outputs()} yet"]
+    for run in found:
         steps = f", {run['steps']} steps" if run["steps"] else ""
-        done = [", scored"] * run["scored"] + [f", {name}" for name in run["exported"]]
-        text.append(f"  {run['name']}: {run['state']}{steps}{''.join(done)}")
+        scored = ", scored" if run["scored"] else ""
+        text.append(f"  {run['name']}: {', '.join([run['state'] + steps + scored, *run['exported']])}")
     text += ["", "recipes that ship:"]
-    text += [f"  {recipe['name']}: {recipe['purpose']}" for recipe in recipes()]
+    for recipe in recipes():
+        line = f"  {recipe['name']}: {recipe['purpose']}"
+        text += textwrap.wrap(line, 80, subsequent_indent="    ", break_long_words=False)
     return [*text, "", "next: python -m toolkit train RECIPE   or   python -m toolkit evaluate RUN"]

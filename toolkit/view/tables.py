@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich import box
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -28,19 +27,21 @@ def rich_table(rows: Sequence[Mapping[str, object]], *, title: str | None = None
     """Rows with equal keys as a table, those at `bold` in bold: integers as 1,234, floats as 12.3%.
 
     No name, word or number is cut, since two may differ in their last letters only."""
-    cells = [[escape(cell_text(value)) for value in row.values()] for row in rows]  # a source may be called set[zh]
-    several_lines = any("\n" in cell for row in cells for cell in row)
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
-    table.leading = int(several_lines)  # an empty line tells rows of several lines apart
     for place, key in enumerate(rows[0]):
         heading = key.replace("_", " ")
         if place == 0:  # the first column takes what the others leave
             table.add_column(heading, overflow="fold")
-        else:
-            words = heading.split() + "\n".join(row[place] for row in cells).split("\n")
-            table.add_column(heading, justify="right", overflow="fold", width=max(map(len, words)))
-    for number, row in enumerate(cells):
-        table.add_row(*row, style="bold" if number in bold else None)
+            continue
+        lines = heading.split()
+        for row in rows:
+            lines += cell_text(row[key]).split("\n")
+        table.add_column(heading, justify="right", overflow="fold", width=max(map(len, lines)))
+    for number, row in enumerate(rows):
+        cells = [Text(cell_text(value)) for value in row.values()]
+        # an empty line tells rows of several lines apart
+        table.leading |= any("\n" in cell.plain for cell in cells)
+        table.add_row(*cells, style="bold" if number in bold else None)
     return table
 
 
@@ -53,13 +54,11 @@ def cell_text(value: object) -> str:
 
 def side_by_side(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Replies beside each other: rows {"prompt", "mode", column: ShownReply, …}; grey reasoning above the answer."""
-    # a row may lack a column that another has
-    columns = dict.fromkeys(name for row in rows for name in row)
-    table = Table(*columns, show_lines=True)
+    table = Table(*rows[0], show_lines=True)
     for row in rows:
-        cells = [Text(row["prompt"]), Text(mode_title(row["mode"]))]
-        for name in list(columns)[2:]:
-            reply = row[name]  # a ShownReply, or a Reply of `generate`
+        prompt, mode, *replies = row.values()
+        cells = [Text(prompt), Text(mode_title(mode))]
+        for reply in replies:  # a ShownReply, or a Reply of `generate`
             grey = (f"{reply.reasoning}\n" if reply.reasoning else "", "bright_black")
             cells.append(Text.assemble(grey, reply.answer or "(no answer)"))
         table.add_row(*cells)
@@ -107,7 +106,8 @@ def mix_table(report: Mapping[str, Any]) -> Table:
         amounts = (source["rows_kept"], source["tokens"], source["supervised_tokens"])
         for unit, amount in zip(UNITS, amounts, strict=True):
             row[unit] = f"{amount:,}\n{report['achieved'][unit].get(name, 0):.1%}"
-        rows.append(row | {"planned": f"\n{report['planned'][name]:.1%}"})
+        row["planned"] = f"\n{report['planned'][name]:.1%}"
+        rows.append(row)
     return rich_table(rows)
 
 
@@ -116,10 +116,11 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, row in report["sources"].items():
         if row["dropped"]:
-            lines.append(f"{name}: dropped " + ", ".join(f"{n} {reason}" for reason, n in row["dropped"].items()))
+            dropped = ", ".join(f"{count} {reason}" for reason, count in row["dropped"].items())
+            lines.append(f"{name}: dropped {dropped}")
         if row["rows_repeated"]:
             cause = f"path#{row['rows_asked']}" if row["rows_asked"] else "max_repeats"
             lines.append(f"{name}: {row['rows_repeated']} of {row['rows_kept']} rows are repeats ({cause})")
     if report["limited_by"]:
-        lines.append(f"{report['limited_by']} is exhausted: the mix was reduced to keep the requested fractions")
+        lines.append(f"{report['limited_by']} is exhausted: the mix was reduced to keep the planned shares")
     return lines + [f"warning: {warning}" for warning in report["warnings"]]

@@ -3,6 +3,7 @@
 report(Path("outputs/pocket"), Console())
 """
 
+from collections import defaultdict
 from pathlib import Path
 
 from rich.console import Console
@@ -24,15 +25,16 @@ def report(folder: Path, console: Console) -> None:
         console.print(f"{manifest['skipped_steps']} of the steps were skipped: their fp16 gradients overflowed")
 
 
-def before_after(rows: list[dict[str, str]]) -> Table:
+def before_after(samples: list[dict[str, str]]) -> Table:
     """A table of the fixed prompts' replies before and after training, in each mode of the model."""
-    replies: dict[tuple[str, str], dict[str, tables.ShownReply]] = {}
-    for row in rows:
-        if row["when"] not in ("before", "after"):
-            continue
-        key = (row["prompt"], row["mode"])
-        replies[key] = replies.get(key, {}) | {row["when"]: tables.ShownReply(row["reasoning"], row["answer"])}
-    return tables.side_by_side([{"prompt": prompt, "mode": mode, **pair} for (prompt, mode), pair in replies.items()])
+    rows: dict[tuple[str, str], dict[str, object]] = defaultdict(dict)
+    for when in ("before", "after"):
+        for sample in samples:
+            if sample["when"] == when:
+                row = rows[sample["prompt"], sample["mode"]]
+                row |= {"prompt": sample["prompt"], "mode": sample["mode"]}
+                row[when] = tables.ShownReply(sample["reasoning"], sample["answer"])
+    return tables.side_by_side(list(rows.values()))
 
 
 def print_mix(report: MixReport, console: Console, next_command: str = "") -> None:
@@ -56,10 +58,9 @@ def print_result(result: Evaluation, folder: Path, console: Console, *, details:
     console.print(f"the run: {folder} (to read it: report.html)")
     if console.is_jupyter:  # the notebook's next cell is what comes next, and no command line
         return
-    # a run that lost something is looked at before it is exported
-    worse = result["verdict"][-1].startswith(("result: WORSE", "result: BROKEN"))
-    following = "chat {0}   or   python -m toolkit export {0}"
-    if worse:
-        following = "evaluate {0} --level full" if details else "evaluate {0} --details"
     name = folder.name if folder.parent == outputs() else folder
-    console.print(f"next:    python -m toolkit {following.format(name)}")
+    following = f"chat {name}   or   python -m toolkit export {name}"
+    # a run that lost something is looked at before it is exported
+    if result["verdict"][-1].startswith(("result: WORSE", "result: BROKEN")):
+        following = f"evaluate {name} {'--level full' if details else '--details'}"
+    console.print(f"next:    python -m toolkit {following}")

@@ -1,0 +1,223 @@
+"""Runs as points of a comparison: means over seeds, their intervals, and what differs from the base beyond chance.
+
+axis, points, notes = points_of(read_runs(Path("outputs").glob("sweep_pocket-r*"))[0])
+
+An interval of several seeds holds their scatter beside that of the questions; an interval of one seed cannot.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from toolkit.comparison.runs import METRICS, SHARE, Key, Run, Score, changed_keys
+from toolkit.evaluation.stats import (
+    RESAMPLES,
+    Sample,
+    is_rate,
+    percentile_interval,
+    resample_counts,
+    resampled_ratios,
+)
+
+SEED = 3407
+"""Of the resamples: the same for every metric, so that all differences are paired."""
+
+
+@dataclass(frozen=True)
+class Average(Score):
+    """A number over the seeds of a point."""
+
+    each: list[float]
+    """One value per seed."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A mean of the base and of the tuned runs, and the paired difference with its 95% interval."""
+
+    before: float
+    after: float
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """The base, or runs that differ only in their seed: one row of the table, one place in the picture."""
+
+    label: str
+    runs: list[Run]
+    values: dict[Key, Average]
+    changes: dict[Key, Change] = field(default_factory=dict)
+    """Tuned against base, where it can be paired (see `difference`)."""
+    place: float = 0.0
+    """Where it lies on the axis; its number where the points are compared by name."""
+    short: str = ""
+    """Its label in the picture."""
+
+
+# --- which runs are one point ----------------------------------------------------------------------------------------
+
+
+def points_of(runs: Sequence[Run]) -> tuple[str, list[Point], list[str]]:
+    """(axis, points along it, notes): runs that differ only in their seed are one point.
+
+    Where runs differ in shares alone, the axis is the last share that varies: the reasoning share, or the source listed
+    last, as recipes name the rows to be learned first and general data last. Where one key alone differs, it is the axis.
+    Otherwise it is empty, and points are compared by name."""
+    differing = changed_keys([run.trained for run in runs])
+    shares_alone = all(key.startswith(SHARE) for key in differing)
+    axis = ""
+    notes = []
+    if differing and (shares_alone or len(differing) == 1):
+        axis = differing[-1].removeprefix(SHARE)
+    elif differing:
+        notes = [f"Compared by name, since the runs differ in more than a share: {', '.join(differing)}."]
+    settings: dict[str, list[Run]] = defaultdict(list)
+    for run in runs:
+        settings[str(sorted(run.trained.items()))].append(run)
+    points = [point(members, axis, number) for number, members in enumerate(settings.values(), 1)]
+    points.sort(key=lambda point: (point.place, point.label))
+    return axis, points, notes + rows_per_step_note(points)
+
+
+def point(runs: list[Run], axis: str, number: int = 0) -> Point:
+    """Runs that differ only in their seed, named after their place on the axis, or after the first of them."""
+    trained = runs[0].trained
+    place = float(number)
+    if not axis:
+        short = str(number)
+        label = runs[0].name
+        if len(runs) > 1:
+            label += f" (+{len(runs) - 1} more seeds)"
+    elif SHARE + axis in trained:
+        place = trained[SHARE + axis]
+        short = f"{100 * place:g}%"
+        label = f"{short} {axis}"
+    else:
+        setting = trained.get(axis)
+        # what is no number (a scheduler's name) has no place, only a name
+        if isinstance(setting, int | float):
+            place = float(setting)
+        short = f"{setting:g}" if isinstance(setting, float) else str(setting)
+        label = f"{axis.rpartition('.')[2]} {short}"
+    changes = {}
+    for key in METRICS:
+        change = difference(runs, key)
+        if change:
+            changes[key] = change
+    return Point(label, runs, averages(runs, "tuned"), changes, place, short)
+
+
+def rows_per_step_note(points: Sequence[Point]) -> list[str]:
+    """`Rows per step: 8 (100% reasoning), 56 (0% reasoning) …`, where they differ: a mean over few rows is noisier."""
+    rows = {point.label: point.runs[0].rows_per_step for point in points}
+    if len(set(rows.values())) < 2:
+        return []
+    listed = ", ".join(f"{count} ({label})" for label, count in rows.items())
+    return [f"Rows per step differ, since all take equal steps of equal supervised tokens: {listed}."]
+
+
+# --- means over seeds ------------------------------------------------------------------------------------------------
+
+
+def averages(runs: Sequence[Run], model: str) -> dict[Key, Average]:
+    """Every metric of base or tuned that all runs have, averaged over them."""
+    found = {}
+    for key in METRICS:
+        by_seed = scores(runs, model, key)
+        if by_seed:
+            found[key] = average(key[1], by_seed)
+    return found
+
+
+def scores(runs: Sequence[Run], model: str, key: Key) -> list[Score]:
+    """The number of each run; empty where one of them has none."""
+    known = [run.scores[model][key] for run in runs if key in run.scores[model]]
+    return known if len(known) == len(runs) else []
+
+
+def average(metric: str, by_seed: Sequence[Score]) -> Average:
+    """Mean over seeds. All seeds answer the same questions, so their intervals do not shrink by averaging; the scatter
+    between the seeds is added."""
+    each = [score.value for score in by_seed]
+    value = float(np.mean(each))
+    scatter = 1.96 * seed_error(each)
+    # two independent errors, question and seed: their squares add up
+    low = value - math.hypot(np.mean([abs(score.value - score.low) for score in by_seed]), scatter)
+    high = value + math.hypot(np.mean([abs(score.value - score.high) for score in by_seed]), scatter)
+    if is_rate(metric):
+        low, high = max(0.0, low), min(1.0, high)
+    return Average(value, low, high, min(score.n for score in by_seed), each)
+
+
+def seed_error(each: Sequence[float]) -> float:
+    """Standard error of a mean over seeds; 0 for one seed, whose scatter is unknown."""
+    if len(each) < 2:
+        return 0.0
+    return float(np.std(each, ddof=1) / math.sqrt(len(each)))
+
+
+# --- what is chance and what is not ----------------------------------------------------------------------------------
+
+
+def difference(runs: Sequence[Run], key: Key) -> Change | None:
+    """Tuned against base in a metric's mean, paired over questions; None where it cannot be resampled."""
+    which = counting_questions(runs, ("base", "tuned"), key)
+    if which is None:
+        return None
+    before, after = scores(runs, "base", key), scores(runs, "tuned", key)
+    old = float(np.mean([score.value for score in before]))
+    new = float(np.mean([score.value for score in after]))
+    n = min(score.n for score in before + after)
+    changes = resampled_mean(runs, "tuned", key, which) - resampled_mean(runs, "base", key, which)
+    low, high = percentile_interval(changes, new - old, n, -1.0 if is_rate(key[1]) else None)
+    return Change(old, new, new - old, low, high)
+
+
+def simultaneous_margin(points: Sequence[Point], goal: Key) -> float:
+    """The range of the goal that equal points would show in 19 of 20 cases: the 95% quantile of the range of the centred
+    resamples, which bounds all pairs at once (Tukey's range test, by bootstrap). It is not widened for few questions: two to
+    five equal points of 8 to 60 questions go beyond it in 3 to 7 of 100 cases as it is (600 simulations each)."""
+    which = counting_questions([run for point in points for run in point.runs], ("tuned",), goal)
+    if which is None:
+        return 1.0
+    centred = [resampled_mean(point.runs, "tuned", goal, which) - point.values[goal].value for point in points]
+    margin = float(np.quantile(np.ptp(centred, axis=0), 0.95))
+    for score in (point.values[goal] for point in points):
+        # where all questions agree, resamples show no spread: the interval's width stands in
+        if score.value in (0.0, 1.0):
+            margin = max(margin, score.high - score.low)
+    return margin
+
+
+def counting_questions(runs: Sequence[Run], models: Sequence[str], key: Key) -> np.ndarray | None:
+    """Which questions count for at least one run: those of the other kind count for nobody, and without them the draws
+    are those of `evaluate`. None where a run was not measured or not kept question by question."""
+    counts = []
+    for run in runs:
+        for model in models:
+            if key not in run.scores[model] or key not in run.counted[model]:
+                return None
+            counts.append(run.counted[model][key][1])
+    return np.asarray(np.any(counts, axis=0))
+
+
+def resampled_mean(runs: Sequence[Run], model: str, key: Key, which: np.ndarray) -> np.ndarray:
+    """RESAMPLES values of the mean over runs, each as if other questions had been drawn of those in `which`, with the
+    scatter of the seeds added."""
+    drawn = resample_counts(int(which.sum()), SEED)
+    each = []
+    for run in runs:
+        sums, counts = np.compress(which, run.counted[model][key], axis=1)
+        values = resampled_ratios(Sample(sums, counts), drawn)
+        # NaN: every reply that was drawn is cut
+        each.append(np.where(np.isnan(values), run.scores[model][key].value, values))
+    # seeded by the runs' names, so that two points get noise of their own, the same every time
+    noise = np.random.default_rng([SEED, *"".join(run.name for run in runs).encode()])
+    error = seed_error([score.value for score in scores(runs, model, key)])
+    return np.asarray(np.mean(each, axis=0) + noise.normal(0, error, RESAMPLES))
