@@ -193,9 +193,8 @@ def test_equal_ratios_are_rarely_given_a_winner():
 
 def equal_point(name, right):
     key, mean = ("thinking", "accuracy"), float(np.mean(right))
-    scores = {"tuned": {key: Score(mean, 0.0, 1.0, QUESTIONS)}}
-    counted = {"tuned": {key: np.array([right, [1.0] * QUESTIONS])}}
-    run = Run(name, {}, scores=scores, counted=counted)
+    counted = np.array([right, [1.0] * QUESTIONS])
+    run = Run(name, {}, {"tuned": {key: Score(mean, 0.0, 1.0, QUESTIONS, counted)}})
     return Point(name, [run], {key: Average(mean, 0.0, 1.0, QUESTIONS, [mean])})
 
 
@@ -520,8 +519,9 @@ def test_the_base_and_every_point_are_in_the_picture_in_per_cent_and_the_recomme
     found = compare([make_run(tmp_path, s, thinking=0.3 + s / 2, kl=0.1 + s) for s in SHARES])
     gained, distance = (drawn(axes) for axes in figure(found).axes)
     assert len(gained) == 6
-    assert [round(x) for _, x, _ in gained] == [40, 30, 43, 55, 68, 80]
-    assert {round(y) for _, _, y in gained} == {90}
+    assert [round(100 * x) for _, x, _ in gained] == [40, 30, 43, 55, 68, 80]
+    assert {round(100 * y) for _, _, y in gained} == {90}
+    assert figure(found).axes[0].xaxis.get_major_formatter()(0.4) == "40%"
     colours = [colour for colour, _, _ in gained]
     best = 1 + found.points.index(found.recommended)
     assert [i for i, colour in enumerate(colours) if colours.count(colour) == 1] == [0, best]
@@ -533,7 +533,7 @@ def test_the_intervals_of_the_picture_are_those_of_the_table(tmp_path):
     (bars, *_) = figure(found).axes[0].containers[3].lines[2]
     (left, _), (right, _) = bars.get_segments()[0]
     score = found.points[2].values["thinking", "accuracy"]
-    assert [left, right] == pytest.approx([100 * score.low, 100 * score.high])
+    assert [left, right] == pytest.approx([score.low, score.high])
 
 
 def test_the_csv_reads_back_and_the_same_runs_give_the_same_files(tmp_path):

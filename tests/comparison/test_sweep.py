@@ -78,6 +78,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path / "out"))
     monkeypatch.setenv("TEST_ROOT", str(ROOT))
     monkeypatch.setattr(sweeps, "POLL_SECONDS", 0.1)
+    monkeypatch.setattr(sweeps, "TRAIN", [sys.executable, str(tmp_path / "runner.py")])
     (tmp_path / "out").mkdir()
     (tmp_path / "runner.py").write_text(RUNNER)
     rates = {"thinking": (0.4, 0.9, 1.0), "non_thinking": (0.2, 0.9, 1.0)}
@@ -118,16 +119,12 @@ def loud():
     return Console(file=open(os.devnull, "w"), width=200, record=True)
 
 
-def scripted(project):
-    return lambda recipe_file: [sys.executable, str(project / "runner.py"), str(recipe_file)]
-
-
 def do(project, ratios, console=None):
     """Plan and work, without the picture at the end; returns the runs that failed."""
     runs = planned(recipes.load(project / "tiny.yaml"), ratios)
     folder = project / "out/tiny-sweep"
     sweeps.write_plan(folder, runs)
-    return work(runs, folder, scripted(project), console or silent())
+    return work(runs, folder, console or silent())
 
 
 def planned(base, shares, seeds=1, console=None, of="reasoning"):
@@ -136,9 +133,7 @@ def planned(base, shares, seeds=1, console=None, of="reasoning"):
 
 
 def run_sweep(project, *, shares=(0, 1), seeds=1, console=None):
-    return sweep(
-        project / "tiny.yaml", shares=shares, seeds=seeds, console=console or silent(), command=scripted(project)
-    )
+    return sweep(project / "tiny.yaml", shares=shares, seeds=seeds, console=console or silent())
 
 
 def ran(project):
@@ -359,14 +354,7 @@ def test_a_run_that_crashes_shows_the_end_of_its_log_stops_no_other_and_is_done_
 def test_a_folder_of_another_recipe_is_refused_before_anything_trains(project):
     do(project, [0, 1])
     with pytest.raises(ToolkitError, match="holds a run of another recipe"):
-        sweep(
-            project / "tiny.yaml",
-            ["train.max_steps=10"],
-            shares=[0, 1],
-            seeds=1,
-            console=silent(),
-            command=scripted(project),
-        )
+        sweep(project / "tiny.yaml", ["train.max_steps=10"], shares=[0, 1], seeds=1, console=silent())
     assert sum(ran(project).values()) == 2
 
 
@@ -429,10 +417,8 @@ def test_any_key_can_be_swept_at_one_budget(project):
     assert [run.recipe.train["learning_rate"] for run in runs] == [1e-4, 2e-4]
     assert [run.recipe.name for run in runs] == ["tiny-learning_rate1e-4-s3407", "tiny-learning_rate2e-4-s3407"]
     assert len({(run.row["steps"], run.row["supervised_tokens"]) for run in runs}) == 1
-    folder = sweep(
-        project / "tiny.yaml", over=["train.learning_rate", "1e-4", "2e-4"], seeds=1, console=silent(),
-        command=scripted(project),
-    )  # fmt: skip
+    over = ["train.learning_rate", "1e-4", "2e-4"]
+    folder = sweep(project / "tiny.yaml", over=over, seeds=1, console=silent())
     labels = pd.read_csv(folder / "comparison.csv").label.tolist()
     assert labels == ["base", "learning_rate 0.0001", "learning_rate 0.0002"]
 
@@ -499,8 +485,8 @@ def test_a_killed_sweep_resumes_and_waits_for_the_run_that_still_trains(project,
     monkeypatch.setenv("TEST_SECONDS", "1.5")
     code = (
         "import sys; from toolkit.comparison import sweep; from rich.console import Console\n"
-        "sweep.sweep(sys.argv[1], shares=[0, 1], seeds=1, console=Console(quiet=True),\n"
-        "            command=lambda file: [sys.executable, sys.argv[2], str(file)])"
+        "sweep.TRAIN = [sys.executable, sys.argv[2]]\n"
+        "sweep.sweep(sys.argv[1], shares=[0, 1], seeds=1, console=Console(quiet=True))"
     )
     planned(recipes.load(project / "tiny.yaml"), [0, 1], 1)
     first = subprocess.Popen(

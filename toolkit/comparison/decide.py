@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from toolkit.comparison.points import Change, Point, averages, points_of, simultaneous_margin
-from toolkit.comparison.runs import Key, Run, Score, evaluated_differently, read_runs
+from toolkit.comparison.points import Average, Change, Point, averages, points_of, simultaneous_margin
+from toolkit.comparison.runs import Key, Run, evaluated_differently, read_runs
 from toolkit.evaluation.words import WITH, amount, show, title
 from toolkit.files import ToolkitError
 from toolkit.records import Interval
@@ -218,7 +218,7 @@ def gain(key: Key, change: Change) -> str:
     return score_text(key, change, sign="+", unit=" points")
 
 
-def score_text(key: Key, score: Score | Change | None, sign: str = "", unit: str = "%") -> str:
+def score_text(key: Key, score: Average | Change | None, sign: str = "", unit: str = "%") -> str:
     """`70% [59, 81]`; a dash where it was not measured."""
     if score is None:
         return "-"

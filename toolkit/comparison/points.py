@@ -27,9 +27,13 @@ SEED = 3407
 
 
 @dataclass(frozen=True)
-class Average(Score):
-    """A number over the seeds of a point."""
+class Average:
+    """A number over the seeds of a point, with its 95% interval."""
 
+    value: float
+    low: float
+    high: float
+    n: int
     each: list[float]
     """One value per seed."""
 
@@ -201,9 +205,10 @@ def counting_questions(runs: Sequence[Run], models: Sequence[str], key: Key) -> 
     counts = []
     for run in runs:
         for model in models:
-            if key not in run.scores[model] or key not in run.counted[model]:
+            score = run.scores[model].get(key)
+            if score is None or score.counted is None:
                 return None
-            counts.append(run.counted[model][key][1])
+            counts.append(score.counted[1])
     return np.asarray(np.any(counts, axis=0))
 
 
@@ -211,13 +216,14 @@ def resampled_mean(runs: Sequence[Run], model: str, key: Key, which: np.ndarray)
     """RESAMPLES values of the mean over runs, each as if other questions had been drawn of those in `which`, with the
     scatter of the seeds added."""
     drawn = resample_counts(int(which.sum()), SEED)
+    by_seed = scores(runs, model, key)
     each = []
-    for run in runs:
-        sums, counts = np.compress(which, run.counted[model][key], axis=1)
+    for score in by_seed:
+        sums, counts = np.compress(which, np.asarray(score.counted), axis=1)
         values = resampled_ratios(Sample(sums, counts), drawn)
         # NaN: every reply that was drawn is cut
-        each.append(np.where(np.isnan(values), run.scores[model][key].value, values))
+        each.append(np.where(np.isnan(values), score.value, values))
     # seeded by the runs' names, so that two points get noise of their own, the same every time
     noise = np.random.default_rng([SEED, *"".join(run.name for run in runs).encode()])
-    error = seed_error([score.value for score in scores(runs, model, key)])
-    return np.asarray(np.mean(each, axis=0) + noise.normal(0, error, RESAMPLES))
+    scatter = noise.normal(0, seed_error([score.value for score in by_seed]), RESAMPLES)
+    return np.asarray(np.mean(each, axis=0) + scatter)

@@ -4,7 +4,6 @@ from toolkit.comparison import decide, report; report.write(decide.compare(Path(
 """
 
 import csv
-from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from toolkit.comparison.decide import CHAT, KL, SCALE, Comparison, score_text
-from toolkit.comparison.points import Point
-from toolkit.comparison.runs import Key, Score
+from toolkit.comparison.points import Average, Point
 from toolkit.evaluation.stats import is_rate
 from toolkit.evaluation.words import title
 from toolkit.family import MODES
@@ -147,8 +145,20 @@ def figure(comparison: Comparison) -> "Figure":
     """What is gained against what is kept, with intervals; beside it the distance from the base, along the axis. The base
     is grey, the recommended dark. Points that are compared by name are numbered."""
     picture, (left, right) = figures.panels(11, 4.8, 2, width_ratios=(3, 2))
-    draw_gained_and_kept(left, comparison)
-    draw_distance(right, comparison)
+    goal = comparison.goal
+    # where nobody was asked any chat, the distance from the base says what is left
+    kept = CHAT if CHAT in comparison.base.values and goal != CHAT else KL
+    for point in comparison.everyone():
+        draw(left, comparison, point, point.values.get(goal), point.values.get(kept))
+    for point in comparison.points:
+        place = Average(point.place, point.place, point.place, 0, [])
+        draw(right, comparison, point, place, point.values.get(KL))
+    sections = comparison.points[0].runs[0].sections
+    left.set(xlabel=title(*goal, sections), ylabel=title(*kept, sections), title="what is gained, what is kept")
+    right.set(xlabel=comparison.axis or "run", title="KL from the base (nats per token)", ylim=(0, None))
+    for axis, key in ((left.xaxis, goal), (left.yaxis, kept)):
+        if is_rate(key[1]):
+            axis.set_major_formatter("{x:.0%}")
     heading = "\n".join(f"{point.short}  {point.label}" for point in comparison.points)
     if comparison.axis:
         seeds = max(len(point.runs) for point in comparison.points)
@@ -157,53 +167,22 @@ def figure(comparison: Comparison) -> "Figure":
     return picture
 
 
-def draw_gained_and_kept(axes: "Axes", comparison: Comparison) -> None:
-    """The goal against the chat that is left, or where nobody was asked any, against the distance from the base."""
-    goal = comparison.goal
-    kept = CHAT if CHAT in comparison.base.values and goal != CHAT else KL
-    labels: dict[tuple[float, float], list[str]] = defaultdict(list)
-    for point in comparison.everyone():
-        if goal in point.values and kept in point.values:
-            x, left_right = value_and_arms(goal, point.values[goal])
-            y, below_above = value_and_arms(kept, point.values[kept])
-            shade = colour(comparison, point)
-            axes.errorbar(x, y, xerr=left_right, yerr=below_above, fmt="o", markersize=9, color=shade, elinewidth=0.8)
-            labels[x, y].append(point.short)
-    for place, names in labels.items():  # points at one place share a label
-        axes.annotate(", ".join(names), place, (6, 6), textcoords="offset points", fontsize=9)
-    axes.set(xlabel=axis_title(comparison, goal), ylabel=axis_title(comparison, kept))
-    axes.set_title("what is gained, what is kept")
-    axes.margins(0.12)
-
-
-def draw_distance(axes: "Axes", comparison: Comparison) -> None:
-    """KL from the base, point by point along the axis."""
-    measured = [point for point in comparison.points if KL in point.values]
-    for point in measured:
-        kl, below_above = value_and_arms(KL, point.values[KL])
-        axes.errorbar(point.place, kl, yerr=below_above, fmt="o", markersize=7, color=colour(comparison, point))
-    places = [point.place for point in measured]
-    axes.plot(places, [point.values[KL].value for point in measured], color=figures.BASE, linewidth=1, zorder=0)
-    axes.set_xticks(places, [point.short for point in measured], fontsize=9)
-    axes.set(title="KL from the base (nats per token)", xlabel=comparison.axis or "run", ylim=(0, None))
-    axes.margins(0.12)
-
-
-def colour(comparison: Comparison, point: Point) -> str:
-    """Grey for the base, dark for the recommended, blue for the others."""
+def draw(axes: "Axes", comparison: Comparison, point: Point, x: Average | None, y: Average | None) -> None:
+    """A point with its intervals and its name, where both numbers were measured."""
+    if not x or not y:
+        return
+    shade = figures.TUNED if point is comparison.recommended else figures.PALETTE[0]
     if point is comparison.base:
-        return figures.BASE
-    return figures.TUNED if point is comparison.recommended else figures.PALETTE[0]
+        shade = figures.BASE
+    axes.errorbar(x.value, y.value, xerr=arms(x), yerr=arms(y), fmt="o", markersize=8, color=shade, elinewidth=0.8)
+    axes.margins(0.12)
+    for text in axes.texts:  # points at one place share a label
+        if text.get_position() == (x.value, y.value):
+            text.set_text(f"{text.get_text()}, {point.short}")
+            return
+    axes.text(x.value, y.value, f" {point.short}", verticalalignment="bottom", fontsize=9)
 
 
-def value_and_arms(key: Key, score: Score) -> tuple[float, list[list[float]]]:
-    """A number, in per cent for a rate, and the lengths of its interval's arms as matplotlib's errorbar wants them."""
-    factor = 100 if is_rate(key[1]) else 1
-    below, above = score.value - score.low, score.high - score.value
-    return factor * score.value, [[max(0.0, factor * below)], [max(0.0, factor * above)]]
-
-
-def axis_title(comparison: Comparison, key: Key) -> str:
-    """`reasoning questions with thinking, %`."""
-    name = title(*key, comparison.points[0].runs[0].sections)
-    return f"{name}, %" if is_rate(key[1]) else name
+def arms(score: Average) -> list[list[float]]:
+    """The lengths of an interval's arms, as matplotlib's errorbar wants them."""
+    return [[max(0.0, score.value - score.low)], [max(0.0, score.high - score.value)]]

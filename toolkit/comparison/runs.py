@@ -23,7 +23,6 @@ Key = tuple[str, str]
 """(section, metric) of eval.json."""
 FILES = ("recipe.yaml", "mix.json", "manifest.json", "eval.json")
 METRICS: tuple[Key, ...] = tuple((section, metric) for metric in TITLES for section in (*MODES, "forgetting"))
-MODELS = ("base", "tuned")
 CONDITIONS = {
     "level": "level {} instead of {}",
     "seed": "evaluation seed {} instead of {}",
@@ -59,6 +58,8 @@ class Score:
     low: float
     high: float
     n: int
+    counted: np.ndarray | None = None
+    """(sums, counts) × questions, where it was kept question by question."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,10 @@ class Run:
 
     name: str
     recipe: dict[str, Any]
+    scores: dict[str, dict[Key, Score]]
+    """{base or tuned: what was measured}."""
     sections: tuple[str, ...] = ()
     """Modes of the model, and forgetting."""
-    scores: dict[str, dict[Key, Score]] = field(default_factory=dict)
-    """{base or tuned: what was measured}."""
-    counted: dict[str, dict[Key, np.ndarray]] = field(default_factory=dict)
-    """{base or tuned: (sums, counts) × questions of what can be paired}."""
     conditions: dict[str, str] = field(default_factory=dict)
     """How it was evaluated."""
     trained: dict[str, Any] = field(default_factory=dict)
@@ -118,48 +117,40 @@ def run_of(
 ) -> Run:
     """A Run from the content of its four files. Raises one of DAMAGED where they are not as they were written."""
     train = recipe["train"]
-    counted = {model: counts_of(result["per_question"], model) for model in MODELS}
+    scores = {model: scores_of(result, model) for model in ("base", "tuned")}
     return Run(
         name,
         recipe,
+        scores,
         sections=tuple(result["tuned"]),
-        scores={model: scores_of(result[model]) for model in MODELS},
-        counted=counted,
-        conditions=conditions_of(result, manifest, counted),
+        conditions=conditions_of(result, manifest, scores),
         trained=trained_on(recipe, mix),
-        reasoning={unit: float(shares.get("thinking", 0.0)) for unit, shares in mix["achieved_modes"].items()},
+        reasoning={unit: shares.get("thinking", 0.0) for unit, shares in mix["achieved_modes"].items()},
         endless=tuple(mode for mode, lengths in result.get("lengths", {}).items() if never_ends(lengths["endless"])),
-        rows_per_step=int(train.get("per_device_train_batch_size", 0) * train.get("gradient_accumulation_steps", 1)),
+        rows_per_step=train.get("per_device_train_batch_size", 0) * train.get("gradient_accumulation_steps", 1),
     )
 
 
-def scores_of(sections: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[Key, Score]:
-    """What was measured of one model, as numbers."""
+def scores_of(result: Mapping[str, Any], model: str) -> dict[Key, Score]:
+    """What was measured of base or tuned."""
     scores = {}
     for section, metric in METRICS:
-        score = sections.get(section, {}).get(metric)
+        score = result[model].get(section, {}).get(metric)
+        kept = result["per_question"].get(section, {}).get(model, {}).get(metric)
         # null: no question counted, or a diverged model computed no number
         if score and score["value"] is not None:
-            ends = float(score["low"]), float(score["high"])
-            scores[section, metric] = Score(float(score["value"]), *ends, int(score["n"]))
+            counted = np.array(kept, dtype=float) if kept else None
+            scores[section, metric] = Score(score["value"], score["low"], score["high"], score["n"], counted)
     return scores
 
 
-def counts_of(per_question: Mapping[str, Any], model: str) -> dict[Key, np.ndarray]:
-    """(sums, counts) × questions of each metric that was kept question by question. Raises ValueError."""
-    tables = {}
-    for section, models in per_question.items():
-        for metric, rows in models.get(model, {}).items():
-            sums, counts = rows
-            tables[section, metric] = np.array([sums, counts], dtype=float)
-    return tables
-
-
 def conditions_of(
-    result: Mapping[str, Any], manifest: Mapping[str, Any], counted: Mapping[str, Mapping[Key, np.ndarray]]
+    result: Mapping[str, Any], manifest: Mapping[str, Any], scores: Mapping[str, Mapping[Key, Score]]
 ) -> dict[str, str]:
     """How a run was evaluated, by the keys of CONDITIONS."""
-    questions = {counts.shape[1] for tables in counted.values() for counts in tables.values()}
+    questions = set()
+    for by_key in scores.values():
+        questions |= {score.counted.shape[1] for score in by_key.values() if score.counted is not None}
     kept = " and ".join(map(str, sorted(questions)))
     known = flat({**result, "model": manifest["model"], "per_question": kept})
     return {key: str(known.get(key)) for key in CONDITIONS}

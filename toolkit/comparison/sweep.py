@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -50,6 +50,10 @@ LOG_TAIL_LINES, POLL_SECONDS = 15, 1.0
 """Lines of a failed run's log that are shown; seconds between looks at a run."""
 SET_BY_SWEEP = re.compile(r"data\.(budget|unit|reasoning)$|train\.(max_steps|num_train_epochs|packing)$")
 """Keys that decide how much is trained on, which is equal in all runs of a sweep."""
+
+
+TRAIN = [sys.executable, "-m", "toolkit", "train"]
+"""What trains and evaluates one run, a recipe's file after it."""
 
 
 class PlanRow(TypedDict):
@@ -96,11 +100,6 @@ class Planned:
         return float(manifest.get("train_seconds", 0)) + float(result.get("seconds", 0))
 
 
-def train_command(recipe_file: Path) -> list[str]:
-    """What trains and evaluates one run."""
-    return [sys.executable, "-m", "toolkit", "train", str(recipe_file)]
-
-
 def sweep(
     path: str | Path,
     overrides: Sequence[str] = (),
@@ -110,7 +109,6 @@ def sweep(
     over: Sequence[str] = (),
     seeds: int | None = None,
     console: Console | None = None,
-    command: Callable[[Path], list[str]] = train_command,
 ) -> Path:
     """Train, evaluate and compare every setting; returns the sweep's folder. Raises ToolkitError when a run failed, after
     all others were done.
@@ -126,9 +124,9 @@ def sweep(
         write_plan(folder, runs)
         first, further = runs[: len(settings)], runs[len(settings) :]
         console.print(plan_table(first))
-        failed = work(runs if seeds else first, folder, command, console)
+        failed = work(runs if seeds else first, folder, console)
         if not seeds and not failed and affordable(first, console):
-            failed = work(further, folder, command, console)
+            failed = work(further, folder, console)
         # what an earlier command trained counts too
         done = [run.folder for run in runs if run not in failed and run.finished()]
         if done:
@@ -368,9 +366,7 @@ def write_plan(folder: Path, runs: Sequence[Planned]) -> None:
 # --- the work --------------------------------------------------------------------------------------------------------
 
 
-def work(
-    runs: Sequence[Planned], folder: Path, command: Callable[[Path], list[str]], console: Console
-) -> list[Planned]:
+def work(runs: Sequence[Planned], folder: Path, console: Console) -> list[Planned]:
     """Do every run that is not finished, one after the other; returns those that failed."""
     failed = []
     with Progress(console, folder.name, sum(run.row["steps"] for run in runs)) as progress:
@@ -380,19 +376,17 @@ def work(
                 progress.skip(run.steps_done())
             if run.finished():
                 console.print(f"{run.recipe.name}: finished before, left as it is")
-            elif not train_run(run, folder, command, console, progress):
+            elif not train_run(run, folder, console, progress):
                 failed.append(run)
     return failed
 
 
-def train_run(
-    run: Planned, folder: Path, command: Callable[[Path], list[str]], console: Console, progress: Progress
-) -> bool:
+def train_run(run: Planned, folder: Path, console: Console, progress: Progress) -> bool:
     """One run in its own process; the end of its log is shown when it fails."""
     name, log = run.recipe.name, folder / "logs" / f"{run.recipe.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"{name}: training (log: {log})")
-    words = command(folder / "recipes" / f"{name}.yaml")
+    words = [*TRAIN, str(folder / "recipes" / f"{name}.yaml")]
     environment = os.environ | {"TOOLKIT_SWEEP": folder.name, "PYTHONUNBUFFERED": "1"}
     done = run.steps_done()
     with open(log, "a", encoding="utf-8") as out:

@@ -6,7 +6,7 @@ from toolkit.view.listing import recipes, runs; runs(); recipes()
 import re
 import textwrap
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from toolkit.files import RECIPES, ToolkitError, outputs, read_json, read_text
 
@@ -30,7 +30,7 @@ def runs() -> list[ListedRun]:
 
 def listed(folder: Path) -> ListedRun:
     """One run's folder."""
-    manifest = {"state": "not begun"}
+    manifest: dict[str, Any] = {"state": "not begun"}
     try:
         if (folder / "manifest.json").is_file():
             manifest = read_json(folder / "manifest.json")
