@@ -23,10 +23,10 @@ from toolkit.comparison.report import conclude
 from toolkit.comparison.runs import Run, changed_keys, run_of
 from toolkit.comparison.sweep import QUESTIONS
 from toolkit.data import mix
-from toolkit.evaluation import measure as evaluation
-from toolkit.evaluation.questions import questions_of
+from toolkit.evaluation.measure import evaluate
+from toolkit.evaluation.questions import from_mix, questions_of
 from toolkit.export.checkpoint import check_scale
-from toolkit.files import ToolkitError, flat, lock, read_json, write_json
+from toolkit.files import ToolkitError, flat, read_json, write_json
 from toolkit.records import Evaluation
 from toolkit.run import default_console
 from toolkit.training import model as models
@@ -110,26 +110,26 @@ class Dialled:
         if not missing:
             return
         mixed = mix.of_run(self.recipe, self.manifest)
-        held_out = evaluation.from_mix(mixed)
-        questions, section = questions_of(self.recipe, mixed), self.recipe.evaluate
+        questions, held_out = questions_of(self.recipe, mixed), from_mix(mixed)
+        section = self.recipe.evaluate
         count = section.questions_per_mode or QUESTIONS["quick"]
         with models.loading(self.recipe.model, console):
-            loaded = models.load_run(self.folder)
+            model, tokenizer = models.load_run(self.folder)
         with Progress(console, f"{self.folder.name}, {level} evidence, scales", len(missing)) as progress:
             for scale in missing:
-                with scaled(loaded[0], scale):
-                    result = evaluation.evaluate(
-                        *loaded,
+                with scaled(model, scale):
+                    self.results[f"{level} {scale:g}"] = evaluate(
+                        model,
+                        tokenizer,
                         *questions,
                         validation=held_out["validation"],
                         limits=held_out["limits"],
                         max_new_tokens=section.max_new_tokens,
                         level=level,
                         steps=self.manifest.get("steps"),
-                        questions_per_mode=None if level == "fast" else count,
+                        questions_per_mode=count if level == "quick" else None,
                         console=Console(quiet=True),
                     )
-                self.results[f"{level} {scale:g}"] = result
                 kept = {"adapter": self.manifest.get("adapter"), "results": self.results}
                 write_json(self.folder / "dial.json", kept)
                 progress.advance(1)
@@ -175,14 +175,12 @@ def dial(
     # the same run by two spellings is one training, not two seeds
     members = list({member.folder: member for member in map(open_run, runs)}.values())
     check_same_training(members)
-    with contextlib.ExitStack() as locks:
-        for member in members:
-            locks.enter_context(lock(member.folder, "dial"))
-            member.measure("fast", scales, console)
-            check_changed(member)
-        chosen = scales_for_replies(members, scales)
-        for member in members:
-            member.measure("quick", chosen, console)
+    for member in members:
+        member.measure("fast", scales, console)
+        check_changed(member)
+    chosen = scales_for_replies(members, scales)
+    for member in members:
+        member.measure("quick", chosen, console)
     comparison = compare_scales(members, scales)
     first = members[0].folder
     conclude(comparison, console, out or first / f"{first.name}-dial")

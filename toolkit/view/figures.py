@@ -5,6 +5,7 @@ from toolkit.view import figures; figures.curves(Path("outputs/pocket")).savefig
 
 import io
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,12 +28,12 @@ SMOOTH = 0.8
 """Weight of the past in the smoothed training loss; the raw values stay visible behind it."""
 
 
-def panels(width: float, height: float, columns: int, rows: int = 1, **options: Any) -> "tuple[Figure, list[Axes]]":
-    """(figure, axes in one list) in the style of every picture here."""
+def panels(width: float, height: float, columns: int, **options: Any) -> "tuple[Figure, list[Axes]]":
+    """(figure, axes side by side) in the style of every picture here."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False, **options).flatten())
+    axes = list(figure.subplots(1, columns, **options))
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", color="#eeeeee")
@@ -45,6 +46,11 @@ def png(figure: "Figure") -> bytes:
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=90, facecolor="white")
     return out.getvalue()
+
+
+def source_colours(sources: Iterable[str]) -> dict[str, str]:
+    """{source: its colour}, the same in every picture of a mix and its run."""
+    return dict(zip(sources, itertools.cycle(PALETTE), strict=False))
 
 
 def mix_figure(mixed: Mix) -> "Figure":
@@ -80,7 +86,7 @@ def draw_shares(axes: "Axes", mixed: Mix) -> None:
 def draw_lengths(axes: "Axes", mixed: Mix) -> None:
     """How many rows of each source have how many tokens."""
     limit = mixed.report["max_seq_length"]
-    for name, colour in zip(mixed.report["sources"], itertools.cycle(PALETTE), strict=False):
+    for name, colour in source_colours(mixed.report["sources"]).items():
         sizes = [len(row.ids) for row in mixed.train if row.source == name]
         label = f"{name} ({len(sizes):,} rows)"
         axes.hist(sizes, bins=BINS, range=(0, limit), color=colour, alpha=0.65, label=label)
@@ -96,13 +102,6 @@ def logged(folder: Path) -> list[dict[str, Any]]:
     return read_jsonl(file) if file.is_file() else []
 
 
-def source_colours(folder: Path) -> dict[str, str]:
-    """{source: its colour}, the same as in the picture of the run's mix; empty before the mix is written."""
-    file = folder / "mix.json"
-    sources = read_json(file)["sources"] if file.is_file() else {}
-    return dict(zip(sources, itertools.cycle(PALETTE), strict=False))
-
-
 def curves(folder: Path) -> "Figure":
     """Training loss by step, and validation loss per source and mode."""
     import pandas
@@ -116,19 +115,14 @@ def curves(folder: Path) -> "Figure":
     left.plot(loss.ewm(alpha=1 - SMOOTH).mean(), color=TUNED, linewidth=2, label="smoothed")
     left.set(title="training loss", xlabel="optimizer step", ylabel="nats per supervised token", ylim=(0, None))
     left.legend(frameon=False, fontsize=9)
-    colours = source_colours(folder)
+    # the mix is written before the first step; in anybody's own trainer there may be none
+    file = folder / "mix.json"
+    colours = source_colours(read_json(file)["sources"] if file.is_file() else ())
     for key in lines.filter(regex="^eval_.*loss$"):
         source, _, mode = key.removeprefix("eval_").removesuffix("_loss").rpartition("/")
         label = f"{source}, {mode_title(mode)}" if source else "all, as mixed"
-        style = "--" if mode == "non_thinking" else "-"
-        right.plot(
-            lines[key].dropna(),
-            color=colours.get(source, TUNED),
-            linestyle=style,
-            marker="o",
-            markersize=4,
-            label=label,
-        )
+        style = "--o" if mode == "non_thinking" else "-o"
+        right.plot(lines[key].dropna(), style, color=colours.get(source, TUNED), markersize=4, label=label)
     right.set(title="validation loss, by source and mode", xlabel="optimizer step", ylim=(0, None))
     if right.lines:  # no validation yet: nothing to name
         right.legend(frameon=False, fontsize=9)

@@ -25,11 +25,10 @@ def coloured(mixed: Mix, chat: Chat, count: int) -> Text:
         seen[row.source, row.mode] += 1
         if seen[row.source, row.mode] <= count:
             size = f"{len(row.ids)} tokens, {row.size('supervised_tokens')} supervised"
-            heading = f"{row.source} · row {row.number} · {mode_title(row.mode)} · {size}\n"
-            prompt = chat.decode(row.ids[: row.prompt_length])
-            completion = chat.decode(row.ids[row.prompt_length :])
-            parts.append(Text.assemble((heading, "bold"), in_colour(prompt, completion)))
-    return Text("\n\n").join(parts)
+            parts.append(Text(f"{row.source} · row {row.number} · {mode_title(row.mode)} · {size}", "bold"))
+            prompt, completion = row.ids[: row.prompt_length], row.ids[row.prompt_length :]
+            parts.append(in_colour(chat.decode(prompt), chat.decode(completion)))
+    return Text("\n").join(parts)
 
 
 def in_colour(prompt: str, completion: str) -> Text:
@@ -55,8 +54,12 @@ def trl_masking(conversation: Conversation, chat: Chat) -> tuple[str, str]:
 
 def single_turns(mixed: Mix) -> list[Row]:
     """The held-out rows with one assistant turn, of which both ways of masking teach the same turn."""
-    turns = [[message["role"] for message in row.conversation["messages"]] for row in mixed.validation]
-    return [row for row, roles in zip(mixed.validation, turns, strict=True) if roles.count("assistant") == 1]
+    rows = []
+    for row in mixed.validation:
+        roles = [message["role"] for message in row.conversation["messages"]]
+        if roles.count("assistant") == 1:
+            rows.append(row)
+    return rows
 
 
 def compared(mixed: Mix, chat: Chat) -> Table:
