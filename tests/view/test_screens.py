@@ -48,7 +48,8 @@ def screen(columns: int, *words: str) -> tuple[int, str]:
 def fits(columns: int, text: str) -> None:
     wide = [line for line in text.split("\n") if cell_len(line) > columns]
     assert not wide, wide
-    assert "…" not in text, [line for line in text.split("\n") if "…" in line]
+    # what rich cuts ends in a mark without a space; a reply shown by its beginning has one
+    assert not re.search(r"\S…", text), [line for line in text.split("\n") if "…" in line]
 
 
 @pytest.fixture
