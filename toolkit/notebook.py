@@ -94,8 +94,8 @@ def memory(folder: Path) -> str:
     if "fit" not in made:
         return f"peak: {made['peak_memory_bytes'] / fit.GIB:.2f} GiB of main memory; a forecast is made for cards, and none is here"
     held = made["fit"]
-    sizes = (f"{name} {held[name] / fit.GIB:.2f} GiB" for name in ("forecast", "measured"))
-    return f"peak: {', '.join(sizes)} ({held['error']:+.1%})"
+    planned, measured = held["forecast"] / fit.GIB, held["measured"] / fit.GIB
+    return f"peak: forecast {planned:.2f} GiB, measured {measured:.2f} GiB ({held['error']:+.1%})"
 
 
 # --- pictures and tables that every front end shows ------------------------------------------------------------------
@@ -160,7 +160,8 @@ def ask_gguf(folder: Path, rows: Sequence[dict], *, max_new_tokens: int = 512) -
     """The greedy replies of `ask` beside those of the run's GGUF file, answered by llama.cpp."""
     from toolkit.serving.engine import start
 
-    engine, found = start([folder], source="merged-gguf"), []
+    engine = start([folder], source="merged-gguf")
+    rows_of_both = []
     for row in rows:
         body = {
             "messages": [{"role": "user", "content": row["prompt"]}],
@@ -169,9 +170,10 @@ def ask_gguf(folder: Path, rows: Sequence[dict], *, max_new_tokens: int = 512) -
             "temperature": 0,
         }
         message = engine.call("/v1/chat/completions", body)["choices"][0]["message"]
-        reply = ShownReply((message.get("reasoning_content") or "").strip(), (message["content"] or "").strip())
-        found.append({"prompt": row["prompt"], "mode": row["mode"], "adapter": row["tuned"], "GGUF": reply})
-    return found
+        parts = [(message.get(name) or "").strip() for name in ("reasoning_content", "content")]
+        reply = {"adapter": row["tuned"], "GGUF": ShownReply(*parts)}
+        rows_of_both.append({"prompt": row["prompt"], "mode": row["mode"], **reply})
+    return rows_of_both
 
 
 def samples(result: dict) -> list[dict]:

@@ -91,13 +91,17 @@ def compare(folders: Iterable[Path]) -> Comparison:
     if not groups:
         reasons = [f"{name}: {why}" for name, why in left_out.items()]
         raise ToolkitError(f"no run to compare: {'; '.join(reasons) or 'no folder was given'}")
-    alike = max(groups.values(), key=lambda group: (len(group), group[0].scores["tuned"][goal].n))
-    axis, points, notes = points_of(alike)
+
+    def size(group: list[Run]) -> tuple[int, int]:
+        return len(group), group[0].scores["tuned"][goal].n
+
     # only what was asked the same way can be ranked
-    others = [run for group in groups.values() if group is not alike for run in group]
-    for run in others:
-        left_out[run.name] = evaluated_differently(run, alike[0])
-    if others:
+    alike = groups.pop(max(groups, key=lambda conditions: size(groups[conditions])))
+    axis, points, notes = points_of(alike)
+    for others in groups.values():
+        for run in others:
+            left_out[run.name] = evaluated_differently(run, alike[0])
+    if groups:
         notes.append(REMEDY)
     return decide(points, goal, axis, notes, left_out)
 
@@ -114,7 +118,9 @@ def decide(points: list[Point], goal: Key, axis: str, notes: list[str], left_out
     """Recommend one of the points by the rule, or none; points that were asked no question are only shown."""
     asked = [point for point in points if goal in point.values]
     top, reason, chance = choose(asked, goal, axis)
-    one_seed = axis != SCALE and len(asked) > 1 and all(len(point.runs) == 1 for point in asked)
+    # the scales of a dial are one training, so that seeds tell nothing between them
+    trainings = {len(point.runs) for point in asked}
+    one_seed = axis != SCALE and len(asked) > 1 and trainings == {1}
     opening = "Best so far, with one seed each:" if one_seed else "Recommended:"
     if reason:
         opening = f"No {noun(axis)} is recommended: {reason}. Highest is"
@@ -128,7 +134,8 @@ def decide(points: list[Point], goal: Key, axis: str, notes: list[str], left_out
     for point in asked:
         if broken := broken_guards(point, goal):
             notes.append(f"{point.label} is left out of the choice: {'; '.join(broken)}.")
-    base = Point("scale 0 (base)" if axis == SCALE else "base", [], averages(points[0].runs[:1], "base"), short="base")
+    label = "scale 0 (base)" if axis == SCALE else "base"
+    base = Point(label, [], averages(points[0].runs[:1], "base"), short="base")
     return Comparison(axis, goal, base, points, None if reason else top, verdict, notes, left_out)
 
 
@@ -207,10 +214,12 @@ def next_command(top: Point, axis: str, reason: str) -> str:
 
 def change_text(point: Point, key: Key) -> str:
     """`reasoning questions with thinking 23% → 70% (+47 points [+33, +60])`."""
-    name, change = title(*key, point.runs[0].sections), point.changes.get(key)
-    if not change:
-        return f"{name} {amount(key[1], point.values[key].value)}"
-    return f"{name} {amount(key[1], change.before)} → {amount(key[1], change.after)} ({gain(key, change)})"
+    name = title(*key, point.runs[0].sections)
+    metric, change = key[1], point.changes.get(key)
+    if not change:  # the base was not measured, so that nothing can be paired
+        return f"{name} {amount(metric, point.values[key].value)}"
+    before, after = amount(metric, change.before), amount(metric, change.after)
+    return f"{name} {before} → {after} ({gain(key, change)})"
 
 
 def gain(key: Key, change: Change) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from toolkit import recipe as recipes
-from toolkit.comparison.decide import KL, SCALE, Comparison, decide, usual_goal
+from toolkit.comparison.decide import SCALE, Comparison, decide, usual_goal
 from toolkit.comparison.points import point
 from toolkit.comparison.report import conclude
 from toolkit.comparison.runs import Run, changed_keys, run_of
@@ -211,7 +211,10 @@ def check_changed(member: Dialled) -> None:
 def scales_for_replies(members: Sequence[Dialled], scales: Sequence[float]) -> list[float]:
     """The run itself, and the smallest scales that keep WORTH of the largest gain in held-out loss: replies elsewhere
     would cost time and could not be recommended."""
-    gains = {scale: sum(held_out_gain(member.results[f"fast {scale:g}"]) for member in members) for scale in scales}
+    gains = dict.fromkeys(scales, 0.0)
+    for member in members:
+        for scale in scales:
+            gains[scale] += held_out_gain(member.results[f"fast {scale:g}"])
     enough = [scale for scale in scales if gains[scale] >= WORTH * max(gains.values())]
     return sorted({1.0, *enough[: WITH_REPLIES - 1]})
 
@@ -235,8 +238,8 @@ def compare_scales(members: Sequence[Dialled], scales: Sequence[float]) -> Compa
         raise ToolkitError("no question was answered to the end at any scale: set evaluate.max_new_tokens higher")
     notes = ["One training: another seed may keep less or more at the same scale (dial RUN RUN RUN averages seeds)."]
     if len(members) > 1:
-        notes = [f"Means over {len(members)} trainings: {', '.join(member.folder.name for member in members)}."]
+        names = ", ".join(member.folder.name for member in members)
+        notes = [f"Means over {len(members)} trainings: {names}."]
     if silent:
-        listed = ", ".join(f"{point.short} (KL {point.values[KL].value:.2f})" for point in silent if KL in point.values)
-        notes.insert(0, f"Held-out loss and KL only, no replies: scale {listed}.")
+        notes.append(f"Held-out loss and KL only, no replies: scale {', '.join(point.short for point in silent)}.")
     return decide(points, goal, SCALE, notes, {})

@@ -3,7 +3,6 @@
 from toolkit.comparison import decide, report; report.write(decide.compare(Path("outputs").glob("sweep*")), Path("comparison"))
 """
 
-import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from toolkit.family import MODES
 from toolkit.training import tracking
 from toolkit.view import figures, tables
 
-# matplotlib takes a second to import, which a table must not wait for
+# matplotlib and pandas take a second to import, which a table must not wait for
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -53,16 +52,15 @@ def run_names(point: Point) -> str:
 
 def write(comparison: Comparison, folder: Path) -> dict[str, Path]:
     """Write the picture and the CSV; returns their paths by kind."""
+    import pandas
+
     folder.mkdir(parents=True, exist_ok=True)
     paths = {kind: folder / f"comparison.{kind}" for kind in ("png", "csv")}
     # without matplotlib's version the same comparison gives the same bytes
     figure(comparison).savefig(paths["png"], dpi=150, facecolor="white", metadata={"Software": None})
-    rows = numbers(comparison)
-    columns = dict.fromkeys(column for row in rows for column in row)
-    with open(paths["csv"], "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(columns))
-        writer.writeheader()
-        writer.writerows(rows)
+    # objects: a count stays a whole number where another point has none
+    rows = pandas.DataFrame(numbers(comparison), dtype=object)
+    rows.to_csv(paths["csv"], index=False, lineterminator="\r\n")
     return paths
 
 
@@ -118,7 +116,9 @@ def numbers(comparison: Comparison) -> list[dict[str, Any]]:
             row[f"reasoning_share_{unit}"] = sum(shares) / len(shares)
         for (section, metric), score in point.values.items():
             name = f"{section}/{metric}"
-            row |= {name: score.value, f"{name}.low": score.low, f"{name}.high": score.high, f"{name}.n": score.n}
+            row[name] = score.value
+            for part in ("low", "high", "n"):
+                row[f"{name}.{part}"] = getattr(score, part)
             row[f"{name}.each"] = " ".join(f"{value:.6g}" for value in score.each)
         row["recommended"] = int(point is comparison.recommended)
         rows.append(row)
@@ -162,7 +162,7 @@ def figure(comparison: Comparison) -> "Figure":
     heading = "\n".join(f"{point.short}  {point.label}" for point in comparison.points)
     if comparison.axis:
         seeds = max(len(point.runs) for point in comparison.points)
-        heading = f"by {comparison.axis}; {seeds} training{'s' if seeds > 1 else ''} a point, bars are 95% intervals"
+        heading = f"by {comparison.axis}; trainings of each: {seeds}; bars are 95% intervals"
     picture.suptitle(heading, fontsize=10)
     return picture
 
@@ -185,4 +185,5 @@ def draw(axes: "Axes", comparison: Comparison, point: Point, x: Average | None, 
 
 def arms(score: Average) -> list[list[float]]:
     """The lengths of an interval's arms, as matplotlib's errorbar wants them."""
-    return [[max(0.0, score.value - score.low)], [max(0.0, score.high - score.value)]]
+    # rounding may put an end a hair beyond the value
+    return [[abs(score.value - score.low)], [abs(score.high - score.value)]]

@@ -22,7 +22,8 @@ from toolkit.recipe import read_values
 Key = tuple[str, str]
 """(section, metric) of eval.json."""
 FILES = ("recipe.yaml", "mix.json", "manifest.json", "eval.json")
-METRICS: tuple[Key, ...] = tuple((section, metric) for metric in TITLES for section in (*MODES, "forgetting"))
+SECTIONS = (*MODES, "forgetting")
+METRICS: list[Key] = [(section, metric) for metric in TITLES for section in SECTIONS]
 CONDITIONS = {
     "level": "level {} instead of {}",
     "seed": "evaluation seed {} instead of {}",
@@ -118,6 +119,7 @@ def run_of(
     """A Run from the content of its four files. Raises one of DAMAGED where they are not as they were written."""
     train = recipe["train"]
     scores = {model: scores_of(result, model) for model in ("base", "tuned")}
+    lengths = result.get("lengths", {})
     return Run(
         name,
         recipe,
@@ -126,7 +128,7 @@ def run_of(
         conditions=conditions_of(result, manifest, scores),
         trained=trained_on(recipe, mix),
         reasoning={unit: shares.get("thinking", 0.0) for unit, shares in mix["achieved_modes"].items()},
-        endless=tuple(mode for mode, lengths in result.get("lengths", {}).items() if never_ends(lengths["endless"])),
+        endless=tuple(mode for mode in lengths if never_ends(lengths[mode]["endless"])),
         rows_per_step=train.get("per_device_train_batch_size", 0) * train.get("gradient_accumulation_steps", 1),
     )
 
@@ -140,7 +142,7 @@ def scores_of(result: Mapping[str, Any], model: str) -> dict[Key, Score]:
         # null: no question counted, or a diverged model computed no number
         if score and score["value"] is not None:
             counted = np.array(kept, dtype=float) if kept else None
-            scores[section, metric] = Score(score["value"], score["low"], score["high"], score["n"], counted)
+            scores[section, metric] = Score(**score, counted=counted)
     return scores
 
 

@@ -59,9 +59,12 @@ def lines() -> list[str]:
     found = runs()
     text = [f"runs in {outputs()}:" if found else f"no run in {outputs()} yet"]
     for run in found:
-        steps = f", {run['steps']} steps" if run["steps"] else ""
-        scored = ", scored" if run["scored"] else ""
-        text.append(f"  {run['name']}: {', '.join([run['state'] + steps + scored, *run['exported']])}")
+        line = f"  {run['name']}: {run['state']}"
+        if run["steps"]:
+            line += f", {run['steps']} steps"
+        if run["scored"]:
+            line += ", scored"
+        text.append(", ".join([line, *run["exported"]]))
     text += ["", "recipes that ship:"]
     for recipe in recipes():
         line = f"  {recipe['name']}: {recipe['purpose']}"

@@ -86,23 +86,23 @@ def plan_table(planned: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def verdict(report: Mapping[str, Any]) -> str:
     """One sentence on a compiled mix (`report` is mix.json's content): its size, and how near it is to its plan."""
-    total, unit = report["total"], report["unit"]
+    unit = report["unit"]
     achieved = report["achieved"][unit]
     off = max(abs(achieved.get(name, 0) - share) for name, share in report["planned"].items())
-    return (
-        f"{total['examples']:,} examples, {total['supervised_tokens']:,} supervised of {total['tokens']:,} tokens; "
-        f"shares of {unit.replace('_', ' ')} within {100 * off:.1f} points of the plan"
-    )
+    size = "{examples:,} examples, {supervised_tokens:,} supervised of {tokens:,} tokens".format(**report["total"])
+    return f"{size}; shares of {unit.replace('_', ' ')} within {100 * off:.1f} points of the plan"
 
 
 def mix_table(report: Mapping[str, Any]) -> Table:
     """What a mix achieved: each source's amount and share in all three units."""
     rows = []
     for name, source in report["sources"].items():
-        modes = [mode_title(mode) for mode in source["modes"]]
-        if len(modes) > 1:
-            modes = [f"{count:,} {mode_title(mode)}" for mode, count in source["modes"].items()]
-        row = {"source": "\n".join([name, *modes])}
+        lines = [name]
+        for mode, count in source["modes"].items():
+            # a source of one mode has its number of rows beside it
+            number = f"{count:,} " if len(source["modes"]) > 1 else ""
+            lines.append(number + mode_title(mode))
+        row = {"source": "\n".join(lines)}
         amounts = (source["rows_kept"], source["tokens"], source["supervised_tokens"])
         for unit, amount in zip(UNITS, amounts, strict=True):
             row[unit] = f"{amount:,}\n{report['achieved'][unit].get(name, 0):.1%}"
