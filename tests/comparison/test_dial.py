@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-import yaml
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -16,7 +15,7 @@ from tests.support.pocket_run import trained
 from toolkit import recipe as recipes
 from toolkit.comparison import dial as dials
 from toolkit.comparison.decide import KL
-from toolkit.comparison.dial import Dialled, compare_scales, dial, scaled, scales_for_replies
+from toolkit.comparison.dial import at_scale, compare_scales, dial, scaled
 from toolkit.files import ToolkitError
 
 FEW = [
@@ -115,26 +114,21 @@ def test_a_merged_adapter_is_refused():
 
 
 def member(tmp_path, name, by_scale):
-    """A run of which scales were measured: {scale: (thinking accuracy, chat accuracy, KL, held-out gain)}."""
+    """A run of which scales were measured: {scale: (thinking accuracy, chat accuracy, KL)}."""
     folder = make_run(tmp_path, 0.5, name=name, scored=False)
-    results = {}
-    for scale, (accuracy, chat, kl, gained) in by_scale.items():
+    runs = {}
+    for scale, (accuracy, chat, kl) in by_scale.items():
         rates = {"thinking": (0.3, 0.9, 1.0), "non_thinking": (0.2, 0.9, 1.0)}, {
             "thinking": (accuracy, 0.9, 1.0), "non_thinking": (0.2, chat, 1.0)}  # fmt: skip
-        result = evaluation(sums(*rates, kl))
-        result["difference"] = {"forgetting": {"loss/maths/thinking": {"value": -gained}}}
-        results[f"quick {scale:g}"] = result
-        silent = evaluation({"forgetting": sums(*rates, kl)["forgetting"]})
-        results[f"fast {scale:g}"] = silent | {"difference": result["difference"]}
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return Dialled(folder, None, manifest, results)
+        runs[scale] = at_scale(folder, scale, evaluation(sums(*rates, kl)))
+    return runs
 
 
 CURVE = {
-    0.25: (0.3, 0.9, 0.05, 0.1),
-    0.5: (0.7, 0.9, 0.1, 0.6),
-    0.75: (0.85, 0.88, 0.3, 0.9),
-    1.0: (0.95, 0.4, 0.9, 1.0),
+    0.25: (0.3, 0.9, 0.05),
+    0.5: (0.7, 0.9, 0.1),
+    0.75: (0.85, 0.88, 0.3),
+    1.0: (0.95, 0.4, 0.9),
 }
 
 
@@ -148,23 +142,12 @@ def test_the_highest_gain_among_scales_that_break_no_guard_is_recommended_with_i
 
 
 def test_scales_that_tie_go_to_the_lowest_kl(tmp_path):
-    curve = {scale: (0.9, 0.9, scale, 1.0) for scale in (0.5, 0.75, 1.0)}
+    curve = {scale: (0.9, 0.9, scale) for scale in (0.5, 0.75, 1.0)}
     assert compare_scales([member(tmp_path, "run", curve)], list(curve)).recommended.label == "scale 0.5"
 
 
-def test_only_scales_that_gain_something_get_replies_and_the_run_always(tmp_path):
-    run = member(tmp_path, "run", CURVE)
-    assert scales_for_replies([run], list(CURVE)) == [0.5, 0.75, 1.0]
-    run.results = {key: value for key, value in run.results.items() if key != "quick 0.25"}
-    found = compare_scales([run], list(CURVE))
-    (silent,) = [point for point in found.points if found.goal not in point.values]
-    assert silent.label == "scale 0.25"
-    assert silent.values[KL].value == pytest.approx(0.05)
-    assert any("no replies: scale 0.25." in note for note in found.notes)
-
-
 def test_several_seeds_are_averaged_and_their_spread_is_in_the_interval(tmp_path):
-    other = {scale: (accuracy - 0.3, chat, kl, gain) for scale, (accuracy, chat, kl, gain) in CURVE.items()}
+    other = {scale: (accuracy - 0.3, chat, kl) for scale, (accuracy, chat, kl) in CURVE.items()}
     first, second = member(tmp_path, "s1", CURVE), member(tmp_path, "s2", other)
     both = compare_scales([first, second], [0.5, 0.75, 1.0]).points[0].values["thinking", "accuracy"]
     alone = compare_scales([first], [0.5, 0.75, 1.0]).points[0].values["thinking", "accuracy"]
@@ -214,7 +197,7 @@ def test_scale_1_of_a_dial_is_what_evaluate_says_of_the_run(run, monkeypatch):
     from toolkit.run import evaluate
 
     dial([run], scales=[1.0], console=Console(quiet=True))
-    result = json.loads((run / "dial.json").read_text())["results"]["quick 1"]
+    result = json.loads((run / "dial.json").read_text())["results"]["1"]
     own = evaluate(run, Console(quiet=True))
     assert {key: own[key] for key in ("tuned", "base")} == {key: result[key] for key in ("tuned", "base")}
 
@@ -227,23 +210,11 @@ def test_a_run_that_changed_nothing_says_so(tmp_path, monkeypatch):
         dial([folder], scales=[1.0], console=Console(quiet=True))
 
 
-def rate_of(values, rate):
-    return values | {"train": values["train"] | {"learning_rate": rate}}
+def test_runs_of_different_recipes_are_not_averaged():
+    def changed(*overrides):
+        return recipes.load("data_recipes/pocket.yaml", overrides)
 
-
-def test_runs_of_different_recipes_are_not_averaged(tmp_path):
-    values = yaml.safe_load(recipes.to_yaml(recipes.load("data_recipes/pocket.yaml")))
-    members = []
-    for name, rate in (("a", 1e-3), ("b", 2e-3)):
-        changed = values | {"name": name, "train": values["train"] | {"learning_rate": rate}}
-        members.append(Dialled(tmp_path / name, recipes.from_dict(changed), {}, {}))
+    first, faster = changed("name=a"), changed("name=b", "train.learning_rate=0.1")
     with pytest.raises(ToolkitError, match=r"differ in train\.learning_rate$"):
-        dials.check_same_training(members)
-    other_seed = values | {
-        "name": "c",
-        "data": values["data"] | {"seed": 2},
-        "evaluate": values["evaluate"] | {"prompts": ["?"]},
-    }
-    dials.check_same_training(
-        [members[0], Dialled(tmp_path / "c", recipes.from_dict(rate_of(other_seed, 1e-3)), {}, {})]
-    )
+        dials.check_same_training([first, faster])
+    dials.check_same_training([first, changed("name=c", "data.seed=2", "evaluate.prompts=[a]")])
