@@ -152,8 +152,10 @@ def average(metric: str, by_seed: Sequence[Score]) -> Average:
     value = float(np.mean(each))
     scatter = 1.96 * seed_error(each)
     # two independent errors, question and seed: their squares add up
-    low = value - math.hypot(np.mean([abs(score.value - score.low) for score in by_seed]), scatter)
-    high = value + math.hypot(np.mean([abs(score.value - score.high) for score in by_seed]), scatter)
+    below = [abs(score.value - score.low) for score in by_seed]
+    above = [abs(score.value - score.high) for score in by_seed]
+    low = value - math.hypot(np.mean(below), scatter)
+    high = value + math.hypot(np.mean(above), scatter)
     if is_rate(metric):
         low, high = max(0.0, low), min(1.0, high)
     return Average(value, low, high, min(score.n for score in by_seed), each)
@@ -179,7 +181,9 @@ def difference(runs: Sequence[Run], key: Key) -> Change | None:
     new = float(np.mean([score.value for score in after]))
     n = min(score.n for score in before + after)
     changes = resampled_mean(runs, "tuned", key, which) - resampled_mean(runs, "base", key, which)
-    low, high = percentile_interval(changes, new - old, n, -1.0 if is_rate(key[1]) else None)
+    # a difference of two rates is -1 or more
+    lowest = -1.0 if is_rate(key[1]) else None
+    low, high = percentile_interval(changes, new - old, n, lowest)
     return Change(old, new, new - old, low, high)
 
 
@@ -224,6 +228,7 @@ def resampled_mean(runs: Sequence[Run], model: str, key: Key, which: np.ndarray)
         # NaN: every reply that was drawn is cut
         each.append(np.where(np.isnan(values), score.value, values))
     # seeded by the runs' names, so that two points get noise of their own, the same every time
-    noise = np.random.default_rng([SEED, *"".join(run.name for run in runs).encode()])
+    names = "".join(run.name for run in runs)
+    noise = np.random.default_rng([SEED, *names.encode()])
     scatter = noise.normal(0, seed_error([score.value for score in by_seed]), RESAMPLES)
     return np.asarray(np.mean(each, axis=0) + scatter)

@@ -42,8 +42,8 @@ RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
 SEEDS = 3
 """Trainings of each setting, unless told otherwise: the spread between seeds can be larger than any interval over
 questions."""
-SHORT = 300.0
-"""Seconds of a run, evaluation included, up to which the further seeds are trained without being asked for."""
+SHORT = 5.0
+"""Minutes of a run, evaluation included, up to which the further seeds are trained without being asked for."""
 QUESTIONS = {"fast": None, "quick": 32, "full": 500}
 """Questions of each kind by level, asked whatever they take: runs that were asked differently cannot be compared."""
 LOG_TAIL_LINES, POLL_SECONDS = 15, 1.0
@@ -134,25 +134,24 @@ def sweep(
     if failed:
         names = ", ".join(run.recipe.name for run in failed)
         raise ToolkitError(
-            f"{len(failed)} of {len(runs)} runs failed: {names}. Logs: {folder / 'logs'}. The same command tries them "
-            "again; finished runs stay as they are"
+            f"{len(failed)} of {len(runs)} runs failed: {names}. Logs are in {folder}/logs; the same command tries them again"
         )
     return folder
 
 
 def affordable(first: Sequence[Planned], console: Console) -> bool:
     """Whether more seeds are trained unasked: says what they cost, and how to ask for another number."""
-    seconds = [run.seconds() for run in first]
-    more = (SEEDS - 1) * sum(seconds)
-    if max(seconds) <= SHORT:
+    minutes = [run.seconds() / 60 for run in first]
+    longest, more = max(minutes), (SEEDS - 1) * sum(minutes)
+    if longest <= SHORT:
         console.print(
-            f"two more seeds of each: about {more / 60:.0f} min, since one training does not tell settings apart (--seeds 1 "
+            f"two more seeds of each: about {more:.0f} min, since one training does not tell settings apart (--seeds 1 "
             "leaves them out)"
         )
         return True
     console.print(
-        f"one seed: a run took {max(seconds) / 60:.0f} min, so two more of each (about {more / 3600:.1f} h) are trained only "
-        f"on request: --seeds {SEEDS}"
+        f"one seed: a run took {longest:.0f} min, so two more of each (about {more / 60:.1f} h) are trained only on request: "
+        f"--seeds {SEEDS}"
     )
     return False
 
@@ -204,9 +203,10 @@ def settings_of_key(over: Sequence[str], base: Recipe) -> Settings:
             f"--over {key}: a sweep keeps it equal in all runs, or it changes no training. Sweep a key like "
             "train.learning_rate or lora.r"
         )
-    settings = {f"{key.rpartition('.')[2]}{value}": [f"{key}={value}"] for value in values}
-    for name, overrides in settings.items():  # a mistyped key or value is an error before anything is compiled
-        run_recipe(base, name, overrides, base.data.seed)
+    name = key.rpartition(".")[2]
+    settings = {f"{name}{value}": [f"{key}={value}"] for value in values}
+    for setting, overrides in settings.items():  # a mistyped key or value is an error before anything is compiled
+        run_recipe(base, setting, overrides, base.data.seed)
     return settings
 
 
@@ -259,11 +259,12 @@ def held_out_questions(base: Recipe, questions: Sequence[Question]) -> tuple[Sou
     if questions and not base.data.decontaminate:
         raise ToolkitError(f"{base.name}: one run would train on what another holds out: add data.decontaminate=true")
     sets = []
+    folder = outputs().resolve() / f"{base.name}-sweep"
     for source in base.data.sources:
         rows = [row for row in questions if row["set"] == source.name]
         for row in rows:  # the format wants a reply, which nobody is asked
             row["messages"].append({"role": "assistant", "content": row["expected_answer"]})
-        file = (outputs() / f"{base.name}-sweep" / f"questions-{file_name(source.name)}.jsonl").resolve()
+        file = folder / f"questions-{file_name(source.name)}.jsonl"
         if rows:
             write_jsonl(file, rows)
             sets.append(Source(str(file), name=source.name, format="messages", mode=source.mode))
@@ -278,7 +279,8 @@ def same_budget(group: list[Recipe], console: Console) -> list[Planned]:
         for report in reports:
             name = report["limited_by"]
             if name:
-                limits.append((int(report["sources"][name]["supervised_tokens"] / report["planned"][name]), name))
+                tokens = report["sources"][name]["supervised_tokens"]
+                limits.append((int(tokens / report["planned"][name]), name))
         if not limits:
             return same_steps(group, reports)
         budget, name = min(limits)
@@ -301,7 +303,8 @@ def same_steps(group: Sequence[Recipe], reports: Sequence[MixReport]) -> list[Pl
     passes = 1 if steps > 0 else train["num_train_epochs"]
     rows = [report["total"]["examples"] * passes for report in reports]
     if steps <= 0:
-        steps = max(1, round(sum(rows) / len(rows) / (device * train["gradient_accumulation_steps"])))
+        batch = device * train["gradient_accumulation_steps"]
+        steps = max(1, round(sum(rows) / len(rows) / batch))
     steps = common_steps(rows, steps, device)
     runs = []
     for recipe, report, seen in zip(group, reports, rows, strict=True):
@@ -332,7 +335,11 @@ def common_steps(rows: Sequence[float], wanted: int, device: int) -> int:
 
     # rows per step are whole numbers: with few steps of many rows every mix comes near, with many steps of few it may not
     def error(steps: int) -> float:
-        return max(abs(math.prod(rows_per_step(count / steps, device)) * steps / count - 1) for count in rows)
+        errors = []
+        for count in rows:
+            trained = math.prod(rows_per_step(count / steps, device)) * steps
+            errors.append(abs(trained / count - 1))
+        return max(errors)
 
     near = range(math.ceil(wanted * 0.8), math.floor(wanted * 1.2) + 1)
     return min(near, key=lambda steps: (round(error(steps), 2), abs(steps - wanted)))

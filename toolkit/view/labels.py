@@ -25,9 +25,10 @@ def coloured(mixed: Mix, chat: Chat, count: int) -> Text:
         seen[row.source, row.mode] += 1
         if seen[row.source, row.mode] <= count:
             size = f"{len(row.ids)} tokens, {row.size('supervised_tokens')} supervised"
-            parts.append(Text(f"{row.source} · row {row.number} · {mode_title(row.mode)} · {size}", "bold"))
-            prompt, completion = row.ids[: row.prompt_length], row.ids[row.prompt_length :]
-            parts.append(in_colour(chat.decode(prompt), chat.decode(completion)))
+            heading = f"{row.source} · row {row.number} · {mode_title(row.mode)} · {size}"
+            prompt = chat.decode(row.ids[: row.prompt_length])
+            completion = chat.decode(row.ids[row.prompt_length :])
+            parts += [Text(heading, "bold"), in_colour(prompt, completion)]
     return Text("\n").join(parts)
 
 
@@ -68,7 +69,8 @@ def compared(mixed: Mix, chat: Chat) -> Table:
     table = Table("row", "here", "TRL / Unsloth masking", show_lines=True)
     for (source, mode), conversation in sorted(rows.items()):
         here = in_colour(*label_rule(conversation, chat))
-        table.add_row(f"{source}\n{mode_title(mode)}", here, in_colour(*trl_masking(conversation, chat)))
+        usual = in_colour(*trl_masking(conversation, chat))
+        table.add_row(f"{source}\n{mode_title(mode)}", here, usual)
     return table
 
 
@@ -78,5 +80,7 @@ def first_row(source: Source, chat: Chat, placeholders: dict[str, str | dict[str
     if isinstance(row, Rejected):
         raise ToolkitError(f"{source.path}, row {number}: {row.detail}")
     turns = [in_colour(example.prompt, example.completion) for example in examples(row, "auto", chat, source.turns)]
-    title = f"{source.path} · {detect(source, open_rows(source))} · row {number}, {len(turns)} example(s)"
+    # as `mix` reads it, where the recipe names no format
+    form = detect(source, open_rows(source))
+    title = f"{source.path} · {form} · row {number}, {len(turns)} example(s)"
     return Text("\n\n").join([Text(title, "bold"), *turns])

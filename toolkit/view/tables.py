@@ -88,9 +88,11 @@ def verdict(report: Mapping[str, Any]) -> str:
     """One sentence on a compiled mix (`report` is mix.json's content): its size, and how near it is to its plan."""
     unit = report["unit"]
     achieved = report["achieved"][unit]
-    off = max(abs(achieved.get(name, 0) - share) for name, share in report["planned"].items())
+    distances = [abs(achieved.get(name, 0) - share) for name, share in report["planned"].items()]
     size = "{examples:,} examples, {supervised_tokens:,} supervised of {tokens:,} tokens".format(**report["total"])
-    return f"{size}; shares of {unit.replace('_', ' ')} within {100 * off:.1f} points of the plan"
+    # in the unit of the recipe, which is the one that was planned
+    unit = unit.replace("_", " ")
+    return f"{size}; shares of {unit} within {100 * max(distances):.1f} points of the plan"
 
 
 def mix_table(report: Mapping[str, Any]) -> Table:
@@ -105,7 +107,8 @@ def mix_table(report: Mapping[str, Any]) -> Table:
         row = {"source": "\n".join(lines)}
         amounts = (source["rows_kept"], source["tokens"], source["supervised_tokens"])
         for unit, amount in zip(UNITS, amounts, strict=True):
-            row[unit] = f"{amount:,}\n{report['achieved'][unit].get(name, 0):.1%}"
+            share = report["achieved"][unit].get(name, 0)
+            row[unit] = f"{amount:,}\n{share:.1%}"
         row["planned"] = f"\n{report['planned'][name]:.1%}"
         rows.append(row)
     return rich_table(rows)
@@ -115,12 +118,14 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     """What a reader of the table should also know: drops by reason, repeats, the limiting source, warnings."""
     lines = []
     for name, row in report["sources"].items():
-        if row["dropped"]:
-            dropped = ", ".join(f"{count} {reason}" for reason, count in row["dropped"].items())
-            lines.append(f"{name}: dropped {dropped}")
-        if row["rows_repeated"]:
+        dropped = [f"{count} {reason}" for reason, count in row["dropped"].items()]
+        if dropped:
+            lines.append(f"{name}: dropped {', '.join(dropped)}")
+        repeated = row["rows_repeated"]
+        if repeated:
+            # more rows were asked for than the file holds, or the recipe allows repeats
             cause = f"path#{row['rows_asked']}" if row["rows_asked"] else "max_repeats"
-            lines.append(f"{name}: {row['rows_repeated']} of {row['rows_kept']} rows are repeats ({cause})")
+            lines.append(f"{name}: {repeated} of {row['rows_kept']} rows are repeats ({cause})")
     if report["limited_by"]:
         lines.append(f"{report['limited_by']} is exhausted: the mix was reduced to keep the planned shares")
     return lines + [f"warning: {warning}" for warning in report["warnings"]]

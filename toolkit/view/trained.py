@@ -20,9 +20,10 @@ def report(folder: Path, console: Console) -> None:
 
     manifest = read_json(folder / "manifest.json")
     console.print(before_after(read_jsonl(folder / "samples.jsonl")))
-    console.print(f"{manifest['steps']} steps in {manifest['train_seconds']:.0f} s: {speed(manifest)}")
-    if manifest["skipped_steps"]:
-        console.print(f"{manifest['skipped_steps']} of the steps were skipped: their fp16 gradients overflowed")
+    seconds, skipped = manifest["train_seconds"], manifest["skipped_steps"]
+    console.print(f"{manifest['steps']} steps in {seconds:.0f} s: {speed(manifest)}")
+    if skipped:
+        console.print(f"{skipped} of the steps were skipped: their fp16 gradients overflowed")
 
 
 def before_after(samples: list[dict[str, str]]) -> Table:
