@@ -125,7 +125,10 @@ def decide(points: list[Point], goal: Key, axis: str, notes: list[str], left_out
     if reason:
         opening = f"No {noun(axis)} is recommended: {reason}. Highest is"
     verdict = [f"{opening} {top.label}: {change_text(top, goal)}.", chance]
-    fell = [f"{point.label} ({gain(goal, point.changes[goal])})" for point in asked if lost(point, goal)]
+    fell = []
+    for point in asked:
+        if lost(point, goal):
+            fell.append(f"{point.label} ({gain(goal, point.changes[goal])})")
     if fell:
         verdict.append(f"Below the base: {', '.join(fell)}.")
     if one_seed:
@@ -149,7 +152,11 @@ def choose(points: list[Point], goal: Key, axis: str) -> tuple[Point, str, str]:
     margin = simultaneous_margin(eligible, goal)
     highest = eligible[0].values[goal].value
     tied = [point for point in eligible if highest - point.values[goal].value <= margin]
-    better = [point for point in tied if goal in point.changes and point.changes[goal].low > 0]
+    better = []
+    for point in tied:
+        change = point.changes.get(goal)
+        if change and change.low > 0:
+            better.append(point)
     # of equal scales the lowest KL is always the better one; between trainings a difference in KL may be chance too
     trainings = 0 if axis == SCALE else len(points)
     reasons = {

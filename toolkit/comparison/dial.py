@@ -19,7 +19,7 @@ from toolkit import recipe as recipes
 from toolkit.comparison.decide import SCALE, Comparison, decide, usual_goal
 from toolkit.comparison.points import point
 from toolkit.comparison.report import conclude
-from toolkit.comparison.runs import Run, changed_keys, run_of
+from toolkit.comparison.runs import Content, Run, changed_keys, run_of
 from toolkit.comparison.sweep import QUESTIONS
 from toolkit.data import mix
 from toolkit.evaluation.measure import evaluate
@@ -110,7 +110,8 @@ def dial(
     check_same_training([recipes.of_run(folder) for folder in folders])
     members = [measure(folder, scales, console) for folder in folders]
     comparison = compare_scales(members, sorted(scales))
-    conclude(comparison, console, out or folders[0] / f"{folders[0].name}-dial")
+    first = folders[0]
+    conclude(comparison, console, out or first / f"{first.name}-dial")
     return comparison
 
 
@@ -157,7 +158,7 @@ def measure(folder: Path, scales: Sequence[float], console: Console) -> dict[flo
     return {scale: at_scale(folder, scale, results[f"{scale:g}"]) for scale in scales}
 
 
-def asked(recipe: recipes.Recipe, manifest: Mapping[str, Any]) -> dict[str, Any]:
+def asked(recipe: recipes.Recipe, manifest: Content) -> dict[str, Any]:
     """What is asked at every scale: the run's own questions and held-out rows, as many as in a sweep."""
     mixed = mix.of_run(recipe, dict(manifest))
     reasoning, chat = questions_of(recipe, mixed)
@@ -185,12 +186,12 @@ def check_changed(name: str, result: Evaluation) -> None:
         )
 
 
-def at_scale(folder: Path, scale: float, result: Mapping[str, Any]) -> Run:
+def at_scale(folder: Path, scale: float, result: Content) -> Run:
     """The run at a scale, of which the scale is a setting like those of its recipe."""
     recipe = recipes.read_values(folder / "recipe.yaml")
-    mixed, manifest = (read_json(folder / f"{name}.json") for name in ("mix", "manifest"))
-    run = run_of(folder.name, recipe, mixed, manifest, result)
-    return replace(run, trained=run.trained | {SCALE: scale})
+    mixed = read_json(folder / "mix.json")
+    run = run_of(folder.name, recipe, mixed, read_json(folder / "manifest.json"), result)
+    return replace(run, trained={**run.trained, SCALE: scale})
 
 
 def compare_scales(members: Sequence[Mapping[float, Run]], scales: Sequence[float]) -> Comparison:
@@ -201,5 +202,6 @@ def compare_scales(members: Sequence[Mapping[float, Run]], scales: Sequence[floa
         raise ToolkitError("no question was answered to the end at any scale: set evaluate.max_new_tokens higher")
     note = "One training: another seed may keep less or more at the same scale (dial RUN RUN RUN averages seeds)."
     if len(members) > 1:
-        note = f"Means over {len(members)} trainings: {', '.join(run.name for run in points[0].runs)}."
+        names = ", ".join(run.name for run in points[0].runs)
+        note = f"Means over {len(members)} trainings: {names}."
     return decide(points, goal, SCALE, [note], {})

@@ -84,7 +84,9 @@ def points_of(runs: Sequence[Run]) -> tuple[str, list[Point], list[str]]:
     settings: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         settings[str(sorted(run.trained.items()))].append(run)
-    points = [point(members, axis, number) for number, members in enumerate(settings.values(), 1)]
+    points = []
+    for number, members in enumerate(settings.values(), 1):
+        points.append(point(members, axis, number))
     points.sort(key=lambda point: (point.place, point.label))
     return axis, points, notes + rows_per_step_note(points)
 
@@ -141,7 +143,10 @@ def averages(runs: Sequence[Run], model: str) -> dict[Key, Average]:
 
 def scores(runs: Sequence[Run], model: str, key: Key) -> list[Score]:
     """The number of each run; empty where one of them has none."""
-    known = [run.scores[model][key] for run in runs if key in run.scores[model]]
+    known = []
+    for run in runs:
+        if key in run.scores[model]:
+            known.append(run.scores[model][key])
     return known if len(known) == len(runs) else []
 
 
@@ -165,7 +170,8 @@ def seed_error(each: Sequence[float]) -> float:
     """Standard error of a mean over seeds; 0 for one seed, whose scatter is unknown."""
     if len(each) < 2:
         return 0.0
-    return float(np.std(each, ddof=1) / math.sqrt(len(each)))
+    scatter = np.std(each, ddof=1)
+    return float(scatter / math.sqrt(len(each)))
 
 
 # --- what is chance and what is not ----------------------------------------------------------------------------------
@@ -180,7 +186,9 @@ def difference(runs: Sequence[Run], key: Key) -> Change | None:
     old = float(np.mean([score.value for score in before]))
     new = float(np.mean([score.value for score in after]))
     n = min(score.n for score in before + after)
-    changes = resampled_mean(runs, "tuned", key, which) - resampled_mean(runs, "base", key, which)
+    # both sides draw the same questions
+    changes = resampled_mean(runs, "tuned", key, which)
+    changes = changes - resampled_mean(runs, "base", key, which)
     # a difference of two rates is -1 or more
     lowest = -1.0 if is_rate(key[1]) else None
     low, high = percentile_interval(changes, new - old, n, lowest)
@@ -194,13 +202,14 @@ def simultaneous_margin(points: Sequence[Point], goal: Key) -> float:
     which = counting_questions([run for point in points for run in point.runs], ("tuned",), goal)
     if which is None:
         return 1.0
-    centred = [resampled_mean(point.runs, "tuned", goal, which) - point.values[goal].value for point in points]
-    margin = float(np.quantile(np.ptp(centred, axis=0), 0.95))
-    for score in (point.values[goal] for point in points):
+    centred, widths = [], [0.0]
+    for point in points:
+        score = point.values[goal]
+        centred.append(resampled_mean(point.runs, "tuned", goal, which) - score.value)
         # where all questions agree, resamples show no spread: the interval's width stands in
         if score.value in (0.0, 1.0):
-            margin = max(margin, score.high - score.low)
-    return margin
+            widths.append(score.high - score.low)
+    return max(float(np.quantile(np.ptp(centred, axis=0), 0.95)), *widths)
 
 
 def counting_questions(runs: Sequence[Run], models: Sequence[str], key: Key) -> np.ndarray | None:

@@ -13,7 +13,6 @@ from toolkit.comparison.decide import CHAT, KL, SCALE, Comparison, score_text
 from toolkit.comparison.points import Average, Point
 from toolkit.evaluation.stats import is_rate
 from toolkit.evaluation.words import title
-from toolkit.family import MODES
 from toolkit.training import tracking
 from toolkit.view import figures, tables
 
@@ -31,7 +30,7 @@ def conclude(comparison: Comparison, console: Console, folder: Path | None = Non
         console.print(f"· {note}", markup=False)
     if folder:
         paths = write(comparison, folder)
-        console.print(f"picture and numbers: {', '.join(map(str, paths.values()))}", markup=False)
+        console.print(f"picture and numbers: {paths['png']}, {paths['csv']}", markup=False)
         log(comparison, folder, console)
     for line in comparison.verdict:
         console.print(line, style="bold", markup=False)
@@ -39,9 +38,11 @@ def conclude(comparison: Comparison, console: Console, folder: Path | None = Non
 
 def notes(comparison: Comparison) -> list[str]:
     """What went into the table and what did not."""
-    lines = [f"left out: {name}: {why}" for name, why in comparison.left_out.items()]
-    if comparison.axis not in ("", SCALE):
-        lines = [f"{point.label}: {run_names(point)}" for point in comparison.points] + lines
+    lines = []
+    if comparison.axis not in ("", SCALE):  # else the points are named after their runs, or are of one run
+        lines += [f"{point.label}: {run_names(point)}" for point in comparison.points]
+    for name, why in comparison.left_out.items():
+        lines.append(f"left out: {name}: {why}")
     return lines + comparison.notes
 
 
@@ -69,8 +70,12 @@ def log(comparison: Comparison, folder: Path, console: Console) -> None:
     owner wants wandb."""
     recipes = [run.recipe for point in comparison.points for run in point.runs]
     if any("wandb" in tracking.trackers(recipe["train"]) for recipe in recipes):
-        rows = [row | {"runs": run_names(point)} for point, row in in_words(comparison)]
-        tracking.TRACKER.comparison(folder, rows, " ".join(comparison.verdict[:-1]), console)
+        rows = []
+        for point, row in in_words(comparison):
+            row["runs"] = run_names(point)
+            rows.append(row)
+        sentences = " ".join(comparison.verdict[:-1])
+        tracking.TRACKER.comparison(folder, rows, sentences, console)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -79,7 +84,7 @@ def log(comparison: Comparison, folder: Path, console: Console) -> None:
 def in_words(comparison: Comparison) -> list[tuple[Point, dict[str, str]]]:
     """The base and each point with its row of what a recommendation is made by, the goal first: `{metric: 70% [59, 81]}`,
     and `-` where it was not measured. Everything else is in the CSV."""
-    keys = dict.fromkeys([comparison.goal, CHAT, *((mode, "adherence") for mode in MODES), KL])
+    keys = dict.fromkeys([comparison.goal, CHAT, ("thinking", "adherence"), ("non_thinking", "adherence"), KL])
     measured = {key for point in comparison.points for key in point.values}
     sections = comparison.points[0].runs[0].sections
     rows = []
@@ -186,4 +191,5 @@ def draw(axes: "Axes", comparison: Comparison, point: Point, x: Average | None, 
 def arms(score: Average) -> list[list[float]]:
     """The lengths of an interval's arms, as matplotlib's errorbar wants them."""
     # rounding may put an end a hair beyond the value
-    return [[abs(score.value - score.low)], [abs(score.high - score.value)]]
+    below, above = abs(score.value - score.low), abs(score.high - score.value)
+    return [[below], [above]]

@@ -21,6 +21,8 @@ from toolkit.recipe import read_values
 
 Key = tuple[str, str]
 """(section, metric) of eval.json."""
+Content = Mapping[str, Any]
+"""What a JSON or YAML file holds, by key."""
 FILES = ("recipe.yaml", "mix.json", "manifest.json", "eval.json")
 SECTIONS = (*MODES, "forgetting")
 METRICS: list[Key] = [(section, metric) for metric in TITLES for section in SECTIONS]
@@ -68,14 +70,14 @@ class Run:
     """One run, evaluated; or one scale of it."""
 
     name: str
-    recipe: dict[str, Any]
+    recipe: Content
     scores: dict[str, dict[Key, Score]]
     """{base or tuned: what was measured}."""
     sections: tuple[str, ...] = ()
     """Modes of the model, and forgetting."""
     conditions: dict[str, str] = field(default_factory=dict)
     """How it was evaluated."""
-    trained: dict[str, Any] = field(default_factory=dict)
+    trained: Content = field(default_factory=dict)
     """What was trained: {recipe key: value}, then the planned share of each source and of all thinking rows."""
     reasoning: dict[str, float] = field(default_factory=dict)
     """Achieved share of all thinking rows by unit."""
@@ -104,8 +106,8 @@ def read_run(folder: Path) -> Run:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise ToolkitError(f"incomplete: no {', '.join(missing)}; {evaluate} scores a finished run")
-    mix, manifest, result = (read_json(folder / name) for name in FILES[1:])
     recipe = read_values(folder / "recipe.yaml")
+    mix, manifest, result = (read_json(folder / name) for name in FILES[1:])
     try:
         return run_of(folder.name, recipe, mix, manifest, result)
     except DAMAGED as error:
@@ -113,9 +115,7 @@ def read_run(folder: Path) -> Run:
         raise ToolkitError(f"unreadable: {why}; {evaluate} writes eval.json again") from error
 
 
-def run_of(
-    name: str, recipe: dict[str, Any], mix: Mapping[str, Any], manifest: Mapping[str, Any], result: Mapping[str, Any]
-) -> Run:
+def run_of(name: str, recipe: Content, mix: Content, manifest: Content, result: Content) -> Run:
     """A Run from the content of its four files. Raises one of DAMAGED where they are not as they were written."""
     train = recipe["train"]
     scores = {model: scores_of(result, model) for model in ("base", "tuned")}
@@ -133,7 +133,7 @@ def run_of(
     )
 
 
-def scores_of(result: Mapping[str, Any], model: str) -> dict[Key, Score]:
+def scores_of(result: Content, model: str) -> dict[Key, Score]:
     """What was measured of base or tuned."""
     scores = {}
     for section, metric in METRICS:
@@ -146,21 +146,24 @@ def scores_of(result: Mapping[str, Any], model: str) -> dict[Key, Score]:
     return scores
 
 
-def conditions_of(
-    result: Mapping[str, Any], manifest: Mapping[str, Any], scores: Mapping[str, Mapping[Key, Score]]
-) -> dict[str, str]:
+def conditions_of(result: Content, manifest: Content, scores: Mapping[str, Mapping[Key, Score]]) -> dict[str, str]:
     """How a run was evaluated, by the keys of CONDITIONS."""
     questions = set()
     for by_key in scores.values():
-        questions |= {score.counted.shape[1] for score in by_key.values() if score.counted is not None}
+        for score in by_key.values():
+            if score.counted is not None:
+                questions.add(score.counted.shape[1])
     kept = " and ".join(map(str, sorted(questions)))
     known = flat({**result, "model": manifest["model"], "per_question": kept})
     return {key: str(known.get(key)) for key in CONDITIONS}
 
 
-def trained_on(recipe: Mapping[str, Any], mix: Mapping[str, Any]) -> dict[str, Any]:
+def trained_on(recipe: Content, mix: Content) -> Content:
     """What tells a training from another: recipe keys that matter, then planned shares; all thinking rows come last."""
-    trained = {key: value for key, value in flat(recipe).items() if not NOT_TRAINED.match(key)}
+    trained: dict[str, Any] = {}
+    for key, value in flat(recipe).items():
+        if not NOT_TRAINED.match(key):
+            trained[key] = value
     shares = {name: round(share, 3) for name, share in mix["planned"].items()}
     # a source of which nothing was wanted is planned but has no entry
     thinking = [shares[name] for name, source in mix["sources"].items() if source["mode"] == "thinking"]
@@ -181,7 +184,11 @@ def evaluated_differently(run: Run, usual: Run) -> str:
     return f"evaluated differently: {'; '.join(differences)}"
 
 
-def changed_keys(settings: Sequence[Mapping[str, Any]]) -> list[str]:
+def changed_keys(settings: Sequence[Content]) -> list[str]:
     """Keys whose values are not the same in all of several dicts."""
-    keys = dict.fromkeys(key for row in settings for key in row)
-    return [key for key in keys if len({str(row.get(key)) for row in settings}) > 1]
+    changed = []
+    for key in dict.fromkeys(key for row in settings for key in row):
+        values = {str(row.get(key)) for row in settings}
+        if len(values) > 1:
+            changed.append(key)
+    return changed

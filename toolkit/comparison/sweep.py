@@ -96,8 +96,9 @@ class Planned:
 
     def seconds(self) -> float:
         """How long a finished run took, evaluation included."""
-        manifest, result = read_json(self.folder / "manifest.json"), read_json(self.folder / "eval.json")
-        return float(manifest.get("train_seconds", 0)) + float(result.get("seconds", 0))
+        manifest = read_json(self.folder / "manifest.json")
+        result = read_json(self.folder / "eval.json")
+        return float(manifest.get("train_seconds", 0) + result.get("seconds", 0))
 
 
 def sweep(
@@ -292,7 +293,13 @@ def same_budget(group: list[Recipe], console: Console) -> list[Planned]:
             raise ToolkitError(f"{name}: no budget is left that every run can reach: add rows")
         asked = f"{wanted:,}" if wanted else "an open budget"
         console.print(f"{name} cannot fill {asked} in every run: each run gets {budget:,} supervised tokens")
-        group = [dataclasses.replace(r, data=dataclasses.replace(r.data, budget=budget)) for r in group]
+        group = [with_budget(recipe, budget) for recipe in group]
+
+
+def with_budget(recipe: Recipe, budget: int) -> Recipe:
+    """The recipe with another budget."""
+    data = dataclasses.replace(recipe.data, budget=budget)
+    return dataclasses.replace(recipe, data=data)
 
 
 def same_steps(group: Sequence[Recipe], reports: Sequence[MixReport]) -> list[Planned]:
