@@ -114,7 +114,13 @@ def usual_goal(runs: Sequence[Run]) -> Key:
 # --- the recommendation ----------------------------------------------------------------------------------------------
 
 
-def decide(points: list[Point], goal: Key, axis: str, notes: list[str], left_out: dict[str, str]) -> Comparison:
+def decide(
+    points: list[Point],
+    goal: Key,
+    axis: str,
+    notes: list[str],
+    left_out: dict[str, str],
+) -> Comparison:
     """Recommend one of the points by the rule, or none; points that were asked no question are only shown."""
     asked = [point for point in points if goal in point.values]
     top, reason, chance = choose(asked, goal, axis)

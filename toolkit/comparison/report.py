@@ -179,7 +179,16 @@ def draw(axes: "Axes", comparison: Comparison, point: Point, x: Average | None, 
     shade = figures.TUNED if point is comparison.recommended else figures.PALETTE[0]
     if point is comparison.base:
         shade = figures.BASE
-    axes.errorbar(x.value, y.value, xerr=arms(x), yerr=arms(y), fmt="o", markersize=8, color=shade, elinewidth=0.8)
+    axes.errorbar(
+        x.value,
+        y.value,
+        xerr=arms(x),
+        yerr=arms(y),
+        fmt="o",
+        markersize=8,
+        color=shade,
+        elinewidth=0.8,
+    )
     axes.margins(0.12)
     for text in axes.texts:  # points at one place share a label
         if text.get_position() == (x.value, y.value):

@@ -75,12 +75,15 @@ def draw_shares(axes: "Axes", mixed: Mix) -> None:
     achieved = pandas.DataFrame(report["achieved"]).reindex(list(report["sources"])).T
     achieved.index = [unit.replace("_", "\n") for unit in UNITS]
     achieved.plot.bar(stacked=True, ax=axes, color=PALETTE, rot=0, legend=False, width=0.8)
-    for bars in axes.containers:
+
+    def number(share: float) -> str:
         # a share below 4% has no room for its number
-        axes.bar_label(
-            cast("BarContainer", bars), fmt=lambda v: f"{v:.0%}" if v > 0.04 else "", label_type="center", color="white"
-        )
-    axes.set(ylabel="share of the mix", ylim=(0, 1), title=f"one mix, three answers (recipe: {report['unit']})")
+        return f"{share:.0%}" if share > 0.04 else ""
+
+    for bars in axes.containers:
+        axes.bar_label(cast("BarContainer", bars), fmt=number, label_type="center", color="white")
+    axes.set(ylabel="share of the mix", ylim=(0, 1))
+    axes.set_title(f"one mix, three answers (recipe: {report['unit']})")
 
 
 def draw_lengths(axes: "Axes", mixed: Mix) -> None:
@@ -89,7 +92,14 @@ def draw_lengths(axes: "Axes", mixed: Mix) -> None:
     for name, colour in source_colours(mixed.report["sources"]).items():
         sizes = [len(row.ids) for row in mixed.train if row.source == name]
         label = f"{name} ({len(sizes):,} rows)"
-        axes.hist(sizes, bins=BINS, range=(0, limit), color=colour, alpha=0.65, label=label)
+        axes.hist(
+            sizes,
+            bins=BINS,
+            range=(0, limit),
+            color=colour,
+            alpha=0.65,
+            label=label,
+        )
     axes.axvline(limit, color="black", linestyle="--", linewidth=1)
     note = f"tokens per row\n(dashed: max_seq_length {limit:,}; longer rows are dropped, never cut)"
     axes.set(xlabel=note, ylabel="rows", yscale="log", title="how long the rows are")
@@ -111,8 +121,9 @@ def curves(folder: Path) -> "Figure":
     figure, (left, right) = panels(10, 3.4, 2)
     # no loss yet, where it is evaluated before the first step
     loss = lines.get("loss", pandas.Series(dtype=float)).dropna()
+    smoothed = loss.ewm(alpha=1 - SMOOTH).mean()
     left.plot(loss, color=BASE, linewidth=1, label="each step")
-    left.plot(loss.ewm(alpha=1 - SMOOTH).mean(), color=TUNED, linewidth=2, label="smoothed")
+    left.plot(smoothed, color=TUNED, linewidth=2, label="smoothed")
     left.set(title="training loss", xlabel="optimizer step", ylabel="nats per supervised token", ylim=(0, None))
     left.legend(frameon=False, fontsize=9)
     # the mix is written before the first step; in anybody's own trainer there may be none
@@ -122,7 +133,8 @@ def curves(folder: Path) -> "Figure":
         source, _, mode = key.removeprefix("eval_").removesuffix("_loss").rpartition("/")
         label = f"{source}, {mode_title(mode)}" if source else "all, as mixed"
         style = "--o" if mode == "non_thinking" else "-o"
-        right.plot(lines[key].dropna(), style, color=colours.get(source, TUNED), markersize=4, label=label)
+        shade = colours.get(source, TUNED)
+        right.plot(lines[key].dropna(), style, color=shade, markersize=4, label=label)
     right.set(title="validation loss, by source and mode", xlabel="optimizer step", ylim=(0, None))
     if right.lines:  # no validation yet: nothing to name
         right.legend(frameon=False, fontsize=9)

@@ -24,8 +24,9 @@ def coloured(mixed: Mix, chat: Chat, count: int) -> Text:
     for row in mixed.train:
         seen[row.source, row.mode] += 1
         if seen[row.source, row.mode] <= count:
-            size = f"{len(row.ids)} tokens, {row.size('supervised_tokens')} supervised"
-            heading = f"{row.source} · row {row.number} · {mode_title(row.mode)} · {size}"
+            place = f"{row.source} · row {row.number} · {mode_title(row.mode)}"
+            supervised = row.size("supervised_tokens")
+            heading = f"{place} · {len(row.ids)} tokens, {supervised} supervised"
             prompt = chat.decode(row.ids[: row.prompt_length])
             completion = chat.decode(row.ids[row.prompt_length :])
             parts += [Text(heading, "bold"), in_colour(prompt, completion)]
@@ -74,12 +75,18 @@ def compared(mixed: Mix, chat: Chat) -> Table:
     return table
 
 
-def first_row(source: Source, chat: Chat, placeholders: dict[str, str | dict[str, str]]) -> Text:
+def first_row(
+    source: Source,
+    chat: Chat,
+    placeholders: dict[str, str | dict[str, str]],
+) -> Text:
     """The first conversation of a file: its format, and every turn it teaches coloured. Raises ToolkitError."""
     number, row = next(conversations(source, seed=0, placeholders=placeholders))
     if isinstance(row, Rejected):
         raise ToolkitError(f"{source.path}, row {number}: {row.detail}")
-    turns = [in_colour(example.prompt, example.completion) for example in examples(row, "auto", chat, source.turns)]
+    turns = []
+    for example in examples(row, "auto", chat, source.turns):
+        turns.append(in_colour(example.prompt, example.completion))
     # as `mix` reads it, where the recipe names no format
     form = detect(source, open_rows(source))
     title = f"{source.path} · {form} · row {number}, {len(turns)} example(s)"

@@ -49,8 +49,11 @@ def recipes() -> list[dict[str, str]]:
     """Every recipe that ships, {"name", "purpose"} by name: the first sentence of its header."""
     shipped = []
     for file in sorted(RECIPES.glob("*.yaml")):
-        header = read_text(file).partition("\n# Run:")[0].replace("\n#", "").lstrip("# ")
-        shipped.append({"name": file.stem, "purpose": re.split(r"(?<=\.)\s", header)[0]})
+        header = read_text(file).partition("\n# Run:")[0]
+        # a sentence may go on in the next comment line
+        text = header.replace("\n#", "").lstrip("# ")
+        sentence, *_ = re.split(r"(?<=\.)\s", text)
+        shipped.append({"name": file.stem, "purpose": sentence})
     return shipped
 
 

@@ -17,7 +17,8 @@ class Progress:
     PLAIN_EVERY = 10  # seconds
 
     def __init__(self, console: "Console", title: str, total: int):
-        self.console, self.title, self.total, self.done = console, title, total, 0
+        self.console, self.title, self.total = console, title, total
+        self.done = 0
         self.bar: RichProgress | None = None
 
     def __enter__(self) -> "Progress":
@@ -51,7 +52,8 @@ class Progress:
             self.bar.update(self.task, description=self.title, completed=self.done, total=self.total)
         elif now - self.printed >= self.PLAIN_EVERY and 0 < self.done < self.total:
             self.printed = now
-            left = (now - self.started) / self.done * (self.total - self.done)
+            pace = (now - self.started) / self.done
+            left = pace * (self.total - self.done)
             self.console.print(f"{self.title}: {self.done} of {self.total}, about {left:.0f} s left")
 
     def skip(self, count: int) -> None:

@@ -23,11 +23,22 @@ class ShownReply(NamedTuple):
     answer: str
 
 
-def rich_table(rows: Sequence[Mapping[str, object]], *, title: str | None = None, bold: Sequence[int] = ()) -> Table:
+def rich_table(
+    rows: Sequence[Mapping[str, object]],
+    *,
+    title: str | None = None,
+    bold: Sequence[int] = (),
+) -> Table:
     """Rows with equal keys as a table, those at `bold` in bold: integers as 1,234, floats as 12.3%.
 
     No name, word or number is cut, since two may differ in their last letters only."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        pad_edge=False,
+    )
     for place, key in enumerate(rows[0]):
         heading = key.replace("_", " ")
         if place == 0:  # the first column takes what the others leave
@@ -78,9 +89,14 @@ def plan_table(planned: Mapping[str, Mapping[str, Any]]) -> Table:
     """What a recipe asks for (`mix.plan`), before anything is read."""
     rows = []
     for name, row in planned.items():
-        share = "as it comes" if row["share"] is None else row["share"]
-        quota = "all there is" if row["quota"] is None else row["quota"]
-        rows.append({"source": name, "share": share, "to train": quota, "held out": row["validation"]})
+        share, quota = row["share"], row["quota"]
+        cells = {
+            "source": name,
+            "share": "as it comes" if share is None else share,
+            "to train": "all there is" if quota is None else quota,
+            "held out": row["validation"],
+        }
+        rows.append(cells)
     return rich_table(rows)
 
 
@@ -88,22 +104,23 @@ def verdict(report: Mapping[str, Any]) -> str:
     """One sentence on a compiled mix (`report` is mix.json's content): its size, and how near it is to its plan."""
     unit = report["unit"]
     achieved = report["achieved"][unit]
-    distances = [abs(achieved.get(name, 0) - share) for name, share in report["planned"].items()]
+    distances = []
+    for name, share in report["planned"].items():
+        distances.append(abs(achieved.get(name, 0) - share))
     size = "{examples:,} examples, {supervised_tokens:,} supervised of {tokens:,} tokens".format(**report["total"])
     # in the unit of the recipe, which is the one that was planned
-    unit = unit.replace("_", " ")
-    return f"{size}; shares of {unit} within {100 * max(distances):.1f} points of the plan"
+    unit, points = unit.replace("_", " "), 100 * max(distances)
+    return f"{size}; shares of {unit} within {points:.1f} points of the plan"
 
 
 def mix_table(report: Mapping[str, Any]) -> Table:
     """What a mix achieved: each source's amount and share in all three units."""
     rows = []
     for name, source in report["sources"].items():
-        lines = [name]
-        for mode, count in source["modes"].items():
-            # a source of one mode has its number of rows beside it
-            number = f"{count:,} " if len(source["modes"]) > 1 else ""
-            lines.append(number + mode_title(mode))
+        lines, modes = [name], source["modes"]
+        for mode, count in modes.items():
+            # of a source of one mode the number of rows stands beside it
+            lines.append(f"{count:,} {mode_title(mode)}" if len(modes) > 1 else mode_title(mode))
         row = {"source": "\n".join(lines)}
         amounts = (source["rows_kept"], source["tokens"], source["supervised_tokens"])
         for unit, amount in zip(UNITS, amounts, strict=True):

@@ -45,7 +45,8 @@ def print_mix(report: MixReport, console: Console, next_command: str = "") -> No
         console.print(f"next: {next_command}", markup=False)
     console.print(tables.mix_table(report))
     for note in tables.notes(report):
-        console.print(f"· {note}", style="yellow" if note.startswith("warning") else None, markup=False)
+        style = "yellow" if note.startswith("warning") else None
+        console.print(f"· {note}", style=style, markup=False)
 
 
 def print_result(result: Evaluation, folder: Path, console: Console, *, details: bool) -> None:
