@@ -109,5 +109,5 @@ def test_every_verb_of_a_run_fits_the_terminal_and_says_what_comes_next(here):
             print(f"=== {columns}: {' '.join(words[:3])}\n{text}")
             assert code == 0, text
             assert expected in " ".join(text.split())
-            paths = [line for line in text.split("\n") if str(here) in line and " " not in line.strip()]
-            fits(columns, "\n".join(line for line in text.split("\n") if line not in paths))
+            # a command that is pasted is not wrapped, and the folder of a test is longer than anybody's
+            fits(columns, text.replace(str(here), "outputs"))
