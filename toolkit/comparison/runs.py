@@ -106,8 +106,8 @@ def read_run(folder: Path) -> Run:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise ToolkitError(f"incomplete: no {', '.join(missing)}; {evaluate} scores a finished run")
-    recipe = read_values(folder / "recipe.yaml")
     mix, manifest, result = (read_json(folder / name) for name in FILES[1:])
+    recipe = read_values(folder / "recipe.yaml")
     try:
         return run_of(folder.name, recipe, mix, manifest, result)
     except DAMAGED as error:
