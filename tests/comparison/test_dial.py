@@ -197,7 +197,7 @@ def test_scale_1_of_a_dial_is_what_evaluate_says_of_the_run(run, monkeypatch):
     from toolkit.run import evaluate
 
     dial([run], scales=[1.0], console=Console(quiet=True))
-    result = json.loads((run / "dial.json").read_text())["results"]["1"]
+    result = json.loads((run / "dial.json").read_text())["scales"]["1"]
     own = evaluate(run, Console(quiet=True))
     assert {key: own[key] for key in ("tuned", "base")} == {key: result[key] for key in ("tuned", "base")}
 

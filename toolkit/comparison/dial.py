@@ -139,7 +139,7 @@ def measure(folder: Path, scales: Sequence[float], console: Console) -> dict[flo
     with contextlib.suppress(ToolkitError):  # none yet, or damaged: then all is measured again
         kept = read_json(folder / "dial.json")
         # what was measured of another adapter says nothing of this one
-        results = kept["results"] if kept["adapter"] == manifest.get("adapter") else {}
+        results = kept.get("scales", {}) if kept.get("adapter") == manifest.get("adapter") else {}
     missing = [scale for scale in scales if f"{scale:g}" not in results]
     if missing:
         recipe = recipes.of_run(folder)
@@ -153,7 +153,7 @@ def measure(folder: Path, scales: Sequence[float], console: Console) -> dict[flo
                 if scale == 1.0:
                     check_changed(folder.name, result)
                 results[f"{scale:g}"] = result
-                write_json(folder / "dial.json", {"adapter": manifest.get("adapter"), "results": results})
+                write_json(folder / "dial.json", {"adapter": manifest.get("adapter"), "scales": results})
                 progress.advance(1)
     return {scale: at_scale(folder, scale, results[f"{scale:g}"]) for scale in scales}
 

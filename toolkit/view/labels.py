@@ -4,6 +4,7 @@ from toolkit.data import render; from toolkit.view import labels; labels.label_r
 """
 
 from collections import Counter
+from typing import NamedTuple
 
 from rich.table import Table
 from rich.text import Text
@@ -17,19 +18,34 @@ from toolkit.recipe import Source
 from toolkit.records import Conversation
 
 
-def coloured(mixed: Mix, chat: Chat, count: int) -> Text:
+class TaughtRow(NamedTuple):
+    """A training row as text: what is only shown to the model, and what the loss counts."""
+
+    heading: str
+    shown: str
+    taught: str
+
+
+def first_rows(mixed: Mix, chat: Chat, count: int) -> list[TaughtRow]:
     """The first `count` training rows of each source and mode."""
     seen: Counter[tuple[str, str]] = Counter()
-    parts = []
+    rows = []
     for row in mixed.train:
         seen[row.source, row.mode] += 1
         if seen[row.source, row.mode] <= count:
             place = f"{row.source} · row {row.number} · {mode_title(row.mode)}"
             supervised = row.size("supervised_tokens")
-            heading = f"{place} · {len(row.ids)} tokens, {supervised} supervised"
-            prompt = chat.decode(row.ids[: row.prompt_length])
-            completion = chat.decode(row.ids[row.prompt_length :])
-            parts += [Text(heading, "bold"), in_colour(prompt, completion)]
+            shown = chat.decode(row.ids[: row.prompt_length])
+            taught = chat.decode(row.ids[row.prompt_length :])
+            rows.append(TaughtRow(f"{place} · {len(row.ids)} tokens, {supervised} supervised", shown, taught))
+    return rows
+
+
+def coloured(mixed: Mix, chat: Chat, count: int) -> Text:
+    """The same with colours, for a terminal or a notebook."""
+    parts = []
+    for row in first_rows(mixed, chat, count):
+        parts += [Text(row.heading, "bold"), in_colour(row.shown, row.taught)]
     return Text("\n").join(parts)
 
 

@@ -14,19 +14,11 @@ from toolkit.evaluation import words
 from toolkit.family import mode_title
 from toolkit.files import ToolkitError, read_json, read_jsonl, write_text
 from toolkit.records import Evaluation, Interval, MixReport
-from toolkit.view import figures, tables
+from toolkit.view import figures, labels, tables, trained
 
 PAGE = "report.html"
 ROWS = 10
 """Training rows that are shown."""
-
-
-class TaughtRow(NamedTuple):
-    """A training row as text: what is only shown to the model, and what the loss counts."""
-
-    heading: str
-    shown: str
-    taught: str
 
 
 class Bar(NamedTuple):
@@ -63,14 +55,15 @@ def contents(folder: Path) -> dict[str, Any]:
     manifest = read_json(folder / "manifest.json")
     result = cast("Evaluation | None", optional(folder / "eval.json"))
     rows, why_no_rows = taught_rows(folder, manifest)
+    file = folder / "samples.jsonl"
+    samples = read_jsonl(file) if file.is_file() else []
     return {
         "name": folder.resolve().name,
         "manifest": manifest,
-        "colours": figures.source_colours(folder),
         "rows": rows,
         "why_no_rows": why_no_rows,
         "curves": picture(figures.curves(folder)) if figures.logged(folder) else "",
-        "prompts": before_after(folder),
+        "prompts": [row for row in trained.paired(samples) if "after" in row],
         "certificate": optional(folder / "certificate.json"),
         "dial": dial_rows(folder),
         "mode_title": mode_title,
@@ -89,7 +82,12 @@ def mix_section(folder: Path) -> dict[str, Any]:
     report = cast("MixReport | None", optional(folder / "mix.json"))
     if report is None:
         return {"mix": None}
-    return {"mix": report, "mix_verdict": tables.verdict(report), "mix_notes": tables.notes(report)}
+    return {
+        "mix": report,
+        "mix_verdict": tables.verdict(report),
+        "mix_notes": tables.notes(report),
+        "colours": figures.source_colours(report["sources"]),
+    }
 
 
 def evaluation_section(result: Evaluation | None) -> dict[str, Any]:
@@ -129,7 +127,7 @@ def bar(metric: str, share: Interval) -> Bar | None:
     return Bar(value, low, high, words.show(metric, share))
 
 
-def taught_rows(folder: Path, manifest: dict[str, Any]) -> tuple[list[TaughtRow], str]:
+def taught_rows(folder: Path, manifest: dict[str, Any]) -> tuple[list[labels.TaughtRow], str]:
     """(the first training rows of every source and mode, why there are none)."""
     from toolkit.data import mix
     from toolkit.data.chat import load_chat
@@ -141,38 +139,15 @@ def taught_rows(folder: Path, manifest: dict[str, Any]) -> tuple[list[TaughtRow]
         return [], str(error)
     kinds = {(row.source, row.mode) for row in mixed.train}
     of_each = max(1, ROWS // max(1, len(kinds)))
-    rows = []
-    for source, mode in sorted(kinds):
-        same = [row for row in mixed.train if (row.source, row.mode) == (source, mode)]
-        for row in same[:of_each]:
-            size = f"{len(row.ids)} tokens, {row.size('supervised_tokens')} supervised"
-            heading = f"{source} · row {row.number} · {mode_title(mode)} · {size}"
-            shown = chat.decode(row.ids[: row.prompt_length])
-            rows.append(TaughtRow(heading, shown, chat.decode(row.ids[row.prompt_length :])))
-    return rows, ""
-
-
-def before_after(folder: Path) -> list[dict[str, Any]]:
-    """The recipe's fixed prompts with the replies before and after training: [{prompt, mode, before, after}]."""
-    file = folder / "samples.jsonl"
-    replies: dict[tuple[str, str], dict[str, Any]] = {}
-    for line in read_jsonl(file) if file.is_file() else []:
-        key = (line["prompt"], line["mode"])
-        replies[key] = replies.get(key, {}) | {line["when"]: line}
-    return [{"prompt": prompt, "mode": mode, **pair} for (prompt, mode), pair in replies.items() if "after" in pair]
+    return labels.first_rows(mixed, chat, of_each), ""
 
 
 def dial_rows(folder: Path) -> list[dict[str, str]]:
     """A row for each scale that was measured: what it answers and how far it is from the base."""
-    measured = (optional(folder / "dial.json") or {}).get("results", {})
-    best: dict[float, Evaluation] = {}
-    for key, result in measured.items():
-        level, scale = key.split()
-        if level != "fast" or float(scale) not in best:  # replies say more than fast evidence
-            best[float(scale)] = result
+    measured = (optional(folder / "dial.json") or {}).get("scales", {})
     rows = []
-    for scale, result in sorted(best.items()):
-        row = {"scale": f"{scale:g}"}
+    for scale in sorted(measured, key=float):
+        row, result = {"scale": scale}, measured[scale]
         for name, section, metric in words.judged_questions(result):
             row[name] = words.show(metric, result["tuned"][section][metric])
         row["KL"] = words.show("kl", result["tuned"]["forgetting"].get("kl"))

@@ -5,6 +5,7 @@ report(Path("outputs/pocket"), Console())
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,14 +29,19 @@ def report(folder: Path, console: Console) -> None:
 
 def before_after(samples: list[dict[str, str]]) -> Table:
     """A table of the fixed prompts' replies before and after training, in each mode of the model."""
-    rows: dict[tuple[str, str], dict[str, object]] = defaultdict(dict)
+    return tables.side_by_side(paired(samples))
+
+
+def paired(samples: list[dict[str, str]]) -> list[dict[str, Any]]:
+    """The same as rows {prompt, mode, before: ShownReply, after: ShownReply}."""
+    rows: dict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
     for when in ("before", "after"):
         for sample in samples:
             if sample["when"] == when:
                 row = rows[sample["prompt"], sample["mode"]]
                 row |= {"prompt": sample["prompt"], "mode": sample["mode"]}
                 row[when] = tables.ShownReply(sample["reasoning"], sample["answer"])
-    return tables.side_by_side(list(rows.values()))
+    return list(rows.values())
 
 
 def print_mix(report: MixReport, console: Console, next_command: str = "") -> None:
