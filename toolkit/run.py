@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from toolkit import recipe as recipes
-from toolkit.files import ToolkitError, lock, outputs, read_json, write_json, write_text
+from toolkit.files import ToolkitError, lock, outputs, read_json, write_json
 from toolkit.recipe import Recipe
 from toolkit.training import tracking
 
@@ -60,7 +60,6 @@ def train(recipe: Recipe, console: Console | None = None, *, fresh: bool = False
             if score:
                 evaluate(folder, console, loaded=loaded, details=details)
             else:
-                write_card(folder)
                 console.print(f"the run: {folder}\nnext:    python -m toolkit evaluate {folder.name}")
     return folder
 
@@ -136,7 +135,6 @@ def already_finished(recipe: Recipe, folder: Path, console: Console, *, score: b
     from toolkit.training.folder import is_main
 
     if score and is_main():
-        write_card(folder)
         log_evaluation(recipe, folder, console)
     console.print(f"{folder} is finished already: `python -m toolkit evaluate {recipe.name}` scores it again")
     return folder
@@ -183,7 +181,6 @@ def evaluate(folder: str | Path, console: Console | None = None, *, level: str |
             console=console,
         )
         write_json(evaluation_file(folder, result), result)
-        write_card(folder)
         page.write(folder)
         log_evaluation(recipe, folder, console)
     trained.print_result(result, folder, console, details=details)
@@ -194,13 +191,6 @@ def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:
     """Where an evaluation is written: eval.json, but fast evidence does not replace replies that were paid for."""
     paid = scored(folder) and read_json(folder / "eval.json").get("level") != "fast"
     return folder / ("eval-fast.json" if paid and result["level"] == "fast" else "eval.json")
-
-
-def write_card(folder: Path) -> None:
-    """adapter/README.md: the filled model card, with scores once there are some."""
-    from toolkit.export.card import card
-
-    write_text(folder / "adapter" / "README.md", card(folder))
 
 
 def resolve(recipe: Recipe, console: Console) -> Recipe:

@@ -12,8 +12,7 @@ from rich.console import Console
 
 from tests.support.export_fixtures import base_model, gguf_tensor, header_value, run_folder, tokenizer
 from toolkit.export import export, gguf_path
-from toolkit.export.card import upload_commands
-from toolkit.export.certificate import merge_limit, verify
+from toolkit.export.certificate import merge_limit, upload_commands, verify
 from toolkit.export.checkpoint import Adapter, Checkpoint, find_base
 from toolkit.export.gguf import write_gguf
 from toolkit.export.merge import Merged
@@ -227,11 +226,10 @@ def test_an_export_at_a_scale_passes_against_the_scaled_adapter_and_says_it_ever
     assert certificate["passed"]
     assert certificate["inputs"]["scale"] == read_json(run / "export.json")["inputs"]["scale"] == 0.8
     assert "0.8 of its trained strength" in (run / "certificate.md").read_text()
-    assert "0.8 of its trained strength" in (run / "merged" / "README.md").read_text()
     assert "0.8 of its trained strength" in header_value(gguf_path(run, "f16"), "general.description")
     assert read_json(run / "merged" / "config.json")["adapter_scale"] == 0.8
     assert sound[1]["inputs"]["scale"] == 1.0
-    assert "strength" not in (sound[0] / "merged" / "README.md").read_text()
+    assert "strength" not in (sound[0] / "certificate.md").read_text()
 
 
 def test_an_export_at_a_scale_fails_against_the_unscaled_adapter(scaled, tmp_path):

@@ -198,11 +198,6 @@ def embedding_under_the_heads_name(base: Path) -> None:
     save({name if name != EMBEDDING else HEAD: tensor for name, tensor in tensors.items()}, base / WEIGHTS)
 
 
-def named_weights_file(base: Path) -> None:
-    (base / WEIGHTS).rename(base / "best.safetensors")
-    change(base / "config.json", transformers_weights="best.safetensors")
-
-
 REFUSED = {
     r"model-00002-of-00002\.safetensors: expected whole safetensors": drop_shard,
     r"A pickle \(\.bin\) is not read": only_a_pickle,
@@ -214,7 +209,6 @@ REFUSED = {
     "does not say where the weights of these files are": lambda base: index_that_misses_and_misplaces(
         base, load_file(base / WEIGHTS)
     ),
-    "names a weights file of its own": named_weights_file,
     r"model\.embed_tokens\.weight is missing": embedding_under_the_heads_name,
     r"has no lm_head\.weight although": untied_without_head,
     r"model\.layers\.1\.input_layernorm\.weight is missing, expected \(": lost_tensor,

@@ -16,8 +16,7 @@ from rich.console import Console
 from tests.support import families
 from tests.support.export_fixtures import base_model, dynamic_4bit, killed_export, run_folder
 from toolkit.export import export, gguf_path, modelfile
-from toolkit.export.card import card, upload_commands
-from toolkit.export.certificate import verify
+from toolkit.export.certificate import upload_commands
 from toolkit.export.checkpoint import Adapter, Base, Checkpoint, find_base
 from toolkit.export.merge import Merged, merge, open_merged
 from toolkit.export.parity import log_probs
@@ -410,66 +409,7 @@ def test_a_revision_counts_for_the_4bit_repository_it_was_recorded_with_only(tmp
     assert (found["4bit"].name, found["4bit"].revision) == (model["name"], "b" * 40)
 
 
-def test_an_adapters_card_is_filled_and_names_no_path_of_this_machine(run):
-    story(run)
-    page = card(run)
-    assert "library_name: peft" in page
-    assert "PeftModel.from_pretrained" in page
-    assert "| OpenMathReasoning-mini | thinking | 8 | 75.0% | 31.0% | 75.0% |" in page
-    assert "More Information Needed" not in page
-    assert str(run.parent) not in page
-
-
 # Sharing
-
-
-def story(run: Path) -> None:
-    """A recipe, a mix and scores beside the export."""
-    (run / "recipe.yaml").write_text(
-        "name: toy\ndata:\n  sources:\n"
-        "    - {path: unsloth/OpenMathReasoning-mini, split: cot, mode: thinking, fraction: 0.75}\n"
-        "    - {path: mlabonne/FineTome-100k, mode: non_thinking, fraction: 0.25}\n"
-        "model: {model_name: Qwen/Qwen3-8B}\n"
-    )
-    shares = {"OpenMathReasoning-mini": 0.75, "FineTome-100k": 0.25}
-    source = {"mode": "thinking", "rows_seen": 9, "rows_kept": 8, "dropped": {}, "tokens": 1, "supervised_tokens": 1}
-    (run / "mix.json").write_text(
-        json.dumps(
-            {
-                "unit": "supervised_tokens",
-                "budget": 1,
-                "planned": shares,
-                "sources": dict.fromkeys(shares, source),
-                "achieved": {
-                    "examples": {"OpenMathReasoning-mini": 0.31, "FineTome-100k": 0.69},
-                    "supervised_tokens": shares,
-                },
-            }
-        )
-    )
-    base, tuned, change = (
-        {"thinking": {"accuracy/set/sums": {"value": value, "low": value - 0.1, "high": value + 0.1, "n": 50}}}
-        for value in (0.5, 0.7, 0.2)
-    )
-    scores = {"base": base, "tuned": tuned, "difference": change, "modes": ["thinking", "non_thinking"]}
-    (run / "eval.json").write_text(json.dumps(scores))
-
-
-def test_the_upload_holds_a_card_with_mix_scores_and_certificate(exported, tmp_path):
-    run = Path(shutil.copytree(exported, tmp_path / "toy"))
-    story(run)
-    assert upload_commands(run) == [
-        f"hf upload USER/toy {run / 'merged'} .",
-        f"hf upload USER/toy {run / 'gguf'} gguf",
-    ]
-    page = (run / "merged" / "README.md").read_text()
-    assert page == card(run, read_json(run / "certificate.json"))
-    assert "| OpenMathReasoning-mini | thinking | 8 | 75.0% | 31.0% | 75.0% |" in page
-    assert "| sums with thinking | 50% | 70% | +20 [+10, +30] | 50 |" in page
-    assert "CC BY 4.0" in page
-    assert "merged against base + adapter" in page
-    assert str(run) not in page
-    assert verify(run, **SILENT)["passed"]  # the card is no file that a program loads
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit.export.card import upload_commands
-from toolkit.export.certificate import Certificate, changes_nothing, failures, verify
+from toolkit.export.certificate import Certificate, changes_nothing, failures, upload_commands, verify
 from toolkit.export.checkpoint import Checkpoint
 from toolkit.export.gguf import gguf_path, plan_tensors, write_gguf
 from toolkit.export.gguf_types import check_quant, check_tokenizer

@@ -293,6 +293,24 @@ def failures(certificate: Certificate) -> list[str]:
     return [check["name"] for check in certificate["checks"] if not check["passed"]]
 
 
+def upload_commands(run: Path) -> list[str]:
+    """The commands that put an export on the Hub.
+
+    Raises ToolkitError where no certificate has passed, or a file is not as it was certified."""
+    again = f"python -m toolkit export {run}"
+    certificate = read_json(run / "certificate.json") if (run / "certificate.json").is_file() else {}
+    if not certificate.get("passed"):
+        raise ToolkitError(f"{run}: no certificate has passed: {again}")
+    for name, certified in certificate["files"].items():
+        if not (run / name).is_file() or describe(run / name) != certified:
+            raise ToolkitError(f"{run / name}: missing or changed since its certificate: {again} writes it again")
+    repo = f"USER/{run.resolve().name}"
+    commands = [f"hf upload {repo} {run / 'merged'} ."]
+    if "gguf/Modelfile" in certificate["files"]:
+        commands.append(f"hf upload {repo} {run / 'gguf'} gguf")
+    return commands
+
+
 def _number(value: float | None) -> str:
     return "none" if value is None else f"{value:.3g}"
 

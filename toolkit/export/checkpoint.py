@@ -166,11 +166,6 @@ class Checkpoint:
         """Raises ToolkitError for weights that are missing, damaged or not of this config.json."""
         self.folder = folder
         self.config: ModelConfig = read_json(folder / "config.json")
-        if "transformers_weights" in self.config:
-            raise ToolkitError(
-                f"{folder}/config.json: names a weights file of its own (transformers_weights), which is not read here: load "
-                "the model with transformers and save it again with save_pretrained"
-            )
         self.entries: dict[str, Stored] = {}
         """Everything in the files, statistics of 4-bit weights included."""
         for file in weight_files(folder):

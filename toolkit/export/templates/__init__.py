@@ -1,4 +1,4 @@
-"""The pages an export writes for people and for Ollama, as Jinja templates: certificate.md, model_card.md, Modelfile.
+"""The pages an export writes for people and for Ollama, as Jinja templates: certificate.md and Modelfile.
 
 page = filled("certificate.md", certificate)
 """
