@@ -64,13 +64,10 @@ def convertible(
 
     `config` is config.json, `tokenizer` tokenizer.json (without it the vocabulary is not looked at), `templates` the names of
     the chat templates, where there are several."""
-    if tokenizer is not None and (reason := tokens_beyond(tokenizer, config)):
-        return reason  # true of merged weights too
     kind = config.get("model_type", "unknown")
     if family_of(kind).gguf is None or "text_config" in config:
-        reason = f"model type {kind!r} is not among those converted here"
-    else:
-        reason = not_computed(full_config(config)) or (not_tokenized(tokenizer) if tokenizer else None)
+        return f"model type {kind!r} is not among those converted here. {WAY_OUT}"
+    reason = not_computed(full_config(config)) or (not_tokenized(tokenizer) if tokenizer else None)
     if not reason and templates:
         reason = f"it has several chat templates ({', '.join(templates)}), a GGUF one: keep chat_template.jinja alone"
     return reason and f"{reason}. {WAY_OUT}"
@@ -144,7 +141,7 @@ def check_tokenizer(config: ModelConfig, folder: Path, *, gguf: bool) -> None:
     """Raises ToolkitError, with the way out, where a model and the tokenizer in a folder do not fit each other, or llama.cpp."""
     tokenizer = read_json(folder / "tokenizer.json")
     reason = tokens_beyond(tokenizer, config)
-    if gguf:
+    if gguf and not reason:
         templates = template_names(read_json(folder / "tokenizer_config.json"), folder)
         reason = convertible(config, tokenizer, templates)
     if reason:
