@@ -352,9 +352,12 @@ def check_in_place(path: Path) -> None:
 
 
 SECRETS = (
-    (re.compile(r"\bhf_[A-Za-z0-9]{20,}"), "hf_…"),
+    (re.compile(r"\b(hf_|gh[pousr]_|sk-)[\w-]{16,}"), r"\1…"),
+    (re.compile(r"(?i)(\bbearer )\S+"), r"\1…"),
+    (re.compile(r"(//)[^\s/@]+:[^\s/@]+(?=@)"), r"\1…"),
     (re.compile(r"(?i)(--api-key[= ])\S+"), r"\1…"),
-    (re.compile(r"(?i)(\b\w*(?:token|secret|password|api_key)[\"']?\s*[=:]\s*[\"']?)[^\s\"',]+"), r"\1…"),
+    # not eos_token: <eos>
+    (re.compile(r"(?i)(\b\w*(?:token|secret|passw(?:or)?d|api[_-]?key)[\"']?\s*[=:]\s*[\"']?)[^\s\"',<]+"), r"\1…"),
 )
 """What tokens and keys look like, and what is shown instead."""
 

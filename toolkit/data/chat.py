@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
-TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-"""What a template may ask the tokenizer for."""
+TOKENS = [f"{name}_token" for name in "bos eos unk sep pad cls mask".split()]
+"""What a template may ask the tokenizer for (transformers' special_tokens_map)."""
 SPACE_BEFORE = (
     (r'("prepend":\s*)"[^"]+"', r'\1""'),
     (r'("prepend_scheme":\s*)"(?:first|always)"', r'\1"never"'),
@@ -40,7 +40,7 @@ class Chat:
         name: str,
         tokenizer_json: str,
         template: str | None,
-        tokens: dict[str, str | None],
+        tokens: dict[str, str],
         model_type: str | None = None,
     ):
         self.name = name
@@ -76,7 +76,9 @@ class Chat:
 
         Raises Rejected with the template's own words where it refuses the messages."""
         switch = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        values = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        # `train` is our own key, of which no template knows
+        shown = [{key: value for key, value in message.items() if key != "train"} for message in messages]
+        values = {"messages": shown, "tools": tools, "add_generation_prompt": add_generation_prompt}
         template = self._template
         cast(Sandbox, template.environment).steps = 0
         try:
@@ -169,7 +171,8 @@ def load_chat(model_name: str, revision: str | None = None) -> Chat:
     template = read_text(template_file) if template_file.is_file() else settings.get("chat_template")
     if isinstance(template, list):  # several templates by name, as some checkpoints of 2024 have
         template = {t["name"]: t["template"] for t in template}["default"]
-    tokens = {name: settings.get(name) for name in TOKENS}
+    # one that is null is left out: a template would print None
+    tokens = {name: settings[name] for name in TOKENS if settings.get(name)}
     for name, token in tokens.items():
         if isinstance(token, dict):  # AddedToken, described as an object
             tokens[name] = token["content"]
@@ -179,8 +182,7 @@ def load_chat(model_name: str, revision: str | None = None) -> Chat:
 
 def chat_of(tokenizer: "PreTrainedTokenizerBase") -> Chat:
     """The same from a loaded transformers tokenizer, so that a mix is rendered by the very template a model trains with."""
-    tokens = {name: getattr(tokenizer, name) for name in TOKENS}
     template = tokenizer.chat_template
     if isinstance(template, dict):  # several by name
         template = template["default"]
-    return Chat(tokenizer.name_or_path, tokenizer.backend_tokenizer.to_str(), template, tokens)
+    return Chat(tokenizer.name_or_path, tokenizer.backend_tokenizer.to_str(), template, tokenizer.special_tokens_map)

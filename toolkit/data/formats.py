@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 from toolkit.data.conversation import Fillings, Placeholders, checked
-from toolkit.data.keys import is_setting, is_trained, meaning, yes_or_no
+from toolkit.data.keys import is_empty, is_setting, is_trained, meaning, yes_or_no
 from toolkit.data.messages import Notes, field_of, read_notes, read_turns, role_of
 from toolkit.data.readers import Rejected
 from toolkit.data.tools import check_calls
@@ -35,6 +35,8 @@ POORER = ("question", "chosen", "preference_question", "preference_alpaca", "pre
 """Formats that give way to others that fit too: an openmath row holds a question as well."""
 TEXTS = ("reasoning", "system", "tools")
 """What is read beside the turns."""
+CALLS = re.compile(r'\s*\[\s*\{\s*"name"\s*:\s*"[^"]*"\s*,\s*"(?:arguments|parameters)"\s*:')
+"""How a list of calls begins."""
 ASKING = ("system", "user")
 """Roles of turns that an answer follows."""
 SHARED = {"history": "history", "expected_answer": "expected_answer"}
@@ -42,7 +44,7 @@ COLUMN_KEYS = "user assistant input messages reasoning system history tools expe
 LIKELY = {
     "user": "question instruction prompt query problem input user human 问题 提问 指令 输入 質問 질문 frage pregunta pergunta вопрос",
     "assistant": (
-        "answer response output completion solution reply chosen assistant 回答 答案 输出 回复 답변 antwort réponse reponse "
+        "answer response output completion attempt solution reply chosen assistant 回答 答案 输出 回复 답변 antwort réponse reponse "
         "respuesta resposta ответ"
     ),
     "input": "context document passage 上下文",
@@ -75,13 +77,15 @@ class RowReader:
         Raises Rejected with the reason and the field or turn."""
         # what is beside the text comes first: a row that its set calls bad needs no further reading
         notes = read_notes(row, self.kinds, "", self.named_only)
-        if notes.bad:
-            raise Rejected("marked_bad", f"{notes.bad}: preference data mark this answer as bad; it is not taught")
+        for key, value in notes.bad.items():
+            raise Rejected(
+                "marked_bad", f"{key!r} is {value}: preference data mark this answer as bad; it is not taught"
+            )
         turns = self._turns(row)
         messages, turn_notes = read_turns(turns, marks_of_turns(notes, len(turns)))
         add_system(messages, notes.system, self.system)
         # a column, other than a turn's key, may say how to answer instead
-        reasoning = {key: value for key, value in notes.reasoning.items() if not is_setting(key, value)}
+        reasoning = {key: value for key, value in notes.reasoning.items() if not is_setting(value)}
         notes.not_read += add_reasoning(messages, reasoning, "messages" in self.names)
         conversation: Conversation = {"messages": messages}
         tools = notes.tools + turn_notes.tools
@@ -109,10 +113,14 @@ class RowReader:
         if type(answer) is list and answer and role_of(answer[0], 1) in ASKING:
             return answer
         if type(question) is not list:
-            parts = [field_of(row, names["user"]), field_of(row, names.get("input", ""), default="")]
+            parts = [field_of(row, names["user"])]
+            if not is_empty(row.get(names.get("input", ""))):
+                parts.append(field_of(row, names["input"]))
             question = [{"role": "user", "content": "\n".join(part for part in parts if part.strip())}]
         if type(answer) is not list:
-            answer = [{"role": "assistant", "content": field_of(row, names["assistant"])}]
+            text = field_of(row, names["assistant"])
+            # xLAM's answers are calls, as JSON text
+            answer = [{"role": "function_call" if CALLS.match(text) else "assistant", "content": text}]
         return [*earlier_turns(row, names.get("history", "")), *question, *answer]
 
 
@@ -174,13 +182,19 @@ def add_reasoning(messages: list[Message], columns: JsonObject, listed: bool) ->
     last = messages[-1]
     ignored = []
     for column in columns:
-        text = field_of(columns, column)
+        text = only_text(columns, column)
         known = last.get("reasoning_content") or (last["content"] if THINK_OPEN in last["content"] else "")
         if "reasoning_content" not in last and not (known and listed):
             last["reasoning_content"] = text.strip("\r\n")
         elif text.strip() not in known:
             ignored.append(column)
     return ignored
+
+
+def only_text(columns: JsonObject, column: str) -> str:
+    """The text of a column, which may be a list of one. Raises Rejected."""
+    value = columns[column]
+    return value[0] if type(value) is list and len(value) == 1 and type(value[0]) is str else field_of(columns, column)
 
 
 def expected_answer(value: Json) -> str:
@@ -261,6 +275,10 @@ def likely_columns(fields: list[str]) -> dict[str, str]:
     """{role: column} as the names of the columns suggest; a role without a likely column is left out."""
     columns = {meaning(field): field for field in reversed(fields) if meaning(field) in TEXTS}
     rest = [field for field in fields if field not in columns.values() and not DISLIKED.search(field)]
+    hints = [field for field in rest if meaning(field.rpartition("_")[2]) == "reasoning"]  # deepseek_reasoning
+    if hints and "reasoning" not in columns:
+        columns["reasoning"] = hints[0]
+        rest.remove(hints[0])
     for kind, words in LIKELY.items():
         # in order of their weight: `question` before `input`
         for word in words.split():

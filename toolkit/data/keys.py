@@ -19,7 +19,7 @@ MEANINGS = {
     "system": "system system_prompt system_message system_instruction system_instructions sys_prompt 系统 系统提示",
     "tools": "tools functions tool_schema tool_schemas available_tools tool_definitions function_definitions",
     "media": (
-        "image images img imgs picture pictures photo photos image_url image_urls image_path image_paths pixel_values "
+        "image images img imgs picture pictures photo photos image_url image_urls image_path image_paths img_path pixel_values "
         "video videos video_url video_path audio audios audio_url audio_path speech sound media attachments input_audio"
     ),
     # yes or no: whether the loss counts a turn, or a whole row
@@ -32,7 +32,7 @@ MEANINGS = {
     "unclear": "mask",
     # yes or no: whether people liked the answer (KTO and other preference data)
     "good": "label kto_tag kto_label desirable is_desirable preferred is_preferred is_chosen is_good thumbs_up",
-    "bad": "rejected is_rejected undesirable is_undesirable dispreferred is_bad thumbs_down",
+    "bad": "rejected is_rejected bad is_bad undesirable is_undesirable dispreferred thumbs_down",
     "nested": "metadata meta extra extra_info info additional_info",
     # beside preferred answers, which are what is trained on
     "harmless": "chosen rejected_response rejected_messages chosen_rating rejected_rating refusal_reason annotator",
@@ -48,10 +48,15 @@ HARMLESS = re.compile(
     re.IGNORECASE,
 )
 """Keys that say where a row is from or what somebody thinks of it, alone or at the end of a name: conversation_id."""
-SETTING = re.compile(r"[\w/.-]{0,15}")
-"""What a key called `reasoning` or `thinking` holds that says how to answer: on, off, high, /no_think."""
-SWITCHES = {"reasoning", "thinking", "think"}
-"""Keys of which the value may be such a setting."""
+SETTINGS = frozenset(
+    "on off true false yes no 0 1 think no_think nothink thinking non_thinking low medium high minimal auto enabled disabled"
+    " enable disable default".split()
+)
+"""What a key called `reasoning` or `thinking` holds that says how to answer, /no_think with its stroke too."""
+NO_VALUE = frozenset(("", "[]", "{}", "nan", "null", "none", "n/a"))
+"""How tables write that a cell is empty."""
+KEPT_AT = frozenset("path paths url urls link file filename".split())
+"""Last words of names like image_path, which say where something is, not what somebody thinks of it."""
 YES = dict.fromkeys("true yes on 1 1.0".split(), True)
 NO = dict.fromkeys("false no off 0 0.0".split(), False)
 CLASSES = ("yes", "no", "on", "off")
@@ -62,17 +67,24 @@ CLASSES = ("yes", "no", "on", "off")
 def meaning(key: str) -> str:
     """One of MEANINGS for a key, `harmless`, or "" where no rule knows it; case and underscores aside."""
     known = BY_NAME.get(re.sub(r"[\W_]", "", key.lower()))
-    return known or ("harmless" if HARMLESS.fullmatch(key) else "")
+    if known or not HARMLESS.fullmatch(key):
+        return known or ""
+    # image_path is a picture, and reasoning_tokens something that a person should look at
+    *heads, last = re.split(r"[\W_]+", key.lower())
+    kinds = {BY_NAME.get(word, "nested") for word in heads} - {"nested"}
+    if kinds == {"media"} and last in KEPT_AT:
+        return "media"
+    return "" if kinds else "harmless"
 
 
 def is_empty(value: Json) -> bool:
     """Whether a value holds nothing: null, blank text, an empty list or object."""
-    return not value.strip() if type(value) is str else value in (None, [], {})
+    return value.strip().lower() in NO_VALUE if type(value) is str else value in (None, [], {})
 
 
-def is_setting(key: str, value: Json) -> bool:
-    """Whether a key named like reasoning says how to answer, instead of holding a text."""
-    return key.lower() in SWITCHES and bool(SETTING.fullmatch(str(value).strip()))
+def is_setting(value: Json) -> bool:
+    """Whether the value of a key named like reasoning says how to answer, instead of being a text."""
+    return str(value).strip().lower().lstrip("/") in SETTINGS
 
 
 def yes_or_no(value: Json) -> bool | None:
@@ -98,7 +110,7 @@ def is_good(key: str, value: Json) -> bool | None:
     """What a key of preference data says of the answer; None where it says nothing."""
     if meaning(key) == "bad":
         # `rejected` is mostly the text of the answer that lost, and such a text may be "yes"
-        is_text = key.lower() == "rejected" and type(value) is not bool
+        is_text = key.lower() == "rejected" and str(value).strip().lower() not in ("true", "false")
         says = None if is_text else yes_or_no(value)
         return None if says is None else not says
     word = value.strip().lower() if key.lower() == "label" and type(value) is str else ""

@@ -14,7 +14,7 @@ from toolkit.records import JsonObject, MixReport, SourceReport
 
 OPENINGS = re.compile(
     r"(?:okay|ok|alright|hmm+|wait|so),? (?:so |let|the user|i need|i should|first)|let me (?:think|see|break)|let's think"
-    r"|first, i need to|嗯,|好的,用户|让我想想"
+    r"|first, i (?:need to|should)|(?:i|we) need to (?:find|figure)|嗯[,，]|好的[,，]用户|首先[,，]我需要|让我想想"
 )
 """How replies begin that are a model's thinking without its tags, in lower case."""
 ALOUD = re.compile(

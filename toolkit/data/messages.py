@@ -3,6 +3,7 @@
 messages, notes = read_turns([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!", "loss": False}])
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,7 +20,7 @@ NAMES = {
     "tool": "tool observation tool_response function",
 }
 ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
-TURN = dict.fromkeys("role from content value tool_calls function_call name tool_call_id".split(), "text")
+TURN = dict.fromkeys("role from content value parts tool_calls function_call name tool_call_id".split(), "text")
 """Keys of a turn that are read as such."""
 REASONING_PARTS = "reasoning thinking thought reasoning_text reasoning_content".split()
 PARTS = {
@@ -30,6 +31,9 @@ PARTS = {
 """`type` of a part of a content → what it holds."""
 PART_TEXTS = ["text", "content", "value", "refusal", *REASONING_PARTS]
 """Where a part keeps its text."""
+PART = dict.fromkeys([*PART_TEXTS, "type", "is_thought", "signature", "annotations", "cache_control"], "text")
+"""Keys of a part that are read as such, or say nothing that is trained on."""
+PARTS_AS_TEXT = re.compile(rf"\s*\[\s*{{\s*[\"']type[\"']\s*:\s*[\"'](?:{'|'.join(PARTS)})[\"']")
 
 
 @dataclass
@@ -43,8 +47,8 @@ class Notes:
     tools: list[JsonObject] = field(default_factory=list)
     marks: JsonObject = field(default_factory=dict)
     """The same of marks that say whether the loss counts something."""
-    bad: str = ""
-    """The mark by which preference data say that the answer is bad; "" without one."""
+    bad: JsonObject = field(default_factory=dict)
+    """The same of marks by which preference data say that the answer is bad."""
     not_read: list[str] = field(default_factory=list)
     """Keys that no rule knows."""
 
@@ -58,6 +62,8 @@ def read_notes(holder: JsonObject, kinds: Mapping[str, str], where: str, named_o
     for key, value in holder.items():
         kind = kinds.get(key) or meaning(key)
         if kind in ("text", "harmless") or is_empty(value):
+            continue
+        if key == "rejected" and "chosen" in holder:  # the text of the other answer, which may be "True"
             continue
         is_number = type(value) in (int, float)
         if (
@@ -87,10 +93,10 @@ def _note(notes: Notes, kind: str, key: str, value: Json, where: str) -> None:
         case "train" | "no_train" | "unclear":
             notes.marks[key] = value
         case "good" | "bad" if is_good(key, value) is False:
-            notes.bad = f"{where}{key!r} is {value}"
-        case "good" if is_good(key, value):
+            notes.bad[key] = value
+        case "good" | "bad" if is_good(key, value):
             pass
-        case "good" | "nested" | "":  # a label may be the class of a classification
+        case "good" | "bad" | "nested" | "":  # a label may be the class of a classification
             notes.not_read.append(key)
 
 
@@ -100,7 +106,7 @@ def _note_inner(notes: Notes, key: str, holder: JsonObject, where: str) -> None:
         kind = meaning(name)
         if kind in ("train", "no_train", "good", "bad") and yes_or_no(value) is not None:
             _note(notes, kind, name, value, f"{where}{key}.")
-        elif kind != "harmless" and not is_empty(value) and not is_setting(name, value):
+        elif kind != "harmless" and not is_empty(value) and not (kind == "reasoning" and is_setting(value)):
             notes.not_read.append(f"{key}.{name}")
 
 
@@ -142,17 +148,24 @@ def read_turn(turn: JsonObject, role: Json, where: str, notes: Notes) -> Message
     # most turns are a role and a text
     own = read_notes(turn, TURN, where) if len(turn) > 2 else Notes()
     notes.tools += own.tools
-    notes.not_read += own.not_read
-    text, reasoning, calls = read_content(turn, role, where)
+    # a system prompt belongs to the row; other roles neither think nor are they judged
+    notes.not_read += [*own.not_read, *own.system]
+    text, reasoning, calls = read_content(turn, role, where, notes)
     if role not in ("assistant", "call"):
+        notes.not_read += [*own.reasoning, *own.bad]
         # Hermes keeps the results of calls in user turns
         result = TAGGED_RESULT.fullmatch(text) if "<tool_response>" in text else None
         return {"role": "tool", "content": result[1]} if result else {"role": role, "content": text}
-    for name in own.reasoning:
-        reasoning = reasoning or field_of(turn, name, where=where)
+    for name, value in own.reasoning.items():
+        if is_setting(value):
+            continue
+        thought = field_of(turn, name, where=where)
+        if reasoning and thought.strip() not in reasoning:
+            notes.not_read.append(name)
+        reasoning = reasoning or thought
     if role == "call":  # the JSON of calls, perhaps after reasoning
-        thought, close, call = text.rpartition("</think>")
-        text = f"{thought}{close}<tool_call>{call}</tool_call>"
+        head, close, call = text.rpartition("</think>")
+        text = f"{head}{close}<tool_call>{call}</tool_call>"
     text, tagged = split_calls(text, where)
     message: Message = {"role": "assistant", "content": text}
     if reasoning.strip():
@@ -166,16 +179,20 @@ def read_turn(turn: JsonObject, role: Json, where: str, notes: Notes) -> Message
     return message
 
 
-def read_content(turn: JsonObject, role: str, where: str) -> tuple[str, str, list[Json]]:
+def read_content(turn: JsonObject, role: str, where: str, notes: Notes) -> tuple[str, str, list[Json]]:
     """(text, reasoning, calls) of a turn, as far as its content and its fields for calls hold them."""
     calls = field_of(turn, "tool_calls", list, where, default=[])
     legacy = field_of(turn, "function_call", dict, where, default={})
     if legacy:  # OpenAI's one call, before tool_calls
         calls = [*calls, legacy]
     # ShareGPT's turns are from/value, but some sets mix both spellings
-    key = "value" if turn.get("content") is None and "value" in turn else "content"
-    if type(turn.get(key)) is list:
-        text, reasoning, part_calls = read_parts(turn[key], role, where)
+    others = [key for key in ("value", "parts") if key in turn]  # Gemini's turns have parts
+    key = others[0] if turn.get("content") is None and others else "content"
+    parts = turn.get(key)
+    if type(parts) is str and PARTS_AS_TEXT.match(parts):
+        parts = parsed(parts, f"{where}{key!r}: ", "not_text")
+    if type(parts) is list:
+        text, reasoning, part_calls = read_parts(parts, role, where, notes)
         return text, reasoning, calls + part_calls
     may_be_empty = calls or role == "system"
     return field_of(turn, key, where=where, default="" if may_be_empty else None), "", calls
@@ -190,7 +207,7 @@ def split_calls(text: str, where: str) -> tuple[str, list[Json]]:
     return head.rstrip(), read_calls(calls, where)
 
 
-def read_parts(parts: list[Json], role: str, where: str) -> tuple[str, str, list[Json]]:
+def read_parts(parts: list[Json], role: str, where: str, notes: Notes) -> tuple[str, str, list[Json]]:
     """(text, reasoning, calls) of content parts, as OpenAI, Anthropic and Gemini write them. Raises Rejected."""
     text = ""
     thoughts: list[str] = []
@@ -200,10 +217,10 @@ def read_parts(parts: list[Json], role: str, where: str) -> tuple[str, str, list
         if kind == "call" and role == "assistant":
             calls.append(part)
         elif kind == "text":
-            text += text_of_part(part, where)
+            text += text_of_part(part, role, where, notes)
         # reasoning between two texts cannot be kept in its order by a template that writes it first
         elif kind == "reasoning" and role == "assistant" and not text.strip():
-            thoughts.append(text_of_part(part, where))
+            thoughts.append(text_of_part(part, role, where, notes))
         else:
             reason = "reasoning_out_of_place" if kind == "reasoning" else "not_text"
             raise Rejected(reason, f"{where}content has a part of type {kind!r}, expected text, or reasoning before it")
@@ -214,22 +231,29 @@ def kind_of_part(part: Json) -> str:
     """text, reasoning or call; for other parts their own type."""
     if type(part) is not dict:
         return "text" if type(part) is str else json_type(part)
-    if part.get("thought") is True:  # Gemini's sign
+    # Gemini's sign
+    if yes_or_no(part.get("thought")) or yes_or_no(part.get("is_thought")):
         return "reasoning"
     kind = str(part.get("type") or "text")
     return PARTS.get(kind, kind)
 
 
-def text_of_part(part: Json, where: str) -> str:
+def text_of_part(part: Json, role: str, where: str, notes: Notes) -> str:
     """The text of a part, which must hold nothing else: a text part may come with a picture. Raises Rejected."""
     if type(part) is str:
         return part
-    texts = [part[key] for key in PART_TEXTS if type(part.get(key)) in (str, list)]
-    media = [key for key, value in part.items() if meaning(key) == "media" and not is_empty(value)]
-    if media or len(texts) != 1:
+    own = read_notes(part, PART, where)
+    notes.not_read += [f"content.{key}" for key in (*own.not_read, *own.reasoning, *own.system, *own.bad)]
+    if role == "assistant" and not all(is_trained(key, value, where) for key, value in own.marks.items()):
+        raise Rejected(
+            "unclear_mark", f"{where}a part of it is marked as not to be trained on: a turn is, whole, or is not"
+        )
+    texts = [part[key] for key in PART_TEXTS if type(part.get(key)) in (str, list) and part[key] != part.get("thought")]
+    beside = [key for key, value in part.items() if key not in PART and type(value) in (dict, list) and value]
+    if beside or len(texts) != 1:
         raise Rejected("not_text", f"{where}content has a part that is not one text: {str(part)[:60]}")
     # Mistral's thinking parts hold text parts
-    return texts[0] if type(texts[0]) is str else read_parts(texts[0], "assistant", where)[0]
+    return texts[0] if type(texts[0]) is str else read_parts(texts[0], "assistant", where, notes)[0]
 
 
 def field_of(holder: JsonObject, name: str, kind: type = str, where: str = "", default: Json = None) -> Json:

@@ -316,6 +316,11 @@ def arrow_table(path: Path) -> Table:
             refuse_bytes(schema, path)
             left_out += [field.name for field in schema if "map<" in str(field.type)]  # which `datasets` lacks
             kept = pyarrow.schema([field for field in schema if field.name not in left_out])
+            if not kept.names:
+                raise ToolkitError(
+                    f"{path}: the columns {', '.join(left_out)} hold maps, which are not read: write them as lists of objects, "
+                    "or as JSON text"
+                )
             options = {"features": datasets.Features.from_arrow_schema(kept), "columns": kept.names} if left_out else {}
             # the cache knows a file by path and time of change only, the configuration's name by its content too
             data = datasets.Dataset.from_parquet(str(path), config_name=sha256(path), **options)

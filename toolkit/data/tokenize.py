@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 COMPARED = 2
 """Texts of each call whose ids are compared with the Hugging Face tokenizer's: of 5M tokens, four took a tenth of the time."""
 TEMPLATE_ERRORS = (
-    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError
+    jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError
 )  # fmt: skip
 """What code in a template can raise: its own raise_exception, and Python's errors on a row it was not written for."""
 
@@ -126,9 +126,9 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
     steps = 0
     """Of the rendering under way."""
 
-    def count(self) -> None:
-        """One step more. Raises ToolkitError for one too many."""
-        self.steps += 1
+    def count(self, steps: int = 1) -> None:
+        """So many steps more. Raises ToolkitError for too many."""
+        self.steps += steps
         if self.steps > MAX_STEPS:
             raise ToolkitError(
                 f"{self.name}: its chat template takes more than {MAX_STEPS:,} steps for one conversation: a loop in it does "
@@ -146,6 +146,19 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         for loop in tree.find_all(jinja2.nodes.For):
             loop.iter = jinja2.nodes.Filter(loop.iter, "counted", [], [], None, None)
         return tree
+
+    intercepted_binops = frozenset(("*", "**", "%"))
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Json, right: Json) -> Json:
+        """Text times a number, a power, text % values: each counts as many steps as what it makes may be long."""
+        sides = [len(side) if isinstance(side, str | list) else side for side in (left, right)]
+        if operator == "**":
+            self.count(abs(int(right)))
+        elif operator == "*" and sides != [left, right]:
+            self.count(abs(sides[0] * sides[1]))
+        elif isinstance(left, str):  # "%9s" % value
+            self.count(sum(map(int, re.findall(r"\d+", left))))
+        return super().call_binop(context, operator, left, right)
 
     def call(self, context: jinja2.runtime.Context, obj: Json, *args: Json, **values: Json) -> Json:
         """Call a macro, or a function that the sandbox allows: a macro may call itself twice."""

@@ -30,7 +30,13 @@ def function_of(value: Json, where: str) -> JsonObject:
     function = value.get("function", value) if type(value) is dict else None
     if type(function) is not dict or type(function.get("name")) is not str:
         raise Rejected("broken_tools", f"{where}{str(value)[:60]!r}: expected a function with a name")
-    return function
+    # Anthropic's name; some sets keep it as JSON text
+    parameters = function.get("input_schema") or function.get("parameters")
+    if type(parameters) is str and parameters.strip():
+        parameters = parsed(parameters, where)
+    if parameters == function.get("parameters"):
+        return function
+    return {key: value for key, value in function.items() if key != "input_schema"} | {"parameters": parameters}
 
 
 def read_call(call: Json, where: str) -> ToolCall:

@@ -1,0 +1,232 @@
+"""What tables, parts and turns keep beside their text is read, rejected or counted: never dropped, never glued on."""
+
+import json
+import time
+
+import pytest
+
+from tests.data.test_keys import ASK, CALL, REASONED, TELL, TIDE, chat, compiled, why
+from tests.data.test_render import folder_with
+from tests.support import qwen3
+from toolkit import recipe
+from toolkit.data.formats import advice, canonical, recognise
+from toolkit.data.keys import meaning
+from toolkit.data.lint import OPENINGS
+from toolkit.data.render import load_chat
+from toolkit.data.sources import conversations
+from toolkit.files import ToolkitError, shareable
+
+FOUR = {"type": "text", "text": "Four."}
+
+
+def not_read(tmp_path, *messages, **row):
+    return compiled(tmp_path, [{"messages": list(messages), **row}]).report["sources"]["rows"]["not_read"]
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sign", [{"thought": "true"}, {"thought": True}, {"is_thought": True}, {"is_thought": 1}])
+def test_a_part_marked_as_a_thought_is_reasoning_however_the_mark_is_written(sign):
+    parts = [{"text": "I add.", **sign}, {"text": "So."}]
+    assert chat(ASK, {"role": "assistant", "content": parts})["messages"] == [ASK, REASONED]
+
+
+def test_a_key_of_a_part_that_no_rule_knows_is_counted(tmp_path):
+    parts = [{"text": "I add.", "channel": "analysis"}, FOUR]
+    assert not_read(tmp_path, ASK, {"role": "assistant", "content": parts})["turn"] == {"content.channel": 1}
+
+
+@pytest.mark.parametrize("mark", [{"train": False}, {"weight": 0}, {"masked": True}])
+def test_a_part_that_is_not_to_be_trained_on_rejects_its_row(mark):
+    assert why({"messages": [ASK, {"role": "assistant", "content": [FOUR | mark]}]}) == "unclear_mark"
+    assert chat({"role": "user", "content": [{"text": "Why?", **mark}]}, TELL) == chat(ASK, TELL)
+
+
+@pytest.mark.parametrize("key", ["file", "source", "inline_data", "image", "document"])
+def test_an_object_beside_the_text_of_a_part_rejects_its_row(key):
+    assert why({"messages": [ASK, {"role": "assistant", "content": [FOUR | {key: {"data": "x"}}]}]}) == "not_text"
+
+
+@pytest.mark.parametrize("write", [json.dumps, repr])
+def test_parts_kept_as_text_and_gemini_s_parts_are_parts(write):
+    parts = [{"type": "thinking", "text": "I add."}, {"type": "text", "text": "So."}]
+    assert chat(ASK, {"role": "assistant", "content": write(parts)})["messages"] == [ASK, REASONED]
+    assert chat({"role": "user", "parts": [{"text": "Why?"}]}, {"role": "model", "parts": [{"text": "So."}]}) == chat(
+        ASK, TELL
+    )
+    shapes = '[{"type": "circle", "r": 1}]'
+    assert chat(ASK, {"role": "assistant", "content": shapes})["messages"][1]["content"] == shapes
+
+
+# --- keys of turns and rows ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("turns", "key"),
+    [
+        (({**ASK, "system": "Be brief."}, TELL), "system"),
+        ((ASK, {**TELL, "system_prompt": "Be brief."}), "system_prompt"),
+        (({**ASK, "thinking": "I ask."}, TELL), "thinking"),
+        ((ASK, {**TELL, "reasoning": "I add.", "thought": "Another."}), "thought"),
+        (({**ASK, "label": False}, TELL), "label"),
+    ],
+)
+def test_a_key_with_a_meaning_on_a_turn_that_cannot_have_it_is_counted(turns, key, tmp_path):
+    assert not_read(tmp_path, *turns)["turn"] == {key: 1}
+
+
+@pytest.mark.parametrize(
+    "key", ["img_path", "images_path", "media_path", "img_url", "video_link", "photo_link", "image_filename"]
+)
+def test_a_path_of_a_picture_is_a_picture(key):
+    assert why({"messages": [ASK, TELL], key: "x.png"}) == "not_text"
+
+
+@pytest.mark.parametrize("key", ["video_id", "audio_source", "bad_tag", "reasoning_tokens", "label_source"])
+def test_a_key_that_begins_like_one_with_a_meaning_is_counted(key, tmp_path):
+    assert not_read(tmp_path, ASK, TELL, **{key: "x1"})["row"] == {key: 1}
+
+
+@pytest.mark.parametrize(
+    "key", ["conversation_id", "num_images", "model", "source_url", "quality_score", "data_source"]
+)
+def test_where_a_row_is_from_stays_nothing_to_say(key):
+    assert meaning(key) == "harmless"
+
+
+def test_a_rejected_mark_kept_as_text_is_obeyed_and_the_text_of_a_rejected_answer_is_none(tmp_path):
+    assert why({"instruction": "Why?", "output": "So.", "rejected": "true"}, "alpaca") == "marked_bad"
+    assert canonical({"prompt": "Why?", "chosen": "So.", "rejected": "True"}, "preference", {}, {})
+    assert not_read(tmp_path, ASK, TELL, rejected="perhaps")["row"] == {"rejected": 1}
+
+
+@pytest.mark.parametrize("setting", ["on", "off", "/no_think", "High", "true", "disabled", True, 0])
+def test_a_word_that_switches_thinking_is_no_reasoning_on_a_row_or_a_turn(setting):
+    assert chat(ASK, TELL, thinking=setting) == chat(ASK, TELL)
+    assert chat(ASK, {**TELL, "thinking": setting}) == chat(ASK, TELL)
+    named = {"user": "q", "assistant": "a", "reasoning": "mode"}
+    assert canonical({"q": "Why?", "a": "So.", "mode": setting}, "columns", named, {})["messages"] == [ASK, TELL]
+
+
+@pytest.mark.parametrize("text", ["Trivial.", "因为酵母。", "x=1"])
+def test_short_reasoning_is_reasoning(text):
+    wanted = [ASK, {**TELL, "reasoning_content": text}]
+    assert chat(ASK, TELL, thinking=text)["messages"] == chat(ASK, {**TELL, "thinking": text})["messages"] == wanted
+
+
+@pytest.mark.parametrize("empty", ["[]", "nan", "NaN", "null", "None", "N/A", "{}", " "])
+def test_cells_that_mean_empty_are_empty(empty):
+    row = {
+        "instruction": "Why?",
+        "output": "So.",
+        "input": empty,
+        "images": empty,
+        "cot": empty,
+        "tools": empty,
+        "system": empty,
+    }
+    assert canonical(row, "alpaca", {}, {}) == {"messages": [ASK, TELL]}
+    assert canonical({"instruction": "Why?", "output": "None"}, "alpaca", {}, {})["messages"][1]["content"] == "None"
+
+
+# --- advice that is safe to follow -----------------------------------------------------------------------------------
+
+
+def test_the_advice_names_the_reasoning_of_openthoughts_and_the_attempt_of_s1k():
+    thoughts = ["problem", "deepseek_reasoning", "deepseek_solution", "domain"]
+    assert "assistant: deepseek_solution, reasoning: deepseek_reasoning" in advice(thoughts)
+    assert "user: question, assistant: attempt, reasoning: thinking_trajectories" in advice(
+        ["solution", "question", "thinking_trajectories", "attempt"]
+    )
+    columns = {"user": "question", "assistant": "attempt", "reasoning": "thinking_trajectories"}
+    row = {"question": "Why?", "attempt": "So.", "thinking_trajectories": ["I add."]}
+    assert canonical(row, "columns", columns, {})["messages"] == [ASK, REASONED]
+
+
+def test_calls_in_an_answer_column_are_calls():
+    row = {"query": "Why?", "answers": json.dumps([{"name": "tide", "arguments": {}}]), "tools": json.dumps([TIDE])}
+    columns = {"user": "query", "assistant": "answers", "tools": "tools"}
+    assert recognise(list(row), "auto", columns, "x") == "columns"
+    assert canonical(row, "columns", columns, {}) == chat(ASK, CALL, tools=[TIDE])
+
+
+def test_anthropic_s_and_textual_schemas_are_openai_s():
+    schema = TIDE["parameters"]
+    plain = chat(ASK, TELL, tools=[TIDE])
+    assert chat(ASK, TELL, tools=[{"name": "tide", "input_schema": schema}]) == plain
+    assert chat(ASK, TELL, tools=[{"name": "tide", "parameters": json.dumps(schema)}]) == plain
+
+
+# --- templates -------------------------------------------------------------------------------------------------------
+
+
+def test_a_special_token_that_is_null_is_left_out_as_transformers_leaves_it(tmp_path):
+    from transformers import AutoTokenizer
+
+    marks = "{{ bos_token }}{{ cls_token }}{% if bos_token is defined %}[bos]{% endif %}"
+    folder_with(marks + qwen3.template("qwen3"), tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.bos_token is None
+    theirs = tokenizer.apply_chat_template([ASK], tokenize=False, add_generation_prompt=True)
+    assert load_chat(str(tmp_path)).render([ASK]) == theirs
+    assert "None" not in theirs
+
+
+def test_our_own_mark_reaches_no_template(tmp_path):
+    chat_ = folder_with("{% for m in messages %}{{ m | tojson }}{% endfor %}", tmp_path)
+    assert "train" not in chat_.render([ASK, {**TELL, "train": False}])
+
+
+@pytest.mark.parametrize(
+    "code", ["{% set t = ('a' * 99999) * 9999 %}", "{{ '%999999999d' % 1 }}", "{{ 10 ** 999999999 }}"]
+)
+def test_a_template_that_makes_an_endless_text_is_an_error(code, tmp_path):
+    began = time.monotonic()
+    with pytest.raises(ToolkitError, match="its chat template takes more than"):
+        _ = folder_with(code + qwen3.template("qwen3"), tmp_path).kind
+    assert time.monotonic() - began < 20
+
+
+def test_a_template_that_is_no_utf_8_is_named(tmp_path):
+    folder_with("x", tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfeBr\xf6tchen")
+    with pytest.raises(ToolkitError, match=r"chat_template\.jinja: expected a text file in UTF-8"):
+        load_chat(str(tmp_path))
+
+
+# --- the rest --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "opening",
+    ["好的，用户问", "嗯，用户想", "首先，我需要", "we need to find", "i need to figure out", "first, i should"],
+)
+def test_openings_of_thinking_aloud_are_known(opening):
+    assert OPENINGS.match(opening)
+
+
+def test_a_parquet_file_of_nothing_but_maps_says_what_to_do(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    turns = pa.array([[[("role", "user")]]], pa.list_(pa.map_(pa.string(), pa.string())))
+    pq.write_table(pa.table({"messages": turns}), tmp_path / "a.parquet")
+    with pytest.raises(ToolkitError, match="the columns messages hold maps.*lists of objects, or as JSON text"):
+        list(conversations(recipe.Source(str(tmp_path / "a.parquet")), 1, {}))
+
+
+@pytest.mark.parametrize(
+    ("text", "secret"),
+    [
+        ("Authorization: Bearer sk-abcdefghijklmnopqrstuvwx", "abcdefgh"),
+        ("https://user:hunter2@host/x", "hunter2"),
+        ("api-key: s3cr3tvalue", "s3cr3t"),
+        ("OPENAI=sk-proj-abcdefghijklmnopqrst", "abcdefgh"),
+        ("ghp_abcdefghijklmnopqrstuvwxyz0123456789", "abcdefgh"),
+        ("PASSWD=hunter2", "hunter2"),
+    ],
+)
+def test_secrets_of_other_forms_are_hidden(text, secret):
+    assert secret not in shareable(text)
+    assert shareable("eos_token: <eos>") == "eos_token: <eos>"
