@@ -6,9 +6,8 @@ A reply that the limit cut has a length nobody knows, so nothing here is a mean 
 same share of the shortest replies is compared: where tuned replies are simply r times longer, so are those.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,7 +18,7 @@ from toolkit.records import Interval, ReplyLengths
 # Share of replies that never end from which it is a loss: lengths are not exactly proportional.
 EXCESS = 0.05
 Groups = list[tuple[np.ndarray, np.ndarray]]
-"""By question set: tokens of base and tuned (questions × samples), infinite where the limit cut a reply."""
+"""By question set: tokens of base and tuned (resamples × questions × samples), infinite where the limit cut a reply."""
 
 
 def compare_lengths(
@@ -27,16 +26,12 @@ def compare_lengths(
 ) -> ReplyLengths:
     """Lengths of both models' replies; `sets` names the set of each question, which has `samples` replies in a row."""
     before, after = (tokens_of(replies).reshape(-1, samples) for replies in (base, tuned))
-    # by set: where only mathematics is thought about longer, chat replies would hide by how much
-    groups = []
-    for name in dict.fromkeys(sets):
-        rows = np.array(sets) == name
-        groups.append((before[rows], after[rows]))
+    groups = resampled_groups(before, after, sets, seed)
     return {
         "base": mean_ended(before),
         "tuned": mean_ended(after),
-        "ratio": bootstrapped(groups, length_ratio, seed),
-        "endless": bootstrapped(groups, functools.partial(endless_share, limit), seed),
+        "ratio": estimate(length_ratio(groups), len(before)),
+        "endless": estimate(endless_share(groups, limit), len(before)),
     }
 
 
@@ -51,22 +46,26 @@ def mean_ended(tokens: np.ndarray) -> float | None:
     return float(ended.mean()) if len(ended) else None
 
 
-def bootstrapped(groups: Groups, statistic: Callable[[Groups], float], seed: int) -> Interval:
-    """A statistic of all groups with its 95% interval; each resample draws the same questions of both models, set by set."""
+def resampled_groups(before: np.ndarray, after: np.ndarray, sets: Sequence[str], seed: int) -> Groups:
+    """The replies themselves, then RESAMPLES times as if other questions had been drawn, the same of both models.
+
+    Set by set: where only mathematics is thought about longer, chat replies would hide by how much."""
+    places = [np.flatnonzero(np.array(sets) == name) for name in dict.fromkeys(sets)]
+    drawn = [[rows] for rows in places]
+    rng = np.random.default_rng([seed, len(before)])
+    for _ in range(RESAMPLES):
+        for rows, draws in zip(places, drawn, strict=True):
+            draws.append(rows[rng.integers(len(rows), size=len(rows))])
     # questions are what is resampled, the samples of one stay together
-    n = sum(len(base) for base, _ in groups)
-    value = statistic(groups)
+    return [(before[np.array(draws)], after[np.array(draws)]) for draws in drawn]
+
+
+def estimate(values: np.ndarray, n: int) -> Interval:
+    """The first of the values, with the 95% interval of the others."""
+    value = float(values[0])
     if math.isnan(value):
         return nothing_measured()
-    rng = np.random.default_rng([seed, n])
-    resampled = []
-    for _ in range(RESAMPLES):
-        drawn = []
-        for base, tuned in groups:
-            rows = rng.integers(len(base), size=len(base))
-            drawn.append((base[rows], tuned[rows]))
-        resampled.append(statistic(drawn))
-    low, high = percentile_interval(np.nan_to_num(resampled, nan=value), value, n, None)
+    low, high = percentile_interval(np.nan_to_num(values[1:], nan=value), value, n, None)
     return {
         "value": value,
         "low": low,
@@ -75,25 +74,27 @@ def bootstrapped(groups: Groups, statistic: Callable[[Groups], float], seed: int
     }
 
 
-def length_ratio(groups: Groups) -> float:
+def length_ratio(groups: Groups) -> np.ndarray:
     """Tokens of the shortest replies of all sets, tuned by base; NaN where one of the models ended none."""
-    base, tuned = np.sum([shortest(*group, 1.0) for group in groups], axis=0)
-    return float(tuned / base) if base and tuned else math.nan
+    base, tuned = np.sum([shortest(*group, share=1.0) for group in groups], axis=0)
+    return np.divide(tuned, base, out=np.full(len(base), math.nan), where=(base > 0) & (tuned > 0))
 
 
-def shortest(base: np.ndarray, tuned: np.ndarray, share: float) -> tuple[float, float]:
-    """(base, tuned) tokens of the shortest replies: a share of as many as both models ended."""
-    base, tuned = np.sort(base, axis=None), np.sort(tuned, axis=None)
-    count = math.ceil(share * min(np.isfinite(base).sum(), np.isfinite(tuned).sum()))
-    return float(base[:count].sum()), float(tuned[:count].sum())
+def shortest(base: np.ndarray, tuned: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """(base, tuned) tokens of the shortest replies of each resample: a share of as many as both models ended."""
+    base, tuned = (np.sort(tokens.reshape(len(tokens), -1)) for tokens in (base, tuned))
+    ended = np.minimum(np.isfinite(base).sum(1), np.isfinite(tuned).sum(1))
+    kept = np.arange(base.shape[1]) < np.ceil(share * ended)[:, None]
+    return base.sum(1, where=kept), tuned.sum(1, where=kept)
 
 
-def endless_share(limit: int, groups: Groups) -> float:
+def endless_share(groups: Groups, limit: int) -> np.ndarray:
     """Share of tuned replies that are cut, less the share that would be if the base's were as much longer."""
-    excess = 0.0
+    excess = np.zeros(len(groups[0][0]))
     for before, after in groups:
         # the shorter half, since replies near the limit are those that are missing where some never end
-        base, tuned = shortest(before, after, 0.5)
-        factor = max(1.0, tuned / base) if base else 1.0
-        excess += np.isinf(after).sum() - (factor * before > limit).sum()
-    return float(excess / sum(before.size for before, _ in groups))
+        base, tuned = shortest(before, after, share=0.5)
+        factor = np.maximum(1.0, np.divide(tuned, base, out=np.ones(len(base)), where=base > 0))
+        expected = (factor[:, None, None] * before > limit).sum((1, 2))
+        excess += np.isinf(after).sum((1, 2)) - expected
+    return excess / sum(before[0].size for before, _ in groups)
