@@ -163,14 +163,14 @@ def never_ends(endless: Interval) -> bool:
 
 
 def length_lines(result: Evaluation) -> list[str]:
-    """How much longer replies are, by mode."""
-    lines = []
+    """`length of replies: 1.6 times [1.3, 1.9] with thinking, 1 times [0.9, 1.1] without thinking`."""
+    ratios = []
     for mode, lengths in result["lengths"].items():
         ratio = lengths["ratio"]
         if ratio["value"] is not None:
-            name = with_mode("length of replies", mode, result["modes"])
-            lines.append(f"{name}: {ratio['value']:.2g} times [{ratio['low']:.2g}, {ratio['high']:.2g}]")
-    return lines
+            text = f"{ratio['value']:.2g} times [{ratio['low']:.2g}, {ratio['high']:.2g}]"
+            ratios.append(with_mode(text, mode, result["modes"]))
+    return [f"length of replies: {', '.join(ratios)}"] if ratios else []
 
 
 def share_finding(result: Evaluation, section: str, metric: str, kept: str = "") -> Finding:
