@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -495,3 +496,12 @@ def test_the_plain_values_of_a_file_are_read_by_the_same_rules_as_a_recipe(tmp_p
     (tmp_path / "x.yaml").write_bytes(b"name: caf\xe9")
     with pytest.raises(ToolkitError, match="x.yaml: expected a text file in UTF-8"):
         recipe.read_values(tmp_path / "x.yaml")
+
+
+def test_brackets_without_end_are_refused_at_once(tmp_path):
+    file = tmp_path / "deep.yaml"
+    file.write_text("a: " + "[" * 3000)
+    began = time.process_time()
+    with pytest.raises(ToolkitError, match="more than 100 brackets inside each other"):
+        recipe.load(file)
+    assert time.process_time() - began < 5

@@ -280,6 +280,7 @@ class _Loader(yaml.SafeLoader):
     A key that stands twice is an error, and so are more than MOST_ALIASES: nine lines of them can stand for 10^9 values."""
 
     MOST_ALIASES: typing.ClassVar = 30
+    DEEPEST: typing.ClassVar = 100
     aliases = 0
 
     yaml_implicit_resolvers: typing.ClassVar = {
@@ -292,6 +293,8 @@ class _Loader(yaml.SafeLoader):
         self.aliases += self.check_event(yaml.AliasEvent)
         if self.aliases > self.MOST_ALIASES:
             raise yaml.YAMLError(f"more than {self.MOST_ALIASES} aliases (`*name`)")
+        if self.flow_level > self.DEEPEST:  # the scanner looks through all open brackets at every further one
+            raise yaml.YAMLError(f"more than {self.DEEPEST} brackets inside each other")
         return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:

@@ -59,6 +59,17 @@ def test_parts_kept_as_text_and_gemini_s_parts_are_parts(write):
     assert chat(ASK, {"role": "assistant", "content": shapes})["messages"][1]["content"] == shapes
 
 
+def test_turns_kept_as_json_text_are_turns():
+    assert chat(json.dumps(ASK), json.dumps(TELL)) == chat(ASK, TELL)
+    assert why({"messages": ["{broken", TELL]}) == "wrong_type"
+
+
+@pytest.mark.parametrize("margin", ["\r\n  ", "\n", "\n\n\t"])
+def test_a_direct_reply_opens_without_line_breaks(margin):
+    assert chat(ASK, {**TELL, "content": f"{margin}So."}) == chat(ASK, TELL)
+    assert chat(ASK, {**TELL, "content": "    return 1"})["messages"][1]["content"] == "    return 1"
+
+
 # --- keys of turns and rows ------------------------------------------------------------------------------------------
 
 

@@ -126,7 +126,8 @@ def split_reasoning(message: Message, where: str) -> None:
             raise Rejected("nested_think", f"{where} has reasoning both in its own field and in <think> tags")
         if reasoning:
             message["reasoning_content"] = reasoning
-    elif "reasoning_content" in message:
+    elif "reasoning_content" in message or content.startswith(("\n", "\r")):
+        # white space would open every reply; blanks alone may be the indentation of code
         message["content"] = content.lstrip()
     for text in (message["content"], message.get("reasoning_content", "")):
         # tags that belong to a conversation's own form: what is still there was not understood

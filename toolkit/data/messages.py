@@ -118,6 +118,8 @@ def read_turns(turns: list[Json], trained: list[bool] | None = None) -> tuple[li
     messages: list[Message] = []
     notes = Notes()
     for number, turn in enumerate(turns, start=1):
+        if type(turn) is str and turn.lstrip().startswith("{"):  # each turn as JSON text
+            turn = parsed(turn, f"turn {number}: ", "wrong_type")
         role = role_of(turn, number)
         message = read_turn(turn, role, f"turn {number} ({role}): ", notes)
         if trained and not trained[number - 1] and message["role"] == "assistant":
