@@ -76,11 +76,6 @@ def run_verb(words: list[str], options: argparse.Namespace) -> int:
         values["overrides"] += overrides
     # under --json what people read goes to stderr, and stdout holds the answer alone
     with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        if name not in ("setup", "doctor", "list"):
-            from toolkit.machine import doctor
-
-            # before torch is imported, which numbers the cards once
-            doctor.use_largest_card(print)
         outcome = VERBS[name][0](**values)
     if as_json:
         print(json.dumps(finite(outcome.value), ensure_ascii=False, default=str))
@@ -196,7 +191,6 @@ def diagnose(gpu: bool, cpu_rehearsal: bool) -> int:
     if gpu or cpu_rehearsal:
         from toolkit.machine import gpu_check
 
-        doctor.use_largest_card(print)
         return gpu_check.check(console(), rehearsal=cpu_rehearsal)
     try:
         doctor.show(doctor.examine())
@@ -308,18 +302,12 @@ def evaluate_run(
     arg("--model", help="instead of the recipe's, e.g. unsloth/Qwen3-8B-unsloth-bnb-4bit"),
     arg("--vram", type=float, default=0, metavar="GB", help="a card's size; default: the one here, else 8"),
     arg("--card", metavar="NAME", help='a card by its name, for hours too: "RTX 3060", T4 …'),
-    arg("--table", action="store_true", help="every Qwen3 on cards of 6 to 24 GB"),
     JSON,
 )
-def forecast_memory(
-    recipe: str, overrides: list[str], model: str | None, vram: float, card: str | None, table: bool
-) -> Outcome:
+def forecast_memory(recipe: str, overrides: list[str], model: str | None, vram: float, card: str | None) -> Outcome:
     """Say what a run will need in memory and hours, before it is run, and what would make it fit."""
-    from toolkit.machine import choose, fit
+    from toolkit.machine import choose
 
-    if table:
-        fit.show_table(console())
-        return Outcome({})
     chosen = [f"model.model_name={model}"] if model else []
     return Outcome(choose.show(_recipe(recipe, [*chosen, *overrides]), vram, card, console()))
 
@@ -472,22 +460,16 @@ def serve_runs(runs: list[str], **options: Any) -> None:
 )
 def answer_prompts(run: Path, prompts: Path, replies: Path, **options: Any) -> None:
     """Answer a file of prompts in one mode or both; the same command resumes it."""
-    from rich.progress import Progress
-
+    from toolkit.files import read_jsonl
     from toolkit.serving.batch import answer_file
 
-    with Progress(console=console()) as bar:
-        task = bar.add_task("answering", total=None)
-
-        def show_progress(done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total)
-
-        counts = answer_file(run, prompts, replies, **options, progress=show_progress)
+    rejected = answer_file(run, prompts, replies, **options, console=console())
     # three show what is wrong; the count is in the line below
-    for reason in counts.rejected[:3]:
+    for reason in rejected[:3]:
         console().print(f"left out: {reason}", style="yellow", markup=False)
-    console().print(f"{counts.prompts} prompts, {len(counts.rejected)} left out; {replies}: "
-                    f"{counts.answered} replies, {counts.there} from before, {counts.unfinished} cut short")  # fmt: skip
+    lines = read_jsonl(replies) if replies.is_file() else []
+    cut = sum(not line["finished"] for line in lines)
+    console().print(f"{replies}: {len(lines)} replies, {cut} cut short; {len(rejected)} left out", markup=False)
 
 
 @verb("report", *RUN)

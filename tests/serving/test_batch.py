@@ -23,7 +23,7 @@ SCRIPT = """
 import sys
 from tests.serving.test_batch import OPTIONS
 from toolkit.serving.batch import answer_file
-answer_file(*sys.argv[1:], progress=lambda done, total: print(done, flush=True), **OPTIONS)
+answer_file(*sys.argv[1:], **OPTIONS)
 """
 
 
@@ -88,24 +88,23 @@ def test_a_reply_cut_in_the_middle_of_its_line_is_made_again_the_same(run, promp
 def test_killed_it_loses_at_most_a_batch_and_ends_the_same(run, prompts, whole, loaded, tmp_path):
     file = tmp_path / "replies.jsonl"
     command = [sys.executable, "-c", SCRIPT, str(run), str(prompts), str(file)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    said = [int(process.stdout.readline()) for _ in range(2)]
+    process = subprocess.Popen(command, cwd=ROOT)
+    while not file.is_file() or file.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    process.stdout.close()
-    assert said == [1, 2]
-    kept = rows(file.read_bytes()[: file.read_bytes().rfind(b"\n") + 1])
-    assert 2 <= len(kept) < 10
-    counts = answer_file(run, prompts, file, **loaded, **OPTIONS)
-    assert counts.there == len(kept)
-    assert counts.answered == 10 - len(kept)
+    kept = file.read_bytes()[: file.read_bytes().rfind(b"\n") + 1]
+    assert 2 <= len(rows(kept)) < 10
+    assert whole.startswith(kept)
+    answer_file(run, prompts, file, **loaded, **OPTIONS)
     assert file.read_bytes() == whole
 
 
 def test_a_finished_file_is_left_alone_without_loading_a_model(run, prompts, whole, tmp_path):
     file = tmp_path / "replies.jsonl"
     file.write_bytes(whole)
-    assert answer_file(run, prompts, file, **OPTIONS).answered == 0
+    assert answer_file(run, prompts, file, **OPTIONS) == []
     assert file.read_bytes() == whole
 
 
@@ -181,8 +180,8 @@ def test_prompts_with_different_tools_are_each_answered_with_their_own(run, load
     tool = {"type": "function", "function": {"name": "now", "parameters": {}}}
     lines = [{"prompt": SUMS[0]}, {"prompt": SUMS[1], "tools": [tool]}, {"prompt": SUMS[2]}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    counts = answer_file(run, tmp_path / "p.jsonl", tmp_path / "r.jsonl", "thinking", **loaded, **OPTIONS)
-    assert counts.answered == 3
+    assert answer_file(run, tmp_path / "p.jsonl", tmp_path / "r.jsonl", "thinking", **loaded, **OPTIONS) == []
+    assert len(rows((tmp_path / "r.jsonl").read_bytes())) == 3
 
 
 @pytest.mark.parametrize(
@@ -198,9 +197,8 @@ def test_a_row_that_is_no_prompt_is_left_out_and_counted_and_the_others_are_answ
     run, loaded, tmp_path, row, reason
 ):
     (tmp_path / "p.jsonl").write_text(f'{{"prompt": "{SUMS[0]}"}}\n{row}\n{{"prompt": "{SUMS[1]}"}}')
-    counts = answer_file(run, tmp_path / "p.jsonl", tmp_path / "r.jsonl", "non_thinking", **loaded, **OPTIONS)
-    assert (counts.prompts, counts.answered) == (2, 2)
-    assert re.search(reason, counts.rejected[0])
+    [rejected] = answer_file(run, tmp_path / "p.jsonl", tmp_path / "r.jsonl", "non_thinking", **loaded, **OPTIONS)
+    assert re.search(reason, rejected)
     assert [r["row"] for r in rows((tmp_path / "r.jsonl").read_bytes())] == [1, 3]
 
 
@@ -210,7 +208,7 @@ def test_a_row_that_is_no_prompt_is_left_out_and_counted_and_the_others_are_answ
         ("p.jsonl", '{"text": "Hi"}', "the fields are text: expected one of"),
         ("p.txt", "\n \n", "holds no prompts"),
         ("p.docx", "Hi", "unknown kind of file"),
-        ("p.txt", b"\xff\xfeH\x00", "not UTF-8"),
+        ("p.txt", b"\xff\xfeH\x00", "expected a text file in UTF-8"),
     ],
 )
 def test_a_file_without_any_prompt_is_refused(tmp_path, name, text, expected):
@@ -221,27 +219,36 @@ def test_a_file_without_any_prompt_is_refused(tmp_path, name, text, expected):
 
 def test_a_prompt_beyond_the_context_is_named_and_the_others_are_answered(run, loaded, tmp_path):
     (tmp_path / "p.txt").write_text("Hi\n" + "7 + " * 3000 + "\nHello")
-    counts = answer_file(run, tmp_path / "p.txt", tmp_path / "r.jsonl", "thinking", **loaded, **OPTIONS)
-    assert counts.answered == 2
-    assert re.search("row 2, thinking: .*exceeds the available context size", counts.rejected[0])
+    [refused] = answer_file(run, tmp_path / "p.txt", tmp_path / "r.jsonl", "thinking", **loaded, **OPTIONS)
+    assert re.search("row 2, thinking: .*exceeds the available context size", refused)
     assert [r["row"] for r in rows((tmp_path / "r.jsonl").read_bytes())] == [1, 3]
 
 
-def test_of_two_processes_with_one_file_of_replies_the_second_is_refused(run, prompts, whole, tmp_path):
+HOLDER = """
+import sys
+from pathlib import Path
+from toolkit.files import lock
+with lock(Path(sys.argv[1]), "generate"):
+    print("held", flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_file_of_replies_that_another_process_writes_is_refused_however_it_is_spelled(run, prompts, whole, tmp_path):
     file = tmp_path / "replies.jsonl"
     other = tmp_path / "elsewhere" / "same.jsonl"
     other.parent.mkdir()
-    file.touch()
+    file.write_bytes(whole)
     other.symlink_to(file)
-    processes = []
+    command = [sys.executable, "-c", HOLDER, f"{file} (replies)"]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
     for name in (file, tmp_path / "elsewhere" / ".." / "replies.jsonl", other):
-        command = [sys.executable, "-c", SCRIPT, str(run), str(prompts), str(name)]
-        processes.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    ends = [(process.communicate(timeout=300)[1], process.returncode) for process in processes]
-    refused = [said for said, code in ends if code]
-    assert len(refused) <= 2  # the first may have ended before another began
-    assert all("is in use by `generate`" in said for said in refused)
-    assert file.read_bytes() == whole, "every row once"
+        with pytest.raises(ToolkitError, match="is in use by `generate`"):
+            answer_file(run, prompts, name, **OPTIONS)
+    process.communicate("\n", timeout=60)
+    assert answer_file(run, prompts, other, **OPTIONS) == []
+    assert file.read_bytes() == whole
 
 
 def test_several_clients_at_once_answer_in_the_order_of_the_file(run, prompts, loaded, tmp_path):

@@ -7,11 +7,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from rich.console import Console
 
+from tests.support.pocket_run import trained
+from toolkit import run
 from toolkit.data.render import load_chat
 from toolkit.export.llama import Engine
 from toolkit.family import MODES, QWEN3_SAMPLING
 from toolkit.files import ToolkitError
-from toolkit.serving.scored import Model, ServedRun, check_models, kept_lines
+from toolkit.serving import public
+from toolkit.serving.client import connect
+from toolkit.serving.scored import Model, ServedRun, evaluate_url, kept_line
 from toolkit.view.progress import Progress
 
 QUESTIONS = [[{"role": "user", "content": f"{i} + 1?"}] for i in range(12)]
@@ -118,18 +122,15 @@ def test_after_a_cut_connection_the_same_command_asks_only_what_is_missing():
 
 
 def test_a_model_that_is_not_served_is_named_with_those_that_are():
-    engine = Engine(Api().url)
-    check_models(engine, ["base", "tuned"])
-    assert not engine.takes_scale
-    with pytest.raises(
-        ToolkitError, match=r"does not serve pocket; it serves base, tuned: name them with --base-model"
-    ):
-        check_models(engine, ["base", "pocket"])
+    url = Api().url
+    assert not connect(url, ["base", "tuned"]).takes_scale
+    with pytest.raises(ToolkitError, match=r"serves base, tuned, not pocket"):
+        connect(url, ["base", "pocket"])
 
 
 def test_a_server_that_does_not_answer_is_named():
     with pytest.raises(ToolkitError, match="is the server running"):
-        check_models(Engine("http://127.0.0.1:9"), ["base"])
+        connect("http://127.0.0.1:9", ["base"])
 
 
 def per_question(right: list[int]) -> dict:
@@ -140,7 +141,26 @@ def per_question(right: list[int]) -> dict:
 def test_a_file_is_paired_with_the_adapter_s_answers(tmp_path):
     adapter = per_question([1, 1, 1, 0]) | {"base": {}, "tuned": {}, "difference": {}}
     (tmp_path / "eval.json").write_text(json.dumps(adapter))
-    lines = kept_lines(tmp_path, per_question([1, 1, 0, 1]), "q4_k_m")
-    assert lines == ["q4_k_m keeps 2 of the adapter's 3 right answers, and has 1 right that it had wrong"]
+    line = kept_line(tmp_path, per_question([1, 1, 0, 1]), "q4_k_m")
+    assert line == "q4_k_m keeps 2 of the adapter's 3 right answers, and has 1 right that it had wrong"
     other = per_question([1, 1, 0, 1]) | {"fingerprints": {"questions": "others"}}
-    assert "not asked the same" in kept_lines(tmp_path, other, "q4_k_m")[0]
+    assert "not asked the same" in kept_line(tmp_path, other, "q4_k_m")
+
+
+@pytest.mark.slow
+def test_a_run_scores_alike_in_this_process_and_through_the_server_that_serve_starts():
+    """llama.cpp's real server, by the address and the names that `serve RUN` prints; the base in F16, as it was trained on."""
+    folder, _ = trained("served", "evaluate.max_new_tokens=96")
+    here = run.evaluate(folder, Console(quiet=True), minutes=3)
+    engine = public([folder], "127.0.0.1", 0, None, print, {"quant": "f16"})
+    served = evaluate_url(folder, engine.url, "base", "served", console=Console(quiet=True))
+    assert served["fingerprints"]["questions"] == here["fingerprints"]["questions"]
+    compared = [
+        (model, mode, kind) for model in ("base", "tuned") for mode in MODES for kind in ("accuracy", "accuracy/chat")
+    ]
+    for model, mode, kind in compared:
+        one, other = here[model][mode][kind], served[model][mode][kind]
+        print(model, mode, kind, one["value"], other["value"], one["n"])
+        assert one["low"] <= other["high"], (model, mode, kind)
+        assert other["low"] <= one["high"], (model, mode, kind)
+        assert abs(one["value"] - other["value"]) < 0.2

@@ -62,10 +62,11 @@ class Duration:
 
     def text(self) -> str:
         """One line: `training 1 h 20 min, validation 5 min, evaluation 27 min (calculated for RTX 3060)`."""
-        parts = {"training": self.training, "validation": self.validation, "evaluation": self.evaluation}
-        words = ", ".join(f"{name} {words_of(seconds)}" for name, seconds in parts.items())
-        measured = f"calculated from a speed measured on {self.speed.name}"
-        return f"{words} ({measured if self.speed.is_measured else f'calculated for {self.speed.name}'})"
+        words = ", ".join(
+            f"{part} {words_of(getattr(self, part))}" for part in ("training", "validation", "evaluation")
+        )
+        source = "from a speed measured on" if self.speed.is_measured else "for"
+        return f"{words} (calculated {source} {self.speed.name})"
 
 
 def words_of(seconds: float) -> str:
@@ -95,8 +96,8 @@ def evaluation_seconds(recipe: Recipe, training: float) -> float:
     """Seconds that scoring base against tuned is planned for: the number of questions follows from it."""
     if recipe.evaluate.minutes:
         return 60 * recipe.evaluate.minutes
-    planned = {"fast": FAST_EVALUATION, "full": FULL_EVALUATION}
-    return planned.get(recipe.evaluate.level, max(LEAST_EVALUATION, EVALUATION_SHARE * training))
+    by_level = {"fast": FAST_EVALUATION, "full": FULL_EVALUATION}
+    return by_level.get(recipe.evaluate.level, max(LEAST_EVALUATION, EVALUATION_SHARE * training))
 
 
 def forecast(recipe: Recipe, shape: Shape, work: Work, speed: Speed) -> Duration:
@@ -122,13 +123,11 @@ def compare(planned: Duration, training: float, validation: float) -> TimeCompar
 
 def work_of(recipe: Recipe, lengths: Sequence[int], validation_lengths: Sequence[int], *, on_card: bool) -> Work:
     """From a compiled mix: the tokens of its rows. On a CPU rows are padded to the longest of their batch."""
-    settings = recipe.train
-    rows = settings["per_device_train_batch_size"]
-    tokens = sum(lengths) if on_card else padded_tokens(lengths, rows)
-    held_out = sum(validation_lengths)
-    if not on_card:
-        held_out = padded_tokens(validation_lengths, settings["per_device_eval_batch_size"])
-    return counted(recipe, len(lengths), tokens, held_out, recomputes=on_card)
+    if on_card:
+        return counted(recipe, len(lengths), sum(lengths), sum(validation_lengths))
+    tokens = padded_tokens(lengths, recipe.train["per_device_train_batch_size"])
+    held_out = padded_tokens(validation_lengths, recipe.train["per_device_eval_batch_size"])
+    return counted(recipe, len(lengths), tokens, held_out, recomputes=False)
 
 
 def padded_tokens(lengths: Sequence[int], rows: int) -> int:
@@ -137,21 +136,16 @@ def padded_tokens(lengths: Sequence[int], rows: int) -> int:
     return sum(len(batch) * max(batch) for batch in batches)
 
 
-def counted(recipe: Recipe, rows: float, tokens: float, validation_tokens: float, recomputes: bool) -> Work:
+def counted(recipe: Recipe, rows: float, tokens: float, validation_tokens: float, recomputes: bool = True) -> Work:
     """The work of all steps: epochs or max_steps of so many rows, and its validations."""
-    settings = recipe.train
-    batch = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
-    padded = tokens / max(1, rows)
-    steps_an_epoch = max(1, math.ceil(rows / batch))
-    steps = settings["max_steps"] if settings["max_steps"] > 0 else steps_an_epoch * settings["num_train_epochs"]
+    accumulation = recipe.train["gradient_accumulation_steps"]
+    steps_an_epoch = max(1, math.ceil(rows / (recipe.train["per_device_train_batch_size"] * accumulation)))
+    steps = recipe.train["max_steps"]
+    if steps <= 0:
+        steps = steps_an_epoch * recipe.train["num_train_epochs"]
     epochs = steps / steps_an_epoch
-    return Work(
-        tokens=epochs * tokens,
-        micro_batches=steps * settings["gradient_accumulation_steps"],
-        validation_tokens=validations(recipe, steps, epochs) * validation_tokens,
-        mean_length=padded,
-        recomputes=recomputes,
-    )
+    held_out = validations(recipe, steps, epochs) * validation_tokens
+    return Work(epochs * tokens, steps * accumulation, held_out, tokens / max(1, rows), recomputes)
 
 
 def validations(recipe: Recipe, steps: float, epochs: float) -> int:
@@ -168,25 +162,23 @@ def validations(recipe: Recipe, steps: float, epochs: float) -> int:
 
 def planned_work(recipe: Recipe) -> Work | None:
     """Before the mix is compiled, from its budget and usual lengths; None where only the data decide its size."""
-    data, longest = recipe.data, recipe.model.max_seq_length
-    fractions = [source.fraction for source in data.sources if source.fraction]
-    if not data.budget or len(fractions) < len(data.sources):
+    data = recipe.data
+    if not data.budget or not all(source.fraction is not None for source in data.sources):
         return None
     rows = tokens = held_out = 0.0
     for source in data.sources:
-        length = usual_length("non_thinking" if source.mode == "non_thinking" else "thinking", longest)
-        counted_length = {"examples": 1.0, "tokens": length}.get(data.unit, max(1.0, length - PROMPT))
+        length = usual_length(source.mode, recipe.model.max_seq_length)
+        size = {"examples": 1.0, "tokens": length}.get(data.unit, max(1.0, length - PROMPT))
         share = source.fraction or 0.0
-        count = share * data.budget / counted_length
-        rows += count
-        tokens += count * length
+        rows += share * data.budget / size
+        tokens += share * data.budget / size * length
         held_out += share * data.validation_size * length
-    return counted(recipe, rows, tokens, held_out, recomputes=True)
+    return counted(recipe, rows, tokens, held_out)
 
 
 def usual_length(mode: str, longest: int) -> float:
     """Mean tokens of a row of a mode, where longer rows than `longest` are dropped: a log-normal cut off there."""
-    median, sigma = LENGTHS[mode]
+    median, sigma = LENGTHS["non_thinking" if mode == "non_thinking" else "thinking"]
     cut = (math.log(max(2, longest - PROMPT)) - math.log(median)) / sigma
     below = math.erf((cut - sigma) / math.sqrt(2)) + 1
     kept = math.erf(cut / math.sqrt(2)) + 1

@@ -23,8 +23,7 @@ from toolkit.machine.doctor import CONTEXT
 from toolkit.recipe import REPLY_LIMIT, Lora, Recipe
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig
 
 GIB = 1024**3
 FRAGMENTATION = 0.012  # of everything else; two published measurements: 0.9% and 1.3% above the sum of the parts
@@ -193,55 +192,56 @@ class Settings:
     optim: str = "adamw_8bit"
     load_in_4bit: bool = True
     use_gradient_checkpointing: str | bool = "unsloth"
-    bytes_per_logit: int = 0
-    """0: Unsloth's fused loss. Otherwise all logits exist: 2 in 16-bit, 14 in an eager loss without Unsloth."""
-    converted_at_load: bool = False
-    """True for transformers 4 on cards without bf16 (T4): the checkpoint was turned into fp16 on the card."""
 
 
 PARTS = ("weights", "LoRA", "activations", "logits", "KV cache", "other")
 """What memory holds: LoRA with its gradients and optimizer states, activations with dequantized weights, logits with the loss."""
 
 
-def phases(s: Settings, m: Shape) -> dict[str, dict[str, int]]:
+class Moment(NamedTuple):
+    """Bytes that a phase needs at some moment, beside weights and LoRA."""
+
+    activations: float = 0
+    logits: float = 0
+    cache: float = 0
+
+
+def phases(plan: Settings, model: Shape) -> dict[str, dict[str, int]]:
     """Phase → part → bytes at that phase's worst moment. Merging needs none: it runs in RAM."""
-    tensors, weights = lora_tensors(m, s.r, s.target_modules), weight_bytes(s, m)
+    weights = weight_bytes(plan, model)
+    tensors = lora_tensors(model, plan.r, plan.target_modules)
     # in float32 (unsloth_zoo/training_utils.py), as its gradients are until the optimizer's step
     lora = 4 * sum(tensors)
-    kept = lora + optimizer_bytes(tensors, s.optim)
+    kept = lora + optimizer_bytes(tensors, plan.optim)
     # two 16-bit copies of the largest module and its float32 absmax (unsloth/kernels/utils.py, fast_lora.py)
-    largest = max((matrix.parameters for matrix in m.matrices), default=0)
-    dequantized = largest * (2 * 2 + 4 / 64) if s.load_in_4bit else 0
-    parts: dict[str, list[float]] = {
-        "load": [weights, lora],
-        "training": [weights, lora + kept, *max(_training(s, m, dequantized), key=sum)],
-        "validation": [weights, kept, *max(_validation(s, m, dequantized), key=sum)],
-        "evaluation": [weights, lora, *max(_evaluation(s, m, dequantized), key=sum)],
+    largest = max((matrix.parameters for matrix in model.matrices), default=0)
+    dequantized = largest * (2 * 2 + 4 / 64) if plan.load_in_4bit else 0
+    moments = {
+        "load": (lora, [Moment()]),
+        "training": (lora + kept, _training(plan, model, dequantized)),
+        "validation": (kept, _validation(plan, model, dequantized)),
+        "evaluation": (lora, _evaluation(plan, model, dequantized)),
     }
-    # A bf16 checkpoint on a card without bf16 is converted on the card: once the largest 16-bit tensor, beyond the room
-    # that LoRA takes afterwards; the freed block stays behind as fragmentation.
-    converted = 2 * m.vocab_size * m.hidden_size if s.converted_at_load else 0
-    left = dict.fromkeys(parts, converted) | {"load": max(0, converted - lora)}
     bytes_of = {}
-    for phase, sizes in parts.items():
-        other = CONTEXT + FRAGMENTATION * sum(sizes) + left[phase]
-        unused = [0.0] * (len(PARTS) - 1 - len(sizes))
-        bytes_of[phase] = dict(zip(PARTS, map(math.ceil, [*sizes, *unused, other]), strict=True))
+    for phase, (adapter, needed) in moments.items():
+        sizes = [weights, adapter, *max(needed, key=sum)]
+        sizes.append(CONTEXT + FRAGMENTATION * sum(sizes))
+        bytes_of[phase] = dict(zip(PARTS, map(math.ceil, sizes), strict=True))
     return bytes_of
 
 
-def weight_bytes(s: Settings, m: Shape) -> float:
+def weight_bytes(plan: Settings, model: Shape) -> float:
     """The base: 4-bit matrices and 16-bit embeddings, untied lm_head, norms, routers; or everything in 16-bit."""
-    if not s.load_in_4bit:
-        return 2 * m.parameters
-    return nf4_bytes(m) + 2 * (m.parameters - m.linear_parameters + m.kept)
+    if not plan.load_in_4bit:
+        return 2 * model.parameters
+    return nf4_bytes(model) + 2 * (model.parameters - model.linear_parameters + model.kept)
 
 
-def nf4_bytes(m: Shape) -> float:
+def nf4_bytes(model: Shape) -> float:
     """NF4 with double quantization: QLoRA, arXiv:2305.14314, section 3; bitsandbytes' QuantState."""
-    n = m.linear_parameters - m.kept
+    n = model.linear_parameters - model.kept
     absmax = n / 64 + 4 * n / (64 * 256)  # a byte per block of 64, a float32 per 256 of those
-    return n / 2 + absmax + 1092 * sum(matrix.copies for matrix in m.matrices)  # tables of each module
+    return n / 2 + absmax + 1092 * sum(matrix.copies for matrix in model.matrices)  # tables of each module
 
 
 def optimizer_bytes(tensors: Sequence[int], optim: str) -> int:
@@ -252,64 +252,65 @@ def optimizer_bytes(tensors: Sequence[int], optim: str) -> int:
     return sum(max(2 * n + 8 * math.ceil(n / 256), 32768) if n >= 4096 else 8 * n for n in tensors)
 
 
-def _training(s: Settings, m: Shape, dequantized: float) -> list[tuple]:
-    """Two moments: the loss, where logits exist, and the backward pass of one layer's MLP."""
-    tokens = s.per_device_train_batch_size * s.longest
-    inputs = _layer_inputs(s, m, tokens)
-    hidden_states = 3 * 2 * tokens * m.hidden_size
+def _training(plan: Settings, model: Shape, dequantized: float) -> list[Moment]:
+    """Two moments: the loss, and the backward pass of one layer's MLP."""
+    tokens = plan.per_device_train_batch_size * plan.longest
+    inputs = _layer_inputs(plan, model, tokens)
+    hidden_states = 3 * 2 * tokens * model.hidden_size
     # 16-bit activations of the layer in hand, and float32 attention statistics (unsloth/kernels/fast_lora.py)
-    per_token = (
-        2 * (8 * m.hidden_size + 3 * m.q_dim + 3 * m.kv_dim + 3 * m.intermediate_size) + 4 * m.num_attention_heads
-    )
-    at_loss = inputs + hidden_states + dequantized / 2, loss_bytes(s, m, tokens)
-    return [at_loss, (inputs + tokens * per_token + dequantized, 0)]
+    widths = 8 * model.hidden_size + 3 * (model.q_dim + model.kv_dim + model.intermediate_size)
+    layer = tokens * (2 * widths + 4 * model.num_attention_heads)
+    at_loss = Moment(inputs + hidden_states + dequantized / 2, loss_bytes(model, tokens))
+    return [at_loss, Moment(inputs + layer + dequantized)]
 
 
-def _layer_inputs(s: Settings, m: Shape, tokens: int) -> float:
+def _layer_inputs(plan: Settings, model: Shape, tokens: int) -> float:
     """What stays on the card of every layer between forward and backward (unsloth_zoo/gradient_checkpointing.py)."""
-    one, layers = 2 * tokens * m.hidden_size, m.num_hidden_layers
-    if s.use_gradient_checkpointing == "unsloth":  # offloads inputs above 2 MiB: two buffers and the last layer remain
+    one = 2 * tokens * model.hidden_size
+    layers = model.num_hidden_layers
+    if (
+        plan.use_gradient_checkpointing == "unsloth"
+    ):  # offloads inputs above 2 MiB: two buffers and the last layer remain
         return min(layers * one, max(3 * one, layers * 2 * 1024**2))
-    if s.use_gradient_checkpointing:
+    if plan.use_gradient_checkpointing:
         return layers * one
-    return 2 * tokens * layers * (6 * m.hidden_size + 3 * m.q_dim + 3 * m.kv_dim + 3 * m.intermediate_size)
+    return 2 * tokens * layers * (6 * model.hidden_size + 3 * (model.q_dim + model.kv_dim + model.intermediate_size))
 
 
-def loss_bytes(s: Settings, m: Shape, tokens: int) -> float:
+def loss_bytes(model: Shape, tokens: int) -> float:
     """The loss and the gradient of the hidden states (unsloth_zoo/fused_losses/fused_linear.py)."""
-    hidden_gradient = 2 * tokens * m.hidden_size
-    if s.bytes_per_logit:
-        return tokens * m.vocab_size * s.bytes_per_logit + hidden_gradient
     tile = min(tokens, 4096)
     # rows x vocabulary at a time, in float32: at least 512 rows, at most 4,096 or 2 GiB; or a tile of 16,384 columns
-    chunk = min(max(min(tokens, 512) * m.vocab_size, tokens * m.hidden_size), 4096 * m.vocab_size, GIB // 2)
-    return 4 * max(chunk, tile * 16384) + 4 * tile * m.hidden_size + hidden_gradient
+    wanted = max(min(tokens, 512) * model.vocab_size, tokens * model.hidden_size)
+    chunk = min(wanted, 4096 * model.vocab_size, GIB // 2)
+    return 4 * max(chunk, tile * 16384) + (4 * tile + 2 * tokens) * model.hidden_size
 
 
-def _forward(m: Shape, batch: int, length: int) -> float:
+def _forward(model: Shape, batch: int, length: int) -> float:
     """One layer without gradients; a padded batch also carries a mask and its keys and values once per query head."""
-    per_token = 5 * m.hidden_size + 5 * m.q_dim + 3 * m.kv_dim + 3 * m.intermediate_size
+    per_token = 5 * model.hidden_size + 5 * model.q_dim + 3 * model.kv_dim + 3 * model.intermediate_size
     return 2 * batch * length * per_token + 3 * batch * length**2
 
 
-def _validation(s: Settings, m: Shape, dequantized: float) -> list[tuple]:
+def _validation(plan: Settings, model: Shape, dequantized: float) -> list[Moment]:
     """The validation loss while training: like the training step, without the backward pass."""
-    tokens = s.per_device_eval_batch_size * s.longest_validation
-    layer = _forward(m, s.per_device_eval_batch_size, s.longest_validation)
-    return [(6 * tokens * m.hidden_size + dequantized, loss_bytes(s, m, tokens)), (layer + dequantized, 0)]
+    tokens = plan.per_device_eval_batch_size * plan.longest_validation
+    layer = _forward(model, plan.per_device_eval_batch_size, plan.longest_validation)
+    at_loss = Moment(6 * tokens * model.hidden_size + dequantized, loss_bytes(model, tokens))
+    return [at_loss, Moment(layer + dequantized)]
 
 
-def _evaluation(s: Settings, m: Shape, dequantized: float) -> list[tuple]:
+def _evaluation(plan: Settings, model: Shape, dequantized: float) -> list[Moment]:
     """Base against tuned after training, the optimizer gone. Batches adapt to the memory that is free (generate.py,
     evaluate/subject.py), so one row must fit: its score, 128 positions at once, with two sets of logits in float32 and
     five intermediates; and its reply. There the prefill's key-value cache lives on while the decoding buffers, which grow
     in steps of 512 tokens, fill (unsloth/models/_decode_graphs.py)."""
-    scored = _forward(m, 1, s.longest_validation), 28 * min(128, s.longest_validation) * m.vocab_size, 0
-    logits = 26 * m.vocab_size  # 16-bit and float32 copies of sampling and sorting
+    positions = min(128, plan.longest_validation)
+    scored = Moment(dequantized + _forward(model, 1, plan.longest_validation), 28 * positions * model.vocab_size)
+    logits = 26 * model.vocab_size  # 16-bit and float32 copies of sampling and sorting
     # keys and values in 16-bit: two times two bytes
-    cache = 4 * m.num_hidden_layers * m.kv_dim * (2 * PROMPT + max(s.max_new_tokens, 512))
-    replied = _forward(m, 1, PROMPT), logits, cache
-    return [(dequantized + activations, *rest) for activations, *rest in (scored, replied)]
+    cache = 4 * model.num_hidden_layers * model.kv_dim * (2 * PROMPT + max(plan.max_new_tokens, 512))
+    return [scored, Moment(dequantized + _forward(model, 1, PROMPT), logits, cache)]
 
 
 @dataclass(frozen=True)
@@ -344,9 +345,10 @@ class Forecast:
 
     def as_trained(self, vram: int) -> "Forecast":
         """What `train` makes of it by itself: smaller batches of the same effective size where memory runs out."""
-        s, made = self.settings, self
-        effective = s.per_device_train_batch_size * s.gradient_accumulation_steps
-        for batch in (n for n in range(s.per_device_train_batch_size, 0, -1) if effective % n == 0):
+        rows = self.settings.per_device_train_batch_size
+        effective = rows * self.settings.gradient_accumulation_steps
+        made = self
+        for batch in (n for n in range(rows, 0, -1) if effective % n == 0):
             made = self.changed(per_device_train_batch_size=batch, gradient_accumulation_steps=effective // batch)
             if made.total("training") <= vram:
                 break
@@ -360,12 +362,12 @@ def settings(recipe: Recipe, longest: int | None = None) -> Settings:
             f"lora: {', '.join(whole)}: the memory of modules that are trained as a whole is not forecast"
         )
     row = longest or recipe.model.max_seq_length
-    own = {field.name for field in dataclasses.fields(Settings)}
-    given = {key: value for key, value in (recipe.train | recipe.lora.extra).items() if key in own}
+    names = {field.name for field in dataclasses.fields(Settings)}
+    known = {key: value for key, value in (recipe.train | recipe.lora.extra).items() if key in names}
     if recipe.model.max_seq_length < 512:  # Unsloth then checkpoints without offloading (models/_utils.py)
-        given["use_gradient_checkpointing"] = bool(given.get("use_gradient_checkpointing", True))
+        known["use_gradient_checkpointing"] = bool(known.get("use_gradient_checkpointing", True))
     return Settings(
-        **given,
+        **known,
         longest=row,
         longest_validation=row,
         r=recipe.lora.r,
@@ -377,7 +379,7 @@ def settings(recipe: Recipe, longest: int | None = None) -> Settings:
 
 def forecast(
     run: Recipe | Settings,
-    model: "PreTrainedModel | None" = None,
+    model: "str | Shape | PretrainedConfig | None" = None,
     *,
     longest: int | None = None,
     vram: int | None = None,
@@ -395,7 +397,9 @@ def forecast(
         if not vram:
             raise ToolkitError("a forecast needs a model: a name, a local folder, or for auto a card's memory (--vram)")
         name = choose_model(vram, plan)
-    found = name if isinstance(name, Shape) else shape(name) if isinstance(name, str) else shape_of(name)
+    if isinstance(name, str):
+        name = shape(name)
+    found = name if isinstance(name, Shape) else shape_of(name)
     return Forecast(found, plan, phases(plan, found))
 
 
@@ -436,94 +440,63 @@ def choose_model(
     fitting = [name for name in names if forecast(plan, name).fits(int((1 - SPARE) * vram))]
     if fitting:
         return next((name for name in reversed(fitting) if is_quick(shape(name))), fitting[0])
-    smallest = forecast(plan, names[0])
-    hints = [f"{names[0]} fits with {' '.join(words)}" for words, _ in suggestions(smallest, int((1 - SPARE) * vram))]
-    advice = hints[0] if hints else "no single change helps: take a larger card or a Colab GPU"
+    offers = suggestions(forecast(plan, names[0]), int((1 - SPARE) * vram))
+    advice = "no single change helps: take a larger card or a Colab GPU"
+    if offers:
+        advice = f"{names[0]} fits with {' '.join(offers[0][0])}"
     raise ToolkitError(f"model.model_name: auto: no Qwen3 fits {vram / GIB:.1f} GiB with these settings; {advice}")
 
 
-CHEAPER: dict[str, dict[str, Any]] = {
-    "train.per_device_eval_batch_size=1": {"per_device_eval_batch_size": 1},
-    "model.load_in_4bit=true": {"load_in_4bit": True},
-    "train.optim=adamw_8bit": {"optim": "adamw_8bit"},
-}
-"""Overrides that leave the result nearly as it is → the settings they change."""
+CHEAPER = (
+    ("train", "per_device_eval_batch_size", 1),
+    ("model", "load_in_4bit", True),
+    ("train", "optim", "adamw_8bit"),
+)
+"""Keys and values that leave the result nearly as it is and need less memory."""
 Offer = tuple[list[str], Forecast]
 """Overrides, and the forecast with them."""
 
 
 def suggestions(planned: Forecast, vram: int) -> list[Offer]:
-    """What makes a run fit, cheapest first: nothing where `train` does it by itself; the changes of CHEAPER, and with them
-    the longest rows and the largest Qwen3 that fit."""
+    """What makes a run fit: nothing where `train` does it by itself; else what CHEAPER changes, and with it the longest rows
+    and the largest Qwen3: of each kind the first that fits."""
     if planned.as_trained(vram).fits(vram):
         return []
-    words, plan = cheaper(planned)
-    longest, validation = plan.settings.longest, plan.settings.longest_validation
-    shorter = [
-        ([*words, f"model.max_seq_length={n}"], plan.changed(longest=n, longest_validation=min(n, validation)))
-        for n in ROWS
-        if n < longest
+    changes = [change for change in CHEAPER if getattr(planned.settings, change[1]) != change[2]]
+    words = [f"{section}.{key}={str(value).lower()}" for section, key, value in changes]
+    plan = planned.changed(**{key: value for _, key, value in changes})
+    shorter = [n for n in ROWS if n < plan.settings.longest]
+    smaller = [name for name in reversed(QWEN3) if shape(name).parameters < plan.shape.parameters]
+    kinds: list[list[Offer]] = [
+        [(words, plan)] if words else [],
+        [([*words, f"model.max_seq_length={n}"], plan.changed(longest=n, longest_validation=n)) for n in shorter],
+        [([*words, f"model.model_name={name}"], forecast(plan.settings, name)) for name in smaller],
     ]
-    smaller = [
-        ([*words, f"model.model_name={name}"], forecast(plan.settings, name))
-        for name in reversed(QWEN3)
-        if shape(name).parameters < plan.shape.parameters
-    ]
-    alone = [(words, plan)] if words else []
-    # of each kind the first that fits
-    return [offer for offers in (alone, shorter, smaller) for offer in fitting(offers, vram)[:1]]
-
-
-def fitting(offers: list[Offer], vram: int) -> list[Offer]:
-    """Those that fit as `train` would run them."""
-    trained = [(words, offer.as_trained(vram)) for words, offer in offers]
-    return [(words, offer) for words, offer in trained if offer.fits(vram)]
-
-
-def cheaper(planned: Forecast) -> Offer:
-    """Every change of CHEAPER that needs less memory in some phase."""
-    words: list[str] = []
-    for override, change in CHEAPER.items():
-        changed = planned.changed(**change)
-        # one that helps nowhere is no advice
-        if any(changed.total(phase) < planned.total(phase) for phase in planned.phases):
-            words, planned = [*words, override], changed
-    return words, planned
-
-
-def longest_row(size: str, vram: int) -> int:
-    """The longest row in tokens that trains at batch 1, as a power of two; 0 where none does."""
-    least = Settings(per_device_train_batch_size=1, per_device_eval_batch_size=1)
-    return next((row for row in ROWS if forecast(least, size, longest=row).fits(vram)), 0)
+    offers: list[Offer] = []
+    for kind in kinds:
+        as_trained = [(overrides, offer.as_trained(vram)) for overrides, offer in kind]
+        offers += [offer for offer in as_trained if offer[1].fits(vram)][:1]
+    return offers
 
 
 def show(planned: Forecast, vram: int, console: Any) -> None:
     """Print the verdict, every phase in GiB, and what would make it fit."""
-    from rich.table import Table
+    from toolkit.view.tables import rich_table
 
     trained = planned.as_trained(vram)
     verdict = "fits" if trained.fits(vram) else "does not fit"
     console.print(
         f"{trained.shape.name} {verdict}: {trained.peak / GIB:.1f} GiB in {trained.worst}, of {vram / GIB:.1f} GiB"
     )
-    table = Table("phase", *PARTS, "total", box=None, padding=(0, 1))
+    rows = []
     for phase, parts in trained.phases.items():
-        total = trained.total(phase)
-        cells = [f"{size / GIB:.2f}" if size else "" for size in parts.values()]
-        table.add_row(phase, *cells, f"{total / GIB:.2f}", style=None if total <= vram else "bold red")
-    console.print(table)
-    rows, fewer = (made.settings.per_device_train_batch_size for made in (planned, trained))
-    if fewer < rows:
-        console.print(f"train lowers the batch from {rows} to {fewer} rows by itself and accumulates gradients instead")
+        sizes = {**parts, "total": trained.total(phase)}
+        rows.append({"phase": phase, **{name: f"{size / GIB:.2f}" for name, size in sizes.items()}})
+    console.print(rich_table(rows))
+    before, after = (forecast.settings.per_device_train_batch_size for forecast in (planned, trained))
+    if after < before:
+        console.print(
+            f"train lowers the batch from {before} to {after} rows by itself and accumulates gradients instead"
+        )
     for overrides, offer in suggestions(planned, vram):
         console.print(f"it fits with {' '.join(overrides)}: {offer.peak / GIB:.1f} GiB")
-
-
-def show_table(console: "Console", cards: Sequence[float] = (6, 8, 12, 16, 24)) -> None:
-    """Print which Qwen3 trains on which card."""
-    from rich.table import Table
-
-    shown = Table("Qwen3", *(f"{gb} GB" for gb in cards), title="longest row that trains, in tokens (0: none)")
-    for size in SHIPPED:
-        shown.add_row(size, *(f"{longest_row(size, usable_vram(gb)):,}" for gb in cards))
-    console.print(shown)

@@ -23,18 +23,18 @@ REQUIREMENTS = PACKAGE / "requirements.txt"
 if not REQUIREMENTS.is_file():
     REQUIREMENTS = ROOT / "requirements.txt"
 LOCK = REQUIREMENTS.with_suffix(".lock")
+PIP = [sys.executable, "-m", "pip"]
 NO_DEPS = ("unsloth", "unsloth_zoo")
 """They ask for torchvision, xformers and diffusers, which text fine-tuning does not use."""
 TORCH = (2, 4), (2, 15)
 """Unsloth's range, the end excluded. A torch inside it stays, whatever requirements.txt pins: it may be the only build for
 the driver here, and torchvision fits it (unsloth/import_fixes.py refuses a torchvision of another torch)."""
 
-DRIVER_NOTE = Path("/proc/driver/nvidia/version")
-DRIVER_FILES = (DRIVER_NOTE, Path("/usr/lib/wsl/lib/nvidia-smi"))  # what unsloth_zoo/device_type.py asks
-FIRST_DRIVERS = {13: 580, 12: 525, 11: 450}
-"""CUDA's major version → the first Linux driver that runs it (NVIDIA's CUDA compatibility guide)."""
+DRIVER_FILES = Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/nvidia-smi")
+"""What unsloth_zoo/device_type.py asks."""
 INDEXES = {13: "https://download.pytorch.org/whl/cu130", 12: "https://download.pytorch.org/whl/cu129"}
-"""CUDA's major version → where PyTorch's builds for it are; a driver runs builds for all minor versions of its major one."""
+"""CUDA's major version → where PyTorch's builds for it are; a driver runs builds for all minor versions of its major one.
+PyPI's build for Linux is for the newest, those for other systems have no CUDA."""
 TRITON_FOR_WINDOWS = "triton-windows>=3.7,<3.8"  # Triton's own wheels are for Linux; this one fits torch 2.13
 
 
@@ -53,26 +53,25 @@ def setup() -> None:
     if not differing():
         return
     torch = installed("torch")
-    others = [[f"{name}=={version}" for name, version in pins().items() if name not in {"torch", *NO_DEPS}]]
-    others += [["--no-deps", *(f"{name}=={pins()[name]}" for name in NO_DEPS)]]
+    pinned = [f"{name}=={version}" for name, version in pins().items()]
+    with_needs = [pin for pin in pinned if pin.partition("==")[0] not in {"torch", *NO_DEPS}]
+    steps = [with_needs, ["--no-deps", *(f"{name}=={pins()[name]}" for name in NO_DEPS)]]
     # Colab's torch is built for its driver, and replacing it takes minutes
     if torch_fits(torch):
         print(f"keeping torch {torch}")
-        steps = others
     else:
         if torch:  # companions built for the old one would stop `import unsloth`
-            subprocess.run([sys.executable, "-m", "pip", "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"])
+            subprocess.run([*PIP, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"])
         source = torch_source(driver_cuda(), platform.system())
         print(f"torch {pins()['torch']}: {source.reason}", flush=True)
         # an installed copy has no lock: there pip resolved what these packages need
-        locked = [["--no-deps", "--require-hashes", "-r", str(LOCK)]] if LOCK.is_file() else others
-        steps = [[f"torch=={pins()['torch']}", *source.options], *locked]
+        steps = [["--no-deps", "--require-hashes", "-r", str(LOCK)]] if LOCK.is_file() else steps
+        steps.insert(0, [f"torch=={pins()['torch']}", *source.options])
         if platform.system() == "Windows" and source.options:
             steps.append([TRITON_FOR_WINDOWS])
     print("installing packages (a few minutes the first time)", flush=True)
     for packages in steps:
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        if subprocess.run([*pip, *packages]).returncode:
+        if subprocess.run([*PIP, "install", "--quiet", "--disable-pip-version-check", *packages]).returncode:
             raise SystemExit("pip could not install the packages above: check the network, then run the same again")
 
 
@@ -83,41 +82,35 @@ def torch_source(cuda: str, system: str) -> TorchSource:
     if os.environ.get("UNSLOTH_FORCE_CPU"):
         return TorchSource([], "PyPI's build, as UNSLOTH_FORCE_CPU asks for the CPU")
     if not cuda:
-        return TorchSource([], "PyPI's build, as no NVIDIA driver is here")
-    major = int(cuda.split(".")[0])
-    if major < min(INDEXES):
-        raise SystemExit(
-            f"the NVIDIA driver here supports CUDA {cuda}, and torch {pins()['torch']} needs {min(INDEXES)} or newer: update the "
-            f"driver to {FIRST_DRIVERS[min(INDEXES)]} or newer, or install for the CPU: UNSLOTH_FORCE_CPU=1"
-        )
+        return TorchSource([], "PyPI's build, as nvidia-smi shows no driver")
     newest = max(INDEXES)
-    if major >= newest and system == "Linux":
-        return TorchSource([], f"PyPI's build for CUDA {newest}, as the driver here supports CUDA {cuda}")
-    index = INDEXES[min(major, newest)]
-    reason = f"the build for CUDA {min(major, newest)} from {index}, as the driver here supports CUDA {cuda}"
-    if system == "Linux":
-        return TorchSource(["--index-url", index], f"{reason}; PyPI's is for CUDA {newest}")
-    return TorchSource(["--index-url", index], f"{reason}; PyPI's for {system} has no CUDA")
+    major = min(newest, int(cuda.split(".")[0]))
+    if major not in INDEXES:
+        raise SystemExit(
+            f"the NVIDIA driver here supports CUDA {cuda}, and torch {pins()['torch']} needs 12 or newer: update the "
+            "driver to 525 or newer, or install for the CPU: UNSLOTH_FORCE_CPU=1"
+        )
+    why = f"as the driver here supports CUDA {cuda}"
+    if major == newest and system == "Linux":
+        return TorchSource([], f"PyPI's build for CUDA {newest}, {why}")
+    other = f"is for CUDA {newest}" if system == "Linux" else f"for {system} has no CUDA"
+    index = INDEXES[major]
+    return TorchSource(["--index-url", index], f"the build for CUDA {major} from {index}, {why}; PyPI's {other}")
 
 
 def driver_cuda() -> str:
-    """The newest CUDA that the NVIDIA driver here supports, `12.4`; its major version by the driver's own where nvidia-smi
-    is missing; "" without a driver."""
-    if header := re.search(r"CUDA Version: *([\d.]+)", nvidia_smi()):
-        return header[1]
-    text = DRIVER_NOTE.read_text(encoding="utf-8", errors="replace") if DRIVER_NOTE.is_file() else ""
-    version = re.search(r"Kernel Module[^\n]*?\b(\d{3})\.\d+", text)
-    majors = [cuda for cuda, driver in FIRST_DRIVERS.items() if version and int(version[1]) >= driver]
-    return f"{majors[0]}.0" if majors else ""
+    """The newest CUDA that the NVIDIA driver here supports, `12.4`; "" where nvidia-smi does not say."""
+    header = re.search(r"CUDA Version: *([\d.]+)", nvidia_smi())
+    return header[1] if header else ""
 
 
-def nvidia_smi(*options: str) -> str:
-    """What the tool prints; nothing where it is missing or fails."""
+def nvidia_smi() -> str:
+    """What the driver's tool prints; nothing where it is missing or fails."""
     tool = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=str(DRIVER_FILES[1].parent))
     if tool is None:
         return ""
     try:
-        done = subprocess.run([tool, *options], capture_output=True, text=True, timeout=30)
+        done = subprocess.run([tool], capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):  # a driver that hangs after a failed update
         return ""
     return "" if done.returncode else done.stdout

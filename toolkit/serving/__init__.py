@@ -18,12 +18,18 @@ from toolkit.serving import guard
 from toolkit.serving.engine import BASE, Say, start
 
 
-def serve(runs: Sequence[str | Path], *, host: str = "127.0.0.1", port: int = 8000,
-          key: str | None = None, say: Say = print, **options: Any) -> None:  # fmt: skip
+def serve(
+    runs: Sequence[str | Path],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    key: str | None = None,
+    say: Say = print,
+    **options: Any,
+) -> None:
     """Serve until Ctrl-C. `options` are those of `engine.start`. A host other than this machine needs an API key, and
     gets one when none is given. Raises ToolkitError."""
-    key = checked_key(host, key, say)
-    served = public(runs, host, port, key, say, options)
+    served = public(runs, host, port, checked_key(host, key, say), say, options)
     say(welcome(served))
     try:
         threading.Event().wait()
@@ -39,10 +45,8 @@ def checked_key(host: str, key: str | None, say: Say) -> str | None:
         # `--api-key "$KEY"` of a variable that is not set asks for a key and must not open the server
         say("--api-key is empty, as if it were not there: is a variable not set?")
         key = None
-    if key is not None and not re.fullmatch("[!-~]+", key):
-        raise ToolkitError(
-            "--api-key: expected letters, digits and signs without spaces, as an HTTP header can carry it"
-        )
+    if key and not re.fullmatch("[!-~]+", key):
+        raise ToolkitError("--api-key: expected letters, digits and signs without spaces, as a header can carry it")
     # whoever reaches the port could use the card
     return key or (None if host in guard.LOOPBACK else secrets.token_urlsafe(24))
 
@@ -65,15 +69,14 @@ def public(
 
 def welcome(engine: Engine) -> str:
     """What a person needs once the server is up: addresses, how to choose between runs and base, how to stop."""
-    header = f' -H "Authorization: Bearer {engine.key}"' if engine.key else ""
     lines = [f"page: {engine.url}/    API: {engine.url}/v1    {engine.context:,} tokens of context    Ctrl-C stops"]
+    header = ""
     if engine.key:
+        header = f' -H "Authorization: Bearer {engine.key}"'
         lines.append(f"API key, asked for by API and page: {engine.key}")
-    for name in (*engine.runs, BASE) if engine.runs else ():
-        body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], **engine.lora(name)})
-        lines.append(f"{name}: curl {engine.url}/v1/chat/completions{header} -d '{body}'")
     if engine.runs:
-        lines.append(
-            '"scale" is how much of the adapter is added: 0 is the base, 1 the run, and between them works too'
-        )
+        for name in (*engine.runs, BASE):
+            body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], **engine.lora(name)})
+            lines.append(f"{name}: curl {engine.url}/v1/chat/completions{header} -d '{body}'")
+        lines.append('"scale" is how much of the adapter is added: 0 is the base, 1 the run; others work too')
     return "\n".join(lines)

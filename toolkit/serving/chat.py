@@ -3,6 +3,7 @@
 `python -m toolkit chat pocket`, or chat("pocket"); in a pipe every line is a turn.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,8 @@ from rich.text import Text
 
 from toolkit.export.llama import Engine
 from toolkit.family import mode_title
-from toolkit.files import ToolkitError, append_rows, did_you_mean, outputs
-from toolkit.serving.client import Answer, Message, ask, chat_body, open_engine
+from toolkit.files import ToolkitError, did_you_mean
+from toolkit.serving.client import Answer, Message, ask, chat_body, open_engine, stream
 from toolkit.serving.engine import BASE, check_scale, modes_of_run
 from toolkit.training.model import run_folder
 
@@ -28,13 +29,11 @@ COMMANDS = {
     "/tuned": "talk to the run again",
     "/both": "base and run answer side by side",
     "/scale N": "add so much of the adapter: 0 is the base, 1 the run",
-    "/save FILE": "keep the conversation as one more row of a .jsonl file, which can be trained on",
     "/clear": "begin a new conversation",
     "/help": "this list",
     "/quit": "leave (so does Ctrl-D); Ctrl-C stops a reply",
 }
-SWITCHES = ("/think", "/no_think", "/base", "/tuned", "/both")
-"""Commands after which a question may stand."""
+MODES_BY_COMMAND = {"/think": "thinking", "/no_think": "non_thinking"}
 CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 """A model's text never moves the cursor or sets the terminal's title."""
 DIM = "dim italic"
@@ -54,98 +53,84 @@ class Talk:
     max_tokens: int
     messages: list[Message] = field(default_factory=list)
 
-    def note(self, text: str, style: str | None = "dim") -> None:
-        self.console.print(text, style=style, markup=False)
+    def note(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False)
 
     def body(self, name: str, messages: list[Message]) -> dict[str, Any]:
         """A request to one of those who answer."""
         return chat_body(self.engine, name, self.mode, messages, self.max_tokens)
 
 
-def chat(run: str | Path, *, mode: str | None = None, max_tokens: int = 2048, url: str | None = None,
-         key: str | None = None, scale: float = 1.0, console: Console | None = None, **options: Any) -> None:  # fmt: skip
-    """Read turns and answer them until /quit or the end of input.
+def chat(
+    run: str | Path, *, mode: str | None = None, max_tokens: int = 2048, console: Console | None = None, **server: Any
+) -> None:
+    """Read turns and answer them until /quit or the end of input; `server` is what `open_engine` takes.
 
-    `url` is a server that `serve` started; without one an engine starts in this process with `options` of `start`.
-    Raises ToolkitError when it cannot."""
+    Raises ToolkitError where there is no engine."""
     console = console or Console(highlight=False, soft_wrap=True)
     folder = run_folder(run).resolve()
     modes = modes_of_run(folder)
-    engine = open_engine(folder, url=url, key=key, scale=scale, say=console.print, **options)
+    engine = open_engine(folder, say=console.print, **server)
     first = mode if mode in modes else modes[0]
     talk = Talk(engine, console, folder.name, (folder.name,), modes, first, max_tokens)
     talk.note(f"{talk.run}, {mode_title(talk.mode)}. /help lists the commands")
     for line in typed_lines():
         try:
-            if line.strip() and not turn(talk, line.strip()):
+            if line.strip() == "/quit":
                 break
+            if line.strip():
+                turn(talk, line.strip())
         except ToolkitError as error:
-            talk.note(f"error: {error}", None)
+            console.print(f"error: {error}", markup=False)
 
 
 def typed_lines() -> Iterator[str]:
-    """Turns as people type them, with history and arrow keys; from a pipe, line by line."""
+    """Turns as people type them, with arrow keys where Python has readline; from a pipe, line by line."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         yield from sys.stdin
         return
-    from prompt_toolkit import PromptSession
-    from prompt_toolkit.completion import WordCompleter
-    from prompt_toolkit.history import FileHistory
-
-    outputs().mkdir(parents=True, exist_ok=True)
-    commands = WordCompleter([command.split()[0] for command in COMMANDS], sentence=True)
-    session: PromptSession[str] = PromptSession(history=FileHistory(outputs() / ".chat_history"), completer=commands)
+    with contextlib.suppress(ImportError):  # a Windows console edits lines by itself
+        import readline  # noqa: F401  importing it is what makes input() edit and remember lines
     while True:
         try:
-            yield session.prompt("› ")
+            yield input("› ")
         except KeyboardInterrupt:
-            continue  # an unfinished line is thrown away, as in a shell
+            print()  # an unfinished line is thrown away, as in a shell
         except EOFError:
             return
 
 
-def turn(talk: Talk, line: str) -> bool:
-    """Do what a line says; False to leave. Raises ToolkitError."""
+def turn(talk: Talk, line: str) -> None:
+    """Do what a line says: a command, a question, or a switch with a question after it. Raises ToolkitError."""
     command, _, rest = line.partition(" ")
-    rest = rest.strip()
-    match command:
-        case "/quit":
-            return False
-        case "/help":
-            talk.note("\n".join(f"{name:<12}{meaning}" for name, meaning in COMMANDS.items()), None)
-        case "/clear":
-            talk.messages = []
-            talk.note("(a new conversation)")
-        case "/save":
-            talk.note(f"(saved: {save(rest, talk.messages)})")
-        case "/scale":
-            set_scale(talk, rest)
-        case "/think" | "/no_think":
-            set_mode(talk, command)
-        case "/base" | "/tuned" | "/both":
-            set_names(talk, command)
-        # a mistyped command; `/usr/bin is …` with more words after it is a question
-        case _ if command.startswith("/") and not rest:
-            known = [name.split()[0] for name in COMMANDS]
-            raise ToolkitError(f"{command}: no such command{did_you_mean(command, known)}. /help lists them")
-        case _:
-            reply(talk, line)
-    if command in SWITCHES and rest:
-        reply(talk, rest)
-    return True
+    known = [name.split()[0] for name in COMMANDS]
+    if command == "/help":
+        listed = [f"{name:<12}{meaning}" for name, meaning in COMMANDS.items()]
+        talk.console.print("\n".join(listed), markup=False)
+    elif command == "/clear":
+        talk.messages = []
+        talk.note("(a new conversation)")
+    elif command == "/scale":
+        set_scale(talk, rest.strip())
+    elif command in known:
+        switch(talk, command)
+        if rest.strip():
+            reply(talk, rest.strip())
+    # a mistyped command; `/usr/bin is …` with more words after it is a question
+    elif command.startswith("/") and not rest:
+        raise ToolkitError(f"{command}: no such command{did_you_mean(command, known)}. /help lists them")
+    else:
+        reply(talk, line)
 
 
-def set_mode(talk: Talk, command: str) -> None:
-    """/think or /no_think. Raises ToolkitError for a mode that the model does not have."""
-    mode = "thinking" if command == "/think" else "non_thinking"
-    if mode not in talk.modes:
-        raise ToolkitError(f"{command}: this model only answers {mode_title(talk.modes[0])}")
-    talk.mode = mode
-    talk.note(f"({mode_title(mode)})")
-
-
-def set_names(talk: Talk, command: str) -> None:
-    """/base, /tuned or /both. Raises ToolkitError where base and adapter are served as one."""
+def switch(talk: Talk, command: str) -> None:
+    """Another mode, or another to answer. Raises ToolkitError for a mode or a base that there is not."""
+    if mode := MODES_BY_COMMAND.get(command):
+        if mode not in talk.modes:
+            raise ToolkitError(f"{command}: this model only answers {mode_title(talk.modes[0])}")
+        talk.mode = mode
+        talk.note(f"({mode_title(mode)})")
+        return
     if not talk.engine.runs:
         raise ToolkitError(f"{command}: this server has one set of weights: chat without --from has both")
     talk.names = {"/base": (BASE,), "/tuned": (talk.run,), "/both": (BASE, talk.run)}[command]
@@ -153,7 +138,7 @@ def set_names(talk: Talk, command: str) -> None:
 
 
 def set_scale(talk: Talk, number: str) -> None:
-    """/scale N. Raises ToolkitError where it is no number, or the server has no scale."""
+    """How much of the adapter answers. Raises ToolkitError where it is no number, or the server has no scale."""
     if not (talk.engine.runs and talk.engine.takes_scale):
         raise ToolkitError("/scale: this server cannot scale an adapter: chat without --from and --url can")
     try:
@@ -173,14 +158,14 @@ def reply(talk: Talk, line: str) -> None:
         if len(talk.names) > 1:
             answer = side_by_side(talk, messages)
         else:
-            ask(talk.engine, talk.body(talk.names[0], messages), printer(talk.console), answer=answer)
+            stream(talk.engine, talk.body(talk.names[0], messages), answer, printer(talk.console))
             talk.note(f"\n({answer.tokens} tokens{f', cut at {talk.max_tokens}' if answer.is_cut else ''})")
     except KeyboardInterrupt:
         talk.note("\n(stopped)")
     # without an answer the template would refuse the next question
     if answer.content.strip():
-        parts = {"reasoning_content": answer.reasoning.strip(), "content": answer.content.strip()}
-        kept = {key: text.translate(CONTROLS) for key, text in parts.items() if text}
+        parts = {"reasoning_content": cleaned(answer.reasoning), "content": cleaned(answer.content)}
+        kept = {key: text for key, text in parts.items() if text}
         talk.messages = [*messages, {"role": "assistant", **kept}]
 
 
@@ -189,13 +174,17 @@ def side_by_side(talk: Talk, messages: list[Message]) -> Answer:
     with ThreadPoolExecutor(len(talk.names)) as pool:
         answers = list(pool.map(lambda name: ask(talk.engine, talk.body(name, messages)), talk.names))
     table = Table(*talk.names, box=None, expand=True, padding=(0, 1))
-    reasoning = [answer.reasoning.strip().translate(CONTROLS) for answer in answers]
-    if any(reasoning):
-        table.add_row(*(Text(text, style=DIM) for text in reasoning), end_section=True)
-    table.add_row(*(Text(answer.content.strip().translate(CONTROLS)) for answer in answers))
+    if any(answer.reasoning for answer in answers):
+        table.add_row(*(Text(cleaned(answer.reasoning), style=DIM) for answer in answers), end_section=True)
+    table.add_row(*(Text(cleaned(answer.content)) for answer in answers))
     talk.console.print(table)
     talk.note(f"({' and '.join(str(answer.tokens) for answer in answers)} tokens)")
     return answers[-1]
+
+
+def cleaned(text: str) -> str:
+    """A model's text without what drives a terminal."""
+    return text.strip().translate(CONTROLS)
 
 
 def printer(console: Console) -> Callable[[str, str], None]:
@@ -216,14 +205,3 @@ def printer(console: Console) -> Callable[[str, str], None]:
         console.print(text, end="", style=DIM if part == "reasoning" else None, markup=False, emoji=False)
 
     return show
-
-
-def save(file: str, messages: list[Message]) -> Path:
-    """A conversation as one more row of a .jsonl file, as training reads it. Raises ToolkitError."""
-    path = Path(file).expanduser()
-    if not messages:
-        raise ToolkitError("nothing was said yet")
-    if path.suffix != ".jsonl":
-        raise ToolkitError(f"/save {file}: expected a .jsonl file, as in /save talk.jsonl")
-    append_rows(path, [{"messages": messages}])
-    return path

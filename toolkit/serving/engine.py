@@ -20,7 +20,7 @@ from toolkit.export.merge import Merged, open_merged
 from toolkit.export.record import written_files
 from toolkit.export.tokenizer import chat_template
 from toolkit.family import KINDS, family_of, sampling_of
-from toolkit.files import ToolkitError, complete, lock, outputs, read_json, sha256, write_text
+from toolkit.files import ToolkitError, complete, lock, outputs, read_json, sha256
 from toolkit.serving.guard import listening_socket
 from toolkit.training.model import check_adapter, run_folder
 from toolkit.view.progress import Progress
@@ -37,6 +37,8 @@ CONTEXT = 8192
 """Tokens of prompt and reply together unless asked otherwise, or fewer where the model ends before."""
 BEST_FIRST = ("q8_0", "f16", "bf16", "q6_k", "q5_k_m", "q4_k_m")
 """Which exported GGUF is taken when several lie there."""
+LORA = ".lora.gguf"
+"""The end of an adapter's file, after the run's name: a server tells its runs by it."""
 SCALES = (0.0, 2.0)
 """Least and most of an adapter that can be asked for; 1 is the run."""
 
@@ -50,10 +52,17 @@ class Files(NamedTuple):
 
 
 def start(
-    runs: Sequence[str | Path], *, source: str = "adapter", quant: str | None = None,
-    scale: float = 1.0, host: str = "127.0.0.1", port: int = 0, key: str | None = None, context: int = CONTEXT,
+    runs: Sequence[str | Path],
+    *,
+    source: str = "adapter",
+    quant: str | None = None,
+    scale: float = 1.0,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    key: str | None = None,
+    context: int = CONTEXT,
     say: Say = lambda _: None,
-) -> Engine:  # fmt: skip
+) -> Engine:
     """Load runs of one base into llama.cpp's server; `source` is adapter or merged-gguf, port 0 is any free one.
 
     `scale` is how much of the first run's adapter requests get that do not say it: with 0 they get the base. `say` gets a
@@ -69,10 +78,18 @@ def start(
     sampling = sampling_by_mode(folders[0], files.config)
     say(f"loading {files.weights.stat().st_size / 1e9:.2f} GB of weights")
     engine = launch(
-        files.weights, files.loras, context=min(context, files.config["max_position_embeddings"]), slots=SLOTS,
-        sampling=next(iter(sampling.values())), template=chat.template_text or "", alias=folders[0].name,
-        host=host, port=port, key=key, scale=scale,
-    )  # fmt: skip
+        files.weights,
+        files.loras,
+        context=min(context, files.config["max_position_embeddings"]),
+        slots=SLOTS,
+        sampling=next(iter(sampling.values())),
+        template=chat.template_text or "",
+        alias=folders[0].name,
+        host=host,
+        port=port,
+        key=key,
+        scale=scale,
+    )
     engine.sampling = sampling
     engine.runs = tuple(folder.name for folder in folders) if files.loras else ()
     return engine
@@ -110,84 +127,63 @@ def sampling_by_mode(folder: Path, config: dict[str, Any]) -> dict[str, dict[str
 
 
 def converted(folders: Sequence[Path], quant: str, say: Say) -> Files:
-    """The base and the adapters as GGUF, made now or found in outputs/.gguf/. Raises ToolkitError."""
+    """The base as GGUF, made now or found in outputs/.gguf/, and the adapters, made anew. Raises ToolkitError."""
     for folder in folders:
         check_adapter(folder)
     merged = [open_merged(folder, "16bit") for folder in folders]
-    names = {base_key(folder, run) for folder, run in zip(folders, merged, strict=True)}
-    if len(names) > 1:
+    keys = {base_key(folder, run) for folder, run in zip(folders, merged, strict=True)}
+    if len(keys) > 1:
         raise ToolkitError(f"{', '.join(f.name for f in folders)}: trained on different bases: serve them one by one")
     check_quant(quant)
-    cache = outputs() / ".gguf" / names.pop()
-    base = merged[0].base
-    checkpoint = Checkpoint(base.folder)
-    weights = cache / f"{quant}.gguf"
-    loras = []
+    cache = outputs() / ".gguf" / keys.pop()
+    checkpoint = Checkpoint(merged[0].base.folder)
     # a second server on the same base waits for the file and uses it
     with lock(cache, "serve", wait=True):
-        if not is_intact(weights, say):
-            say(f"converting {base.label} to {quant}, once for all runs on it")
-            tokenizer = folders[0] / "adapter"
-            progress = Progress(Console(), f"converting to {quant}", total=len(checkpoint.weights))
-            with complete(weights) as partial, progress:
-                write_gguf(checkpoint, partial, quant, base.label, tokenizer, progress.advance)
-            note_checksum(weights)
+        weights = converted_base(cache, checkpoint, quant, merged[0].base.label, folders[0] / "adapter", say)
+        loras = []
         for folder, run in zip(folders, merged, strict=True):
-            loras.append(lora_file(cache, folder, run, checkpoint.config, say))
-    generation = base.folder / "generation_config.json"
+            # one folder for each run's weights: a run may be trained again under its name while an old one is served
+            file = cache / sha256(folder / "adapter" / "adapter_model.safetensors")[:8] / f"{folder.name}{LORA}"
+            write_lora_gguf(run.adapter, checkpoint.config, file)
+            loras.append(file)
+    generation = merged[0].base.folder / "generation_config.json"
     return Files(weights, loras, checkpoint.config | (read_json(generation) if generation.is_file() else {}))
 
 
-def lora_file(cache: Path, folder: Path, run: Merged, config: dict[str, Any], say: Say) -> Path:
-    """A run's adapter as GGUF; its name changes with its weights, as a run may be trained again under its name."""
-    adapter = sha256(folder / "adapter" / "adapter_model.safetensors")[:8]
-    file = cache / f"{folder.name}-{adapter}.lora.gguf"
-    if not is_intact(file, say):
-        for old in cache.glob(f"{folder.name}-????????.lora.gguf*"):
-            old.unlink()
-        write_lora_gguf(run.adapter, config, file)
-        note_checksum(file)
-    return file
-
-
-def checksum_note(file: Path) -> Path:
-    """Where the checksum of a file in the cache stands."""
-    return file.with_name(f"{file.name}.sha256")
-
-
-def note_checksum(file: Path) -> None:
-    """Write down what a file was when it was made."""
-    write_text(checksum_note(file), sha256(file))
-
-
-def is_intact(file: Path, say: Say) -> bool:
-    """Whether a file of the cache is there and is what was written; says where it is not, as it is then made again."""
-    if not file.is_file():
-        return False
-    note = checksum_note(file)
-    if note.is_file() and note.read_bytes() == sha256(file).encode():
-        return True
-    say(f"{file}: damaged, or of an older version of this toolkit: it is made again")
-    return False
+def converted_base(cache: Path, checkpoint: Checkpoint, quant: str, label: str, tokenizer: Path, say: Say) -> Path:
+    """The base's file, of which the name holds the checksum: a damaged one is made again, and not served for ever."""
+    for file in cache.glob(f"{quant}-*.gguf"):
+        if sha256(file)[:16] == file.stem.removeprefix(f"{quant}-"):
+            return file
+        say(f"{file}: damaged: it is made again")
+        file.unlink()
+    say(f"converting {label} to {quant}, once for all runs on it")
+    new = cache / f"{quant}.gguf"
+    with complete(new) as partial, Progress(Console(), f"converting to {quant}", len(checkpoint.weights)) as progress:
+        write_gguf(checkpoint, partial, quant, label, tokenizer, progress.advance)
+    return new.rename(cache / f"{quant}-{sha256(new)[:16]}.gguf")
 
 
 def exported(folder: Path, quant: str | None, say: Say) -> Files:
     """An exported file, once its certificate was found to be about it. Raises ToolkitError."""
     file = exported_gguf(folder, quant)
-    again = f"python -m toolkit verify {folder.name}   or   python -m toolkit export {folder.name}"
     certificate = folder / "certificate.json"
-    if not certificate.is_file():
-        raise ToolkitError(f"{file}: not verified, as {certificate} is missing: {again}")
-    record = read_json(certificate)
-    if not record.get("passed"):
-        raise ToolkitError(f"{file}: its certificate did not pass, so it is not the run: {again}")
-    written = record.get("files", {}).get(file.relative_to(folder).as_posix(), {})
+    record = read_json(certificate) if certificate.is_file() else {}
     say(f"comparing {file.name} with its certificate")
-    if written.get("sha256") != sha256(file):
-        raise ToolkitError(f"{file}: not the file that its certificate is about: {again}")
+    written = record.get("files", {}).get(file.relative_to(folder).as_posix(), {})
+    reason = ""
+    if not record:
+        reason = f"not verified, as {certificate} is missing"
+    elif not record.get("passed"):
+        reason = "its certificate did not pass, so it is not the run"
+    elif written.get("sha256") != sha256(file):
+        reason = "not the file that its certificate is about"
+    elif "model" not in record:
+        reason = "its certificate is of an older version of this toolkit"
+    if reason:
+        again = f"python -m toolkit verify {folder.name}   or   python -m toolkit export {folder.name}"
+        raise ToolkitError(f"{file}: {reason}: {again}")
     # the folder merged/, which has a config.json, may have been deleted to save space
-    if "model" not in record:
-        raise ToolkitError(f"{file}: its certificate is of an older version of this toolkit: {again}")
     return Files(file, [], record["model"])
 
 
@@ -203,10 +199,10 @@ def base_key(run: Path, merged: Merged) -> str:
 
 def exported_gguf(folder: Path, quant: str | None = None) -> Path:
     """The GGUF file that `export` wrote: the quantization asked for, else the first of BEST_FIRST that is there."""
-    files = written_files(folder)
+    files = {path.name.split(".")[-2]: path for path in written_files(folder) if path.suffix == ".gguf"}
     for name in [quant.lower()] if quant else BEST_FIRST:
-        if matching := [path for path in files if path.name.endswith(f".{name}.gguf")]:
-            return matching[-1]
+        if name in files:
+            return files[name]
     there = ", ".join(sorted(path.name for path in folder.glob("gguf/*.gguf"))) or "nothing"
     raise ToolkitError(
         f"{folder}/gguf: no {quant or 'GGUF file'}, there is {there}: python -m toolkit export {folder.name}"

@@ -6,17 +6,19 @@ A page whose name is made to point to 127.0.0.1 ("DNS rebinding") counts as the 
 header still names the page's own site. llama.cpp does not look at it, so this does, one request a connection.
 """
 
-import asyncio
 import re
 import socket
 import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpx
 
 from toolkit.export.llama import Engine
 from toolkit.files import ToolkitError
 
-HEAD_BYTES = 65536
-"""Longest head of a request, and what is copied at a time."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+OF_A_CONNECTION = ("host", "connection", "transfer-encoding", "authorization", "x-api-key")
+"""Headers that are not passed on: they belong to one of the two connections, or are the engine's own key."""
 REFUSED = (
     b'{"error": {"code": 403, "type": "permission_error", "message": "this server answers requests to 127.0.0.1 and '
     b'localhost only; for other names start it with --api-key KEY"}}'
@@ -27,67 +29,65 @@ def listening_socket(host: str, port: int) -> socket.socket:
     """A socket that listens there. Raises ToolkitError where it cannot."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        return socket.create_server((host, port), family=family, backlog=128)
     except (OSError, OverflowError) as error:
         raise ToolkitError(f"{host}:{port}: cannot listen there ({error}); choose another with --port") from error
 
 
 def opened(engine: Engine, listener: socket.socket) -> str:
-    """Serve an engine at a socket without a key, from a thread of this process; returns the address."""
-    loop = asyncio.new_event_loop()
+    """Serve an engine at a socket without a key, from threads of this process; returns the address."""
+    # llama.cpp keeps a thread for each connection that stays open
+    own = {"Connection": "close", "Authorization": f"Bearer {engine.key}"}
+    client = httpx.Client(base_url=engine.url, headers=own, timeout=None, trust_env=False)
 
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await pass_on(engine, reader, writer)
-        except (OSError, EOFError, asyncio.LimitOverrunError):  # the client left, or sent no request
-            pass
-        finally:
-            writer.close()
+    class Handler(Guard):
+        upstream = client
 
-    loop.run_until_complete(asyncio.start_server(answer, sock=listener, limit=HEAD_BYTES))
-    threading.Thread(target=loop.run_forever, daemon=True).start()
+    server = ThreadingHTTPServer(("", 0), Handler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = listener
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     host, port = listener.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def pass_on(engine: Engine, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """One request to the engine and its answer back, byte for byte but for the connection and the key."""
-    head = await reader.readuntil(b"\r\n\r\n")
-    if not is_local(head.decode("latin-1")):
-        length = str(len(REFUSED)).encode()
-        writer.write(b"HTTP/1.1 403 Forbidden\r\nContent-Type: application/json\r\nContent-Length: " + length)
-        writer.write(b"\r\nConnection: close\r\n\r\n" + REFUSED)
-        await writer.drain()
-        return
-    host, _, port = engine.url.removeprefix("http://").rpartition(":")
-    upstream, downstream = await asyncio.open_connection(host.strip("[]"), int(port))
-    downstream.write(with_key(head, engine.key or ""))
-    both = [asyncio.ensure_future(copied(reader, downstream)), asyncio.ensure_future(copied(upstream, writer))]
-    # the engine closes the connection after its answer; a client that leaves early ends the generation
-    await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-    for copying in both:
-        copying.cancel()
-    await asyncio.gather(*both, return_exceptions=True)
-    downstream.close()
+class Guard(BaseHTTPRequestHandler):
+    """Passes a request on and its answer back, if it names this machine; HTTP/1.0 ends the connection after it."""
+
+    upstream: httpx.Client
+
+    def pass_on(self) -> None:
+        """One request, its answer as it comes. A client that leaves ends the generation, as its connection is closed."""
+        if not is_local(self.headers.get_all("Host") or []):
+            self.send_response(403)
+            self.send_header("Content-Type", "application/json")
+            self.end_headers()
+            self.wfile.write(REFUSED)
+            return
+        headers = [(name, value) for name, value in self.headers.items() if name.lower() not in OF_A_CONNECTION]
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        with self.upstream.stream(self.command, self.path, headers=headers, content=body) as reply:
+            self.send_response(reply.status_code)
+            for name, value in reply.headers.multi_items():
+                if name not in OF_A_CONNECTION:
+                    self.send_header(name, value)
+            self.end_headers()
+            for piece in reply.iter_raw():
+                self.wfile.write(piece)
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_OPTIONS = do_HEAD = pass_on
+
+    def handle(self) -> None:
+        try:
+            super().handle()
+        except (OSError, ValueError, httpx.HTTPError):  # the client left, or sent no request
+            self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        """Quiet: the terminal is the person's."""
 
 
-def is_local(head: str) -> bool:
-    """Whether a request's Host header names this machine, on any port: a tunnel may have changed it."""
-    hosts = re.findall(r"(?im)^host:[ \t]*(.*?)[ \t]*\r?$", head)
-    names = [re.sub(r":\d*$", "", host).strip("[]").lower() for host in hosts]
+def is_local(hosts: list[str]) -> bool:
+    """Whether all Host headers, at least one, name this machine, on any port: a tunnel may have changed it."""
+    names = [re.sub(r":\d*$", "", host.strip()).strip("[]").lower() for host in hosts]
     return bool(names) and all(name in LOOPBACK for name in names)
-
-
-def with_key(head: bytes, key: str) -> bytes:
-    """The head of a request with the engine's own key, and no further request after it: each one is looked at."""
-    first, *lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
-    kept = [line for line in lines if not re.match(rb"(?i)(connection|authorization|x-api-key)[ \t]*:", line)]
-    own = [b"Connection: close", b"Authorization: Bearer " + key.encode()]
-    return b"\r\n".join([first, *kept, *own]) + b"\r\n\r\n"
-
-
-async def copied(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Copy until the reader ends."""
-    while data := await reader.read(HEAD_BYTES):
-        writer.write(data)
-        await writer.drain()

@@ -163,7 +163,7 @@ def load_base(section: Model) -> tuple[Any, Any]:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if out_of_memory(error) or "does not fit in GPU memory" in reason:
             reason = (
-                "no room in GPU memory: `python -m toolkit fit RECIPE` shows what fits, `doctor` who holds the rest"
+                "no room in GPU memory: `python -m toolkit fit RECIPE` shows what fits, `nvidia-smi` who holds the rest"
             )
         raise ToolkitError(f"{section.model_name}: cannot be loaded: {reason} (details: {LOG.path})") from error
     if model.device.type == "cuda":
