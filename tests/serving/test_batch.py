@@ -262,7 +262,7 @@ def test_a_reply_at_another_scale_is_another_reply(run, prompts, whole, loaded, 
     file.write_bytes(whole)
     with pytest.raises(ToolkitError, match="a reply to other scale"):
         answer_file(run, prompts, file, **loaded, scale=0.5, **OPTIONS)
-    with pytest.raises(ToolkitError, match="scale 3: expected 0"):
+    with pytest.raises(ToolkitError, match="from 0 .the base. to 2.*got 3"):
         answer_file(run, prompts, tmp_path / "new.jsonl", **loaded, scale=3, **OPTIONS)
 
 

@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from toolkit.export.checkpoint import check_scale
 from toolkit.export.llama import Engine
 from toolkit.family import mode_title
 from toolkit.files import ToolkitError, did_you_mean
 from toolkit.serving.client import Answer, Message, ask, chat_body, open_engine, stream
-from toolkit.serving.engine import BASE, check_scale, modes_of_run
+from toolkit.serving.engine import BASE, modes_of_run
 from toolkit.training.model import run_folder
 
 COMMANDS = {

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from toolkit.export.checkpoint import check_scale
 from toolkit.export.llama import Engine, Refused
 from toolkit.files import ToolkitError, append_rows, read_jsonl, write_jsonl
 from toolkit.recipe import of_run
-from toolkit.serving.engine import BASE, LORA, Say, check_scale, sampling_by_mode, start
+from toolkit.serving.engine import BASE, LORA, Say, sampling_by_mode, start
 from toolkit.training.model import checkpoint_file
 from toolkit.view.progress import Progress
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from toolkit.data.chat import load_chat
-from toolkit.export.checkpoint import Checkpoint
+from toolkit.export.checkpoint import Checkpoint, check_scale
 from toolkit.export.gguf import write_gguf, write_lora_gguf
 from toolkit.export.gguf_types import check_quant
 from toolkit.export.llama import Engine, launch
@@ -39,8 +39,6 @@ BEST_FIRST = ("q8_0", "f16", "bf16", "q6_k", "q5_k_m", "q4_k_m")
 """Which exported GGUF is taken when several lie there."""
 LORA = ".lora.gguf"
 """The end of an adapter's file, after the run's name: a server tells its runs by it."""
-SCALES = (0.0, 2.0)
-"""Least and most of an adapter that can be asked for; 1 is the run."""
 
 
 class Files(NamedTuple):
@@ -97,19 +95,12 @@ def start(
 
 def check_request(folders: Sequence[Path], source: str, scale: float) -> None:
     """Raises ToolkitError for runs and options that cannot be served together."""
-    names = [folder.name for folder in folders]
-    if len(set(names)) < len(names) or BASE in names:
+    names = [BASE, *(folder.name for folder in folders)]
+    if len(set(names)) < len(names):
         raise ToolkitError(f"{', '.join(map(str, folders))}: runs are told apart by their folders' names, not {BASE!r}")
     check_scale(scale)
     if source != "adapter" and (len(folders) > 1 or scale != 1):
         raise ToolkitError("several runs, or a --scale, are adapters beside their base: leave out --from")
-
-
-def check_scale(scale: float) -> None:
-    """Raises ToolkitError for a scale that no adapter is used at."""
-    least, most = SCALES
-    if not least <= scale <= most:  # NaN too
-        raise ToolkitError(f"scale {scale:g}: expected {least:g} (the base) to {most:g}; 1 is the run")
 
 
 def modes_of_run(folder: Path) -> tuple[str, ...]:
