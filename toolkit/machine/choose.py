@@ -122,8 +122,9 @@ def hours_of_mix(recipe: Recipe, lengths: Sequence[int], validation_lengths: Seq
 def say_hours(recipe: Recipe, mixed: Any, say: Callable[[str], Any]) -> Duration | None:
     """Say how long a run of a compiled mix will take; None where that is not known, and why is said."""
     lengths = [len(row.ids) for row in mixed.train]
+    held_out = [len(row.ids) for row in mixed.validation]
     try:
-        planned = hours_of_mix(recipe, lengths, [len(row.ids) for row in mixed.validation])
+        planned = hours_of_mix(recipe, lengths, held_out)
     except ToolkitError as error:
         say(f"no forecast of hours: {error}")
         return None

@@ -69,7 +69,8 @@ def examine() -> list[Finding]:
         return [*findings, Finding("toolkit", reason, "python -m toolkit setup")]
     from toolkit.training.tracking import has_account
 
-    answers, account = hub_answers(), has_account()
+    answers = hub_answers()
+    account = has_account()
     recipe, why = default_recipe(answers)
     free = shutil.disk_usage(ROOT).free / GIB
     return [
@@ -185,7 +186,9 @@ def _unreachable(machine: Machine) -> tuple[str, str]:
     """(state, fix) of a machine whose torch sees no card."""
     if not machine.has_driver:
         return f"none: {os.cpu_count()} CPU cores: the pocket model trains, larger ones are slow", ""
-    driver, needed = (int((version or "0").split(".")[0]) for version in (machine.driver_cuda, machine.torch_cuda))
+    # major versions: a driver runs programs built for its own or an older one
+    driver = int((machine.driver_cuda or "0").split(".")[0])
+    needed = int((machine.torch_cuda or "0").split(".")[0])
     on_cpu = "to train on the CPU instead: UNSLOTH_FORCE_CPU=1"
     # the likeliest reason first: the variable that hides a card is set by hand
     if machine.visible is not None:
@@ -194,7 +197,6 @@ def _unreachable(machine: Machine) -> tuple[str, str]:
     if not needed:
         state = "an NVIDIA driver is here, but this torch has no CUDA"
         return state, f"{torch_command(machine.driver_cuda)}; {on_cpu}"
-    # a driver runs programs built for its CUDA or an older one
     if 0 < driver < needed:
         state = f"the NVIDIA driver supports CUDA {machine.driver_cuda}, this torch needs {machine.torch_cuda}"
         return state, f"update the driver, or {torch_command(machine.driver_cuda)}; {on_cpu}"
@@ -215,9 +217,11 @@ def compiler(is_gpu: bool | None = None, headers: str = "") -> list[Finding]:
         return []
     chosen = os.environ.get("CC")
     lacking = []
-    # `cc` alone is not asked for
-    if not any(map(shutil.which, [chosen] if chosen is not None else ["gcc", "clang"])):
-        lacking.append("gcc or clang" if chosen is None else f"the C compiler that CC={chosen!r} names")
+    if chosen is not None and shutil.which(chosen) is None:
+        lacking.append(f"the C compiler that CC={chosen!r} names")
+    # Triton does not ask for `cc`
+    if chosen is None and not (shutil.which("gcc") or shutil.which("clang")):
+        lacking.append("gcc or clang")
     if not (Path(headers or sysconfig.get_paths()["include"]) / "Python.h").is_file():
         lacking.append("Python.h")
     if not lacking:

@@ -82,8 +82,12 @@ def words_of(seconds: float) -> str:
 
 def training_seconds(shape: Shape, work: Work, speed: Speed) -> float:
     """Seconds of all training steps: by the operations, or on a card by the launches where rows are short."""
-    computing = work.tokens * operations(shape, work.mean_length, work.recomputes) / speed.training
-    launching = work.micro_batches * shape.num_hidden_layers * LAUNCH if speed.bandwidth else 0.0
+    per_token = operations(shape, work.mean_length, work.recomputes)
+    computing = work.tokens * per_token / speed.training
+    if not speed.bandwidth:
+        return computing
+    # a host launches a card's kernels one by one
+    launching = work.micro_batches * shape.num_hidden_layers * LAUNCH
     return max(computing, launching)
 
 
@@ -109,7 +113,8 @@ def forecast(recipe: Recipe, shape: Shape, work: Work, speed: Speed) -> Duration
 
 def compare(planned: Duration, training: float, validation: float) -> TimeComparison:
     """A forecast against what a run took; `error` is relative, positive where it forecast too much."""
-    expected, taken = planned.training + planned.validation, training + validation
+    expected = planned.training + planned.validation
+    taken = training + validation
     return {
         "forecast": round(expected, 1),
         "measured": round(taken, 1),
@@ -150,7 +155,8 @@ def counted(recipe: Recipe, rows: float, tokens: float, validation_tokens: float
 
 def validations(recipe: Recipe, steps: float, epochs: float) -> int:
     """How often the held-out rows are scored while a run trains."""
-    strategy, every = recipe.train["eval_strategy"], recipe.train["eval_steps"]
+    strategy = recipe.train["eval_strategy"]
+    every = recipe.train["eval_steps"]
     if strategy == "no":
         return 0
     if strategy == "epoch":
@@ -180,6 +186,8 @@ def usual_length(mode: str, longest: int) -> float:
     """Mean tokens of a row of a mode, where longer rows than `longest` are dropped: a log-normal cut off there."""
     median, sigma = LENGTHS["non_thinking" if mode == "non_thinking" else "thinking"]
     cut = (math.log(max(2, longest - PROMPT)) - math.log(median)) / sigma
+    # a log-normal's mean, and what of it lies below the cut (both as twice a share of the rows)
+    mean = median * math.exp(sigma**2 / 2)
     below = math.erf((cut - sigma) / math.sqrt(2)) + 1
     kept = math.erf(cut / math.sqrt(2)) + 1
-    return PROMPT + median * math.exp(sigma**2 / 2) * below / max(kept, 1e-9)
+    return PROMPT + mean * below / max(kept, 1e-9)

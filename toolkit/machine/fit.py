@@ -124,7 +124,8 @@ def shape_of(config: "PretrainedConfig", name: str = "") -> Shape:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    text, name = config.get_text_config(), name or config.name_or_path
+    text = config.get_text_config()
+    name = name or config.name_or_path
     try:
         # modules without memory: a 32B is counted in a second
         with torch.device("meta"):
@@ -133,7 +134,9 @@ def shape_of(config: "PretrainedConfig", name: str = "") -> Shape:
             if text is not config:  # of a model that sees, the rest is loaded beside it in 16-bit
                 with contextlib.suppress(ImportError):
                     whole = AutoModelForImageTextToText.from_config(config)
-        heads, hidden = text.num_attention_heads, text.hidden_size
+        heads = text.num_attention_heads
+        hidden = text.hidden_size
+        # older configs leave out what follows from the others
         head_dim = getattr(text, "head_dim", None) or hidden // heads
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         inner = getattr(text, "intermediate_size", None) or 4 * hidden
@@ -141,11 +144,11 @@ def shape_of(config: "PretrainedConfig", name: str = "") -> Shape:
         raise ToolkitError(f"{name}: memory needs not known: {error}") from error
     if any(".experts." in path for path, _ in model.named_parameters()):
         raise ToolkitError(f"{name}: memory needs not known: a mixture of experts")
-    linear = {
-        path: Matrix(path.rpartition(".")[2], module.in_features, module.out_features, 1)
-        for path, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and re.search(r"\.\d+\.", path)  # inside a decoder layer
-    }
+    linear = {}
+    for path, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and re.search(r"\.\d+\.", path):  # inside a decoder layer
+            name_in_layer = path.rpartition(".")[2]
+            linear[path] = Matrix(name_in_layer, module.in_features, module.out_features, 1)
     return Shape(
         hidden_size=hidden,
         num_hidden_layers=text.num_hidden_layers,
@@ -172,8 +175,11 @@ def _is_kept(config: "PretrainedConfig", path: str) -> bool:
 
 def lora_tensors(model: Shape, r: int, target_modules: Sequence[str]) -> list[int]:
     """Elements of every LoRA tensor: A (r x inputs) and B (outputs x r) of each target in each layer."""
-    targets = [m for m in model.matrices if m.name in target_modules]
-    return [r * side for m in targets for side in (m.inputs, m.outputs) for _ in range(m.copies)]
+    tensors = []
+    for matrix in model.matrices:
+        if matrix.name in target_modules:
+            tensors += [r * matrix.inputs, r * matrix.outputs] * matrix.copies
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -240,8 +246,11 @@ def weight_bytes(plan: Settings, model: Shape) -> float:
 def nf4_bytes(model: Shape) -> float:
     """NF4 with double quantization: QLoRA, arXiv:2305.14314, section 3; bitsandbytes' QuantState."""
     n = model.linear_parameters - model.kept
-    absmax = n / 64 + 4 * n / (64 * 256)  # a byte per block of 64, a float32 per 256 of those
-    return n / 2 + absmax + 1092 * sum(matrix.copies for matrix in model.matrices)  # tables of each module
+    # a byte per block of 64, a float32 per 256 of those
+    absmax = n / 64 + 4 * n / (64 * 256)
+    # each module has tables of its own
+    tables = 1092 * sum(matrix.copies for matrix in model.matrices)
+    return n / 2 + absmax + tables
 
 
 def optimizer_bytes(tensors: Sequence[int], optim: str) -> int:
@@ -249,7 +258,11 @@ def optimizer_bytes(tensors: Sequence[int], optim: str) -> int:
     below the largest of those (bitsandbytes/optim/optimizer.py); other optimizers: two float32."""
     if optim not in EIGHT_BIT:
         return 8 * sum(tensors)
-    return sum(max(2 * n + 8 * math.ceil(n / 256), 32768) if n >= 4096 else 8 * n for n in tensors)
+    total = 0
+    for n in tensors:
+        eight_bit = max(2 * n + 8 * math.ceil(n / 256), 32768)
+        total += eight_bit if n >= 4096 else 8 * n
+    return total
 
 
 def _training(plan: Settings, model: Shape, dequantized: float) -> list[Moment]:
@@ -288,8 +301,9 @@ def loss_bytes(model: Shape, tokens: int) -> float:
 
 def _forward(model: Shape, batch: int, length: int) -> float:
     """One layer without gradients; a padded batch also carries a mask and its keys and values once per query head."""
-    per_token = 5 * model.hidden_size + 5 * model.q_dim + 3 * model.kv_dim + 3 * model.intermediate_size
-    return 2 * batch * length * per_token + 3 * batch * length**2
+    per_token = 5 * (model.hidden_size + model.q_dim) + 3 * (model.kv_dim + model.intermediate_size)
+    mask = 3 * batch * length**2
+    return 2 * batch * length * per_token + mask
 
 
 def _validation(plan: Settings, model: Shape, dequantized: float) -> list[Moment]:
@@ -423,7 +437,8 @@ def usable_vram(gigabytes: float = 0) -> int:
 
     if not torch.cuda.is_available():
         raise ToolkitError("no CUDA card here: name the memory of the card to plan for, e.g. --vram 8")
-    free, total = torch.cuda.mem_get_info()  # a display or another process may hold the rest
+    # a display or another process may hold the rest; what this process reserved is its own to use again
+    free, total = torch.cuda.mem_get_info()
     return min(total, free + torch.cuda.memory_reserved())
 
 
@@ -447,7 +462,7 @@ def choose_model(
     raise ToolkitError(f"model.model_name: auto: no Qwen3 fits {vram / GIB:.1f} GiB with these settings; {advice}")
 
 
-CHEAPER = (
+CHEAPER: tuple[tuple[str, str, Any], ...] = (
     ("train", "per_device_eval_batch_size", 1),
     ("model", "load_in_4bit", True),
     ("train", "optim", "adamw_8bit"),
@@ -462,18 +477,24 @@ def suggestions(planned: Forecast, vram: int) -> list[Offer]:
     and the largest Qwen3: of each kind the first that fits."""
     if planned.as_trained(vram).fits(vram):
         return []
-    changes = [change for change in CHEAPER if getattr(planned.settings, change[1]) != change[2]]
-    words = [f"{section}.{key}={str(value).lower()}" for section, key, value in changes]
-    plan = planned.changed(**{key: value for _, key, value in changes})
-    shorter = [n for n in ROWS if n < plan.settings.longest]
-    smaller = [name for name in reversed(QWEN3) if shape(name).parameters < plan.shape.parameters]
-    kinds: list[list[Offer]] = [
-        [(words, plan)] if words else [],
-        [([*words, f"model.max_seq_length={n}"], plan.changed(longest=n, longest_validation=n)) for n in shorter],
-        [([*words, f"model.model_name={name}"], forecast(plan.settings, name)) for name in smaller],
-    ]
+    words = []
+    plan = planned.settings
+    for section, key, value in CHEAPER:
+        if getattr(plan, key) != value:
+            words.append(f"{section}.{key}={str(value).lower()}")
+            plan = dataclasses.replace(plan, **{key: value})
+    alone: list[Offer] = [(words, forecast(plan, planned.shape))] if words else []
+    shorter: list[Offer] = []
+    for n in ROWS:
+        if n < plan.longest:
+            limited = dataclasses.replace(plan, longest=n, longest_validation=n)
+            shorter.append(([*words, f"model.max_seq_length={n}"], forecast(limited, planned.shape)))
+    smaller: list[Offer] = []
+    for name in reversed(QWEN3):
+        if shape(name).parameters < planned.shape.parameters:
+            smaller.append(([*words, f"model.model_name={name}"], forecast(plan, name)))
     offers: list[Offer] = []
-    for kind in kinds:
+    for kind in (alone, shorter, smaller):
         as_trained = [(overrides, offer.as_trained(vram)) for overrides, offer in kind]
         offers += [offer for offer in as_trained if offer[1].fits(vram)][:1]
     return offers

@@ -123,19 +123,24 @@ def has_driver() -> bool:
 
 def pins() -> dict[str, str]:
     """Package → version of requirements.txt, the `--no-deps` line included."""
-    lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
-    stated = " ".join(line.split(" #")[0] for line in lines if line.startswith("# --no-deps") or line[:1] != "#")
-    return dict(re.findall(r"([\w\-]+)==([^\s;]+)", stated))
+    stated = []
+    for line in REQUIREMENTS.read_text(encoding="utf-8").splitlines():
+        # pip reads the line as a comment, `setup` runs it
+        if line.startswith("# --no-deps") or not line.startswith("#"):
+            stated.append(line.split(" #")[0])
+    return dict(re.findall(r"([\w\-]+)==([^\s;]+)", " ".join(stated)))
 
 
 def differing() -> list[str]:
     """Packages that `setup` would install or replace, each with its version here and the pinned one."""
-    found = {name: (installed(name), version) for name, version in pins().items()}
-    return [
-        f"{name} {here or 'missing'} (pinned: {version})"
-        for name, (here, version) in found.items()
-        if (here or "").split("+")[0] != version and not (name == "torch" and torch_fits(here))
-    ]
+    lines = []
+    for name, version in pins().items():
+        here = installed(name)
+        # any torch that Unsloth accepts is kept: it may be the only build for the driver here
+        fits = torch_fits(here) if name == "torch" else False
+        if not fits and (here or "").split("+")[0] != version:
+            lines.append(f"{name} {here or 'missing'} (pinned: {version})")
+    return lines
 
 
 def installed(package: str) -> str | None:

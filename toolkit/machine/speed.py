@@ -167,23 +167,30 @@ def layer_pass(shape: "Shape", rows: int, length: int, recomputes: bool) -> Call
     def trained(*sizes: int) -> torch.Tensor:
         return torch.randn(*sizes, requires_grad=True)
 
-    tokens, heads = rows * length, shape.num_attention_heads
-    products = [
-        (trained(tokens, inputs), torch.randn(outputs, inputs), trained(16, inputs), trained(outputs, 16))
-        for _, inputs, outputs, _ in shape.matrices
-    ]
-    hidden, inner = trained(tokens, shape.hidden_size), trained(tokens, shape.intermediate_size)
+    tokens = rows * length
+    heads = shape.num_attention_heads
+    products = []
+    for _, inputs, outputs, _ in shape.matrices:
+        weight = torch.randn(outputs, inputs)
+        lora_a, lora_b = trained(16, inputs), trained(outputs, 16)
+        products.append((trained(tokens, inputs), weight, lora_a, lora_b))
+    hidden = trained(tokens, shape.hidden_size)
+    inner = trained(tokens, shape.intermediate_size)
     queries = trained(rows, heads, length, shape.q_dim // heads)
+    # as transformers passes it for padded rows: attention then computes the later tokens, too
     keep = torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
 
     def forward() -> list[torch.Tensor]:
-        results = [
-            functional.linear(x, weight) + functional.linear(functional.linear(x, a), b) for x, weight, a, b in products
-        ]
+        results = []
+        for x, weight, lora_a, lora_b in products:
+            added = functional.linear(functional.linear(x, lora_a), lora_b)
+            results.append(functional.linear(x, weight) + added)
         # two norms with their residuals, and those of queries and keys, as transformers writes them
         for x in (hidden, hidden, queries, queries):
             results.append(x + x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6))
-        rotated = queries * 0.5 + torch.cat((-queries, queries), -1)[..., : queries.shape[-1]] * 0.5
+        # rotary positions: half of each vector is turned by the other half
+        turned = torch.cat((-queries, queries), -1)[..., : queries.shape[-1]]
+        rotated = queries * 0.5 + turned * 0.5
         results.append(functional.scaled_dot_product_attention(rotated, rotated, queries, keep))
         return [*results, functional.silu(inner) * inner]
 

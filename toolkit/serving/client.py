@@ -69,9 +69,10 @@ def connect(url: str, wanted: Iterable[str], key: str | None = None, scale: floa
     engine.takes_scale = any(model.get("owned_by") == "llamacpp" for model in models)
     if engine.takes_scale:
         # llama.cpp lists its first run only, and its adapters in the order of their ids
-        files = [Path(lora["path"]).name for lora in engine.call("/lora-adapters")]
-        engine.runs = tuple(name.removesuffix(LORA) for name in files)
-        served = list(dict.fromkeys([*served, BASE, *engine.runs])) if files else served
+        for lora in engine.call("/lora-adapters"):
+            engine.runs += (Path(lora["path"]).name.removesuffix(LORA),)
+        if engine.runs:
+            served = list(dict.fromkeys([*served, BASE, *engine.runs]))
     else:
         engine.runs = tuple(name for name in served if name != BASE)
     if missing := [name for name in wanted if name not in served]:
@@ -157,9 +158,11 @@ def answer_all(
             future.result()
     finally:  # those that run are waited for and kept, the others are not begun
         pool.shutdown(cancel_futures=True)
-    order = {place_of(request): number for number, request in enumerate(requests)}
-    lines = read_jsonl(file)
-    write_jsonl(file, sorted(lines, key=lambda line: order[place_of(line)]))
+    # in their order, whoever was quickest; a refused one has no line
+    lines = {place_of(line): line for line in read_jsonl(file)} if file.is_file() else {}
+    places = [place_of(request) for request in requests]
+    if lines:
+        write_jsonl(file, [lines[place] for place in places if place in lines])
     return refused
 
 
