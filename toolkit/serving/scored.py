@@ -66,7 +66,7 @@ class ServedRun:
         file = outputs() / ".served_replies" / f"{fingerprint([identity, engine.sampling[mode], requests])}.jsonl"
         if refused := answer_all(requests, file, lambda: engine, self.clients, progress):
             raise ToolkitError(f"{engine.url}: {refused[0]}")
-        return [self.read(line) for line in read_jsonl(file)]
+        return [self.read(line) for line in read_jsonl(file)] if requests else []
 
     def read(self, line: dict[str, Any]) -> Reply:
         """A reply taken apart as one of the model in memory is; servers give its reasoning apart or between tags."""
