@@ -241,8 +241,8 @@ def test_sets_that_ship_are_named_as_a_check_of_what_was_kept_and_come_after_the
     result = run(perfect, validation=rows, chat=[question | shipped for question in CHAT])
     lines = verdict(result | {"shipped": ["chat"]})
     assert lines[0].startswith("your held-out replies, mine (thinking): ")
-    assert lines[1] == "what was kept, chat with thinking: 100% → 100% (no change shown)"
-    assert any(line.startswith("sums with thinking: ") for line in lines)
+    assert lines[1] == "what was kept, chat questions with thinking: 100% → 100% (no change shown)"
+    assert any(line.startswith("reasoning questions with thinking: ") for line in lines)
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -385,8 +385,8 @@ def without_answers(_conversation, _mode):
 
 
 @pytest.mark.parametrize(("base", "tuned", "last"), [
-    (without_answers, perfect, "result: better than the base in sums with thinking"),
-    (perfect, without_answers, "result: WORSE than the base in sums with thinking"),
+    (without_answers, perfect, "result: better than the base in reasoning questions with thinking"),
+    (perfect, without_answers, "result: WORSE than the base in reasoning questions with thinking"),
     (perfect, perfect, "result: no change shown"),
     (perfect, endless, "result: WORSE than the base in begins by answering without thinking, ending its replies with"),
 ])  # fmt: skip
@@ -395,9 +395,9 @@ def test_the_verdict_says_in_a_few_lines_what_changed_and_ends_with_better_or_wo
     assert 4 <= len(lines) <= 11
     assert lines[-1].startswith(last), lines
     if base is without_answers:
-        assert lines[1] == "sums with thinking: 0% → 100% (+100 points, certain)"
+        assert lines[1] == "reasoning questions with thinking: 0% → 100% (+100 points, certain)"
     if tuned is endless:
-        assert lines[1] == "sums with thinking: not measured (100% of replies cut by the token limit)"
+        assert lines[1] == "reasoning questions with thinking: not measured (100% of replies cut by the token limit)"
 
 
 @pytest.mark.parametrize(("n", "said"), [
@@ -412,7 +412,7 @@ def test_the_points_of_a_change_are_the_difference_of_the_shares_beside_them(n, 
     assert paired["value"] == -1
     changes = {"thinking": {"accuracy/set/sums": paired}}
     result = {"modes": ["thinking"], "base": base, "tuned": tuned, "difference": changes, "lengths": {}, "shipped": []}
-    assert verdict(result)[0] == f"sums: {said}"
+    assert verdict(result)[0] == f"reasoning questions: {said}"
 
 
 def rendered(result, width) -> str:
@@ -428,14 +428,14 @@ def test_no_name_or_number_of_the_table_is_cut_at_80_and_120_columns(width):
     assert "openmath_sample" in text
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
-    for words in ("sums with thinking", "say without thinking", "keeps to its mode with thinking", "KL, knowledge",
+    for words in ("reasoning questions with thinking", "say without thinking", "keeps to its mode with thinking", "KL, knowledge",
                   "100%", "-100 [-100, -83]"):  # fmt: skip
         assert words in text
 
 
 def test_the_table_has_no_row_twice_and_none_that_is_zero_for_both():
     text = rendered(run(perfect), 80)
-    assert "reasoning questions" not in text
+    assert text.count("reasoning questions with thinking") == 1
     assert "cut by the token limit" not in text
 
 

@@ -35,6 +35,8 @@ TITLES = {
     "kl": "KL from the base (nats)",
     "nll": "loss, base's own answers",
 }
+# the sets of the pocket recipes are called what they are called where sets are pooled
+SETS = {"sums": TITLES["accuracy"], "chat": TITLES["accuracy/chat"]}
 # the verdict names the share of replies that the limit cut only where it is larger
 CUT = 0.05
 # smaller losses of a mode's beginning can be certain too, but harm nobody
@@ -251,12 +253,14 @@ def score_rows(result: Evaluation) -> list[dict[str, object]]:
 
 
 def title(section: str, metric: str, sections: Collection[str]) -> str:
-    """`sums with thinking`; without the mode where only one of the modes is among `sections`, or the metric has none."""
+    """`reasoning questions with thinking`; without the mode where only one of the modes is among `sections`, or the metric has none."""
     for prefix, words in ((LOSS, "loss on"), (TOKEN_ACCURACY, "next token right,")):
         if metric.startswith(prefix):
             source, _, mode = metric.removeprefix(prefix).rpartition("/")
             return f"{words} {source} ({mode_title(mode)})"
-    return with_mode(TITLES.get(metric, metric.removeprefix(SET).replace("kl/", "KL, ")), section, sections)
+    name = metric.removeprefix(SET)
+    name = TITLES.get(metric) or SETS.get(name) or name.replace("kl/", "KL, ")
+    return with_mode(name, section, sections)
 
 
 def with_mode(name: str, mode: str, modes: Collection[str]) -> str:
