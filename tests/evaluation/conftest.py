@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support import export_fixtures, tiny_qwen3
+from tests.support import export_fixtures, models
 
 
 @pytest.fixture(scope="session")
@@ -12,4 +12,4 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model(tokenizer):
-    return tiny_qwen3.model(tokenizer)
+    return models.tuned(tokenizer)

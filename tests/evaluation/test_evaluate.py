@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from tests.support import tiny_qwen3
+from tests.support import models
 from toolkit import recipe as recipes
 from toolkit.data.mix import compile_mix
 from toolkit.data.sources import Rejected
@@ -302,7 +302,7 @@ def test_divergence_equals_a_plain_softmax_over_each_row(tokenizer, tmp_path, mo
 
     import toolkit.evaluation.subject
 
-    model = tiny_qwen3.model(tokenizer)
+    model = models.tuned(tokenizer)
     rows = [{"input_ids": list(range(20, 20 + n)), "prompt_length": p} for n, p in ((30, 3), (12, 11), (200, 1))]
     monkeypatch.setattr(toolkit.evaluation.subject, "LOGITS", 1)  # long rows in parts of CHUNK positions
     for row, found in zip(rows, LoadedRun(model, tokenizer, tmp_path).divergence(rows), strict=True):
@@ -318,7 +318,7 @@ def test_divergence_equals_a_plain_softmax_over_each_row(tokenizer, tmp_path, mo
 
 
 def test_an_adapter_that_changes_nothing_scores_no_difference(tokenizer, tmp_path):
-    model, console = tiny_qwen3.model(tokenizer, adapter_works=False), Console(file=io.StringIO(), width=80)
+    model, console = models.tuned(tokenizer, adapter_works=False), Console(file=io.StringIO(), width=80)
     rows = [{"input_ids": [20, 21, 22, 23], "prompt_length": 2, "source": "s", "mode": "thinking"}]
     asked = SUMS[:4], CHAT[:2], PROBES, rows
     result = evaluate(model, tokenizer, *asked, seed=1, max_new_tokens=6, console=console, cache=tmp_path)
@@ -440,7 +440,7 @@ def test_the_table_has_no_row_twice_and_none_that_is_zero_for_both():
 
 
 def test_the_base_is_asked_once_and_its_replies_are_used_again_unless_the_file_is_damaged(tokenizer, tmp_path):
-    model, console = tiny_qwen3.model(tokenizer), Console(file=io.StringIO())
+    model, console = models.tuned(tokenizer), Console(file=io.StringIO())
 
     def scored(**changes):
         settings = {"seed": 1, "max_new_tokens": 6, "console": console, "cache": tmp_path} | changes
@@ -467,7 +467,7 @@ def test_the_base_is_asked_once_and_its_replies_are_used_again_unless_the_file_i
 def test_the_checksum_of_a_base_is_the_same_under_every_adapter_and_another_for_other_weights(tokenizer):
     import torch
 
-    one, other = (tiny_qwen3.model(tokenizer, adapter_works=works) for works in (True, False))
+    one, other = (models.tuned(tokenizer, adapter_works=works) for works in (True, False))
     assert checksum(one) == checksum(other)
     with torch.no_grad():
         one.get_base_model().model.embed_tokens.weight[7, 3] += 1
@@ -481,7 +481,7 @@ def test_logits_take_half_of_the_free_memory_at_most():
 
 def test_a_model_without_an_adapter_is_refused(tokenizer):
     with pytest.raises(ToolkitError, match="needs a PeftModel"):
-        evaluate(tiny_qwen3.model(tokenizer).get_base_model(), tokenizer, SUMS)
+        evaluate(models.tuned(tokenizer).get_base_model(), tokenizer, SUMS)
 
 
 @pytest.mark.parametrize("name", ["qwen2.5", "llama3", "gemma3", "smollm2", "qwen3_thinking_2507"])
@@ -509,7 +509,7 @@ def test_a_mix_in_somebody_s_own_notebook_gives_the_held_out_rows_and_the_questi
 
 
 def test_without_questions_the_ones_that_ship_are_asked(tokenizer, tmp_path):
-    model, console = tiny_qwen3.model(tokenizer), Console(file=io.StringIO())
+    model, console = models.tuned(tokenizer), Console(file=io.StringIO())
     result = evaluate(model, tokenizer, probes=[], steps=1, max_new_tokens=2, console=console, cache=tmp_path)
     assert {m for m in result["tuned"]["thinking"] if "set" in m} == {"accuracy/set/sums", "accuracy/set/chat"}
     assert {len(values) for values in result["per_question"]["thinking"]["tuned"]["accuracy"]} == {16}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from bitsandbytes.nn import Linear4bit, Params4bit
 
-from tests.support import tiny_qwen3
+from tests.support import models
 from toolkit.evaluation.decode import rows_that_fit, sampler
 from toolkit.evaluation.generate import (
     LONG_PROMPTS,
@@ -311,7 +311,7 @@ def test_on_a_cpu_replies_come_from_plain_weights_and_every_layer_is_as_before_a
     """In float32 with the adapter in them; 16 bits would round the sum to another model."""
     import torch
 
-    model = tiny_qwen3.model(tokenizer).to(getattr(torch, dtype))
+    model = models.tuned(tokenizer).to(getattr(torch, dtype))
     if four_bit:
         quantize(model)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -331,7 +331,7 @@ def test_on_a_cpu_replies_come_from_plain_weights_and_every_layer_is_as_before_a
 
 
 def test_a_diverged_adapter_is_no_obstacle_to_replies(tokenizer):
-    model = tiny_qwen3.model(tokenizer)
+    model = models.tuned(tokenizer)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.fill_(float("nan"))

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.support import models
+
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -23,10 +25,11 @@ def qwen_template() -> str:
 
 def tokenizer(vocabulary: int = 500):
     """A byte-level BPE with Qwen3's pre-tokenizer, special tokens and chat template."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+    from tokenizers.models import BPE
     from transformers import PreTrainedTokenizerFast
 
-    bpe = Tokenizer(models.BPE())
+    bpe = Tokenizer(BPE())
     bpe.normalizer = normalizers.NFC()
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"), bytes_only])
@@ -43,26 +46,11 @@ def tokenizer(vocabulary: int = 500):
 def base_model(folder: Path, tied: bool = True, dtype: str = "bfloat16") -> Path:
     """A 4-layer Qwen3 with random weights, wide enough for K-quants."""
     import torch
-    from transformers import Qwen3Config, Qwen3ForCausalLM
 
     tok = tokenizer()
-    torch.manual_seed(3407)
-    config = Qwen3Config(
-        vocab_size=512,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=4096,
-        tie_word_embeddings=tied,
-        eos_token_id=tok.eos_token_id,
-        pad_token_id=tok.pad_token_id,
-        bos_token_id=None,
-        initializer_range=0.06,
-    )
-    Qwen3ForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    ids = {"eos_token_id": tok.eos_token_id, "pad_token_id": tok.pad_token_id, "bos_token_id": None}
+    model = models.qwen3(models.WIDE, 3407, vocab_size=512, num_hidden_layers=4, tie_word_embeddings=tied, **ids)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     tok.save_pretrained(folder)
     return folder
 

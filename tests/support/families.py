@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.support import models
 from tests.support.qwen3 import ADDED, SPECIAL, SPLIT
 from tests.support.qwen3 import template as trl_template
 from toolkit.files import ROOT
 
-LAYERS, PIECES = 2, 400
+PIECES = 400
+LAYERS = models.WIDE["num_hidden_layers"]
 LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -241,16 +243,8 @@ def build(name: str, folder: Path) -> Path:
     tokenizer = build_tokenizer(name, folder)
     tiny = TINY[name]
     ids = {key: tokenizer.token_to_id(tiny.tokens.get(f"{key}_token") or "") for key in ("bos", "eos", "pad")}
-    sizes = {
+    sizes = models.WIDE | {
         "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,  # real vocabularies are padded as well
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 4096,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.06,
         "bos_token_id": ids["bos"],
         "eos_token_id": ids["eos"],
         "pad_token_id": ids["pad"],
