@@ -146,6 +146,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file, whole or not at all; NaN and infinity become null, since JSON has neither."""
+    # some parsers take NaN, browsers and jq do not
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -296,6 +297,7 @@ def lock(folder: Path, verb: str, *, wait: bool = False) -> Iterator[None]:
     note = file.with_suffix(".txt")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
+        # one object for a file in a process, so that a verb may call another that locks the same folder
         held = filelock.FileLock(file, is_singleton=True)
         held.acquire(timeout=-1 if wait else 0)
     except filelock.Timeout as error:

@@ -49,6 +49,7 @@ def write(mixed: Mix) -> None:
     with complete(mixed.folder / "mix.npz") as partial, open(partial, "wb") as file:
         np.savez(
             file,
+            # all ids in one array: numpy writes each array as a file of its own
             ids=np.concatenate([r.ids for r in rows]),
             ends=np.cumsum([len(r.ids) for r in rows]),
             numbers=np.array([(r.prompt_length, r.number) for r in rows]),

@@ -76,9 +76,11 @@ class Chat:
 
         Raises Rejected with the template's own words where it refuses the messages."""
         switch = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
-        # `train` is our own key, of which no template knows
-        shown = [{key: value for key, value in message.items() if key != "train"} for message in messages]
-        values = {"messages": shown, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        if any("train" in message for message in messages):  # our own key, of which no template knows
+            messages = [message.copy() for message in messages]
+            for message in messages:
+                message.pop("train", None)
+        values = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
         template = self._template
         cast(Sandbox, template.environment).steps = 0
         try:

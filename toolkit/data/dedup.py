@@ -129,6 +129,7 @@ def sign(rows: list[Row]) -> None:
     """Give rows their signature: MinHash over token 5-grams by rensa; none to completions under 64 tokens."""
     import rensa
 
+    # a seed of its own: signatures stay the same whatever the recipe's seed is
     long = [row for row in rows if len(row.completion) >= SHORTEST]
     shingles = [_shingles(row.completion.astype(np.uint64)) for row in long]
     starts = np.cumsum([0, *map(len, shingles)]).astype(np.uint64)

@@ -124,14 +124,23 @@ class RowReader:
         return [*earlier_turns(row, names.get("history", "")), *question, *answer]
 
 
-def reader_of(format: str, columns: dict[str, str], placeholders: Placeholders, system: str | None = None) -> RowReader:
+def reader_of(
+    format: str,
+    columns: dict[str, str],
+    placeholders: Placeholders,
+    system: str | None = None,
+) -> RowReader:
     """The reader of a source's rows in a format of FORMATS, or by the recipe's own `columns`."""
     named_only = format == "columns"
     return RowReader(columns if named_only else SHARED | FORMATS[format], named_only, placeholders, system)
 
 
 def canonical(
-    row: JsonObject, format: str, columns: dict[str, str], placeholders: Fillings, system: str | None = None
+    row: JsonObject,
+    format: str,
+    columns: dict[str, str],
+    placeholders: Fillings,
+    system: str | None = None,
 ) -> Conversation:
     """One raw row as {"messages": […], "tools": […] if any, "expected_answer": "…" if any}.
 
@@ -217,7 +226,12 @@ def earlier_turns(row: JsonObject, column: str) -> list[Json]:
 # --- which format a source has ---------------------------------------------------------------------------------------
 
 
-def recognise(fields: list[str], format: str, columns: dict[str, str], where: str) -> str:
+def recognise(
+    fields: list[str],
+    format: str,
+    columns: dict[str, str],
+    where: str,
+) -> str:
     """The name of a source's format: checked where it is given, found by the fields where it is `auto`.
 
     Raises ToolkitError that lists the fields and what to write where they fit none or several.
@@ -227,6 +241,7 @@ def recognise(fields: list[str], format: str, columns: dict[str, str], where: st
     if format in FORMATS and not columns and set(signature(format)) <= set(fields):
         return format
     names = fitting(fields)
+    # a format that is named wrongly is explained, never replaced by another that fits
     if format == "auto":
         if len(names) == 1:
             return names[0]

@@ -231,7 +231,11 @@ def is_data(path: str) -> bool:
 
 
 def start(
-    paths: Sequence[str], model: str, name: str | None, overrides: Sequence[str], say: Callable[[str], Any]
+    paths: Sequence[str],
+    model: str,
+    name: str | None,
+    overrides: Sequence[str],
+    say: Callable[[str], Any],
 ) -> Path:
     """Write a recipe for data files into the current folder and say what was understood; returns the file.
 

@@ -96,6 +96,7 @@ def is_trained(key: str, value: Json, where: str) -> bool:
     """Whether the loss counts a turn, by one of its marks. Raises Rejected for a mark that can be read in two ways."""
     # axolotl's train_detail is a list of spans of the text, each with its mark
     spans = value if type(value) is list else [value]
+    # all spans agree, or the turn cannot be trained on as a whole
     marks = {yes_or_no(span.get("train") if type(span) is dict else span) for span in spans}
     if meaning(key) != "unclear" and marks in ({True}, {False}):
         return marks == {meaning(key) == "train"}

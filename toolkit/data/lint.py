@@ -40,7 +40,12 @@ def looks_like(row: Row) -> list[str]:
     return kinds
 
 
-def lint(chat: Chat, report: MixReport, lora: Lora, train: JsonObject) -> list[str]:
+def lint(
+    chat: Chat,
+    report: MixReport,
+    lora: Lora,
+    train: JsonObject,
+) -> list[str]:
     """Warnings for a compiled mix (`report` is mix.json's content), an adapter and TRL settings."""
     warnings = [*_modes(chat, report)]
     if why := report["slow_tokenizer"]:

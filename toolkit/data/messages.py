@@ -53,7 +53,12 @@ class Notes:
     """Keys that no rule knows."""
 
 
-def read_notes(holder: JsonObject, kinds: Mapping[str, str], where: str, named_only: bool = False) -> Notes:
+def read_notes(
+    holder: JsonObject,
+    kinds: Mapping[str, str],
+    where: str,
+    named_only: bool = False,
+) -> Notes:
     """What the keys of a row or turn say. Raises Rejected for pictures and sound.
 
     `kinds` says of some keys what they hold ("text": read elsewhere); with `named_only` no other key is taken for a text, and
@@ -79,7 +84,13 @@ def read_notes(holder: JsonObject, kinds: Mapping[str, str], where: str, named_o
     return notes
 
 
-def _note(notes: Notes, kind: str, key: str, value: Json, where: str) -> None:
+def _note(
+    notes: Notes,
+    kind: str,
+    key: str,
+    value: Json,
+    where: str,
+) -> None:
     """Sort a key by what it holds."""
     match kind:
         case "media":
@@ -100,7 +111,12 @@ def _note(notes: Notes, kind: str, key: str, value: Json, where: str) -> None:
             notes.not_read.append(key)
 
 
-def _note_inner(notes: Notes, key: str, holder: JsonObject, where: str) -> None:
+def _note_inner(
+    notes: Notes,
+    key: str,
+    holder: JsonObject,
+    where: str,
+) -> None:
     """Of an object of particulars the marks count; a text in it is nobody's turn."""
     for name, value in holder.items():
         kind = meaning(name)
@@ -145,7 +161,12 @@ def role_of(turn: Json, number: int) -> str:
     return role
 
 
-def read_turn(turn: JsonObject, role: Json, where: str, notes: Notes) -> Message:
+def read_turn(
+    turn: JsonObject,
+    role: Json,
+    where: str,
+    notes: Notes,
+) -> Message:
     """One turn as a message; what it says beside its text joins `notes`, which are those of the row."""
     # most turns are a role and a text
     own = read_notes(turn, TURN, where) if len(turn) > 2 else Notes()
@@ -181,7 +202,12 @@ def read_turn(turn: JsonObject, role: Json, where: str, notes: Notes) -> Message
     return message
 
 
-def read_content(turn: JsonObject, role: str, where: str, notes: Notes) -> tuple[str, str, list[Json]]:
+def read_content(
+    turn: JsonObject,
+    role: str,
+    where: str,
+    notes: Notes,
+) -> tuple[str, str, list[Json]]:
     """(text, reasoning, calls) of a turn, as far as its content and its fields for calls hold them."""
     calls = field_of(turn, "tool_calls", list, where, default=[])
     legacy = field_of(turn, "function_call", dict, where, default={})
@@ -209,7 +235,12 @@ def split_calls(text: str, where: str) -> tuple[str, list[Json]]:
     return head.rstrip(), read_calls(calls, where)
 
 
-def read_parts(parts: list[Json], role: str, where: str, notes: Notes) -> tuple[str, str, list[Json]]:
+def read_parts(
+    parts: list[Json],
+    role: str,
+    where: str,
+    notes: Notes,
+) -> tuple[str, str, list[Json]]:
     """(text, reasoning, calls) of content parts, as OpenAI, Anthropic and Gemini write them. Raises Rejected."""
     text = ""
     thoughts: list[str] = []
@@ -240,7 +271,12 @@ def kind_of_part(part: Json) -> str:
     return PARTS.get(kind, kind)
 
 
-def text_of_part(part: Json, role: str, where: str, notes: Notes) -> str:
+def text_of_part(
+    part: Json,
+    role: str,
+    where: str,
+    notes: Notes,
+) -> str:
     """The text of a part, which must hold nothing else: a text part may come with a picture. Raises Rejected."""
     if type(part) is str:
         return part
@@ -258,7 +294,13 @@ def text_of_part(part: Json, role: str, where: str, notes: Notes) -> str:
     return texts[0] if type(texts[0]) is str else read_parts(texts[0], "assistant", where, notes)[0]
 
 
-def field_of(holder: JsonObject, name: str, kind: type = str, where: str = "", default: Json = None) -> Json:
+def field_of(
+    holder: JsonObject,
+    name: str,
+    kind: type = str,
+    where: str = "",
+    default: Json = None,
+) -> Json:
     """The value of a field, which must be a text (or list, or object); `default`, where given, for null and for a
     missing one. Lists and objects may be kept as JSON text, as in CSV files. Raises Rejected."""
     value = holder.get(name)

@@ -71,6 +71,7 @@ def compile_mix(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase | None" = No
     fingerprints = {s.name: fingerprint(s) for s in recipe.data.sources}
     fingerprints |= {f"questions/{q.name}": fingerprint(q) for q in recipe.evaluate.questions}
     folder = cache.folder_of(recipe, chat, fingerprints)
+    # two processes that need the same mix compile it once
     with lock(folder, "mix", wait=True):
         mixed = (None if fresh else cache.read(folder)) or _compile(recipe, chat, fingerprints, folder)
         # not in the cache: the settings of adapter and trainer decide the warnings, but no row
@@ -99,7 +100,12 @@ def check_data(mixed: Mix, manifest: Manifest | dict[str, Json]) -> None:
         )
 
 
-def _compile(recipe: Recipe, chat: Chat, fingerprints: dict[str, str], folder: Path) -> Mix:
+def _compile(
+    recipe: Recipe,
+    chat: Chat,
+    fingerprints: dict[str, str],
+    folder: Path,
+) -> Mix:
     data = recipe.data
     planned = plan(data)
     # a source with fraction 0, as at the ends of a sweep, is not opened
@@ -181,7 +187,12 @@ def draw_rows(draw: "Draw", data: Data, chat: Chat) -> Iterator[DrawnRow]:
         yield from batch
 
 
-def render_row(row: ReadRow, source: Source, chat: Chat, switched: bool) -> DrawnRow:
+def render_row(
+    row: ReadRow,
+    source: Source,
+    chat: Chat,
+    switched: bool,
+) -> DrawnRow:
     """A row as prompts and completions by the label rule, or the reasons why not."""
     drawn = DrawnRow(row.number, row.not_read)
     try:
@@ -204,6 +215,7 @@ def tokenize(batch: list[DrawnRow], source: str, chat: Chat) -> None:
     prompts = chat.tokenizers.encode([example.prompt for _, example in pairs])
     completions = chat.following.encode([example.completion for _, example in pairs])
     for (drawn, example), prompt, completion in zip(pairs, prompts, completions, strict=True):
+        # never as one text: a token could then span the end of the prompt, which inference does not show
         ids = np.concatenate([prompt, completion])
         row = Row(
             ids=ids,
@@ -280,6 +292,7 @@ class Draw:
     def add(self, rows: list[Row]) -> None:
         """Train on these, of which only the ids are kept."""
         for row in rows:
+            # the texts of a million rows would fill the memory
             row.conversation = {"messages": []}
             self.amount += row.size(self.unit)
         self.train += rows
@@ -339,7 +352,13 @@ class Draw:
 class RowFilter:
     """Says, example by example, what keeps it out of training; remembers those it lets in."""
 
-    def __init__(self, data: Data, max_seq_length: int, chat: Chat, prompts: list[str]):
+    def __init__(
+        self,
+        data: Data,
+        max_seq_length: int,
+        chat: Chat,
+        prompts: list[str],
+    ):
         self.duplicates = data.duplicates
         self.max_seq_length = max_seq_length
         self.grams = grams_of(prompts)
@@ -523,7 +542,12 @@ def shares_of(rows: list[Row], by: str = "source") -> dict[Unit, Shares]:
     return shares
 
 
-def mix_report(recipe: Recipe, draws: list[Draw], planned: dict[str, Planned], limited_by: str | None) -> MixReport:
+def mix_report(
+    recipe: Recipe,
+    draws: list[Draw],
+    planned: dict[str, Planned],
+    limited_by: str | None,
+) -> MixReport:
     """What mix.json holds, apart from fingerprints and warnings."""
     # from the compiled rows, not from the plan: a share that is reported is one that trains
     rows = [row for draw in draws for row in draw.train]

@@ -212,6 +212,7 @@ def json_table(path: Path) -> Table:
     # Rows are read from it as long as they are drawn. A small file from memory: every system call lets another thread take
     # the interpreter, and the tokenizers' threads then keep it for 5 ms
     in_memory = path.stat().st_size <= IN_MEMORY or path.suffix.lower() in UNPACKERS
+    # a packed file has no places to go to
     file = io.BytesIO(read_bytes(path)) if in_memory else open(path, "rb", buffering=0)  # noqa: SIM115
     if ending(path) != ".json" and not file.read(BLOCK).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
         return line_table(path, file)
@@ -275,6 +276,7 @@ def csv_table(path: Path) -> Table:
     """Cells under a header, separated by what the header has most of outside quotes: , ; (Excel in Europe) or tabs.
 
     Quoted cells may hold separators and line breaks (CRLF becomes LF)."""
+    # the reader would keep a carriage return inside a quoted cell
     text = decode(read_bytes(path), path, 1).replace("\r\n", "\n")
     csv.field_size_limit(1 << 30)  # the reader's own limit of 128 KiB is below a long reasoning trace
     first_line = QUOTED.sub("", text[: 1 << 16]).partition("\n")[0]

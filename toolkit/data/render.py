@@ -25,7 +25,12 @@ class Example:
     """Up to and including the supervised turn."""
 
 
-def examples(conversation: Conversation, mode: str, chat: Chat, turns: str = "last") -> list[Example]:
+def examples(
+    conversation: Conversation,
+    mode: str,
+    chat: Chat,
+    turns: str = "last",
+) -> list[Example]:
     """The label rule, for each supervised assistant turn that its set does not leave out of training.
 
     `mode` is thinking, non_thinking or auto (a turn with reasoning is thinking); `turns` is last or each. Raises
@@ -113,7 +118,13 @@ def turn_mode(reply: Message, mode: str, chat: Chat) -> str:
     return "thinking"
 
 
-def check_kept(before: list[Message], tools: list[JsonObject], prompt: str, reply: Message, completion: str) -> None:
+def check_kept(
+    before: list[Message],
+    tools: list[JsonObject],
+    prompt: str,
+    reply: Message,
+    completion: str,
+) -> None:
     """Templates for images drop text that is not a list of parts, others reasoning, tools or calls, and say nothing."""
     for tool in tools:
         _expect("tool", tool["function"]["name"], prompt)

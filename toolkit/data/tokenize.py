@@ -149,7 +149,13 @@ class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset(("*", "**", "%"))
 
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Json, right: Json) -> Json:
+    def call_binop(
+        self,
+        context: jinja2.runtime.Context,
+        operator: str,
+        left: Json,
+        right: Json,
+    ) -> Json:
         """Text times a number, a power, text % values: each counts as many steps as what it makes may be long."""
         sides = [len(side) if isinstance(side, str | list) else side for side in (left, right)]
         if operator == "**":
