@@ -44,7 +44,7 @@ def batched(name: str, rows: int, new_tokens: int, folder: Path) -> tuple[Replie
     torch.manual_seed(0)
     for key, weight in model.named_parameters():
         if "lora_B" in key:
-            weight.data.normal_(0, 0.02)
+            weight.data.normal_(0, 0.1)
     model.save_pretrained(folder / "adapter")
     texts = [QUESTIONS[i % len(QUESTIONS)] + " Please." * (i // len(QUESTIONS)) for i in range(rows)]
     ids = prompts(tokenizer, [[{"role": "user", "content": text}] for text in texts], modes_of(tokenizer)[0])
@@ -149,6 +149,10 @@ def main(name: str = "pocket", rows: str = "12", new_tokens: str = "48") -> int:
             sys.exit(done.stderr[-3000:])
         theirs, their_seconds = json.loads(done.stdout.splitlines()[-1])
         asked = json.loads((folder / "asked.json").read_text(encoding="utf-8"))
+    if ours["base"] == ours["tuned"]:
+        sys.exit(
+            "the adapter changes no reply, so half of the comparison says nothing: make it larger, or the replies longer"
+        )
     differences = first_differences(ours, theirs)
     count = 2 * int(rows)
     layers = "4-bit" if asked["quantization"] else "plain"

@@ -295,7 +295,7 @@ def decoding(folder: Path) -> dict:
     torch.manual_seed(0)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
-            weight.data.normal_(0, 0.02)
+            weight.data.normal_(0, 0.2)
     model.save_pretrained(folder / "adapter")
     questions = (
         "What is 12 + 30?",
