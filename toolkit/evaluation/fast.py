@@ -30,8 +30,10 @@ def fast_evidence(subject: LoadedRun, eval_set: EvaluationSet, progress: Progres
 
 def held_out_marks(subject: LoadedRun, eval_set: EvaluationSet) -> Iterator[Mark]:
     """Loss and token accuracy on the held-out rows, by source and mode."""
-    for i, (row, sums) in enumerate(zip(eval_set.validation, subject.divergence(eval_set.validation), strict=True)):
-        kind, tokens = f"{row['source']}/{row['mode']}", sums["tokens"]
+    measured = subject.divergence(eval_set.validation)
+    for i, (row, sums) in enumerate(zip(eval_set.validation, measured, strict=True)):
+        kind = f"{row['source']}/{row['mode']}"
+        tokens = sums["tokens"]
         for model, loss, hits in (
             ("base", sums["base"], sums["base_hits"]),
             ("tuned", sums["tuned"], sums["tuned_hits"]),
@@ -45,8 +47,9 @@ def forgetting_marks(subject: LoadedRun, eval_set: EvaluationSet, progress: Prog
     for mode in subject.modes:
         conversations = [probe["messages"] for probe in eval_set.probes]
         answers = subject.own(conversations, mode, eval_set.plan.size.probe_tokens, progress)
+        measured = subject.divergence(answers)
         # numbered anew in each mode, so that a probe's modes are one question: its answers resemble each other
-        for i, (probe, sums) in enumerate(zip(eval_set.probes, subject.divergence(answers), strict=True)):
+        for i, (probe, sums) in enumerate(zip(eval_set.probes, measured, strict=True)):
             tokens = sums["tokens"]
             # weight 0 leaves a probe out of the pooled number
             pooled = int(probe["category"] not in MAY_CHANGE)

@@ -63,11 +63,12 @@ class Forgetting:
             subject = self.subject = self.subject or LoadedRun(model, tokenizer, cache=self.cache)
             self.answers = self.answers or self.base_answers(subject)
             sums = subject.divergence(self.answers)
-            measured = {"forgetting_kl": sum(row["kl"] for row in sums) / max(1, sum(row["tokens"] for row in sums))}
+            tokens = sum(row["tokens"] for row in sums)
+            measured = {"forgetting_kl": sum(row["kl"] for row in sums) / max(1, tokens)}
             if self.held_out:
                 sums = subject.divergence(self.held_out[:HELD_OUT])
-                hits, tokens = (sum(row[key] for row in sums) for key in ("tuned_hits", "tokens"))
-                measured["token_accuracy"] = hits / tokens
+                tokens = sum(row["tokens"] for row in sums)
+                measured["token_accuracy"] = sum(row["tuned_hits"] for row in sums) / tokens
         return measured
 
     def base_answers(self, subject: LoadedRun) -> list[Completion]:

@@ -95,10 +95,11 @@ def own_row_findings(result: Evaluation) -> list[Finding]:
     for metric, change in result["difference"].get("forgetting", {}).items():
         if metric.startswith(LOSS) and change["value"] is not None:
             name = title("forgetting", metric, ())
+            source = name.removeprefix("loss on ")
+            likelier = times_likelier(change["value"])
             certain = "certain" if direction(change) else "no change shown"
-            source, likelier = name.removeprefix("loss on "), times_likelier(change["value"])
-            # a loss is better when it falls
             line = f"your held-out replies, {source}: {likelier} ({certain})"
+            # a loss is better when it falls
             findings.append(Finding(name, line, -direction(change)))
     return findings
 
@@ -153,9 +154,11 @@ def endless_findings(result: Evaluation) -> list[Finding]:
     findings = []
     for mode, lengths in result["lengths"].items():
         if never_ends(lengths["endless"]):
-            replies = with_mode("of replies", mode, result["modes"])
-            line = f"{lengths['endless']['value']:.0%} {replies} never end, beyond what longer replies explain"
-            findings.append(Finding(with_mode("ending its replies", mode, result["modes"]), line, -1))
+            share = f"{lengths['endless']['value']:.0%}"
+            replies = with_mode("replies", mode, result["modes"])
+            line = f"{share} of {replies} never end, beyond what longer replies explain"
+            name = with_mode("ending its replies", mode, result["modes"])
+            findings.append(Finding(name, line, -1))
     return findings
 
 
@@ -248,7 +251,15 @@ def score_rows(result: Evaluation) -> list[dict[str, object]]:
         change = result["difference"][section][metric]
         name = title(section, metric, result["modes"])
         difference = show(metric, change, sign="+", unit="")
-        rows.append({"95% intervals": name, "base": base, "tuned": tuned, "difference": difference, "n": change["n"]})
+        rows.append(
+            {
+                "95% intervals": name,
+                "base": base,
+                "tuned": tuned,
+                "difference": difference,
+                "n": change["n"],
+            }
+        )
     return rows
 
 
@@ -279,5 +290,7 @@ def show(metric: str, estimate: Interval | None, sign: str = "", unit: str = "%"
     """A number with its interval, `70% [59, 81]`; a dash where nothing could be measured."""
     if estimate is None or estimate["value"] is None:
         return "-"
-    low, high = (amount(metric, estimate[end] or 0.0, sign, "") for end in ("low", "high"))
-    return f"{amount(metric, estimate['value'], sign, unit)} [{low}, {high}]"
+    value = amount(metric, estimate["value"], sign, unit)
+    low = amount(metric, estimate["low"] or 0.0, sign, "")
+    high = amount(metric, estimate["high"] or 0.0, sign, "")
+    return f"{value} [{low}, {high}]"
