@@ -99,16 +99,15 @@ def in_words(comparison: Comparison) -> list[tuple[Point, dict[str, str]]]:
 
 def terminal_table(comparison: Comparison) -> Table:
     """The table, whole at 80 columns: only the goal has its interval."""
-    rows, best = [], []
-    for number, (point, row) in enumerate(in_words(comparison)):
+    rows = []
+    for point, row in in_words(comparison):
         if point is comparison.recommended:
             row["settings"] = f"★ {point.label}"
-            best.append(number)
         # `70% [59, 81]` becomes `70%`: four intervals do not fit 80 columns
         for name in list(row)[2:]:
             row[name] = row[name].partition(" ")[0]
         rows.append(row)
-    return tables.rich_table(rows, bold=best)
+    return tables.rich_table(rows)
 
 
 def numbers(comparison: Comparison) -> list[dict[str, Any]]:

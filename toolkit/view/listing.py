@@ -6,31 +6,20 @@ from toolkit.view.listing import recipes, runs; runs(); recipes()
 import re
 import textwrap
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from toolkit.files import RECIPES, ToolkitError, outputs, read_json, read_text
 
 
-class ListedRun(TypedDict):
-    """A run's folder."""
-
-    name: str
-    state: str
-    """`finished`, `stopped`, `running`, or what is wrong with its files."""
-    steps: int | None
-    scored: bool
-    exported: list[str]
-    """What of `merged` and `gguf` is there."""
-
-
-def runs() -> list[ListedRun]:
+def runs() -> list[dict[str, Any]]:
     """Every run in the outputs folder, by name; a damaged file of one hides no other."""
     return [listed(file.parent) for file in sorted(outputs().glob("*/recipe.yaml"))]
 
 
-def listed(folder: Path) -> ListedRun:
-    """One run's folder."""
-    manifest: dict[str, Any] = {"state": "not begun"}
+def listed(folder: Path) -> dict[str, Any]:
+    """One run's folder: `state` is finished, stopped, running or what is wrong with its files, `exported` what of merged
+    and gguf is there."""
+    manifest = {"state": "not begun"}
     try:
         if (folder / "manifest.json").is_file():
             manifest = read_json(folder / "manifest.json")

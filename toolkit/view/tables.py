@@ -27,9 +27,8 @@ def rich_table(
     rows: Sequence[Mapping[str, object]],
     *,
     title: str | None = None,
-    bold: Sequence[int] = (),
 ) -> Table:
-    """Rows with equal keys as a table, those at `bold` in bold: integers as 1,234, floats as 12.3%.
+    """Rows with equal keys as a table: integers as 1,234, floats as 12.3%.
 
     No name, word or number is cut, since two may differ in their last letters only."""
     table = Table(
@@ -48,11 +47,11 @@ def rich_table(
         for row in rows:
             lines += cell_text(row[key]).split("\n")
         table.add_column(heading, justify="right", overflow="fold", width=max(map(len, lines)))
-    for number, row in enumerate(rows):
+    for row in rows:
         cells = [Text(cell_text(value)) for value in row.values()]
         # an empty line tells rows of several lines apart
         table.leading |= any("\n" in cell.plain for cell in cells)
-        table.add_row(*cells, style="bold" if number in bold else None)
+        table.add_row(*cells)
     return table
 
 
