@@ -32,6 +32,28 @@ def test_the_table_of_seeds_is_the_record():
     assert [line for line in PAGE.splitlines() if line.startswith("| 0.00")] == rows
 
 
+def test_the_table_of_trainings_of_the_sweep_is_the_record():
+    trainings = record("sweep_pocket.json")["trainings"]
+    for share in sorted({training["reasoning_share"] for training in trainings}):
+        same = [training for training in trainings if training["reasoning_share"] == share]
+        sums, chat = (" / ".join(f"{100 * training[key]:.0f}" for training in same) for key in ("sums", "chat"))
+        kl = " / ".join(f"{training['kl']:.2f}" for training in same)
+        assert f"| {share:.0%} | {sums} | {chat} | {kl} |" in PAGE
+
+
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_readmes_show_the_sweep_of_the_record(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    result = record("sweep_pocket.json")
+    for row in result["rows"]:
+        sums = [100 * float(row[f"thinking/accuracy{end}"]) for end in ("", ".low", ".high")]
+        chat = 100 * float(row["non_thinking/accuracy/chat"])
+        assert f"| {sums[0]:.0f}% [{sums[1]:.0f}, {sums[2]:.0f}] | {chat:.0f}% |" in text, row["label"]
+    assert result["commit"] in text
+    half = [f"{100 * training['sums']:.0f}" for training in result["trainings"] if training["reasoning_share"] == 0.5]
+    assert ("{}, {} and {}%" if name == "README.md" else "{}%、{}% 和 {}%").format(*half) in text
+
+
 def test_the_table_of_shares_of_general_data_is_the_record():
     for run in record("smollm2.json")["runs"]:
         change = [100 * run["general"]["difference"][end] for end in ("value", "low", "high")]
