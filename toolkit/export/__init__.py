@@ -61,6 +61,7 @@ def export(
     check_run(run)
     with lock(run, "export"):
         check_adapter(run)
+        # opened, not read: tensors are computed one by one when they are asked for
         merged = open_merged(run, onto, scale=scale)
         check_base(run, merged.base)
         check_weights(merged)
@@ -68,6 +69,7 @@ def export(
         record = Record(run, inputs_of(run, merged))
         say("\n".join(_plan(run, merged, quants, record)))
         merge(merged, run, record, console)
+        # GGUF files are made of what lies on the disk, so that both are the same numbers
         stored = Checkpoint(run / "merged")
         name = run.resolve().name
         for quant in quants:

@@ -32,6 +32,7 @@ def save_run(model: Any, tokenizer: Any, folder: Path) -> None:
     }
     # before anything is written
     check_base(base, loaded)
+    # the layout of a trained run, which every other verb reads
     adapter = folder / "adapter"
     model.save_pretrained(str(adapter), selected_adapters=[name])
     if name != "default":  # PEFT puts it into a folder of that name

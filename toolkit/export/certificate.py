@@ -95,6 +95,7 @@ class Verification:
     def check_files(self, certified: dict[str, Any]) -> dict[str, Any]:
         """Gate what was changed since it was written, trained or certified; returns the checksums of what was written."""
         recorded = self.record["files"]
+        # only what export wrote: other files are judged by where they lie
         now = {name: describe(self.run / name) for name in recorded if (self.run / name).is_file()}
         inputs = inputs_of(self.run, self.merged)
         compared = (
@@ -140,6 +141,7 @@ class Verification:
         facts = Tokens(self.run / "merged").facts()
         different = [name for name, fact in self.own.facts().items() if facts[name] != fact]
         self.count("merged: facts of the tokenizer that differ from the run's", different)
+        # merged a second time and compared number by number: probabilities alone would miss a row of a rare word
         errors = merged_errors(self.stored, merged)
         self.gate("merged: tensors missing, unknown or of another type", errors.missing)
         self.gate("merged: worst tensor, error in units of what rounding allows", errors.tensor, 1)
@@ -206,6 +208,7 @@ class Verification:
     def check_contents(self, path: Path) -> None:
         """Every byte of the header and every tensor, against the base's config.json and the run's tokenizer."""
         name, quant, _ = path.name.rsplit(".", 2)  # the folder may have been renamed since
+        # the values as they lie in merged/, the settings as base and run have them
         plan = plan_tensors(self.stored, quant)
         writer = header(self.merged, self.run / "adapter", quant, name)
         differing, size = header_differences(writer, plan, path)
@@ -256,6 +259,7 @@ def verify(run: str | Path, *, console: "Console | None" = None) -> Certificate:
     if not (run / "export.json").is_file():
         raise ToolkitError(f"{run}: holds no export; `python -m toolkit export {run}` makes one and verifies it")
     with lock(run, "verify"):
+        # read before it is withdrawn: what was certified must still be there
         certified = read_json(run / "certificate.json")["files"] if (run / "certificate.json").is_file() else {}
         uncertify(run)
         check_run(run)

@@ -168,6 +168,7 @@ class Checkpoint:
         self.config: ModelConfig = read_json(folder / "config.json")
         self.entries: dict[str, Stored] = {}
         """Everything in the files, statistics of 4-bit weights included."""
+        # names, shapes and types stand in each file's header: nothing is read yet
         for file in weight_files(folder):
             with open_weights(file) as weights:
                 for name in weights.keys():  # noqa: SIM118 - safe_open is no dict and cannot be iterated
@@ -286,6 +287,7 @@ class Adapter:
         self.file = folder / "adapter_model.safetensors"
         if setting := unmergeable(self.config):
             raise ToolkitError(f"{folder}/adapter_config.json: {setting} {ELSEWHERE}")
+        # A and B are stored side by side, in any order
         halves: dict[str, dict[str, torch.Tensor]] = {}
         with open_weights(self.file) as weights:
             for stored in weights.keys():  # noqa: SIM118 - safe_open is no dict and cannot be iterated
@@ -313,6 +315,7 @@ class Adapter:
         """PEFT's lora_alpha / r (or √r) of a module, by its own patterns, times the scale."""
         from peft.utils.other import get_pattern_key
 
+        # some modules may have a rank and an alpha of their own
         ranks = self.config.get("rank_pattern") or {}
         alphas = self.config.get("alpha_pattern") or {}
         rank = ranks.get(get_pattern_key(ranks.keys(), module), self.config["r"])

@@ -87,6 +87,7 @@ def plan_tensors(model: Checkpoint, quant: str) -> list[Planned]:
         shape = model.weights[stored].shape
         kind = tensor_type(name, shape, quant, model.config, model.tied)
         plan.append(Planned(name, shape, kind, functools.partial(values, stored)))
+    # stored nowhere in a checkpoint: transformers computes them from config.json, llama.cpp reads them
     factors = rope_factors(model.config)
     if factors is not None:
         plan.append(Planned("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors))
@@ -142,6 +143,7 @@ def header_differences(writer: "GGUFWriter", plan: list[Planned], path: Path) ->
         stored = file.read(len(expected))
     if stored == expected:
         return [], len(expected)
+    # which keys: those whose bytes are nowhere in the file's header
     packed = {key: writer._pack_val(v.value, v.type, add_vtype=True, sub_type=v.sub_type) for key, v in keys.items()}
     differing = [key for key, value in packed.items() if key.encode() + value not in stored]
     return differing or ["names, types or shapes of tensors, or keys that do not belong there"], len(expected)
@@ -226,7 +228,7 @@ def header(model: Checkpoint, tokenizer: Path, quant: str, name: str) -> "GGUFWr
         "quantization_version": gguf.GGML_QUANT_VERSION,
         **_vocabulary(read_json(tokenizer / "tokenizer.json"), config.vocab_size),
     }
-    # gguf's writer has a method for each key, named after it
+    # the order is that of the file, byte by byte; gguf's writer has a method for each key, named after it
     for key, value in values.items():
         if value is not None:
             getattr(writer, f"add_{key}")(value)
@@ -304,6 +306,7 @@ def _tokens(tokenizer: TokenizerJson, size: int, pieces: bool) -> tuple[list[str
     """(texts, llama.cpp's types) of the tokens by id. The embedding of most models has more rows than there are tokens."""
     from gguf import TokenType
 
+    # as llama.cpp's own converter names them
     tokens = [f"[PAD{i}]" for i in range(size)]
     types = [TokenType.UNUSED] * size
     unknown = tokenizer["model"].get("unk_token")

@@ -105,6 +105,7 @@ def pre_tokenizer(tokenizer: TokenizerJson) -> str | None:
     """llama.cpp's `tokenizer.ggml.pre` for a tokenizer.json; "default" for SentencePiece's layout, None if unknown."""
     if tokenizer["model"].get("byte_fallback"):
         return "default" if tokenizer["normalizer"] == SPACES and tokenizer["model"]["merges"] else None
+    # one step, or a sequence of which the last turns bytes into letters
     outer = tokenizer["pre_tokenizer"] or {}
     steps = outer.get("pretokenizers", [outer])
     if steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
@@ -198,6 +199,7 @@ def gguf_names(config: ModelConfig, names: Iterable[str]) -> Iterator[tuple[str,
     """(stored name, GGUF name) by gguf's map of the architecture. Raises ToolkitError for a tensor it lacks."""
     import gguf
 
+    # the official package holds the names of every architecture
     arch = family_of(config["model_type"]).gguf or ""
     known = gguf.get_tensor_name_map(gguf.MODEL_ARCH[arch.upper()], config["num_hidden_layers"])
     for stored in names:
@@ -231,5 +233,6 @@ def rope_factors(config: ModelConfig) -> "torch.Tensor | None":
     if rope["rope_type"] != "llama3":
         return None
     stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](full, "cpu")
+    # in float64, rounded once at the end
     steps = torch.arange(len(stretched), dtype=torch.float64) / len(stretched)
     return (rope["rope_theta"] ** -steps / stretched.double()).float()

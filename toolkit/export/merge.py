@@ -137,6 +137,7 @@ def check_weights(model: Checkpoint) -> None:
     """Raises ToolkitError for weights that are not those of config.json, which transformers would fill with random values, or
     are elsewhere than the index says."""
     expected = {name: tuple(parameter.shape) for name, parameter in empty_model(model.config).named_parameters()}
+    # the head, where it is listed beside the embedding that it shares
     if model.tied:
         expected.pop(HEAD, None)
     shapes = model.shapes
@@ -199,6 +200,7 @@ def settings_files(merged: Merged, tokenizer: Path) -> dict[str, bytes]:
 
     `model_max_length` is the base's: training may set it to the recipe's `max_seq_length`, which vLLM and transformers
     would take for the model's limit."""
+    # byte for byte the run's, but for what below is said of tokenizer_config.json
     files = tokenizer_files(tokenizer)
     settings = json.loads(files["tokenizer_config.json"])
     base = merged.base.folder / "tokenizer_config.json"
@@ -212,6 +214,7 @@ def settings_files(merged: Merged, tokenizer: Path) -> dict[str, bytes]:
         made[INDEX] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     if generation := generation_config(merged, load_tokenizer(tokenizer)):
         made["generation_config.json"] = generation
+    # last, as what is written in this order is whole once it loads
     made["config.json"] = merged.config
     return files | {name: as_json(content) for name, content in made.items()}
 

@@ -28,6 +28,7 @@ def modelfile(run: Path, merged: Merged, tokenizer: "PreTrainedTokenizerBase") -
     trained = load(recipe).model.max_seq_length if recipe.is_file() else CONTEXT
     generation = generation_config(merged, tokenizer)
     family = family_of(merged.config["model_type"])
+    # one file is named, and on most machines the smallest is the one that fits
     smallest = min(written_files(run), key=lambda path: path.stat().st_size)
     values = {
         "ollama": OLLAMA,

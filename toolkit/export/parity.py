@@ -203,6 +203,7 @@ def served_differences(engine: Engine, own: Tokens) -> tuple[int, int]:
     def encode(text: str, special: bool = False) -> list[int]:
         return engine.call("/tokenize", {"content": text, "add_special": special})["tokens"]
 
+    # the texts are such that a wrong pre-tokenizer, normalizer or list of added tokens changes one of them
     texts = sum(encode(text) != own.encode(text) for text in CASES["texts"])
     renderings = 0
     start = own.start()
@@ -250,6 +251,7 @@ def file_divergence(
 
     One prompt per position, a request per text. The sampled token is forced to `plain`: the probabilities are
     those before sampling, and the server withholds them when the token it draws is an incomplete UTF-8 sequence."""
+    # not the whole vocabulary, which would be hundreds of megabytes of JSON for a text
     options = {"n_predict": 1, "n_probs": TOP, "logit_bias": [[plain, 1000.0]]}
     options |= {"response_fields": ["index", "completion_probabilities"]} | request
     rows = iter(reference.astype(np.float64))

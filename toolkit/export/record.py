@@ -39,6 +39,7 @@ class Record:
         kept = path.is_file() and self.files.get(name) == describe(path)
         if kept and (callable(content) or path.read_bytes() == content):
             return False
+        # from here on the folder is not what a certificate was about
         uncertify(self.run)
         with complete(path) as partial:
             if callable(content):
