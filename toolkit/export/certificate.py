@@ -315,10 +315,6 @@ def upload_commands(run: Path) -> list[str]:
     return commands
 
 
-def _number(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3g}"
-
-
 def changes_nothing(certificate: Certificate) -> bool:
     """Whether the run behind an export is its base."""
     return any(note["name"] == CHANGES_NOTHING for note in certificate["reports"])
@@ -329,8 +325,8 @@ def _write(run: Path, certificate: Certificate) -> None:
     if failed:
         first = "Verification failed: the exported files do not match the run. Do not use or share them. Failed:"
         write_text(run / FAILED, "\n".join([first, *failed]) + "\n")
-    values = {"number": _number, "changes_nothing": changes_nothing(certificate)}
-    write_text(run / "certificate.md", filled("certificate.md", certificate | values))
+    values = certificate | {"changes_nothing": changes_nothing(certificate)}
+    write_text(run / "certificate.md", filled("certificate.md", values))
     write_json(run / "certificate.json", certificate)
     if not failed:
         (run / FAILED).unlink()
