@@ -313,11 +313,16 @@ class Adapter:
 
     def scaling(self, module: str) -> float:
         """PEFT's lora_alpha / r (or √r) of a module, by its own patterns, times the scale."""
+        rank = self._setting("rank_pattern", module, self.config["r"])
+        alpha = self._setting("alpha_pattern", module, self.config["lora_alpha"])
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank) * self.scale
+
+    def _setting(self, patterns: str, module: str, usual: float) -> float:
+        """What a module has of its own, by its name, else the usual value."""
+        known = self.config.get(patterns)
+        if not known:
+            return usual
+        # imported here alone: it takes 8 CPU seconds, and few adapters have patterns
         from peft.utils.other import get_pattern_key
 
-        # some modules may have a rank and an alpha of their own
-        ranks = self.config.get("rank_pattern") or {}
-        alphas = self.config.get("alpha_pattern") or {}
-        rank = ranks.get(get_pattern_key(ranks.keys(), module), self.config["r"])
-        alpha = alphas.get(get_pattern_key(alphas.keys(), module), self.config["lora_alpha"])
-        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank) * self.scale
+        return known.get(get_pattern_key(known.keys(), module), usual)
