@@ -6,7 +6,6 @@ checked({"messages": messages}, Placeholders({}))["messages"][1]["reasoning_cont
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from toolkit.data.readers import Rejected
@@ -91,17 +90,24 @@ def check_order(messages: list[Message]) -> None:
         )
 
 
-def strings_of(value: Json) -> Iterator[str]:
+def strings_of(value: Json) -> list[str]:
     """Every text in a value, keys of tools and calls included, as the template prints them too."""
+    texts: list[str] = []
+    _collect(value, texts)
+    return texts
+
+
+def _collect(value: Json, texts: list[str]) -> None:
+    # into one list: generators inside generators are slower, and every row comes through here
     if type(value) is str:
-        yield value
+        texts.append(value)
     elif type(value) is dict:
         for key, item in value.items():
-            yield key
-            yield from strings_of(item)
+            texts.append(key)
+            _collect(item, texts)
     elif type(value) is list:
         for item in value:
-            yield from strings_of(item)
+            _collect(item, texts)
 
 
 def check_text(texts: str) -> None:
