@@ -61,10 +61,10 @@ def mix_figure(mixed: Mix) -> "Figure":
     return figure
 
 
-def keep_mix_picture(recipe: Recipe, mixed: Mix, folder: Path) -> None:
-    """Leave a mix's picture in a run's folder, where tracking takes it from; nothing without wandb."""
+def keep_mix_picture(recipe: Recipe, mixed: Mix) -> None:
+    """Leave a mix's picture in its folder, where tracking takes it from; nothing without wandb."""
     if "wandb" in tracking.trackers(recipe.train):
-        mix_figure(mixed).savefig(folder / tracking.MIX_PICTURE, dpi=120)
+        mix_figure(mixed).savefig(mixed.folder / tracking.MIX_PICTURE, dpi=120)
 
 
 def draw_shares(axes: "Axes", mixed: Mix) -> None:
