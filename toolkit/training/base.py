@@ -21,19 +21,18 @@ def base_folder(name: str) -> Path | None:
 def base_checksums(folder: Path) -> dict[str, str]:
     """{file: SHA-256} of the weights in a model's folder. Each file is read once, and again only after it was written."""
     cache_file = outputs() / ".checksums.json"
-    cache: dict[str, list[int | str]] = {}
+    cache: dict[str, str] = {}
     with contextlib.suppress(ToolkitError):  # missing or damaged: everything is read again
         cache = read_json(cache_file)
-    before, checksums = dict(cache), {}
+    checksums = {}
     for file in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
-        path, status = str(file.resolve()), file.stat()
+        status = file.stat()
         # the time of change cannot be set by hand, as that of modification can
-        identity = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
-        if cache.get(path, [])[:3] != identity:
-            cache[path] = [*identity, sha256(file)]
-        checksums[file.name] = str(cache[path][3])
-    if cache != before:
-        write_json(cache_file, cache)
+        key = f"{file.resolve()} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
+        if key not in cache:
+            cache[key] = sha256(file)
+            write_json(cache_file, cache)
+        checksums[file.name] = cache[key]
     return checksums
 
 
@@ -47,13 +46,12 @@ def check_base(section: Model, recorded: dict[str, str]) -> None:
     """Compare a recipe's base with the checksums in a run's manifest. Raises ToolkitError naming a file that changed.
 
     A run without checksums (of a Hub model, or made before they were kept) is taken as it is."""
-    folder = base_folder(section.model_name)
-    if not recorded or folder is None:
+    now = recorded_checksums(section)
+    if not recorded or not now:
         return
-    now = base_checksums(folder)
     changed = sorted(name for name in recorded.keys() | now.keys() if recorded.get(name) != now.get(name))
     if changed:
         raise ToolkitError(
-            f"{folder / changed[0]}: not the file that this run was trained on (its SHA-256 differs from manifest.json): "
-            "an adapter belongs to one base. Put the old file back, or train anew on this base under another name"
+            f"{section.model_name}: {changed[0]}: not the file that this run was trained on (its SHA-256 differs from "
+            "manifest.json). Put the old file back, or train anew on this base under another name"
         )

@@ -36,19 +36,19 @@ def fault(checkpoint: Path) -> str | None:
     from transformers.trainer_pt_utils import safe_globals
 
     try:
-        if damaged(checkpoint, read_json(checkpoint / CHECKSUMS)):
-            return "is incomplete or damaged"
+        checksums = read_json(checkpoint / CHECKSUMS)
     except ToolkitError:
+        checksums = {CHECKSUMS: "missing"}
+    if damaged(checkpoint, checksums):
         return "is incomplete or damaged"
     # optimizer, scheduler, gradient scaler and random states
-    for file in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
+    for file in sorted(checkpoint.glob("*.pt*")):
         try:
             # as transformers loads them: a pickle that would run code is refused
             with safe_globals():
                 torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # a pickle raises what it likes
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            return f"cannot be loaded ({file.name}: {reason:.80})"
+            return f"cannot be loaded ({file.name}: {type(error).__name__})"
     return None
 
 
@@ -76,7 +76,7 @@ def rank(line: MetricLine, section: Evaluate) -> tuple[bool, float]:
 
     Within the limit of forgetting by `keep_best_by`; beyond it the one that forgot least."""
     distance = line.get(KL, 0.0)
-    if section.forgetting_limit is not None and distance > section.forgetting_limit:
+    if distance > (section.forgetting_limit or math.inf):
         return True, distance
     value = line.get(VALUES[section.keep_best_by], math.inf)
     return False, -value if section.keep_best_by == "accuracy" else value

@@ -4,11 +4,11 @@ folder, state = open_run(recipe)
 """
 
 import contextlib
-import errno
 import importlib.metadata
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -16,6 +16,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
+
+from rich.console import Console
 
 from toolkit import recipe as recipes
 from toolkit.data.mix import Mix, check_data
@@ -39,11 +41,11 @@ from toolkit.training.log import LOG
 from toolkit.training.model import damaged, on_cuda
 
 State = Literal["new", "unfinished", "finished"]
-WRITE_ERRORS = {
-    getattr(errno, name) for name in ("ENOSPC", "EFBIG", "EDQUOT", "EACCES", "EPERM", "EROFS", "ENOTDIR", "EIO")
-}
-NO_SPACE = r"No space left|os error (27|28)|PytorchStreamWriter|unexpected pos|iostream error"
-"""How torch.save and safetensors report a failed write: as a RuntimeError and a SafetensorError of their own."""
+FAILED_WRITE = (
+    "No space left|File too large|quota exceeded|Permission denied|not permitted|Read-only|Not a directory|Input/output"
+    "|os error (27|28)|PytorchStreamWriter|unexpected pos|iostream error"
+)
+"""What an error of a write says: the system's words, and those of torch.save, safetensors and tokenizers."""
 PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "wandb")
 
 
@@ -72,65 +74,70 @@ def open_run(recipe: Recipe, *, fresh: bool = False) -> tuple[Path, State]:
         aside = outputs() / ".old" / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         aside.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(aside)
-    written = folder / "recipe.yaml"
-    if not written.is_file() and not all_checkpoints(folder):
+    if not (folder / "recipe.yaml").is_file() and not all_checkpoints(folder):
         return folder, "new"
-    if not holds_run_of(recipe, folder):
-        changes = _changes(recipes.load(written), recipe) if written.is_file() else "its recipe.yaml is missing"
-        raise ToolkitError(
-            f"{folder} holds a run of another recipe ({changes}). "
-            "Runs are never overwritten: choose another name (name=...), or pass --fresh to move the old run aside"
-        )
+    check_recipe(recipe, folder)
     manifest = read_manifest(folder)
     # a damaged adapter is written again from its checkpoint, without training
     is_finished = "finished" in manifest and damaged(folder / "adapter", manifest.get("adapter", {})) is None
     return folder, "finished" if is_finished else "unfinished"
 
 
-def holds_run_of(recipe: Recipe, folder: Path) -> bool:
-    """Whether a folder's run is of this recipe, by its recipe.yaml; where an editor changed or damaged that, by the
-    manifest, and the file is written anew."""
-    written, text = folder / "recipe.yaml", recipes.to_yaml(recipe)
+def check_recipe(recipe: Recipe, folder: Path) -> None:
+    """Raises ToolkitError when a folder's run is of another recipe, by its recipe.yaml or, where an editor changed or
+    damaged that, by its manifest; the file is then written anew."""
+    file = folder / "recipe.yaml"
+    text = recipes.to_yaml(recipe)
     with contextlib.suppress(ToolkitError):
-        if read_text(written) == text:
-            return True
-    if read_manifest(folder).get("recipe_sha256") != recipes.sha256(recipe):
-        return False
-    write_text(written, text)
-    return True
+        if read_text(file) == text:
+            return
+    if read_manifest(folder).get("recipe_sha256") == recipes.sha256(recipe):
+        write_text(file, text)
+        return
+    changes = _changes(recipes.load(file), recipe) if file.is_file() else "its recipe.yaml is missing"
+    raise ToolkitError(
+        f"{folder} holds a run of another recipe ({changes}). "
+        "Choose another name (name=...), or pass --fresh to move the old run aside"
+    )
 
 
 def _changes(old: Recipe, new: Recipe) -> str:
     """The first keys in which two recipes differ, for the error message."""
-    before, after = flat(recipes.to_dict(old)), flat(recipes.to_dict(new))
-    keys = [key for key in sorted(before | after) if before.get(key) != after.get(key)]
-    changes = [f"{key}: {before.get(key, 'unset')} there, {after.get(key, 'unset')} here" for key in keys[:3]]
-    return "; ".join(changes) + ("; …" if len(keys) > 3 else "")
+    before = flat(recipes.to_dict(old))
+    after = flat(recipes.to_dict(new))
+    keys = [key for key in before | after if before.get(key) != after.get(key)]
+    return "; ".join(f"{key}: {before.get(key)} there, {after.get(key)} here" for key in keys[:3])
 
 
 def check_adapter_values(recipe: Recipe, model: Any) -> None:
     """Raises ToolkitError when a model's adapter is not the recipe's, which names and records the run."""
     config = model.peft_config[model.active_adapter]
     for name in ("r", "lora_alpha", "lora_dropout", "use_rslora"):
-        used, expected = getattr(config, name), getattr(recipe.lora, name)
+        used = getattr(config, name)
+        expected = getattr(recipe.lora, name)
         if used != expected:
             raise ToolkitError(
-                f"the adapter has {name}={used}, the recipe lora.{name}={expected}: change it in the recipe, which names "
-                f"and records the run (lora.{name}={used})"
+                f"the adapter has {name}={used}, the recipe lora.{name}={expected}: set lora.{name}={used} in the recipe"
             )
 
 
-def check_resume(recipe: Recipe, mixed: Mix, folder: Path) -> list[str]:
-    """Compare what a run with checkpoints began with to what is here now. Raises ToolkitError where the data or the base
-    changed; returns the packages that did, as `torch 2.12.0 → 2.13.0`."""
+def check_resume(recipe: Recipe, mixed: Mix, folder: Path, console: Console) -> None:
+    """Compare what a run with checkpoints began with to what is here now: packages that changed are named. Raises
+    ToolkitError where the data or the base changed."""
     if not all_checkpoints(folder):
-        return []
+        return
     before = read_manifest(folder)
     check_data(mixed, before)
     check_base(recipe.model, before.get("model", {}).get("files", {}))
     now = versions()
-    began = before.get("versions", now)
-    return [f"{name} {began[name]} → {now[name]}" for name in now if began.get(name, now[name]) != now[name]]
+    changes = [f"{name} {old} → {now.get(name)}" for name, old in _changed_versions(before, now).items()]
+    if changes:
+        console.print(f"· resumed under other versions than it began with: {', '.join(changes)}", markup=False)
+
+
+def _changed_versions(manifest: dict[str, Any], now: dict[str, str]) -> dict[str, str]:
+    """{package: version} of what a manifest names and is of another version now."""
+    return {name: old for name, old in manifest.get("versions", {}).items() if now.get(name) != old}
 
 
 def claim(recipe: Recipe, mixed: Mix, model: Any, folder: Path) -> None:
@@ -155,7 +162,6 @@ def describe(recipe: Recipe, mixed: Mix, model: Any, folder: Path) -> Manifest:
     gpu = torch.cuda.get_device_properties(0) if on_cuda() else None
     before = read_manifest(folder) if all_checkpoints(folder) else {}
     now = versions()
-    earlier = {name: v for name, v in before.get("versions", {}).items() if now.get(name) != v}
     manifest: Manifest = {
         "recipe_sha256": recipes.sha256(recipe),
         "versions": now,
@@ -173,7 +179,8 @@ def describe(recipe: Recipe, mixed: Mix, model: Any, folder: Path) -> Manifest:
         "started": before.get("started") or utc_now(),
         "state": "running",
     }
-    if earlier := before.get("earlier_versions", {}) | earlier:
+    earlier = before.get("earlier_versions", {}) | _changed_versions(before, now)
+    if earlier:
         manifest["earlier_versions"] = earlier
     return manifest
 
@@ -191,13 +198,11 @@ def utc_now() -> str:
 
 
 def commit() -> str | None:
-    """The toolkit's git commit, with + when files differ from it; None outside a checkout."""
-    if not (ROOT / ".git").exists():  # an installed copy may lie in a checkout of something else
+    """The toolkit's git commit, with + when files differ from it; None outside a checkout or without git."""
+    # an installed copy may lie in a checkout of something else
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
         return None
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
-    except FileNotFoundError:  # no git on this machine
-        return None
+    done = subprocess.run(["git", "describe", "--always", "--dirty=+"], cwd=ROOT, capture_output=True, text=True)
     return done.stdout.strip() or None
 
 
@@ -206,11 +211,8 @@ def writing(path: Path) -> Iterator[None]:
     """Turn a write that failed below `path`, whoever reports it, into the error that says what to do."""
     try:
         yield
-    except ToolkitError:
-        raise
     except Exception as error:  # safetensors raises its own kind, tokenizers a plain Exception
-        is_known = error.errno in WRITE_ERRORS if isinstance(error, OSError) else re.search(NO_SPACE, str(error))
-        if not is_known:
+        if isinstance(error, ToolkitError) or not re.search(FAILED_WRITE, str(error)):
             raise
         failed = error if isinstance(error, OSError) else OSError(str(error).splitlines()[0])
         raise write_error(path, failed) from error
@@ -240,6 +242,7 @@ def record_stop(folder: Path, error: BaseException) -> None:
         return
     reason = f"{type(error).__name__}: {error}"
     if isinstance(error, KeyboardInterrupt):  # the command line passes SIGTERM and SIGHUP on as one with their number
-        reason = f"interrupted by {signal.Signals(*error.args or [signal.SIGINT]).name}"
+        number = error.args[0] if error.args else signal.SIGINT
+        reason = f"interrupted by {signal.Signals(number).name}"
     with contextlib.suppress(ToolkitError):  # on a full disk the reason is on the screen only
         write_json(folder / "manifest.json", manifest | {"state": "stopped", "stopped": reason})

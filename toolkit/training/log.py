@@ -12,11 +12,12 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from toolkit.files import displaced, outputs
+from toolkit.files import displaced, outputs, shareable
 
 
 class Log(io.TextIOBase):
-    """Where the libraries' stdout and stderr go: run.log of the run in work, otherwise outputs/toolkit.log.
+    """Where the libraries' stdout and stderr go: run.log of the run in work, otherwise outputs/toolkit.log. People pass it
+    on: it names neither the home folder nor a token.
 
     One object for the whole process: log handlers created while `quiet()` is in place keep writing to it."""
 
@@ -32,7 +33,7 @@ class Log(io.TextIOBase):
         with contextlib.suppress(OSError):  # a full disk must not turn a library's warning into a crash
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8", errors="replace") as file:
-                file.write(text)
+                file.write(shareable(text))
         return len(text)
 
 

@@ -6,6 +6,7 @@ model, tokenizer = load_run("pocket")
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,12 @@ from typing import Any
 
 from rich.console import Console
 
-from toolkit.files import POCKET, ToolkitError, did_you_mean, download, find, hide_home, outputs, read_json, sha256
-from toolkit.recipe import Lora, Model
-from toolkit.training.base import check_base
+from toolkit.files import ToolkitError, did_you_mean, download, hide_home, outputs, read_json, sha256
+from toolkit.recipe import Lora, Model, of_run
+from toolkit.training.base import base_folder, check_base
 from toolkit.training.log import LOG, quiet
 
-DRIVER_FILES = ("/proc/driver/nvidia/version", "/usr/lib/wsl/lib/nvidia-smi")
-"""What unsloth_zoo/device_type.py asks."""
+OUT_OF_MEMORY = "OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED"
 
 
 def unsloth() -> Any:
@@ -42,12 +42,6 @@ def unsloth() -> Any:
     return FastLanguageModel
 
 
-def check_card() -> None:
-    """Raises ToolkitError where there is an NVIDIA driver and torch cannot use a card: Unsloth would refuse to load."""
-    if not on_cuda() and any(Path(file).exists() for file in DRIVER_FILES):
-        unsloth()
-
-
 def on_cuda() -> bool:
     """Whether torch can use a CUDA card."""
     import torch
@@ -64,32 +58,27 @@ def has_bf16() -> bool:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that the GPU has no memory left; CUDA and cuBLAS report it as a plain RuntimeError too."""
-    import torch
-
-    words = "out of memory", "CUBLAS_STATUS_ALLOC_FAILED"
-    plain = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    return plain or isinstance(error, torch.OutOfMemoryError)
+    return isinstance(error, RuntimeError) and bool(re.search(OUT_OF_MEMORY, f"{type(error).__name__} {error}"))
 
 
 def checkpoint_file(section: Model, name: str) -> dict[str, Any]:
     """A JSON file of a recipe's model, from its folder or the Hub, without loading anything; {} where it has none."""
-    where = find(checkpoint_path(section))
-    if where is None:
+    folder = base_folder(section.model_name)
+    if folder:
+        file = folder / name
+    else:
         import huggingface_hub
 
         try:
             file = Path(huggingface_hub.hf_hub_download(section.model_name, name, revision=section.revision))
         except (OSError, ValueError):  # no such name, no network: loading reports it, with the reason
             return {}
-    else:
-        file = where / name
     return read_json(file) if file.is_file() else {}
 
 
 def checkpoint_path(section: Model) -> str:
     """What `from_pretrained` takes for a recipe's model name: the folder it names, or the Hub name itself."""
-    where = POCKET if section.model_name == "pocket" else find(section.model_name)
-    return str(where or section.model_name)
+    return str(base_folder(section.model_name) or section.model_name)
 
 
 def really_loaded(section: Model) -> str:
@@ -99,11 +88,7 @@ def really_loaded(section: Model) -> str:
     Raises ToolkitError where a revision is asked for: it is another repository's, and Unsloth would ignore it.
     """
     name = section.model_name
-    if checkpoint_path(section) != name or section.extra.get("use_exact_model_name"):
-        return name
-    import torch
-
-    if not torch.cuda.is_available():
+    if base_folder(name) or section.extra.get("use_exact_model_name") or not on_cuda():
         return name
     unsloth()
     from unsloth.models.loader_utils import get_model_name
@@ -121,11 +106,12 @@ def really_loaded(section: Model) -> str:
 
 def fetch(section: Model) -> None:
     """Download a Hub model's weights unless they are here. Loading would do it too, but `quiet` would hide size and speed."""
-    if find(checkpoint_path(section)) is None:
-        try:
-            download(section.model_name, section.revision, local_only=True)
-        except ToolkitError:
-            download(section.model_name, section.revision)
+    if base_folder(section.model_name):
+        return
+    try:
+        download(section.model_name, section.revision, local_only=True)
+    except ToolkitError:
+        download(section.model_name, section.revision)
 
 
 @contextlib.contextmanager
@@ -134,7 +120,8 @@ def loading(section: Model, console: Console) -> Iterator[None]:
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     fetch(section)
-    name, began = section.model_name, time.monotonic()
+    name = section.model_name
+    began = time.monotonic()
     if not (console.is_terminal or console.is_jupyter):
         console.print(f"loading {name} …")
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
@@ -162,9 +149,7 @@ def load_base(section: Model) -> tuple[Any, Any]:
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if out_of_memory(error) or "does not fit in GPU memory" in reason:
-            reason = (
-                "no room in GPU memory: `python -m toolkit fit RECIPE` shows what fits, `nvidia-smi` who holds the rest"
-            )
+            reason = "no room in GPU memory: `python -m toolkit fit RECIPE` shows what fits, `nvidia-smi` who holds it"
         raise ToolkitError(f"{section.model_name}: cannot be loaded: {reason} (details: {LOG.path})") from error
     if model.device.type == "cuda":
         from unsloth.utils.packing import mark_allow_overlength
@@ -186,27 +171,24 @@ def split_as_its_file_says(tokenizer: Any, file: dict[str, Any]) -> None:
     import tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    built = json.loads(tokenizer.backend_tokenizer.to_str())
-    if file and rules(file) != rules(built):
-        own = tokenizers.Tokenizer.from_str(json.dumps(file))
-        backend = tokenizer.backend_tokenizer
-        backend.normalizer, backend.pre_tokenizer = own.normalizer, own.pre_tokenizer
+    backend = tokenizer.backend_tokenizer
+    if file and rules(file) != rules(json.loads(backend.to_str())):
+        as_written = tokenizers.Tokenizer.from_str(json.dumps(file))
+        backend.normalizer = as_written.normalizer
+        backend.pre_tokenizer = as_written.pre_tokenizer
         tokenizer.__class__ = PreTrainedTokenizerFast  # saved under this name, its file is read as it is
 
 
 def rules(tokenizer: dict[str, Any]) -> str:
     """How a tokenizer.json cleans and splits text; `trim_offsets` changes no id, and the classes set it as they like."""
-    return json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")]).replace(
-        '"trim_offsets": false', '"trim_offsets": true'
-    )
+    text = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
+    return text.replace('"trim_offsets": false', '"trim_offsets": true')
 
 
-def attach(model: Any, lora: Lora, *, seed: int, use_gradient_checkpointing: bool | str = "unsloth") -> Any:
-    """The model with a fresh LoRA adapter; on a GPU with Unsloth's offloaded checkpointing unless told otherwise."""
-    import torch
-
+def attach(model: Any, lora: Lora, *, seed: int) -> Any:
+    """The model with a fresh LoRA adapter; on a GPU with Unsloth's offloaded checkpointing unless the recipe says otherwise."""
     # "unsloth" moves activations to main memory, which needs a card to move them from
-    checkpointing = use_gradient_checkpointing if torch.cuda.is_available() else False
+    checkpointing = "unsloth" if on_cuda() else False
     options = {"use_gradient_checkpointing": checkpointing, "random_state": seed, "bias": "none", **lora.extra}
     with quiet():
         attached = unsloth().get_peft_model(
@@ -221,13 +203,11 @@ def attach(model: Any, lora: Lora, *, seed: int, use_gradient_checkpointing: boo
 
 def load_run(folder: str | Path) -> tuple[Any, Any]:
     """(model, tokenizer) of a finished run: its base, with its adapter on; `model.disable_adapter()` gives the base."""
-    from toolkit import recipe
-
     folder = run_folder(folder)
     check_adapter(folder)
-    resolved = recipe.of_run(folder)
-    check_base(resolved.model, read_json(folder / "manifest.json").get("model", {}).get("files", {}))
-    model, tokenizer = load_base(resolved.model)
+    section = of_run(folder).model
+    check_base(section, read_json(folder / "manifest.json").get("model", {}).get("files", {}))
+    model, tokenizer = load_base(section)
     with quiet():
         from peft import PeftModel
 
@@ -239,15 +219,14 @@ def load_run(folder: str | Path) -> tuple[Any, Any]:
 def run_folder(folder: str | Path) -> Path:
     """A run's folder by path or by name under outputs/, or one that `export_model` wrote, which has no recipe. Raises
     ToolkitError when there is no finished run."""
-    places, begun = (Path(folder), outputs() / folder), ("recipe.yaml", "manifest.json")
-    found = next((p for p in places if any((p / name).is_file() for name in begun)), None)
-    if found is None:
-        runs = [p.parent.name for p in outputs().glob("*/recipe.yaml")]
-        raise ToolkitError(f"{folder}: no such run in {outputs()}{did_you_mean(str(folder), runs)}")
-    # written by the last step of a training
-    if not (found / "adapter" / "adapter_config.json").is_file():
-        raise ToolkitError(f"{found}: this run has no adapter yet: finish it with the `train` command that began it")
-    return found
+    for run in (Path(folder), outputs() / folder):
+        # written by the last step of a training
+        if (run / "adapter" / "adapter_config.json").is_file():
+            return run
+        if (run / "recipe.yaml").is_file():
+            raise ToolkitError(f"{run}: this run has no adapter yet: finish it with the `train` command that began it")
+    runs = [file.parent.name for file in outputs().glob("*/recipe.yaml")]
+    raise ToolkitError(f"{folder}: no such run in {outputs()}{did_you_mean(str(folder), runs)}")
 
 
 def write_adapter(checkpoint: Path, model: Any, tokenizer: Any, folder: Path) -> dict[str, str]:

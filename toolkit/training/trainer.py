@@ -23,26 +23,25 @@ def train(recipe: Recipe, mixed: Mix, model: Any, tokenizer: Any, make_recorder:
     """Train the adapter on `model`; where memory runs out before the first step, with a smaller batch.
 
     `make_recorder` gives the RunRecorder of a recipe. The weights are then in `model` and in the run's folder."""
+    from toolkit.training.record import release
+
     if on_cuda():
         console.print("compiling kernels: about a minute, once")
     while True:
-        trainer = build_trainer(recipe, mixed, model, tokenizer, make_recorder(recipe), console)
+        trainer = build_trainer(recipe, mixed, model, tokenizer, make_recorder(recipe))
         try:
             run_longest_batch(trainer)
             trainer.train()
             return
-        except RuntimeError as error:
+        except (RuntimeError, TypeError, ValueError) as error:
+            refused = not isinstance(error, RuntimeError | ToolkitError) and trainer.state.global_step == 0
+            if refused:
+                # values that SFTConfig takes and the trainer cannot begin with: a scheduler without its arguments
+                raise ToolkitError(f"train: TRL refuses these settings: {error}") from error
             if not out_of_memory(error):
                 raise
-        except (TypeError, ValueError) as error:
-            if isinstance(error, ToolkitError) or trainer.state.global_step:
-                raise
-            # values that SFTConfig takes and the trainer cannot begin with: a scheduler without its arguments
-            raise ToolkitError(f"train: TRL refuses these settings: {error}") from error
         # outside `except`: there the traceback would hold the step's tensors
         steps = trainer.state.global_step
-        from toolkit.training.record import release
-
         release(trainer)
         del trainer
         recipe = dataclasses.replace(recipe, train=smaller_batch(recipe.train, steps, console))
@@ -50,21 +49,24 @@ def train(recipe: Recipe, mixed: Mix, model: Any, tokenizer: Any, make_recorder:
 
 def smaller_batch(settings: dict[str, Any], steps_done: int, console: Console) -> dict[str, Any]:
     """The next smaller batch size that divides the effective batch, which stays the same."""
-    batch, accumulation = settings["per_device_train_batch_size"], settings["gradient_accumulation_steps"]
+    batch = settings["per_device_train_batch_size"]
     if batch == 1 or steps_done:
         raise ToolkitError(
             f"out of GPU memory after {steps_done} steps at batch size {batch}. `python -m toolkit fit RECIPE` shows the "
             "smallest changes that fit; the same command resumes from the last checkpoint"
         )
-    smaller = max(n for n in range(1, batch // 2 + 1) if batch * accumulation % n == 0)
-    more = batch * accumulation // smaller
+    effective = batch * settings["gradient_accumulation_steps"]
+    smaller = max(n for n in range(1, batch // 2 + 1) if effective % n == 0)
     console.print(
-        f"out of memory at batch {batch} × {accumulation}: trying {smaller} × {more}, the same effective batch"
+        f"out of memory at batch {batch}: trying {smaller} × {effective // smaller}, the same effective batch"
     )
-    return settings | {"per_device_train_batch_size": smaller, "gradient_accumulation_steps": more}
+    return settings | {
+        "per_device_train_batch_size": smaller,
+        "gradient_accumulation_steps": effective // smaller,
+    }
 
 
-def build_trainer(recipe: Recipe, mixed: Mix, model: Any, tokenizer: Any, recorder: Any, console: Console) -> Any:
+def build_trainer(recipe: Recipe, mixed: Mix, model: Any, tokenizer: Any, recorder: Any) -> Any:
     """TRL's SFTTrainer on the mix, with a RunRecorder."""
     import trl
 
@@ -74,7 +76,7 @@ def build_trainer(recipe: Recipe, mixed: Mix, model: Any, tokenizer: Any, record
             arguments = trl.SFTConfig(**sft_arguments(recipe, validates=bool(validation)))
         except ValueError as error:  # two keys that contradict each other, e.g. save_steps and eval_steps
             raise ToolkitError(f"train: {error}") from error
-        trainer = trl.SFTTrainer(
+        return trl.SFTTrainer(
             model=model,
             args=arguments,
             train_dataset=mixed.train_dataset,
@@ -82,20 +84,17 @@ def build_trainer(recipe: Recipe, mixed: Mix, model: Any, tokenizer: Any, record
             processing_class=tokenizer,
             callbacks=[recorder],
         )
-    if trainer.args.packing or trainer.args.padding_free or recipe.train.get("packing"):
-        console.print(f"packing {trainer.args.packing}, padding-free {trainer.args.padding_free}")
-    return trainer
 
 
 def sft_arguments(recipe: Recipe, *, validates: bool) -> dict[str, Any]:
     """Arguments for TRL's SFTConfig from the recipe's `train:` section, for rows that already hold ids and labels."""
-    settings, half = recipe.train, on_cuda()
-    bf16 = half and has_bf16()
+    settings = recipe.train
+    bf16 = on_cuda() and has_bf16()
     packing = bool(settings.get("packing"))
     saves = "steps" if settings["eval_strategy"] == "no" else settings["eval_strategy"]
     # the recipe may change these values, and none of those below
-    values = {"bf16": bf16, "fp16": half and not bf16, "save_strategy": saves}
-    if not half:
+    values = {"bf16": bf16, "fp16": on_cuda() and not bf16, "save_strategy": saves}
+    if not on_cuda():
         # its default is True, and would compute every layer twice; memory is short on a card, not here
         values["gradient_checkpointing"] = False
     values |= settings
@@ -109,10 +108,10 @@ def sft_arguments(recipe: Recipe, *, validates: bool) -> dict[str, Any]:
         "max_length": recipe.model.max_seq_length if packing else None,
         "dataset_kwargs": None if packing else {"skip_prepare_dataset": True},
     }
-    if not validates or settings["eval_strategy"] == "no":
-        values |= {"eval_strategy": "no", "load_best_model_at_end": False}
-    elif values["load_best_model_at_end"]:
-        values |= {"metric_for_best_model": "eval_loss", "greater_is_better": False}
+    if not validates:
+        values["eval_strategy"] = "no"
+    if values["eval_strategy"] == "no":
+        values["load_best_model_at_end"] = False
     return values
 
 

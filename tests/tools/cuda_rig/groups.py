@@ -148,8 +148,8 @@ def trainer_in(way: str, folder: Path, calls: list) -> tuple[dict, object]:
     changes = {"padding_free": [], "packed": ["train.packing=true"], "padded": ["train.padding_free=false"]}[way]
     plan = recipe.load("pocket", [*QUICK, "train.per_device_train_batch_size=3", *changes])
     model, tokenizer = load(plan, folder)
-    rows, console = mixed(folder), Console(quiet=True)
-    trainer = train.build_trainer(plan, rows, model, tokenizer, recorder(plan, rows, folder), console)
+    rows = mixed(folder)
+    trainer = train.build_trainer(plan, rows, model, tokenizer, recorder(plan, rows, folder))
     # the class below the recorder's, which the probe goes past
     data, after_build, losses = trainer.train_dataset, state(model), watched(type(trainer).__bases__[1])
     batch = trainer.data_collator([data[i] for i in range(len(data))])
