@@ -30,6 +30,13 @@ def default_console() -> Console:
     return Console(highlight=False, soft_wrap=True, width=160) if piped else console
 
 
+def pinned(console: Console | None) -> Console:
+    """A console, or the default one, that keeps printing where it does now while the libraries' output goes to the log."""
+    console = console or default_console()
+    console.file = console.file
+    return console
+
+
 def train(recipe: Recipe, console: Console | None = None, *, fresh: bool = False, score: bool = True,
           details: bool = False) -> Path:  # fmt: skip
     """Check, compile, load, train, evaluate; ends with before and after and the next command. Returns the run's folder.
@@ -39,8 +46,7 @@ def train(recipe: Recipe, console: Console | None = None, *, fresh: bool = False
     from toolkit.training import folder as folders
     from toolkit.view import trained
 
-    console = console or default_console()
-    console.file = console.file  # keep printing there while the libraries' output goes to the log
+    console = pinned(console)
     # accelerate starts this function in every process; one of them talks
     is_main = folders.is_main()
     console.quiet = console.quiet or not is_main
@@ -50,34 +56,33 @@ def train(recipe: Recipe, console: Console | None = None, *, fresh: bool = False
     with lock(folder, "train") if is_main else contextlib.nullcontext(), folders.recorded(folder):
         with folders.main_first():
             folder, state = folders.open_run(recipe, fresh=fresh and is_main)
-            if state == "finished" and (not score or scored(folder)):
-                return already_finished(recipe, folder, console, score=score)
+            if state == "finished" and (scored(folder) or not score):
+                console.print(
+                    f"{folder} is finished already: `python -m toolkit evaluate {recipe.name}` scores it again"
+                )
+                return folder
             # the first process compiles the mix, the others then read it from the cache
             mixed = compile_mix(recipe, console) if state != "finished" else None
         loaded = train_adapter(recipe, mixed, console) if mixed else None
-        if is_main:
-            trained.report(folder, console)
-            if score:
-                evaluate(folder, console, loaded=loaded, details=details)
-            else:
-                console.print(f"the run: {folder}\nnext:    python -m toolkit evaluate {folder.name}")
+        if not is_main:
+            return folder
+        trained.report(folder, console)
+        if score:
+            evaluate(folder, console, loaded=loaded, details=details)
+        else:
+            console.print(f"the run: {folder}\nnext:    python -m toolkit evaluate {folder.name}")
     return folder
 
 
 def preflight(recipe: Recipe, console: Console) -> Recipe:
-    """All that can be known to fail before the first row is read: trackers, card, model, export, the run's name.
+    """All that can be known to fail before the first row is read: trackers, compiler, model, export.
 
     Returns the recipe with the model that is really loaded. Raises ToolkitError."""
     from toolkit.export.preflight import findings
     from toolkit.machine import choose, doctor
-    from toolkit.training import folder as folders
-    from toolkit.training.model import check_card
 
-    if folders.is_main():
-        # a tracker's package that is missing, a network that is away
-        tracking.check(recipe.train, outputs() / recipe.name, console.print)
-        doctor.check_compiler(choose.has_card())
-    check_card()
+    tracking.check(recipe.train)
+    doctor.check_compiler(choose.has_card())
     recipe = resolve(recipe, console)
     # not at the export, after hours of training
     for finding in findings(recipe):
@@ -85,138 +90,20 @@ def preflight(recipe: Recipe, console: Console) -> Recipe:
     return recipe
 
 
-def train_adapter(recipe: Recipe, mixed: "Mix", console: Console) -> tuple[Any, Any]:
-    """Load, attach LoRA, train; returns (model, tokenizer), ready to be scored."""
-    from toolkit.machine import choose
-    from toolkit.training import model as models
-    from toolkit.training import trainer as training
-    from toolkit.training.folder import is_main
-
-    planned = choose.say_hours(recipe, mixed, console.print) if is_main() else None
-    with models.loading(recipe.model, console):
-        model, tokenizer = models.load_base(recipe.model)
-        model = models.attach(model, recipe.lora, seed=recipe.data.seed)
-    if model.device.type != model.get_input_embeddings().weight.device.type:
-        console.print("· GPU memory is tight: Unsloth keeps the input embedding in main memory")
-    make_recorder = functools.partial(recorder, mixed=mixed, console=console)
-    training.train(recipe, mixed, model, tokenizer, make_recorder, console)
-    if planned:
-        choose.record_hours(outputs() / recipe.name, planned)
-    return model, tokenizer
-
-
-def recorder(recipe: Recipe, mixed: "Mix", console: Console | None = None) -> "RunRecorder":
-    """A callback for SFTTrainer that keeps the run of a recipe, with all that later stages add to it."""
-    from toolkit.evaluation.questions import from_mix
-    from toolkit.evaluation.watch import Forgetting, answer_prompts
-    from toolkit.machine.choose import compared_memory
-    from toolkit.training.model import unsloth
-    from toolkit.training.record import RunRecorder, Stages
-    from toolkit.view.figures import keep_mix_picture
-
-    unsloth()
-    section, console = recipe.evaluate, console or default_console()
-    console.file = console.file
-    limit = min(256, section.max_new_tokens or 256)
-    stages = Stages(
-        picture=functools.partial(keep_mix_picture, recipe, mixed),
-        replies=functools.partial(answer_prompts, prompts=section.prompts, max_new_tokens=limit, seed=recipe.data.seed),
-        memory=functools.partial(compared_memory, recipe, max(len(row.ids) for row in mixed.train)),
-    )
-    if section.forgetting_probes:
-        rows = from_mix(mixed)["validation"] if section.keep_best_by == "accuracy" else []
-        forgetting = Forgetting(section.forgetting_probes, rows, outputs() / ".base_replies")
-        stages = dataclasses.replace(stages, forgetting=forgetting)
-    return RunRecorder(recipe, mixed, console, stages)
-
-
-def already_finished(recipe: Recipe, folder: Path, console: Console, *, score: bool) -> Path:
-    """Leave a finished run as it is, but for what a kill right after its evaluation left undone."""
-    from toolkit.training.folder import is_main
-
-    if score and is_main():
-        log_evaluation(recipe, folder, console)
-    console.print(f"{folder} is finished already: `python -m toolkit evaluate {recipe.name}` scores it again")
-    return folder
-
-
-def evaluate(folder: str | Path, console: Console | None = None, *, level: str | None = None, minutes: float | None = None,
-             loaded: tuple[Any, Any] | None = None, details: bool = False) -> dict[str, Any]:  # fmt: skip
-    """Score a run against its own base; writes eval.json, report.html and the wandb summary, prints verdict and next command.
-
-    `details` prints the table of all metrics too; `loaded` is (model, tokenizer) right after training,
-    `minutes` the time for replies."""
-    from toolkit.data import mix
-    from toolkit.evaluation import measure as evaluation
-    from toolkit.evaluation.questions import from_mix, questions_of
-    from toolkit.training import model as models
-    from toolkit.view import page, trained
-
-    console = console or default_console()
-    console.file = console.file
-    folder = models.run_folder(folder)
-    with lock(folder, "evaluate"):
-        recipe = recipes.of_run(folder)
-        if loaded is None:
-            with models.loading(recipe.model, console):
-                loaded = models.load_run(folder)
-        manifest = read_json(folder / "manifest.json")
-        # the rows of the training itself: held-out rows of another mix may be among those it trained on
-        mixed = mix.of_run(recipe, manifest)
-        own = from_mix(mixed)
-        result = evaluation.evaluate(
-            *loaded,
-            *questions_of(recipe, mixed),
-            validation=own["validation"],
-            own_rows=own["own_rows"],
-            limits=own["limits"],
-            # the questions depend on it, so it is written into the result and compared by `compare`
-            level=level or recipe.evaluate.level,
-            steps=manifest.get("steps"),
-            minutes=minutes or recipe.evaluate.minutes,
-            train_seconds=manifest.get("train_seconds"),
-            # whoever names a level or a time at the command line asks for more than the recipe fixes
-            questions_per_mode=None if level or minutes else recipe.evaluate.questions_per_mode,
-            max_new_tokens=recipe.evaluate.max_new_tokens,
-            console=console,
-        )
-        write_json(evaluation_file(folder, result), result)
-        page.write(folder)
-        log_evaluation(recipe, folder, console)
-    trained.print_result(result, folder, console, details=details)
-    return result
-
-
-def evaluation_file(folder: Path, result: dict[str, Any]) -> Path:
-    """Where an evaluation is written: eval.json, but fast evidence does not replace replies that were paid for."""
-    paid = scored(folder) and read_json(folder / "eval.json").get("level") != "fast"
-    return folder / ("eval-fast.json" if paid and result["level"] == "fast" else "eval.json")
-
-
 def resolve(recipe: Recipe, console: Console) -> Recipe:
     """The recipe with the model that is really loaded, which is said where it differs: `auto` becomes the largest Qwen3
     that fits the card, a Hub name what Unsloth loads for it. The mix, the run and its export then agree on one name."""
-    asked = recipe.model.model_name
-    if asked != "auto":
-        from toolkit.training.model import really_loaded
-
-        name = really_loaded(recipe.model)
-        if name != asked:
-            console.print(f"model: {name} (what Unsloth loads for {asked})")
-        return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, model_name=name))
     from toolkit.machine.choose import auto_model
+    from toolkit.training.model import really_loaded
 
-    name, why = auto_model(recipe)
-    console.print(f"model: {name} ({why})")
-    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, model_name=name))
-
-
-def scored(folder: Path) -> bool:
-    """Whether a run has an evaluation that can be read."""
-    try:
-        return {"base", "tuned", "difference"} <= read_json(folder / "eval.json").keys()
-    except ToolkitError:
-        return False
+    name = recipe.model.model_name
+    if name == "auto":
+        loaded, why = auto_model(recipe)
+    else:
+        loaded, why = really_loaded(recipe.model), f"what Unsloth loads for {name}"
+    if loaded != name:
+        console.print(f"model: {loaded} ({why})")
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, model_name=loaded))
 
 
 def compile_mix(
@@ -231,9 +118,103 @@ def compile_mix(
     return mixed
 
 
-def log_evaluation(recipe: Recipe, folder: Path, console: Console) -> None:
-    """Send a run's eval.json to wandb, unless that was done before."""
-    from toolkit.evaluation import measure as evaluation
+def train_adapter(recipe: Recipe, mixed: "Mix", console: Console) -> tuple[Any, Any]:
+    """Load, attach LoRA, train; returns (model, tokenizer), ready to be scored."""
+    from toolkit.machine import choose
+    from toolkit.training import model as models
+    from toolkit.training import trainer
+    from toolkit.training.folder import is_main
 
-    result = read_json(folder / "eval.json")
-    tracking.TRACKER.finish(recipe, folder, evaluation.summary(result), result.get("samples", []), console)
+    planned = choose.say_hours(recipe, mixed, console.print) if is_main() else None
+    with models.loading(recipe.model, console):
+        model, tokenizer = models.load_base(recipe.model)
+        model = models.attach(model, recipe.lora, seed=recipe.data.seed)
+    if model.device.type != model.get_input_embeddings().weight.device.type:
+        console.print("· GPU memory is tight: Unsloth keeps the input embedding in main memory")
+    trainer.train(recipe, mixed, model, tokenizer, functools.partial(recorder, mixed=mixed, console=console), console)
+    if planned:
+        choose.record_hours(outputs() / recipe.name, planned)
+    return model, tokenizer
+
+
+def recorder(recipe: Recipe, mixed: "Mix", console: Console | None = None) -> "RunRecorder":
+    """A callback for SFTTrainer that keeps the run of a recipe, with all that later stages add to it."""
+    from toolkit.evaluation.questions import from_mix
+    from toolkit.evaluation.watch import Forgetting, answer_prompts
+    from toolkit.machine.choose import compared_memory
+    from toolkit.training.folder import is_main
+    from toolkit.training.model import unsloth
+    from toolkit.training.record import RunRecorder, Stages
+    from toolkit.view.figures import keep_mix_picture
+
+    unsloth()  # before transformers, which it patches
+    if is_main():
+        keep_mix_picture(recipe, mixed)
+    section = recipe.evaluate
+    forgetting = None
+    if section.forgetting_probes:
+        rows = from_mix(mixed)["validation"] if section.keep_best_by == "accuracy" else []
+        forgetting = Forgetting(section.forgetting_probes, rows, outputs() / ".base_replies")
+    limit = min(256, section.max_new_tokens or 256)
+    stages = Stages(
+        replies=functools.partial(answer_prompts, prompts=section.prompts, max_new_tokens=limit, seed=recipe.data.seed),
+        memory=functools.partial(compared_memory, recipe, max(len(row.ids) for row in mixed.train)),
+        forgetting=forgetting,
+    )
+    return RunRecorder(recipe, mixed, pinned(console), stages)
+
+
+def evaluate(folder: str | Path, console: Console | None = None, *, level: str | None = None, minutes: float | None = None,
+             loaded: tuple[Any, Any] | None = None, details: bool = False) -> dict[str, Any]:  # fmt: skip
+    """Score a run against its own base; writes eval.json, report.html and the wandb summary, prints verdict and next command.
+
+    `details` prints the table of all metrics too; `loaded` is (model, tokenizer) right after training,
+    `minutes` the time for replies."""
+    from toolkit.data import mix
+    from toolkit.evaluation import measure
+    from toolkit.evaluation.questions import from_mix, questions_of
+    from toolkit.training import model as models
+    from toolkit.view import page, trained
+
+    console = pinned(console)
+    folder = models.run_folder(folder)
+    with lock(folder, "evaluate"):
+        recipe = recipes.of_run(folder)
+        section = recipe.evaluate
+        if loaded is None:
+            with models.loading(recipe.model, console):
+                loaded = models.load_run(folder)
+        manifest = read_json(folder / "manifest.json")
+        # the rows of the training itself: held-out rows of another mix may be among those it trained on
+        mixed = mix.of_run(recipe, manifest)
+        questions, chat_questions = questions_of(recipe, mixed)
+        result = measure.evaluate(
+            *loaded,
+            **from_mix(mixed) | {"questions": questions, "chat_questions": chat_questions},
+            # the questions depend on it, so it is written into the result and compared by `compare`
+            level=level or section.level,
+            steps=manifest.get("steps"),
+            minutes=minutes or section.minutes,
+            train_seconds=manifest.get("train_seconds"),
+            # whoever names a level or a time at the command line asks for more than the recipe fixes
+            questions_per_mode=None if level or minutes else section.questions_per_mode,
+            max_new_tokens=section.max_new_tokens,
+            console=console,
+        )
+        # fast evidence does not replace replies that were paid for
+        is_less = (
+            result["level"] == "fast" and scored(folder) and read_json(folder / "eval.json").get("level") != "fast"
+        )
+        write_json(folder / ("eval-fast.json" if is_less else "eval.json"), result)
+        page.write(folder)
+        tracking.TRACKER.finish(recipe, folder, measure.summary(result), result.get("samples", []), console)
+    trained.print_result(result, folder, console, details=details)
+    return result
+
+
+def scored(folder: Path) -> bool:
+    """Whether a run has an evaluation that can be read."""
+    try:
+        return {"base", "tuned", "difference"} <= read_json(folder / "eval.json").keys()
+    except ToolkitError:
+        return False
