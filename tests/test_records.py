@@ -99,6 +99,29 @@ def test_a_run_holds_the_declared_keys_and_no_other(folder):
     assert {name for name in FILES if not (folder / name).is_file()} == set()
 
 
+def printed(line: str, capsys) -> dict:
+    """The one object on stdout of a command with --json."""
+    from toolkit import __main__ as cli
+
+    assert cli.main(line.split()) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_evaluate_and_verify_print_as_json_what_they_write(folder, capsys):
+    result = printed(f"evaluate {folder} --level fast --json", capsys)
+    assert mismatches(result, records.Evaluation, "evaluate") == []
+    assert result == json.loads((folder / "eval-fast.json").read_text(encoding="utf-8"))
+    certificate = printed(f"verify {folder} --json", capsys)
+    assert mismatches(certificate, records.Certificate, "verify") == []
+    assert certificate["passed"]
+
+
+def test_compare_prints_its_runs_as_json(folder, capsys):
+    comparison = printed(f"compare {folder} --json", capsys)
+    assert {"axis", "recommended", "verdict", "points"} <= comparison.keys()
+    assert "whole" in json.dumps(comparison["points"])
+
+
 def test_a_key_too_many_and_one_too_few_are_noticed():
     check = {"name": "x", "passed": True, "value": None, "limit": 0, "rule": "at most"}
     assert mismatches(check, records.Check, "check") == []

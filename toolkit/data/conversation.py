@@ -6,6 +6,7 @@ checked({"messages": messages}, Placeholders({}))["messages"][1]["reasoning_cont
 
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from toolkit.data.readers import Rejected
@@ -90,24 +91,17 @@ def check_order(messages: list[Message]) -> None:
         )
 
 
-def strings_of(value: Json) -> list[str]:
+def strings_of(value: Json) -> Iterator[str]:
     """Every text in a value, keys of tools and calls included, as the template prints them too."""
-    texts: list[str] = []
-    _collect(value, texts)
-    return texts
-
-
-def _collect(value: Json, texts: list[str]) -> None:
-    # into one list: generators inside generators are slower, and every row comes through here
     if type(value) is str:
-        texts.append(value)
+        yield value
     elif type(value) is dict:
         for key, item in value.items():
-            texts.append(key)
-            _collect(item, texts)
+            yield key
+            yield from strings_of(item)
     elif type(value) is list:
         for item in value:
-            _collect(item, texts)
+            yield from strings_of(item)
 
 
 def check_text(texts: str) -> None:

@@ -37,7 +37,7 @@ def prompt_key(conversation: Conversation) -> bytes:
     """16 bytes that are equal for rows with the same prompt: all that stands before the last reply, system prompt, earlier
     turns, tools and their results included; case, spacing and typed mode switches aside."""
     messages = conversation["messages"]
-    texts = [json.dumps(conversation["tools"], sort_keys=True)] if "tools" in conversation else []
+    texts = [json.dumps(conversation.get("tools", []), sort_keys=True)]
     for message in messages[:-1] if messages[-1]["role"] == "assistant" else messages:
         content = message["content"]
         texts += [message["role"], without_switch(content) if message["role"] == "user" else content]

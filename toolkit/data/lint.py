@@ -33,9 +33,7 @@ def looks_like(row: Row) -> list[str]:
     kinds = []
     if row.mode == "non_thinking":
         start = reply[:LOOKED_AT].lstrip().lower()
-        # plain searches take a seventh of the expression's time
-        may_think = any(sign in start for sign in ("wait, ", "hmm, ", "<"))
-        if OPENINGS.match(start) or (may_think and ALOUD.search(start)):
+        if OPENINGS.match(start) or ALOUD.search(start):
             kinds.append("reasoning")
     if "{{" in reply and Placeholders.PATTERN.search(reply):
         kinds.append("placeholder")

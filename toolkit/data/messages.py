@@ -53,9 +53,6 @@ class Notes:
     """Keys that no rule knows."""
 
 
-NOTHING = Notes()
-
-
 def read_notes(
     holder: JsonObject,
     kinds: Mapping[str, str],
@@ -172,7 +169,7 @@ def read_turn(
 ) -> Message:
     """One turn as a message; what it says beside its text joins `notes`, which are those of the row."""
     # most turns are a role and a text
-    own = read_notes(turn, TURN, where) if len(turn) > 2 else NOTHING
+    own = read_notes(turn, TURN, where) if len(turn) > 2 else Notes()
     notes.tools += own.tools
     # a system prompt belongs to the row; other roles neither think nor are they judged
     notes.not_read += [*own.not_read, *own.system]
