@@ -100,7 +100,7 @@ def test_every_verb_of_a_run_fits_the_terminal_and_says_what_comes_next(here):
         (["verify", "a"], "verified: "),
         (["generate", "a", str(here / "prompts.txt"), str(here / "replies.jsonl"), "--max-new-tokens", "8"], "4 replies"),
         (["replay", "pocket", "--count", "2", *FEW], "rows"),
-        (["sweep", "pocket", "--reasoning", "0", "0.5", *FEW], "next: "),
+        (["sweep", "pocket", "--reasoning", "0", "0.5", "--seeds", "1", *FEW], "next: "),
     ]  # fmt: skip
     shown = [verb for verb in verbs if verb[0][0] in ("evaluate", "compare", "verify")]
     for columns, chosen in zip(WIDTHS, (verbs, shown), strict=True):
