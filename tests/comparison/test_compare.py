@@ -347,6 +347,12 @@ def test_of_tied_ratios_only_those_that_beat_the_base_count(tmp_path):
     assert any("ties with 25% reasoning" in text for text in [*found.verdict, *found.notes])
 
 
+def test_tied_ratios_go_to_the_one_nearest_to_the_base_as_scales_do(tmp_path):
+    settings = ((0.25, 0.2, 0.01), (0.5, 0.88, 0.3), (0.75, 0.9, 0.1))
+    found = compare([make_run(tmp_path, s, thinking=a, kl=k) for s, a, k in settings])
+    assert found.recommended.label == "75% reasoning"
+
+
 # --- which runs can be compared
 
 

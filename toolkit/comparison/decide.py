@@ -5,9 +5,8 @@ comparison = compare(Path("outputs").glob("sweep_pocket-r*")); print(*comparison
 The rule: points that lose more than 5 points against the base, beyond their 95% interval, in mode adherence or in chat
 accuracy without thinking, or of which some replies never end, are left out of the choice. Of the rest, the highest
 accuracy leads; those closer to it than the range that chance alone gives this many points (95%, bootstrap over questions,
-all pairs at once) tie with it. Of the tied ones that are shown to beat the base, the lowest reasoning share is recommended,
-since direct rows are shorter and keep more of the base; where something else than the reasoning share differs, the one with
-the lowest KL from the base.
+all pairs at once) tie with it. Of the tied ones that are shown to beat the base, the one with the lowest KL from the base is
+recommended: what the model forgot beyond what was asked is least there. Shares, values of a key and scales have one rule.
 """
 
 from collections import defaultdict
@@ -172,8 +171,7 @@ def choose(points: list[Point], goal: Key, axis: str) -> tuple[Point, str, str]:
         "none is shown to beat the base": not better,
     }
     reason = next((words for words, applies in reasons.items() if applies), "")
-    # at equal cost the highest
-    top = eligible[0] if reason else min(better, key=lambda point: cost(point, axis))
+    top = eligible[0] if reason else min(better, key=cost)
     others = [point.label for point in tied if point is not top]
     return top, reason, chance_in_words(margin, len(eligible), noun(axis), others)
 
@@ -199,11 +197,10 @@ def lost(point: Point, key: Key) -> bool:
     return change is not None and change.value < -MARGIN and change.high < 0
 
 
-def cost(point: Point, axis: str) -> float:
-    """What decides between equals: the reasoning share where that differs, else the KL from the base."""
-    if axis == "reasoning":
-        return point.place
-    return point.values[KL].value if KL in point.values else 0.0
+def cost(point: Point) -> tuple[float, float]:
+    """What decides between equals: the KL from the base, then the lower share, value or scale."""
+    kl = point.values[KL].value if KL in point.values else 0.0
+    return kl, point.place
 
 
 # --- in words --------------------------------------------------------------------------------------------------------
