@@ -120,7 +120,7 @@ def member(tmp_path, name, by_scale):
     for scale, (accuracy, chat, kl) in by_scale.items():
         rates = {"thinking": (0.3, 0.9, 1.0), "non_thinking": (0.2, 0.9, 1.0)}, {
             "thinking": (accuracy, 0.9, 1.0), "non_thinking": (0.2, chat, 1.0)}  # fmt: skip
-        runs[scale] = at_scale(folder, scale, evaluation(sums(*rates, kl)))
+        runs[scale] = at_scale(folder, scale, {f"quick {scale:g}": evaluation(sums(*rates, kl))})
     return runs
 
 
@@ -144,6 +144,19 @@ def test_the_highest_gain_among_scales_that_break_no_guard_is_recommended_with_i
 def test_scales_that_tie_go_to_the_lowest_kl(tmp_path):
     curve = {scale: (0.9, 0.9, scale) for scale in (0.5, 0.75, 1.0)}
     assert compare_scales([member(tmp_path, "run", curve)], list(curve)).recommended.label == "scale 0.5"
+
+
+def test_only_scales_that_keep_half_of_the_gain_get_replies():
+    def fast(gain):
+        return {"difference": {"forgetting": {"loss/a/thinking": {"value": -gain}, "kl": {"value": 9.0}}}}
+
+    gains = {0.25: 0.1, 0.5: 0.49, 0.75: 0.6, 1.0: 0.9, 1.25: 1.0, 1.5: 0.95}
+    results = {f"fast {scale:g}": fast(gain) for scale, gain in gains.items()}
+    assert dials.scales_for_replies(results) == [0.75, 1.0, 1.25]
+    # the run itself always, and never more than four
+    results["fast 1"] = fast(0.0)
+    results |= {f"fast {scale:g}": fast(0.7) for scale in (0.3, 0.4, 0.6)}
+    assert dials.scales_for_replies(results) == [0.3, 0.4, 0.6, 1.0]
 
 
 def test_several_seeds_are_averaged_and_their_spread_is_in_the_interval(tmp_path):
@@ -197,7 +210,7 @@ def test_scale_1_of_a_dial_is_what_evaluate_says_of_the_run(run, monkeypatch):
     from toolkit.run import evaluate
 
     dial([run], scales=[1.0], console=Console(quiet=True))
-    result = json.loads((run / "dial.json").read_text())["scales"]["1"]
+    result = json.loads((run / "dial.json").read_text())["scales"]["quick 1"]
     own = evaluate(run, Console(quiet=True))
     assert {key: own[key] for key in ("tuned", "base")} == {key: result[key] for key in ("tuned", "base")}
 

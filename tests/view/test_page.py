@@ -86,7 +86,7 @@ def test_the_dial_and_a_certificate_are_on_the_page(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     result = json.loads((run / "eval.json").read_text())
-    (copy / "dial.json").write_text(json.dumps({"scales": {"0.5": result, "1": result}}))
+    (copy / "dial.json").write_text(json.dumps({"scales": {"fast 0.5": result, "fast 1": result}}))
     check = {"name": "kl", "passed": False, "value": 0.5, "limit": 0.1, "rule": "at most"}
     certificate = {
         "passed": False,

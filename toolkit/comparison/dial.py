@@ -3,7 +3,8 @@
 from toolkit.comparison import dial; dial.dial([Path("outputs/pocket")])
 
 A LoRA layer adds `scaling` times its update to its weight. Multiplied by a scale, the model moves on the line from base to
-tuned without training, and an export at that scale is `lora_alpha` times the scale. The rule is that of `decide`.
+tuned without training, and an export at that scale is `lora_alpha` times the scale. Every scale gets fast evidence (held-out
+loss and KL, no generation); the few that may be recommended get replies too. The rule is that of `decide`.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from toolkit import recipe as recipes
-from toolkit.comparison.decide import SCALE, Comparison, decide, usual_goal
+from toolkit.comparison.decide import KL, SCALE, Comparison, decide, usual_goal
 from toolkit.comparison.points import point
 from toolkit.comparison.report import conclude
 from toolkit.comparison.runs import Content, Run, changed_keys, run_of
@@ -24,6 +25,7 @@ from toolkit.comparison.sweep import QUESTIONS
 from toolkit.data import mix
 from toolkit.evaluation.measure import evaluate
 from toolkit.evaluation.questions import from_mix, questions_of
+from toolkit.evaluation.words import LOSS
 from toolkit.export.checkpoint import check_scale
 from toolkit.files import ToolkitError, flat, read_json, write_json
 from toolkit.records import Evaluation
@@ -37,10 +39,16 @@ if TYPE_CHECKING:
 
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
 """Scale 0 is the base, which every evaluation measures beside."""
+WITH_REPLIES = 4
+"""Scales that get replies, the run itself among them."""
+WORTH = 0.5
+"""Share of the largest gain in held-out loss from which a scale may be recommended, so that it gets replies."""
 NOTHING = 1e-6
 """Nats of KL below which an adapter changes nothing."""
 MAY_DIFFER = re.compile(r"name$|data\.seed$|export\b|evaluate\.prompts\b|train\.(report_to|logging_steps)\b")
 """Recipe keys in which runs that are averaged may differ: the seed, and what changes neither training nor questions."""
+Results = dict[str, Evaluation]
+"""{`fast 0.5` or `quick 0.5`: the evaluation of a run at that scale}."""
 
 
 # --- one adapter at another scale ------------------------------------------------------------------------------------
@@ -108,7 +116,13 @@ def dial(
     # the same run by two spellings is one training, not two seeds
     folders = list(dict.fromkeys(map(finished_run, runs)))
     check_same_training([recipes.of_run(folder) for folder in folders])
-    members = [measure(folder, scales, console) for folder in folders]
+    # means need the same scales of every run: those that the first one's evidence chose
+    with_replies: list[float] | None = None
+    members = []
+    for folder in folders:
+        results = measure(folder, scales, with_replies, console)
+        with_replies = with_replies or scales_for_replies(results)
+        members.append({scale: at_scale(folder, scale, results) for scale in scales})
     comparison = compare_scales(members, sorted(scales))
     first = folders[0]
     conclude(comparison, console, out or first / f"{first.name}-dial")
@@ -132,30 +146,54 @@ def check_same_training(members: Sequence[recipes.Recipe]) -> None:
         raise ToolkitError(f"dial averages over seeds of one recipe, but these runs differ in {', '.join(differing)}")
 
 
-def measure(folder: Path, scales: Sequence[float], console: Console) -> dict[float, Run]:
-    """The run at each scale: evaluated alike, and not again where that was done before."""
+def measure(folder: Path, scales: Sequence[float], with_replies: Sequence[float] | None, console: Console) -> Results:
+    """The run at each scale, and not again where that was done before; with replies at some, by default the likely ones."""
     manifest = read_json(folder / "manifest.json")
-    results: dict[str, Any] = {}
+    results: Results = {}
     with contextlib.suppress(ToolkitError):  # none yet, or damaged: then all is measured again
         kept = read_json(folder / "dial.json")
         # what was measured of another adapter says nothing of this one
         results = kept.get("scales", {}) if kept.get("adapter") == manifest.get("adapter") else {}
-    missing = [scale for scale in scales if f"{scale:g}" not in results]
-    if missing:
-        recipe = recipes.of_run(folder)
-        questions = asked(recipe, manifest)
-        with models.loading(recipe.model, console):
-            model, tokenizer = models.load_run(folder)
-        with Progress(console, f"{folder.name}, scales", len(missing)) as progress:
-            for scale in missing:
-                with scaled(model, scale):
-                    result = evaluate(model, tokenizer, console=Console(quiet=True), **questions)
-                if scale == 1.0:
-                    check_changed(folder.name, result)
-                results[f"{scale:g}"] = result
-                write_json(folder / "dial.json", {"adapter": manifest.get("adapter"), "scales": results})
-                progress.advance(1)
-    return {scale: at_scale(folder, scale, results[f"{scale:g}"]) for scale in scales}
+    evaluate_scales(folder, "fast", scales, results, console)
+    evaluate_scales(folder, "quick", with_replies or scales_for_replies(results), results, console)
+    return results
+
+
+def evaluate_scales(folder: Path, level: str, scales: Sequence[float], results: Results, console: Console) -> None:
+    """Add what is missing at a level to the results; each is written at once."""
+    missing = [scale for scale in scales if f"{level} {scale:g}" not in results]
+    if not missing:
+        return
+    recipe, manifest = recipes.of_run(folder), read_json(folder / "manifest.json")
+    questions = asked(recipe, manifest)
+    if level == "fast":
+        questions["questions_per_mode"] = None
+    with models.loading(recipe.model, console):
+        model, tokenizer = models.load_run(folder)
+    with Progress(console, f"{folder.name}, {level} evidence, scales", len(missing)) as progress:
+        for scale in missing:
+            with scaled(model, scale):
+                result = evaluate(model, tokenizer, level=level, console=Console(quiet=True), **questions)
+            if scale == 1.0:
+                check_changed(folder.name, result)
+            results[f"{level} {scale:g}"] = result
+            write_json(folder / "dial.json", {"adapter": manifest.get("adapter"), "scales": results})
+            progress.advance(1)
+
+
+def scales_for_replies(results: Results) -> list[float]:
+    """The run itself, and the smallest scales that keep WORTH of the largest gain in held-out loss: replies elsewhere would
+    cost time and could not be recommended."""
+    gains = {float(key.split()[1]): held_out_gain(result) for key, result in results.items() if key.startswith("fast")}
+    worth = [scale for scale, gain in sorted(gains.items()) if gain >= WORTH * max(gains.values())]
+    return sorted({1.0, *worth[: WITH_REPLIES - 1]})
+
+
+def held_out_gain(result: Evaluation) -> float:
+    """By how much the loss on held-out rows fell, in nats per token, averaged over sources and modes; 0 without any."""
+    changes = result["difference"]["forgetting"].items()
+    known = [-change["value"] for metric, change in changes if metric.startswith(LOSS) and change["value"] is not None]
+    return sum(known) / len(known) if known else 0.0
 
 
 def asked(recipe: recipes.Recipe, manifest: Content) -> dict[str, Any]:
@@ -186,8 +224,9 @@ def check_changed(name: str, result: Evaluation) -> None:
         )
 
 
-def at_scale(folder: Path, scale: float, result: Content) -> Run:
-    """The run at a scale, of which the scale is a setting like those of its recipe."""
+def at_scale(folder: Path, scale: float, results: Results) -> Run:
+    """The run at a scale by the most that was measured there; the scale is a setting like those of its recipe."""
+    result = results.get(f"quick {scale:g}") or results[f"fast {scale:g}"]
     recipe = recipes.read_values(folder / "recipe.yaml")
     mixed = read_json(folder / "mix.json")
     run = run_of(folder.name, recipe, mixed, read_json(folder / "manifest.json"), result)
@@ -195,13 +234,15 @@ def at_scale(folder: Path, scale: float, result: Content) -> Run:
 
 
 def compare_scales(members: Sequence[Mapping[float, Run]], scales: Sequence[float]) -> Comparison:
-    """The scales as points of one comparison."""
-    goal = usual_goal(list(members[0].values()))
+    """The scales as points of one comparison; only those with replies can be recommended."""
     points = [point([member[scale] for member in members], SCALE) for scale in scales]
-    if not any(goal in point.values for point in points):
+    goal = usual_goal([run for p in points for run in p.runs])
+    with_replies = [p for p in points if goal in p.values]
+    if not with_replies:
         raise ToolkitError("no question was answered to the end at any scale: set evaluate.max_new_tokens higher")
     note = "One training: another seed may keep less or more at the same scale (dial RUN RUN RUN averages seeds)."
     if len(members) > 1:
-        names = ", ".join(run.name for run in points[0].runs)
-        note = f"Means over {len(members)} trainings: {names}."
-    return decide(points, goal, SCALE, [note], {})
+        note = f"Means over {len(members)} trainings: {', '.join(run.name for run in points[0].runs)}."
+    silent = ", ".join(f"{p.place:g} (KL {p.values[KL].value:.2f})" for p in points if p not in with_replies)
+    silent_note = [f"Held-out loss and KL only, no replies: scale {silent}."] if silent else []
+    return decide(points, goal, SCALE, [*silent_note, note], {})

@@ -145,9 +145,12 @@ def taught_rows(folder: Path, manifest: dict[str, Any]) -> tuple[list[labels.Tau
 def dial_rows(folder: Path) -> list[dict[str, str]]:
     """A row for each scale that was measured: what it answers and how far it is from the base."""
     measured = (optional(folder / "dial.json") or {}).get("scales", {})
+    best: dict[str, Evaluation] = {}
+    for key in sorted(measured):  # "quick 0.5" comes after "fast 0.5" and says more
+        best[key.split()[1]] = measured[key]
     rows = []
-    for scale in sorted(measured, key=float):
-        row, result = {"scale": scale}, measured[scale]
+    for scale in sorted(best, key=float):
+        row, result = {"scale": scale}, best[scale]
         for name, section, metric in words.judged_questions(result):
             row[name] = words.show(metric, result["tuned"][section][metric])
         row["KL"] = words.show("kl", result["tuned"]["forgetting"].get("kl"))
