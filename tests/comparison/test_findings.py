@@ -75,6 +75,15 @@ def test_the_table_of_the_dial_is_the_record():
         assert f"| {row} |" in PAGE
 
 
+def test_the_table_of_ways_to_score_is_the_record():
+    for name, way in record("smollm2_ways.json")["ways"].items():
+        cells = [name]
+        for model in ("base", "tuned"):
+            ends = [100 * way[model][end] for end in ("value", "low", "high")] if model in way else None
+            cells.append(f"{ends[0]:.0f}% [{ends[1]:.0f}, {ends[2]:.0f}]" if ends else "no replies")
+        assert f"| {' | '.join(cells)} | {way['cpu_seconds']:.0f} |" in PAGE
+
+
 def test_every_record_that_the_page_names_is_there_with_its_command_and_conditions():
     for name in (
         "seeds_pocket.json",
