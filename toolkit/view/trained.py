@@ -20,7 +20,9 @@ def report(folder: Path, console: Console) -> None:
     from toolkit.training.record import speed
 
     manifest = read_json(folder / "manifest.json")
-    console.print(before_after(read_jsonl(folder / "samples.jsonl")))
+    # a recipe may ask no prompts
+    if samples := read_jsonl(folder / "samples.jsonl"):
+        console.print(before_after(samples))
     seconds, skipped = manifest["train_seconds"], manifest["skipped_steps"]
     console.print(f"{manifest['steps']} steps in {seconds:.0f} s: {speed(manifest)}")
     if skipped:
