@@ -67,7 +67,6 @@ def here(tmp_path, monkeypatch):
         (["mix", "pocket", "data.budget=4000", "data.validation_size=4"], "next:"),
         (["mix", "pocket", "--dry-run"], "source"),
         (["fit", "hybrid", "--model", "unsloth/Qwen3-4B-unsloth-bnb-4bit", "--vram", "8"], "evaluation"),
-        (["fit", "--table"], "14B"),
     ],
     ids=lambda value: " ".join(value[:2]) if isinstance(value, list) else "",
 )

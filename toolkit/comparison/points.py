@@ -1,6 +1,6 @@
 """Runs as points of a comparison: means over seeds, their intervals, and what differs from the base beyond chance.
 
-axis, points, notes = points_of(read_runs(Path("outputs").glob("sweep_pocket-r*"))[0])
+from toolkit.comparison.runs import read_runs; axis, points, notes = points_of(read_runs(Path("outputs").glob("sweep_pocket-r*"))[0])
 
 An interval of several seeds holds their scatter beside that of the questions; an interval of one seed cannot.
 """

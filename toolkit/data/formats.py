@@ -85,7 +85,7 @@ class RowReader:
         messages, turn_notes = read_turns(turns, marks_of_turns(notes, len(turns)))
         add_system(messages, notes.system, self.system)
         # a column, other than a turn's key, may say how to answer instead
-        reasoning = {key: value for key, value in notes.reasoning.items() if not is_setting(value)}
+        reasoning = {key: value for key, value in notes.reasoning.items() if not is_setting(key, value)}
         notes.not_read += add_reasoning(messages, reasoning, "messages" in self.names)
         conversation: Conversation = {"messages": messages}
         tools = notes.tools + turn_notes.tools

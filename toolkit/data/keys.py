@@ -82,9 +82,9 @@ def is_empty(value: Json) -> bool:
     return value.strip().lower() in NO_VALUE if type(value) is str else value in (None, [], {})
 
 
-def is_setting(value: Json) -> bool:
-    """Whether the value of a key named like reasoning says how to answer, instead of being a text."""
-    return str(value).strip().lower().lstrip("/") in SETTINGS
+def is_setting(key: str, value: Json) -> bool:
+    """Whether a key named like reasoning says how to answer, instead of holding a text; reasoning_content only holds one."""
+    return key != "reasoning_content" and str(value).strip().lower().lstrip("/") in SETTINGS
 
 
 def yes_or_no(value: Json) -> bool | None:

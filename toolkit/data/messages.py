@@ -122,7 +122,7 @@ def _note_inner(
         kind = meaning(name)
         if kind in ("train", "no_train", "good", "bad") and yes_or_no(value) is not None:
             _note(notes, kind, name, value, f"{where}{key}.")
-        elif kind != "harmless" and not is_empty(value) and not (kind == "reasoning" and is_setting(value)):
+        elif kind != "harmless" and not is_empty(value) and not (kind == "reasoning" and is_setting(name, value)):
             notes.not_read.append(f"{key}.{name}")
 
 
@@ -180,7 +180,7 @@ def read_turn(
         result = TAGGED_RESULT.fullmatch(text) if "<tool_response>" in text else None
         return {"role": "tool", "content": result[1]} if result else {"role": role, "content": text}
     for name, value in own.reasoning.items():
-        if is_setting(value):
+        if is_setting(name, value):
             continue
         thought = field_of(turn, name, where=where)
         if reasoning and thought.strip() not in reasoning:

@@ -21,7 +21,7 @@ from toolkit.data import mix
 from toolkit.evaluation import decode
 from toolkit.evaluation.generate import LONG_PROMPTS, end_tokens, inference, modes_of, prompts, switched
 from toolkit.evaluation.watch import Forgetting, answer_prompts
-from toolkit.files import ToolkitError
+from toolkit.files import POCKET, ToolkitError
 from toolkit.training import model as models
 from toolkit.training import trainer as train
 
@@ -66,7 +66,7 @@ def base(folder: Path) -> Path:
     from safetensors.torch import load_file, save_file
 
     if not folder.is_dir():
-        shutil.copytree(models.POCKET, folder)
+        shutil.copytree(POCKET, folder)
         config = json.loads((folder / "config.json").read_text())
         config |= {"num_hidden_layers": LAYERS, "layer_types": ["full_attention"] * LAYERS}
         (folder / "config.json").write_text(json.dumps(config))

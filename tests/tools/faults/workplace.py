@@ -29,6 +29,8 @@ EXPORT = ["export", "r", "--quant", "q8_0"]
 TIMES = {"seconds", "resumed_at", "started", "finished", "train_seconds", "tokens_per_second", "runtime",
          "supervised_tokens_per_second", "peak_memory_bytes", "evaluation_seconds", "commit", "peak_memory_gib"}  # fmt: skip
 """Keys that tell when, how fast and with how much memory, which no two runs share."""
+EXCEPT = ("run.log", "export.json", "certificate.md", "report.html")
+"""Files of a run that hold such times as text; the numbers of the last two are in JSON files, which are compared."""
 
 
 def preload() -> None:
@@ -158,7 +160,7 @@ class Workplace:
         found = {}
         for path in sorted(p for p in run.rglob("*") if p.is_file()):
             name = str(path.relative_to(run))
-            if name.startswith(("checkpoints/", "wandb/")) or name in ("run.log", "export.json", "certificate.md"):
+            if name.startswith(("checkpoints/", "wandb/")) or name in EXCEPT:
                 continue
             found[name] = _content(path)
         return found
