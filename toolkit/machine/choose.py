@@ -81,6 +81,7 @@ def show(recipe: Recipe, gigabytes: float, card: str | None, console: Any) -> di
         name, why = largest_model(recipe, vram, speed)
         console.print(f"model: {name} ({why})")
         recipe = replace(recipe, model=replace(recipe.model, model_name=name))
+    # the forecast as asked for; the printout says what `train` makes of it
     planned = fit.forecast(recipe, vram=vram)
     fit.show(planned, vram, console)
     trained = planned.as_trained(vram)
@@ -108,6 +109,7 @@ def hours_of_mix(recipe: Recipe, lengths: Sequence[int], validation_lengths: Seq
     """How long a compiled mix trains on this machine, whose speed is measured for two seconds; None for less than a minute.
 
     Raises ToolkitError for a model whose shape is not known."""
+    # a card trains without padding and computes layers again, a CPU the other way round
     on_card = has_card()
     work = duration.work_of(recipe, lengths, validation_lengths, on_card=on_card)
     shape = fit.shape(recipe.model.model_name)

@@ -170,8 +170,7 @@ def gpu(machine: Machine) -> Iterator[Finding]:
     first = machine.seen[0]
     total = f"{first.total / GIB:.1f} GiB"
     count = f"; the first of {len(machine.seen)} cards is used" if len(machine.seen) > 1 else ""
-    small = "only Qwen3-0.6B and 1.7B fit: docs/time_and_memory.md" if first.total < 5 * GIB else ""
-    yield Finding("gpu", f"{first.name}, {total}, {machine.half}; CUDA {machine.torch_cuda}{count}", small)
+    yield Finding("gpu", f"{first.name}, {total}, {machine.half}; CUDA {machine.torch_cuda}{count}")
     largest = max(machine.seen, key=lambda card: card.total)
     if largest.total > first.total:
         state = f"{largest.name} is larger: {largest.total / GIB:.1f} GiB"

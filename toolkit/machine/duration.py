@@ -149,6 +149,7 @@ def counted(recipe: Recipe, rows: float, tokens: float, validation_tokens: float
     if steps <= 0:
         steps = steps_an_epoch * recipe.train["num_train_epochs"]
     epochs = steps / steps_an_epoch
+    # each validation scores all held-out rows
     held_out = validations(recipe, steps, epochs) * validation_tokens
     return Work(epochs * tokens, steps * accumulation, held_out, tokens / max(1, rows), recomputes)
 
@@ -173,6 +174,7 @@ def planned_work(recipe: Recipe) -> Work | None:
         return None
     rows = tokens = held_out = 0.0
     for source in data.sources:
+        # rows of a source are as long as such rows usually are: nothing of it was read yet
         length = usual_length(source.mode, recipe.model.max_seq_length)
         size = {"examples": 1.0, "tokens": length}.get(data.unit, max(1.0, length - PROMPT))
         share = source.fraction or 0.0

@@ -130,10 +130,10 @@ def shape_of(config: "PretrainedConfig", name: str = "") -> Shape:
         # modules without memory: a 32B is counted in a second
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)
-            whole = model
+            full_model = model
             if text is not config:  # of a model that sees, the rest is loaded beside it in 16-bit
                 with contextlib.suppress(ImportError):
-                    whole = AutoModelForImageTextToText.from_config(config)
+                    full_model = AutoModelForImageTextToText.from_config(config)
         heads = text.num_attention_heads
         hidden = text.hidden_size
         # older configs leave out what follows from the others
@@ -157,7 +157,7 @@ def shape_of(config: "PretrainedConfig", name: str = "") -> Shape:
         kv_dim=kv_heads * head_dim,
         vocab_size=text.vocab_size,
         intermediate_size=inner,
-        parameters=sum(p.numel() for p in whole.parameters()),
+        parameters=sum(p.numel() for p in full_model.parameters()),
         matrices=tuple(matrix._replace(copies=n) for matrix, n in Counter(linear.values()).items()),
         kept=sum(matrix.parameters for path, matrix in linear.items() if _is_kept(config, path)),
         name=name,
@@ -214,6 +214,7 @@ class Moment(NamedTuple):
 
 def phases(plan: Settings, model: Shape) -> dict[str, dict[str, int]]:
     """Phase → part → bytes at that phase's worst moment. Merging needs none: it runs in RAM."""
+    # always there, whatever the phase
     weights = weight_bytes(plan, model)
     tensors = lora_tensors(model, plan.r, plan.target_modules)
     # in float32 (unsloth_zoo/training_utils.py), as its gradients are until the optimizer's step
@@ -292,6 +293,7 @@ def _layer_inputs(plan: Settings, model: Shape, tokens: int) -> float:
 
 def loss_bytes(model: Shape, tokens: int) -> float:
     """The loss and the gradient of the hidden states (unsloth_zoo/fused_losses/fused_linear.py)."""
+    # at most so many rows of hidden states are in float32 at once
     tile = min(tokens, 4096)
     # rows x vocabulary at a time, in float32: at least 512 rows, at most 4,096 or 2 GiB; or a tile of 16,384 columns
     wanted = max(min(tokens, 512) * model.vocab_size, tokens * model.hidden_size)
@@ -361,19 +363,19 @@ class Forecast:
         """What `train` makes of it by itself: smaller batches of the same effective size where memory runs out."""
         rows = self.settings.per_device_train_batch_size
         effective = rows * self.settings.gradient_accumulation_steps
-        made = self
+        smaller = self
         for batch in (n for n in range(rows, 0, -1) if effective % n == 0):
-            made = self.changed(per_device_train_batch_size=batch, gradient_accumulation_steps=effective // batch)
-            if made.total("training") <= vram:
+            smaller = self.changed(per_device_train_batch_size=batch, gradient_accumulation_steps=effective // batch)
+            if smaller.total("training") <= vram:
                 break
-        return made
+        return smaller
 
 
 def settings(recipe: Recipe, longest: int | None = None) -> Settings:
     """The memory settings of a recipe; `longest` row as the compiled mix measured it, else max_seq_length."""
-    if whole := recipe.lora.trained_whole:
+    if modules := recipe.lora.trained_whole:
         raise ToolkitError(
-            f"lora: {', '.join(whole)}: the memory of modules that are trained as a whole is not forecast"
+            f"lora: {', '.join(modules)}: the memory of modules that are trained as a whole is not forecast"
         )
     row = longest or recipe.model.max_seq_length
     names = {field.name for field in dataclasses.fields(Settings)}
@@ -413,8 +415,8 @@ def forecast(
         name = choose_model(vram, plan)
     if isinstance(name, str):
         name = shape(name)
-    found = name if isinstance(name, Shape) else shape_of(name)
-    return Forecast(found, plan, phases(plan, found))
+    known = name if isinstance(name, Shape) else shape_of(name)
+    return Forecast(known, plan, phases(plan, known))
 
 
 def compare(planned: Forecast, measured_bytes: int, phase: str = "training") -> dict:
@@ -495,6 +497,7 @@ def suggestions(planned: Forecast, vram: int) -> list[Offer]:
             smaller.append(([*words, f"model.model_name={name}"], forecast(plan, name)))
     offers: list[Offer] = []
     for kind in (alone, shorter, smaller):
+        # `train` lowers the batch by itself, so a change only has to do the rest
         as_trained = [(overrides, offer.as_trained(vram)) for overrides, offer in kind]
         offers += [offer for offer in as_trained if offer[1].fits(vram)][:1]
     return offers
@@ -506,9 +509,8 @@ def show(planned: Forecast, vram: int, console: Any) -> None:
 
     trained = planned.as_trained(vram)
     verdict = "fits" if trained.fits(vram) else "does not fit"
-    console.print(
-        f"{trained.shape.name} {verdict}: {trained.peak / GIB:.1f} GiB in {trained.worst}, of {vram / GIB:.1f} GiB"
-    )
+    peak = f"{trained.peak / GIB:.1f} GiB in {trained.worst}"
+    console.print(f"{trained.shape.name} {verdict}: {peak}, of {vram / GIB:.1f} GiB")
     rows = []
     for phase, parts in trained.phases.items():
         sizes = {**parts, "total": trained.total(phase)}

@@ -47,8 +47,8 @@ train.per_device_train_batch_size=4 train.gradient_accumulation_steps=2 train.pe
 
 def plan(name: str) -> recipe.Recipe:
     """The pocket recipe on the random model: five steps, a checkpoint after every second."""
-    own = f"name={name}", f"model.model_name={outputs() / WEIGHTS}", f"train.packing={name == PACKED}"
-    return recipe.load("pocket", [*CHANGES, *own])
+    names = f"name={name}", f"model.model_name={outputs() / WEIGHTS}", f"train.packing={name == PACKED}"
+    return recipe.load("pocket", [*CHANGES, *names])
 
 
 # --- the steps: each returns what is known after it -------------------------------------------------------------------
@@ -56,10 +56,10 @@ def plan(name: str) -> recipe.Recipe:
 Facts = dict[str, Any]
 
 
-def expect(holds: object, otherwise: str) -> None:
+def expect(holds: object, message: str) -> None:
     """Raises ToolkitError where something does not hold."""
     if not holds:
-        raise ToolkitError(otherwise)
+        raise ToolkitError(message)
 
 
 def weights() -> Facts:
@@ -103,6 +103,7 @@ def resume() -> Facts:
     """As after a kill: without its adapter and all checkpoints but the first, a run goes on from there and ends alike."""
     folder = outputs() / PLAIN
     before = read_json(folder / "manifest.json")
+    # a kill leaves checkpoints and no adapter; later ones are taken away so that there is something left to train
     first, *later = all_checkpoints(folder)
     for lost in (folder / "adapter", *later):
         shutil.rmtree(lost)
@@ -159,7 +160,7 @@ def check(console: Console, *, rehearsal: bool = False) -> int:
         results.append(result)
         write(machine, results)  # after every step: what kills this process leaves those before it
         facts = "; ".join(f"{key} {value}" for key, value in result["facts"].items())
-        say(f"   {'passed' if result['passed'] else 'FAILED'} in {result['seconds']} s: {result['said'] or facts}")
+        say(f"   {'passed' if result['passed'] else 'FAILED'} in {result['seconds']} s: {result['error'] or facts}")
     if not results:
         say("nothing tried, as there is no card to use (--cpu-rehearsal: on the CPU)")
     say(f"for a bug report: {outputs() / 'doctor.json'}")
@@ -167,15 +168,15 @@ def check(console: Console, *, rehearsal: bool = False) -> int:
 
 
 def attempt(step: Callable[[], Facts]) -> Facts:
-    """{"passed", "facts", "said" (the error), "traceback", "seconds"} of one step."""
+    """{"passed", "facts", "error", "traceback", "seconds"} of one step."""
     began = time.monotonic()
-    result: Facts = {"passed": True, "facts": {}, "said": "", "traceback": ""}
+    result: Facts = {"passed": True, "facts": {}, "error": "", "traceback": ""}
     try:
         result["facts"] = step()
     except Exception as error:  # whatever a library raises is this step's result, and the next one is tried
         result |= {
             "passed": False,
-            "said": f"{type(error).__name__}: {error}"[:300],
+            "error": f"{type(error).__name__}: {error}"[:300],
             "traceback": traceback.format_exc(),
         }
     gc.collect()

@@ -62,6 +62,7 @@ def setup() -> None:
     else:
         if torch:  # companions built for the old one would stop `import unsloth`
             subprocess.run([*PIP, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"])
+        # the wrong build is 3 GB that ends in "no CUDA card here"
         source = torch_source(driver_cuda(), platform.system())
         print(f"torch {pins()['torch']}: {source.reason}", flush=True)
         # an installed copy has no lock: there pip resolved what these packages need
@@ -78,7 +79,7 @@ def setup() -> None:
 def torch_source(cuda: str, system: str) -> TorchSource:
     """Which build of torch fits the newest CUDA that the driver supports, `12.4`, or "" without a driver.
 
-    A wrong one is 3 GB that ends in "no CUDA card here". Raises SystemExit for a driver that no build fits."""
+    Raises SystemExit for a driver that no build fits."""
     if os.environ.get("UNSLOTH_FORCE_CPU"):
         return TorchSource([], "PyPI's build, as UNSLOTH_FORCE_CPU asks for the CPU")
     if not cuda:
@@ -154,7 +155,10 @@ def installed(package: str) -> str | None:
 def torch_fits(version: str | None) -> bool:
     """Whether a torch version is one that Unsloth accepts."""
     numbers = re.match(r"(\d+)\.(\d+)", version or "")
-    return numbers is not None and TORCH[0] <= (int(numbers[1]), int(numbers[2])) < TORCH[1]
+    if numbers is None:
+        return False
+    first, end = TORCH
+    return first <= (int(numbers[1]), int(numbers[2])) < end
 
 
 def replaced(modules: dict[str, ModuleType]) -> list[str]:
@@ -170,6 +174,7 @@ def replaced(modules: dict[str, ModuleType]) -> list[str]:
 
 def prepare_notebook() -> None:
     """For the first cell of a notebook: install what is missing, Unsloth above all, which pip does not bring along."""
+    # looked for, not imported: importing it takes 13 seconds and patches the libraries
     if importlib.util.find_spec("unsloth") is None:
         setup()
     restart_if_replaced()

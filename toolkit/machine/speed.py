@@ -103,7 +103,10 @@ def of_card(name: str) -> Speed:
     words = re.sub(r"[^A-Z0-9]+", " ", name.upper()).strip()
     # `RTX 3060 Ti` before `RTX 3060`
     for known in sorted(CARDS, key=len, reverse=True):
-        if re.search(rf"\b{known.upper()}\b", words) or known.upper().replace(" ", "") == words.replace(" ", ""):
+        spelled = known.upper()
+        # `rtx4090` too
+        is_joined = spelled.replace(" ", "") == words.replace(" ", "")
+        if is_joined or re.search(rf"\b{spelled}\b", words):
             card = CARDS[known]
             share = TRAINING_SHARE * 1e12
             return Speed(known, share * card.teraflops, 1e9 * card.gigabytes_per_second, card.gigabytes)
@@ -187,7 +190,8 @@ def layer_pass(shape: "Shape", rows: int, length: int, recomputes: bool) -> Call
             results.append(functional.linear(x, weight) + added)
         # two norms with their residuals, and those of queries and keys, as transformers writes them
         for x in (hidden, hidden, queries, queries):
-            results.append(x + x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-6))
+            squares = x.float().pow(2).mean(-1, keepdim=True)
+            results.append(x + x * torch.rsqrt(squares + 1e-6))
         # rotary positions: half of each vector is turned by the other half
         turned = torch.cat((-queries, queries), -1)[..., : queries.shape[-1]]
         rotated = queries * 0.5 + turned * 0.5

@@ -56,8 +56,8 @@ def answer_file(
     adapter = sha256(folder / "adapter" / "adapter_model.safetensors")[:8]
     settings = {"run": folder.name, "adapter": adapter, "scale": scale, "seed": seed, "max_new_tokens": max_new_tokens}
     requests = [
-        {"row": number, "mode": asked, **prompt, **settings}
-        for asked in (modes if mode == "both" else [mode])
+        {"row": number, "mode": wanted, **prompt, **settings}
+        for wanted in (modes if mode == "both" else [mode])
         for number, prompt in prompts.items()
     ]
     open_server = functools.partial(open_engine, folder, scale=scale, **server)

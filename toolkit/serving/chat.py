@@ -72,6 +72,7 @@ def chat(
     folder = run_folder(run).resolve()
     modes = modes_of_run(folder)
     engine = open_engine(folder, say=console.print, **server)
+    # an instruct model has one mode, whatever was asked for
     first = mode if mode in modes else modes[0]
     talk = Talk(engine, console, folder.name, (folder.name,), modes, first, max_tokens)
     talk.note(f"{talk.run}, {mode_title(talk.mode)}. /help lists the commands")
@@ -172,6 +173,7 @@ def reply(talk: Talk, line: str) -> None:
 
 def side_by_side(talk: Talk, messages: list[Message]) -> Answer:
     """Base and run answer at the same time, in two columns; the conversation goes on with the run's answer."""
+    # columns cannot grow side by side, so both come whole
     with ThreadPoolExecutor(len(talk.names)) as pool:
         answers = list(pool.map(lambda name: ask(talk.engine, talk.body(name, messages)), talk.names))
     table = Table(*talk.names, box=None, expand=True, padding=(0, 1))
@@ -194,6 +196,7 @@ def printer(console: Console) -> Callable[[str, str], None]:
 
     def show(part: str, piece: str) -> None:
         text = piece.translate(CONTROLS)
+        # models open each part with line feeds, which would show as empty lines
         if part not in begun:
             text = text.lstrip()
             if not text:

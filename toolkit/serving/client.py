@@ -197,9 +197,10 @@ def read_replies(file: Path, requests: list[Request]) -> set[tuple[int, str]]:
     if not file.is_file():
         return set()
     move = "name another file, or move this one away"
-    *whole, unfinished = file.read_bytes().split(b"\n")
+    # every complete line ends in a line feed, so what follows the last one was cut off
+    *complete, unfinished = file.read_bytes().split(b"\n")
     if not BEGINNING.startswith(unfinished[: len(BEGINNING)]):
-        raise ToolkitError(f"{file}, line {len(whole) + 1}: not the beginning of a reply: {move}")
+        raise ToolkitError(f"{file}, line {len(complete) + 1}: not the beginning of a reply: {move}")
     wanted: dict[Any, Request] = {place_of(request): request for request in requests}
     lines: list[Any] = read_jsonl(file)
     for number, line in enumerate(lines, start=1):
@@ -211,4 +212,4 @@ def read_replies(file: Path, requests: list[Request]) -> set[tuple[int, str]]:
             raise ToolkitError(f"{file}, line {number}: a reply to other {', '.join(other)}: {move}")
     # only now is it known to be a file of replies
     os.truncate(file, file.stat().st_size - len(unfinished))
-    return {place_of(line) for line in lines[: len(whole)]}
+    return {place_of(line) for line in lines[: len(complete)]}

@@ -72,6 +72,7 @@ def start(
     files = (
         converted(folders, (quant or QUANT).lower(), say) if source == "adapter" else exported(folders[0], quant, say)
     )
+    # the run's own template: the base may have another, or none
     chat = load_chat(str(folders[0] / "adapter"))
     sampling = sampling_by_mode(folders[0], files.config)
     say(f"loading {files.weights.stat().st_size / 1e9:.2f} GB of weights")
@@ -181,6 +182,7 @@ def exported(folder: Path, quant: str | None, say: Say) -> Files:
 def base_key(run: Path, merged: Merged) -> str:
     """A folder name that changes with the base's weights and with the run's tokenizer and template."""
     base = merged.base
+    # sizes and times stand for contents: hashing a large base takes longer than loading it
     shards = [(file.name, file.stat()) for file in sorted(base.folder.glob("*.safetensors"))]
     weights = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in shards]
     tokenizer = [sha256(run / "adapter" / name) for name in ("tokenizer.json", "tokenizer_config.json")]

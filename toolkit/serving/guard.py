@@ -37,12 +37,13 @@ def listening_socket(host: str, port: int) -> socket.socket:
 def opened(engine: Engine, listener: socket.socket) -> str:
     """Serve an engine at a socket without a key, from threads of this process; returns the address."""
     # llama.cpp keeps a thread for each connection that stays open
-    own = {"Connection": "close", "Authorization": f"Bearer {engine.key}"}
-    client = httpx.Client(base_url=engine.url, headers=own, timeout=None, trust_env=False)
+    headers = {"Connection": "close", "Authorization": f"Bearer {engine.key}"}
+    client = httpx.Client(base_url=engine.url, headers=headers, timeout=None, trust_env=False)
 
     class Handler(Guard):
         upstream = client
 
+    # the socket listens already: its port was taken before the model was loaded
     server = ThreadingHTTPServer(("", 0), Handler, bind_and_activate=False)
     server.socket.close()
     server.socket = listener

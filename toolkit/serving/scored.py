@@ -61,9 +61,10 @@ class ServedRun:
     ) -> list[Reply]:
         """A reply to each conversation. Raises ToolkitError where the server does not answer; what it answered is kept."""
         engine, name, identity = self.tuned if adapter else self.base
-        asked = {"mode": mode, "run": name, "seed": self.seed, "max_new_tokens": max_new_tokens}
-        requests = [{"row": place, "messages": [*messages], **asked} for place, messages in enumerate(conversations)]
+        common = {"mode": mode, "run": name, "seed": self.seed, "max_new_tokens": max_new_tokens}
+        requests = [{"row": place, "messages": [*messages], **common} for place, messages in enumerate(conversations)]
         file = outputs() / ".served_replies" / f"{fingerprint([identity, engine.sampling[mode], requests])}.jsonl"
+        # a question that the server refuses would be missing in one model and not in the other
         if refused := answer_all(requests, file, lambda: engine, self.clients, progress):
             raise ToolkitError(f"{engine.url}: {refused[0]}")
         return [self.read(line) for line in read_jsonl(file)] if requests else []
@@ -111,18 +112,19 @@ def evaluate_file(
     quant = quant.lower()
     tuned = exported(folder, quant, say)
     base = converted([folder], quant, say)
-    asked = replies_asked(folder, level)
+    questions = replies_asked(folder, level)
     sampling = sampling_by_mode(folder, base.config)
-    models = local_model(folder, base, asked, sampling), local_model(folder, tuned, asked, sampling)
-    result = evaluate_models(folder, *models, SLOTS, quant, asked, console)
+    models = local_model(folder, base, questions, sampling), local_model(folder, tuned, questions, sampling)
+    result = evaluate_models(folder, *models, SLOTS, quant, questions, console)
     say(kept_line(folder, result, quant))
     return result
 
 
-def local_model(folder: Path, files: Files, asked: EvaluationSet, sampling: dict[str, dict[str, float]]) -> Model:
+def local_model(folder: Path, files: Files, questions: EvaluationSet, sampling: dict[str, dict[str, float]]) -> Model:
     """A file behind llama.cpp's server in this process, with room for the longest reply."""
     template = load_chat(str(folder / "adapter")).template_text or ""
-    longest = max(map(asked.plan.limit, sampling))
+    longest = max(map(questions.plan.limit, sampling))
+    # room for a prompt as long as the longest reply; the model's own end comes first
     context = min(files.config["max_position_embeddings"], 2 * longest + 1024)
     engine = launch(files.weights, context=context, slots=SLOTS, template=template)
     engine.sampling = sampling
@@ -130,13 +132,19 @@ def local_model(folder: Path, files: Files, asked: EvaluationSet, sampling: dict
 
 
 def evaluate_models(
-    folder: Path, base: Model, tuned: Model, clients: int, name: str, asked: EvaluationSet, console: "Console | None"
+    folder: Path,
+    base: Model,
+    tuned: Model,
+    clients: int,
+    name: str,
+    questions: EvaluationSet,
+    console: "Console | None",
 ) -> Evaluation:
     """Ask both models, print the verdict and write it beside eval.json."""
     console = console or runs.default_console()
     subject = ServedRun(base, tuned, modes_of_run(folder), load_chat(str(folder / "adapter")), clients)
     try:
-        result = score(subject, asked, console, fast=False)
+        result = score(subject, questions, console, fast=False)
     except ToolkitError as error:
         error.add_note("replies that came are kept: the same command asks only what is missing")
         raise
@@ -154,6 +162,7 @@ def replies_asked(folder: Path, level: str | None) -> EvaluationSet:
     mixed = mix.of_run(recipe, manifest)
     level = level or recipe.evaluate.level
     size = sized(level, manifest.get("steps"))
+    # as `evaluate` plans without a measured speed: the level's questions, the mix's lengths
     limits = reply_limits(mixed)
     if recipe.evaluate.max_new_tokens:
         limits = dict.fromkeys(limits, recipe.evaluate.max_new_tokens)
