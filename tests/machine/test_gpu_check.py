@@ -209,7 +209,7 @@ from toolkit.training import checkpoints
 gpu_check.weights()
 gpu_check.train()
 checkpoints.last_checkpoint = lambda *_: None
-print(gpu_check.attempt(gpu_check.resume)["said"])
+print(gpu_check.attempt(gpu_check.resume)["error"])
 """
 
 
