@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 
 from tests.support import row_strategies
-from toolkit.data.formats import FORMATS, canonical, recognise
+from toolkit.data.conversation import Placeholders
+from toolkit.data.formats import FORMATS, canonical, recognise, reader_of
 from toolkit.data.sources import Rejected, conversations
 from toolkit.files import ToolkitError
 from toolkit.recipe import Source
@@ -145,6 +146,19 @@ def test_a_sound_row_of_any_format_compiles_to_the_conversation_it_was_made_from
 @given(row_strategies.broken_rows())
 def test_a_broken_row_is_rejected_or_a_well_formed_conversation_of_its_own_text(case):
     row_strategies.assert_broken(case)
+
+
+@pytest.mark.parametrize("format", ["alpaca", "query_response", "messages"])
+def test_a_column_without_a_name_is_not_read_as_a_part_that_the_format_lacks(format):
+    row = {"query": "q", "response": "a", "instruction": "q", "output": "a", "": "x",
+           "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}  # fmt: skip
+    names = {"alpaca": ("instruction", "output"), "query_response": ("query", "response"), "messages": ("messages",)}
+    conversation, not_read = reader_of(format, {}, Placeholders({})).read(
+        {key: row[key] for key in (*names[format], "")}
+    )
+    assert [message["content"] for message in conversation["messages"]] == ["q", "a"]
+    assert "expected_answer" not in conversation
+    assert not_read == ["row "]
 
 
 @pytest.mark.parametrize("format", ["alpaca", "query_response"])

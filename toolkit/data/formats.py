@@ -93,7 +93,7 @@ class RowReader:
             conversation["tools"] = [tool for place, tool in enumerate(tools) if tool not in tools[:place]]
         # only now are all tools known: a row may keep them in a column, in its system turn, or in both
         check_calls(messages, tools)
-        answer = row.get(self.names.get("expected_answer", ""))
+        answer = self._cell(row, "expected_answer")
         if answer not in (None, ""):
             conversation["expected_answer"] = expected_answer(answer)
         not_read = [f"row {key}" for key in notes.not_read] + [f"turn {key}" for key in turn_notes.not_read]
@@ -114,14 +114,19 @@ class RowReader:
             return answer
         if type(question) is not list:
             parts = [field_of(row, names["user"])]
-            if not is_empty(row.get(names.get("input", ""))):
+            if not is_empty(self._cell(row, "input")):
                 parts.append(field_of(row, names["input"]))
             question = [{"role": "user", "content": "\n".join(part for part in parts if part.strip())}]
         if type(answer) is not list:
             text = field_of(row, names["assistant"])
             # xLAM's answers are calls, as JSON text
             answer = [{"role": "function_call" if CALLS.match(text) else "assistant", "content": text}]
-        return [*earlier_turns(row, names.get("history", "")), *question, *answer]
+        history = earlier_turns(row, names["history"]) if "history" in names else []
+        return [*history, *question, *answer]
+
+    def _cell(self, row: JsonObject, part: str) -> Json:
+        """The value of the column that this format has for a part; None where it has none, as a column may be called ''."""
+        return row.get(self.names[part]) if part in self.names else None
 
 
 def reader_of(
