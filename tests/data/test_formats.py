@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 from tests.support import row_strategies
 from toolkit.data.conversation import Placeholders
-from toolkit.data.formats import FORMATS, canonical, recognise, reader_of
+from toolkit.data.formats import FORMATS, canonical, reader_of, recognise
 from toolkit.data.sources import Rejected, conversations
 from toolkit.files import ToolkitError
 from toolkit.recipe import Source
