@@ -140,8 +140,8 @@ def test_the_usage_line_of_every_module_runs(path, monkeypatch):
 
 # What stands, and where it should go: (measure, most today, goal). A goal that is met may not be lost.
 BOUNDS = [
-    ("core", 55_900, 30_000), ("first three", 4_600, 4_600), ("whole", 85_500, 46_000), ("density", 7.4, 6.5),
-    ("untyped", 100, 100), ("entries", 19, 18),
+    ("core", 50_900, 30_000), ("first three", 4_600, 4_600), ("whole", 77_300, 46_000), ("density", 6.5, 6.5),
+    ("untyped", 100, 100), ("entries", 18, 18),
 ]  # fmt: skip
 
 
