@@ -12,7 +12,6 @@ from typing import Any, Literal, NotRequired, TypedDict
 # One word of a recipe or of a report --------------------------------------------------------------------------------
 
 Role = Literal["system", "user", "assistant", "tool"]
-Mode = Literal["thinking", "non_thinking"]
 Unit = Literal["examples", "tokens", "supervised_tokens"]
 Shares = dict[str, float]
 """{source or mode: its share, 0 to 1}."""

@@ -8,11 +8,12 @@ loss and KL, no generation); the few that may be recommended get replies too. Th
 """
 
 import contextlib
+import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
@@ -28,7 +29,7 @@ from toolkit.evaluation.questions import from_mix, questions_of
 from toolkit.evaluation.words import LOSS
 from toolkit.export.checkpoint import check_scale
 from toolkit.files import ToolkitError, flat, read_json, write_json
-from toolkit.records import Evaluation
+from toolkit.records import Evaluation, Json
 from toolkit.run import default_console
 from toolkit.training import model as models
 from toolkit.view.progress import Progress
@@ -154,30 +155,55 @@ def measure(folder: Path, scales: Sequence[float], with_replies: Sequence[float]
         kept = read_json(folder / "dial.json")
         # what was measured of another adapter says nothing of this one
         results = kept.get("scales", {}) if kept.get("adapter") == manifest.get("adapter") else {}
-    evaluate_scales(folder, "fast", scales, results, console)
-    evaluate_scales(folder, "quick", with_replies or scales_for_replies(results), results, console)
+    # loaded once for both levels, and not at all where nothing is missing
+    load = functools.cache(functools.partial(load_dialled, folder, console))
+    evaluate_scales(folder, "fast", scales, results, load, console)
+    evaluate_scales(folder, "quick", with_replies or scales_for_replies(results), results, load, console)
     return results
 
 
-def evaluate_scales(folder: Path, level: str, scales: Sequence[float], results: Results, console: Console) -> None:
+class Dialled(NamedTuple):
+    """A loaded run and what it is asked at every scale."""
+
+    model: Any
+    tokenizer: Any
+    adapter: Json
+    """The adapter's checksums, by which a later dial knows whether results are about it."""
+    questions: dict[str, Any]
+
+
+def load_dialled(folder: Path, console: Console) -> Dialled:
+    """A run's model with its adapter, and its questions."""
+    recipe = recipes.of_run(folder)
+    manifest = read_json(folder / "manifest.json")
+    questions = asked(recipe, manifest)
+    with models.loading(recipe.model, console):
+        model, tokenizer = models.load_run(folder)
+    return Dialled(model, tokenizer, manifest.get("adapter"), questions)
+
+
+def evaluate_scales(
+    folder: Path,
+    level: str,
+    scales: Sequence[float],
+    results: Results,
+    load: Callable[[], Dialled],
+    console: Console,
+) -> None:
     """Add what is missing at a level to the results; each is written at once."""
     missing = [scale for scale in scales if f"{level} {scale:g}" not in results]
     if not missing:
         return
-    recipe, manifest = recipes.of_run(folder), read_json(folder / "manifest.json")
-    questions = asked(recipe, manifest)
-    if level == "fast":
-        questions["questions_per_mode"] = None
-    with models.loading(recipe.model, console):
-        model, tokenizer = models.load_run(folder)
+    run = load()
+    questions = {**run.questions, "questions_per_mode": None} if level == "fast" else run.questions
     with Progress(console, f"{folder.name}, {level} evidence, scales", len(missing)) as progress:
         for scale in missing:
-            with scaled(model, scale):
-                result = evaluate(model, tokenizer, level=level, console=Console(quiet=True), **questions)
+            with scaled(run.model, scale):
+                result = evaluate(run.model, run.tokenizer, level=level, console=Console(quiet=True), **questions)
             if scale == 1.0:
                 check_changed(folder.name, result)
             results[f"{level} {scale:g}"] = result
-            write_json(folder / "dial.json", {"adapter": manifest.get("adapter"), "scales": results})
+            write_json(folder / "dial.json", {"adapter": run.adapter, "scales": results})
             progress.advance(1)
 
 
