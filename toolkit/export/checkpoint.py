@@ -256,6 +256,12 @@ def unmergeable(config: Mapping[str, Any]) -> str | None:
     return None
 
 
+def generation_of(base: Path) -> dict[str, Any]:
+    """The generation_config.json of a base's folder; empty where it has none."""
+    file = base / "generation_config.json"
+    return read_json(file) if file.is_file() else {}
+
+
 def check_scale(scale: float) -> None:
     """Raises ToolkitError for a scale that is no number between 0 and 2."""
     is_number = isinstance(scale, int | float) and not isinstance(scale, bool)

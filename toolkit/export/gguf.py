@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from toolkit.evaluation.generate import closing_token, modes_of
-from toolkit.export.checkpoint import Adapter, Checkpoint, ModelConfig, full_config
+from toolkit.export.checkpoint import Adapter, Checkpoint, ModelConfig, full_config, generation_of
 from toolkit.export.gguf_types import (
     check_tokenizer,
     converted,
@@ -238,8 +238,7 @@ def header(model: Checkpoint, tokenizer: Path, quant: str, name: str) -> "GGUFWr
 
 def _sampling(model: Checkpoint, tokenizer: Path) -> dict[str, float]:
     """general.sampling.*: the model's own values in its first mode, which llama-server and LM Studio sample by."""
-    file = model.folder / "generation_config.json"
-    generation = read_json(file) if file.is_file() else {}
+    generation = generation_of(model.folder)
     mode = modes_of(load_tokenizer(tokenizer))[0]
     values = stated_sampling(family_of(model.config["model_type"]), mode, generation)
     penalty = generation.get("repetition_penalty")

@@ -11,7 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from toolkit.evaluation.generate import closing_token
-from toolkit.export.checkpoint import BYTES, HEAD, INDEX, Adapter, Base, Checkpoint, empty_model, find_base
+from toolkit.export.checkpoint import (
+    BYTES,
+    HEAD,
+    INDEX,
+    Adapter,
+    Base,
+    Checkpoint,
+    empty_model,
+    find_base,
+    generation_of,
+)
 from toolkit.export.record import Record, as_json
 from toolkit.export.tokenizer import load_tokenizer, tokenizer_files
 from toolkit.files import ToolkitError, read_json
@@ -221,8 +231,7 @@ def settings_files(merged: Merged, tokenizer: Path) -> dict[str, bytes]:
 
 def generation_config(merged: Merged, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
     """The base's generation_config.json, with the end of a turn among its stop tokens (a base model's lacks it)."""
-    file = merged.base.folder / "generation_config.json"
-    generation = read_json(file) if file.is_file() else {}
+    generation = generation_of(merged.base.folder)
     stops = stop_tokens(generation, merged.config)
     end = closing_token(tokenizer)
     return generation if end in (None, *stops) else generation | {"eos_token_id": [*stops, end]}

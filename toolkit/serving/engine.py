@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from toolkit.data.chat import load_chat
-from toolkit.export.checkpoint import Checkpoint, check_scale
+from toolkit.export.checkpoint import Checkpoint, check_scale, generation_of
 from toolkit.export.gguf import write_gguf, write_lora_gguf
 from toolkit.export.gguf_types import check_quant
 from toolkit.export.llama import Engine, launch
@@ -138,8 +138,7 @@ def converted(folders: Sequence[Path], quant: str, say: Say) -> Files:
             file = cache / sha256(folder / "adapter" / "adapter_model.safetensors")[:8] / f"{folder.name}{LORA}"
             write_lora_gguf(run.adapter, checkpoint.config, file)
             loras.append(file)
-    generation = merged[0].base.folder / "generation_config.json"
-    return Files(weights, loras, checkpoint.config | (read_json(generation) if generation.is_file() else {}))
+    return Files(weights, loras, checkpoint.config | generation_of(merged[0].base.folder))
 
 
 def converted_base(cache: Path, checkpoint: Checkpoint, quant: str, label: str, tokenizer: Path, say: Say) -> Path:
