@@ -252,9 +252,12 @@ def test_on_a_terminal_thinking_is_dimmed_and_arrow_up_brings_the_last_line_back
     terminal.send("first\r")
     terminal.expect(r"\x1b\[2;3mlet me")
     terminal.expect("7 tokens")
+    terminal.expect("›")  # keys that are typed before the prompt are no line of readline yet
     terminal.send("\x1b[A\r")
     terminal.expect("no to first")
     terminal.expect("7 tokens")
+    terminal.expect("›")
     terminal.sendintr()  # at the prompt: an unfinished line goes, the chat stays
+    terminal.expect("›")
     terminal.send("/quit\r")
     terminal.expect(pexpect.EOF)
