@@ -5,7 +5,12 @@ import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never wait for a network
 
+import hypothesis
 import pytest
+
+# the same examples each time, so that a change that broke nothing fails nothing; new ones: python -m tests.tools.faults.fuzz
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 def pytest_configure(config):

@@ -12,6 +12,7 @@ from pathlib import Path
 from hypothesis import strategies as st
 
 from toolkit.data.formats import COLUMN_KEYS, FORMATS
+from toolkit.data.keys import is_empty
 from toolkit.data.sources import Rejected, canonical, conversations
 from toolkit.files import ToolkitError
 from toolkit.recipe import Source
@@ -25,7 +26,8 @@ SPECIAL = (
 STRUCTURE = ("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
 """Tags of a conversation's own form, which are left in no answer; a tokenizer's special tokens are the label rule's matter."""
 plain = st.text(st.characters(min_codepoint=32, exclude_categories=["Cs", "Cc"], exclude_characters="<[{"), min_size=1)
-texts = plain.filter(lambda text: text.strip() and len(text) < 200)
+texts = plain.filter(lambda text: text.strip() and len(text) < 200 and not is_empty(text))
+"""None is a word by which tables write an empty cell, like "NULL": such a system or input is no text."""
 junk = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(SPECIAL) | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(SPECIAL) | st.text(max_size=8), inner),
