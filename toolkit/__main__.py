@@ -332,7 +332,9 @@ def sweep_shares(recipe: str, overrides: list[str], shares: list[float] | None, 
 @verb(
     "compare",
     arg("runs", nargs="*", help="run folders or names; without any, every scored run"),
-    arg("--out", type=Path, metavar="FOLDER", help="write picture and numbers there; log to wandb if the runs did"),
+    arg(
+        "--out", type=Path, metavar="FOLDER", help="write page, picture and numbers there; log to wandb if the runs did"
+    ),
     JSON,
 )
 def compare_runs(runs: list[str], out: Path | None) -> Outcome:
@@ -472,15 +474,18 @@ def answer_prompts(run: Path, prompts: Path, replies: Path, **options: Any) -> N
     console().print(f"{replies}: {len(lines)} replies, {cut} cut short; {len(rejected)} left out", markup=False)
 
 
-@verb("report", *RUN)
-def write_report(run: Path) -> None:
-    """Write a run's page, report.html, again and open it in the browser."""
+@verb("report", arg("run", help="a run's or a sweep's folder, or its name under outputs/"), REMOTE)
+def write_report(run: str) -> None:
+    """Write the page of a run or a sweep, report.html, again and open it in the browser."""
     import webbrowser
 
+    from toolkit.comparison import sweep
     from toolkit.training import model
     from toolkit.view import page
 
-    file = page.write(model.run_folder(run))
+    folder = _folder(run)
+    is_sweep = (folder / "sweep.json").is_file()
+    file = sweep.rebuild(folder) if is_sweep else page.write(model.run_folder(folder))
     console().print(f"{file}", markup=False)
     if sys.stdout.isatty():  # not where a script asked for it
         webbrowser.open(file.resolve().as_uri())

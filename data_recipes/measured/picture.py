@@ -1,47 +1,47 @@
-"""The README's picture from the recorded sweep: python data_recipes/measured/picture.py   (reads sweep_pocket.json)."""
+"""The README's picture from the recorded sweep: python -m data_recipes.measured.picture   (reads sweep_pocket.json).
+
+It is the picture that `sweep`, `compare` and a sweep's page draw.
+"""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from matplotlib.figure import Figure
+from toolkit.comparison.decide import CHAT, KL, Comparison
+from toolkit.comparison.points import Average, Point
+from toolkit.comparison.report import figure
+from toolkit.comparison.runs import Run
+from toolkit.family import MODES
 
 HERE = Path(__file__).resolve().parent
-ABOVE = (9, 7)
-PLACES = {"0% reasoning": (-29, -5), "100% reasoning": (9, -15)}
-"""Where a name stands beside its point, in points, where ABOVE would cover a neighbour."""
-REASONING, CHAT = "thinking/accuracy", "non_thinking/accuracy/chat"
+GOAL = ("thinking", "accuracy")
+AXIS = "reasoning"
 
 
-def main() -> None:
-    """Write sweep_pocket.png: chat accuracy against reasoning accuracy, one point a ratio, with 95% intervals; the small
-    points are its trainings."""
+def recorded() -> Comparison:
+    """The comparison that sweep_pocket.json holds: the base, and a point for each share."""
     record = json.loads((HERE / "sweep_pocket.json").read_text(encoding="utf-8"))
-    rows = record["rows"]
-    picture = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axis = picture.subplots()
-    for row in rows:
-        x, y = (100 * float(row[key]) for key in (REASONING, CHAT))
-        bars = [
-            [[abs(100 * float(row[f"{key}.{end}"]) - at)] for end in ("low", "high")]
-            for key, at in ((REASONING, x), (CHAT, y))
-        ]
-        base, best = row["label"] == "base", row["recommended"] == "1"
-        colour = "#888888" if base else "#12355b"
-        marker = "X" if base else "*" if best else "o"
-        axis.errorbar(x, y, xerr=bars[0], yerr=bars[1], color=colour, marker=marker, markersize=17 if best else 8,
-                      elinewidth=0.7, alpha=0.95, capsize=0)  # fmt: skip
-        name = "base" if base else row["label"].replace(" reasoning", "") + (" (recommended, a tie)" if best else "")
-        axis.annotate(
-            name, (x, y), xytext=PLACES.get(row["label"], ABOVE), textcoords="offset points", fontsize=10, color=colour
-        )
-    for training in record["trainings"]:
-        axis.plot(100 * training["sums"], 100 * training["chat"], ".", color="#12355b", alpha=0.35, markersize=5)
-    axis.set(xlabel="reasoning questions right, thinking on, %", ylabel="chat questions right, thinking off, %",
-             title="Share of reasoning data: what it gains and what it costs", xlim=(0, 112), ylim=(76, 102))  # fmt: skip
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(color="#eeeeee")
-    picture.savefig(HERE / "sweep_pocket.png", dpi=130)
+    base, *points = map(point, record["rows"])
+    chosen = [row["recommended"] == "1" for row in record["rows"]].index(True)
+    return Comparison(AXIS, GOAL, base, points, points[chosen - 1], [], [], {})
+
+
+def point(row: Mapping[str, str]) -> Point:
+    """A row of the record, with what the picture shows of it."""
+    values = {key: average("/".join(key), row) for key in (GOAL, CHAT, KL) if "/".join(key) in row}
+    runs = [Run(name, {}, {}, MODES) for name in row["runs"].split()]
+    short = row["label"].removesuffix(f" {AXIS}")
+    place = float(short.removesuffix("%")) / 100 if runs else 0.0
+    return Point(row["label"], runs, values, place=place, short=short)
+
+
+def average(name: str, row: Mapping[str, Any]) -> Average:
+    """A number with its interval, and each training's."""
+    value, low, high = (float(row[key]) for key in (name, f"{name}.low", f"{name}.high"))
+    each = [float(text) for text in row[f"{name}.each"].split()]
+    return Average(value, low, high, int(row[f"{name}.n"]), each)
 
 
 if __name__ == "__main__":
-    main()
+    figure(recorded()).savefig(HERE / "sweep_pocket.png", dpi=110, facecolor="white", metadata={"Software": None})

@@ -101,6 +101,32 @@ def test_the_dial_and_a_certificate_are_on_the_page(run, tmp_path):
     assert "0 of 1 checks" in read.text
 
 
+def test_the_page_of_a_dialled_run_opens_with_the_dials_picture_and_says_what_it_recommends(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    folder = copy / "copy-dial"
+    folder.mkdir()
+    (folder / "comparison.png").write_bytes(b"a picture")
+    rows = [{"settings": "scale 0 (base)", "KL": "0.000"}, {"settings": "★ scale 0.5", "KL": "0.100 [0.050, 0.150]"}]
+    verdict = ["Recommended: scale 0.5: sums 10% → 70%.", "next: python -m toolkit export copy --scale 0.5"]
+    found = {"verdict": verdict, "table": rows, "notes": ["One training."], "left_out": {}}
+    (folder / "comparison.json").write_text(json.dumps(found))
+    read = Page(page.write(copy))
+    assert read.open == []
+    assert next(a for a in read.addresses if a.startswith("data:")) == page.address(b"a picture")
+    assert read.text.index("Recommended: scale 0.5") < read.text.index("What it was trained on")
+    assert "★ scale 0.5 0.100 [0.050, 0.150]" in read.text
+    assert "python -m toolkit export copy --scale 0.5" in read.text
+    (folder / "comparison.png").unlink()  # people tidy up
+    assert "★ scale 0.5" in Page(page.write(copy)).text
+
+
+def test_the_page_says_how_to_use_the_run(run):
+    read = Page(page.write(run))
+    for verb in ("chat", "serve", "generate", "dial", "export"):
+        assert f"python -m toolkit {verb} paged" in read.text
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
     with pytest.raises(ToolkitError, match=r"manifest\.json"):
         page.write(tmp_path)

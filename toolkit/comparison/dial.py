@@ -32,6 +32,7 @@ from toolkit.files import ToolkitError, flat, read_json, write_json
 from toolkit.records import Evaluation, Json
 from toolkit.run import default_console
 from toolkit.training import model as models
+from toolkit.view import page
 from toolkit.view.progress import Progress
 
 if TYPE_CHECKING:
@@ -127,6 +128,7 @@ def dial(
     comparison = compare_scales(members, sorted(scales))
     first = folders[0]
     conclude(comparison, console, out or first / f"{first.name}-dial")
+    page.write(first)  # which opens with the picture
     return comparison
 
 
@@ -256,7 +258,7 @@ def at_scale(folder: Path, scale: float, results: Results) -> Run:
     recipe = recipes.read_values(folder / "recipe.yaml")
     mixed = read_json(folder / "mix.json")
     run = run_of(folder.name, recipe, mixed, read_json(folder / "manifest.json"), result)
-    return replace(run, trained={**run.trained, SCALE: scale})
+    return replace(run, folder=folder, trained={**run.trained, SCALE: scale})
 
 
 def compare_scales(members: Sequence[Mapping[float, Run]], scales: Sequence[float]) -> Comparison:

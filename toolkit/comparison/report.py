@@ -1,4 +1,4 @@
-"""A comparison for people: one table, one picture, the sentences; and every number as CSV.
+"""A comparison for people: one table, one picture, the sentences, a page; and every number as CSV and JSON.
 
 from toolkit.comparison import decide, report; report.write(decide.compare(Path("outputs").glob("sweep*")), Path("comparison"))
 """
@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from toolkit.comparison.decide import CHAT, KL, SCALE, Comparison, score_text
+from toolkit.comparison import page
+from toolkit.comparison.decide import CHAT, KL, SCALE, Comparison, noun, score_text
 from toolkit.comparison.points import Average, Point
 from toolkit.evaluation.stats import is_rate
 from toolkit.evaluation.words import title
+from toolkit.files import write_json
 from toolkit.training import tracking
 from toolkit.view import figures, tables
 
@@ -23,14 +25,14 @@ if TYPE_CHECKING:
 
 
 def conclude(comparison: Comparison, console: Console, folder: Path | None = None) -> None:
-    """Print the table, the notes and the verdict. With a folder, also write the files there and log to wandb, if the
-    runs did."""
+    """Print the table, the notes and the verdict. With a folder, also write the files and the page there and log to wandb,
+    if the runs did."""
     console.print(terminal_table(comparison))
     for note in notes(comparison):
         console.print(f"· {note}", markup=False)
     if folder:
-        paths = write(comparison, folder)
-        console.print(f"picture and numbers: {paths['png']}, {paths['csv']}", markup=False)
+        write(comparison, folder)
+        console.print(f"the runs side by side: {page.write(comparison, folder)}", markup=False)
         log(comparison, folder, console)
     for line in comparison.verdict:
         console.print(line, style="bold", markup=False)
@@ -52,16 +54,17 @@ def run_names(point: Point) -> str:
 
 
 def write(comparison: Comparison, folder: Path) -> dict[str, Path]:
-    """Write the picture and the CSV; returns their paths by kind."""
+    """Write the picture, the CSV and what `--json` prints; returns their paths by kind."""
     import pandas
 
     folder.mkdir(parents=True, exist_ok=True)
-    paths = {kind: folder / f"comparison.{kind}" for kind in ("png", "csv")}
+    paths = {kind: folder / f"comparison.{kind}" for kind in ("png", "csv", "json")}
     # without matplotlib's version the same comparison gives the same bytes
     figure(comparison).savefig(paths["png"], dpi=150, facecolor="white", metadata={"Software": None})
     # objects: a count stays a whole number where another point has none
     rows = pandas.DataFrame(numbers(comparison), dtype=object)
     rows.to_csv(paths["csv"], index=False, lineterminator="\r\n")
+    write_json(paths["json"], as_json(comparison))
     return paths
 
 
@@ -99,15 +102,22 @@ def in_words(comparison: Comparison) -> list[tuple[Point, dict[str, str]]]:
 
 def terminal_table(comparison: Comparison) -> Table:
     """The table, whole at 80 columns: only the goal has its interval."""
+    rows = marked(comparison)
+    for row in rows:
+        # `70% [59, 81]` becomes `70%`: four intervals do not fit 80 columns
+        for name in list(row)[2:]:
+            row[name] = row[name].partition(" ")[0]
+    return tables.rich_table(rows)
+
+
+def marked(comparison: Comparison) -> list[dict[str, str]]:
+    """The rows in words, a star before what is recommended."""
     rows = []
     for point, row in in_words(comparison):
         if point is comparison.recommended:
             row["settings"] = f"★ {point.label}"
-        # `70% [59, 81]` becomes `70%`: four intervals do not fit 80 columns
-        for name in list(row)[2:]:
-            row[name] = row[name].partition(" ")[0]
         rows.append(row)
-    return tables.rich_table(rows)
+    return rows
 
 
 def numbers(comparison: Comparison) -> list[dict[str, Any]]:
@@ -138,6 +148,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "verdict": comparison.verdict,
         "notes": comparison.notes,
         "left_out": comparison.left_out,
+        "table": marked(comparison),
         "points": numbers(comparison),
     }
 
@@ -147,7 +158,10 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 def figure(comparison: Comparison) -> "Figure":
     """What is gained against what is kept, with intervals; beside it the distance from the base, along the axis. The base
-    is grey, the recommended dark. Points that are compared by name are numbered."""
+    is a grey cross, the recommended a dark star, each training of a mean a small point. Points that are compared by name
+    are numbered."""
+    from matplotlib.ticker import MaxNLocator
+
     picture, (left, right) = figures.panels(11, 4.8, 2, width_ratios=(3, 2))
     goal = comparison.goal
     # where nobody was asked any chat, the distance from the base says what is left
@@ -159,14 +173,23 @@ def figure(comparison: Comparison) -> "Figure":
         draw(right, comparison, point, place, point.values.get(KL))
     sections = comparison.points[0].runs[0].sections
     left.set(xlabel=title(*goal, sections), ylabel=title(*kept, sections), title="what is gained, what is kept")
-    right.set(xlabel=comparison.axis or "run", title="KL from the base (nats per token)", ylim=(0, None))
-    for axis, key in ((left.xaxis, goal), (left.yaxis, kept)):
-        if is_rate(key[1]):
+    is_share = noun(comparison.axis) == "ratio"
+    axis_name = f"share of {comparison.axis}" if is_share else comparison.axis or "run"
+    right.set(xlabel=axis_name, title="KL from the base (nats per token)", ylim=(0, None))
+    for axis, is_percent in (
+        (left.xaxis, is_rate(goal[1])),
+        (left.yaxis, is_rate(kept[1])),
+        (right.xaxis, is_share),
+    ):
+        if is_percent:
             axis.set_major_formatter("{x:.0%}")
+            # steps of 2.5% would be shown rounded
+            axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
     heading = "\n".join(f"{point.short}  {point.label}" for point in comparison.points)
     if comparison.axis:
         seeds = max(len(point.runs) for point in comparison.points)
-        heading = f"by {comparison.axis}; trainings of each: {seeds}; bars are 95% intervals"
+        trainings = f"means of {seeds} trainings (the small points)" if seeds > 1 else "one training each"
+        heading = f"by {axis_name}; {trainings}; bars are 95% intervals; star: recommended"
     picture.suptitle(heading, fontsize=10)
     return picture
 
@@ -175,19 +198,23 @@ def draw(axes: "Axes", comparison: Comparison, point: Point, x: Average | None, 
     """A point with its intervals and its name, where both numbers were measured."""
     if not x or not y:
         return
-    shade = figures.TUNED if point is comparison.recommended else figures.PALETTE[0]
-    if point is comparison.base:
-        shade = figures.BASE
+    shade, marker, size = figures.OTHER, "o", 8
+    if point is comparison.recommended:
+        shade, marker, size = figures.TUNED, "*", 15
+    elif point is comparison.base:
+        shade, marker = figures.BASE, "X"
     axes.errorbar(
         x.value,
         y.value,
         xerr=arms(x),
         yerr=arms(y),
-        fmt="o",
-        markersize=8,
+        fmt=marker,
+        markersize=size,
         color=shade,
         elinewidth=0.8,
     )
+    if len(x.each) > 1:  # of one training the mean is the training
+        axes.plot(x.each, y.each, ".", color=shade, alpha=0.5)
     axes.margins(0.12)
     for text in axes.texts:  # points at one place share a label
         if text.get_position() == (x.value, y.value):

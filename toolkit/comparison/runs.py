@@ -8,7 +8,7 @@ Only the run folders are read (recipe.yaml, mix.json, eval.json, manifest.json):
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,8 @@ class Run:
     """Modes in which some of its replies never end."""
     rows_per_step: int = 0
     """Rows that each optimizer step averaged over; 0 where the recipe does not say."""
+    folder: Path = Path()
+    """Where its files are."""
 
 
 def read_runs(folders: Iterable[Path]) -> tuple[list[Run], dict[str, str]]:
@@ -109,7 +111,7 @@ def read_run(folder: Path) -> Run:
     mix, manifest, result = (read_json(folder / name) for name in FILES[1:])
     recipe = read_values(folder / "recipe.yaml")
     try:
-        return run_of(folder.name, recipe, mix, manifest, result)
+        return replace(run_of(folder.name, recipe, mix, manifest, result), folder=folder)
     except DAMAGED as error:
         why = f"{type(error).__name__}: {error}"
         raise ToolkitError(f"unreadable: {why}; {evaluate} writes eval.json again") from error

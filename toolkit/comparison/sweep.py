@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from toolkit import recipe as recipes
+from toolkit.comparison import page
 from toolkit.comparison.decide import compare
-from toolkit.comparison.report import conclude
+from toolkit.comparison.report import conclude, write
 from toolkit.comparison.runs import NOT_TRAINED, read_run
 from toolkit.data.mix import compile_mix
 from toolkit.evaluation.questions import SHIPPED, from_mix
@@ -138,6 +139,18 @@ def sweep(
             f"{len(failed)} of {len(runs)} runs failed: {names}. Logs are in {folder}/logs; the same command tries them again"
         )
     return folder
+
+
+def rebuild(folder: Path) -> Path:
+    """Compare a sweep's scored runs again, write its files and its page, and return the page's file. Raises ToolkitError
+    where no run is scored."""
+    runs = [folder.parent / row["name"] for row in read_json(folder / "sweep.json")["runs"]]
+    scored = [run for run in runs if (run / "eval.json").is_file()]
+    if not scored:
+        raise ToolkitError(f"{folder}: none of its {len(runs)} runs is scored yet: give its `sweep` command again")
+    comparison = compare(scored)
+    write(comparison, folder)
+    return page.write(comparison, folder)
 
 
 def affordable(first: Sequence[Planned], console: Console) -> bool:

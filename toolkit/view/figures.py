@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PALETTE = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3")
-BASE, TUNED = "#9aa5b1", "#12355b"
+BASE, OTHER, TUNED = "#9aa5b1", "#6f94bb", "#12355b"
+"""The base; points of a comparison; the tuned model, and the point that is recommended. None is a source's colour."""
 BINS = 40
 SMOOTH = 0.8
 """Weight of the past in the smoothed training loss; the raw values stay visible behind it."""
@@ -48,9 +49,10 @@ def png(figure: "Figure") -> bytes:
     return out.getvalue()
 
 
-def source_colours(sources: Iterable[str]) -> dict[str, str]:
-    """{source: its colour}, the same in every picture of a mix and its run."""
-    return dict(zip(sources, itertools.cycle(PALETTE), strict=False))
+def source_colours(planned: Iterable[str]) -> dict[str, str]:
+    """{source: its colour}, the same in every picture and on every page: by its place among the planned sources, since a
+    source of which a ratio wants nothing is missing from what was achieved."""
+    return dict(zip(planned, itertools.cycle(PALETTE), strict=False))
 
 
 def mix_figure(mixed: Mix) -> "Figure":
@@ -74,7 +76,8 @@ def draw_shares(axes: "Axes", mixed: Mix) -> None:
     report = mixed.report
     achieved = pandas.DataFrame(report["achieved"]).reindex(list(report["sources"])).T
     achieved.index = [unit.replace("_", "\n") for unit in UNITS]
-    achieved.plot.bar(stacked=True, ax=axes, color=PALETTE, rot=0, legend=False, width=0.8)
+    colours = source_colours(report["planned"])
+    achieved.plot.bar(stacked=True, ax=axes, color=colours, rot=0, legend=False, width=0.8)
 
     def number(share: float) -> str:
         # a share below 4% has no room for its number
@@ -89,14 +92,15 @@ def draw_shares(axes: "Axes", mixed: Mix) -> None:
 def draw_lengths(axes: "Axes", mixed: Mix) -> None:
     """How many rows of each source have how many tokens."""
     limit = mixed.report["max_seq_length"]
-    for name, colour in source_colours(mixed.report["sources"]).items():
+    colours = source_colours(mixed.report["planned"])
+    for name in mixed.report["sources"]:
         sizes = [len(row.ids) for row in mixed.train if row.source == name]
         label = f"{name} ({len(sizes):,} rows)"
         axes.hist(
             sizes,
             bins=BINS,
             range=(0, limit),
-            color=colour,
+            color=colours[name],
             alpha=0.65,
             label=label,
         )
@@ -128,7 +132,7 @@ def curves(folder: Path) -> "Figure":
     left.legend(frameon=False, fontsize=9)
     # the mix is written before the first step; in anybody's own trainer there may be none
     file = folder / "mix.json"
-    colours = source_colours(read_json(file)["sources"] if file.is_file() else ())
+    colours = source_colours(read_json(file)["planned"] if file.is_file() else ())
     for key in lines.filter(regex="^eval_.*loss$"):
         source, _, mode = key.removeprefix("eval_").removesuffix("_loss").rpartition("/")
         label = f"{source}, {mode_title(mode)}" if source else "all, as mixed"

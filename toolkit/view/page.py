@@ -6,6 +6,7 @@ Everything on it is read from the run folder; nothing is measured for it. A sect
 """
 
 import base64
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -41,12 +42,17 @@ class ScoreRow(NamedTuple):
 
 def write(folder: Path) -> Path:
     """Write the page of a run and return its file. Raises ToolkitError where the run has no manifest.json."""
+    return render(PAGE, contents(folder), folder)
+
+
+def render(template: str, values: Mapping[str, Any], folder: Path) -> Path:
+    """Write a folder's report.html from a template and return its file."""
     import jinja2
 
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     # autoescape: rows and replies hold whatever people's data holds
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    write_text(folder / PAGE, environment.get_template(PAGE).render(contents(folder)))
+    write_text(folder / PAGE, environment.get_template(template).render(values))
     return folder / PAGE
 
 
@@ -57,14 +63,17 @@ def contents(folder: Path) -> dict[str, Any]:
     rows, why_no_rows = taught_rows(folder, manifest)
     file = folder / "samples.jsonl"
     samples = read_jsonl(file) if file.is_file() else []
+    name = folder.resolve().name
     return {
-        "name": folder.resolve().name,
+        "name": name,
         "manifest": manifest,
         "rows": rows,
         "why_no_rows": why_no_rows,
-        "curves": picture(figures.curves(folder)) if figures.logged(folder) else "",
+        "curves": address(figures.png(figures.curves(folder))) if figures.logged(folder) else "",
         "prompts": [row for row in trained.paired(samples) if "after" in row],
         "certificate": optional(folder / "certificate.json"),
+        "has_gguf": (folder / "gguf").is_dir(),
+        "dialled": compared(folder / f"{name}-dial"),
         "dial": dial_rows(folder),
         "mode_title": mode_title,
         **mix_section(folder),
@@ -86,7 +95,7 @@ def mix_section(folder: Path) -> dict[str, Any]:
         "mix": report,
         "mix_verdict": tables.verdict(report),
         "mix_notes": tables.notes(report),
-        "colours": figures.source_colours(report["sources"]),
+        "colours": figures.source_colours(report["planned"]),
     }
 
 
@@ -158,6 +167,14 @@ def dial_rows(folder: Path) -> list[dict[str, str]]:
     return rows
 
 
-def picture(figure: Any) -> str:
-    """A figure as the address of an image that is part of the page."""
-    return "data:image/png;base64," + base64.b64encode(figures.png(figure)).decode()
+def compared(folder: Path) -> dict[str, Any] | None:
+    """What a sweep, a comparison or a dial left in its folder: comparison.json, with its picture as part of the page."""
+    found, picture = optional(folder / "comparison.json"), folder / "comparison.png"
+    if found and picture.is_file():
+        found["picture"] = address(picture.read_bytes())
+    return found
+
+
+def address(png: bytes) -> str:
+    """A picture as the address of an image that is part of the page."""
+    return "data:image/png;base64," + base64.b64encode(png).decode()
