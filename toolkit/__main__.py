@@ -351,7 +351,7 @@ def compare_runs(runs: list[str], out: Path | None) -> Outcome:
 @verb(
     "dial",
     arg("runs", nargs="+", metavar="run", help="a finished run; several: one recipe with other seeds, averaged"),
-    arg("--scales", nargs="+", type=float, metavar="S", help="0 (base) to 2; default: 0.25 0.5 0.75 1 1.25"),
+    arg("--scales", nargs="+", type=float, metavar="S", help="0 (base) to 2; default: 0.25 to 1.25, more at the bend"),
     arg("--out", type=Path, metavar="FOLDER", help="where picture and numbers go; default: a folder in the run's"),
     JSON,
 )
@@ -359,7 +359,7 @@ def dial_runs(runs: list[str], scales: list[float] | None, out: Path | None) -> 
     """How much of a trained adapter to keep: score it at several scales, without training, and recommend one."""
     from toolkit.comparison import dial, report
 
-    comparison = dial.dial(runs, scales=scales or dial.SCALES, console=console(), out=out)
+    comparison = dial.dial(runs, scales=scales, console=console(), out=out)
     return Outcome(report.as_json(comparison))
 
 

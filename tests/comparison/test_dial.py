@@ -159,6 +159,24 @@ def test_only_scales_that_keep_half_of_the_gain_get_replies():
     assert dials.scales_for_replies(results) == [0.3, 0.4, 0.6, 1.0]
 
 
+def test_a_scale_is_added_in_the_middle_of_the_interval_where_loss_and_kl_change_most():
+    def fast(gain, kl):
+        return {
+            "difference": {"forgetting": {"loss/a/thinking": {"value": -gain}}},
+            "tuned": {"forgetting": {"kl": {"value": kl}}},
+        }
+
+    # shares of all change up to scale 1, by hand: 0.1 + 0.1, 0.7 + 0.1, 0.1 + 0.2, 0.1 + 0.6; beyond it nothing counts
+    curve = {0.25: (0.1, 0.1), 0.5: (0.8, 0.2), 0.75: (0.9, 0.4), 1.0: (1.0, 1.0), 1.25: (1.0, 9.0)}
+    results = {f"fast {scale:g}": fast(*values) for scale, values in curve.items()}
+    assert dials.bend(results, [1.0, 0.25, 0.5, 0.75, 1.25]) == 0.375
+    results["fast 0.375"] = fast(0.3, 0.15)
+    assert dials.bend(results, [1.0, 0.25, 0.5, 0.75, 1.25, 0.375]) == 0.875
+    # without held-out rows there is no gain: then KL alone decides
+    results = {f"fast {scale:g}": fast(0.0, kl) for scale, (_, kl) in curve.items()}
+    assert dials.bend(results, list(curve)) == 0.875
+
+
 def test_several_seeds_are_averaged_and_their_spread_is_in_the_interval(tmp_path):
     other = {scale: (accuracy - 0.3, chat, kl) for scale, (accuracy, chat, kl) in CURVE.items()}
     first, second = member(tmp_path, "s1", CURVE), member(tmp_path, "s2", other)
@@ -203,6 +221,21 @@ def test_a_dial_of_a_run_ends_with_table_picture_and_export_and_resumes_from_wha
     (run / "dial.json").write_bytes(kept[: len(kept) // 2])
     with pytest.raises(AssertionError, match="loaded again"):
         dial([run], scales=[0.5, 1.0], console=Console(quiet=True))
+
+
+def test_without_scales_two_are_added_where_the_curve_bends_and_the_same_are_taken_again(run, monkeypatch):
+    monkeypatch.setenv("TOOLKIT_OUTPUTS", str(run.parent))
+    monkeypatch.setattr(dials, "SCALES", (0.5, 1.0))
+    found = dial([run], console=Console(quiet=True))
+    places = [point.place for point in found.points]
+    assert len(places) == 4
+    assert {0.5, 1.0} < set(places)
+    assert set(places) - {0.5, 1.0} <= {0.125, 0.25, 0.375, 0.625, 0.75, 0.875}
+    again = dial([run], console=Console(quiet=True))
+    assert [point.place for point in again.points] == places
+    # what an earlier dial measured elsewhere is not chosen again
+    few = dial([run], scales=[1.0], console=Console(quiet=True))
+    assert [point.place for point in few.points] == [1.0]
 
 
 def test_scale_1_of_a_dial_is_what_evaluate_says_of_the_run(run, monkeypatch):

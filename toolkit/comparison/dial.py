@@ -4,7 +4,7 @@ from toolkit.comparison import dial; dial.dial([Path("outputs/pocket")])
 
 A LoRA layer adds `scaling` times its update to its weight. Multiplied by a scale, the model moves on the line from base to
 tuned without training, and an export at that scale is `lora_alpha` times the scale. Every scale gets fast evidence (held-out
-loss and KL, no generation); the few that may be recommended get replies too. The rule is that of `decide`.
+loss and KL, no generation), a few more where the curve bends; those that may be recommended get replies too. The rule is that of `decide`.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
 
 from toolkit import recipe as recipes
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
 """Scale 0 is the base, which every evaluation measures beside."""
+BENDS = 2
+"""Scales that are added to these, one after the other, where fast evidence changes most."""
 WITH_REPLIES = 4
 """Scales that get replies, the run itself among them."""
 WORTH = 0.5
@@ -102,30 +105,29 @@ def lora_layers(model: "PeftModel") -> "list[LoraLayer]":
 def dial(
     runs: Sequence[str | Path],
     *,
-    scales: Sequence[float] = SCALES,
+    scales: Sequence[float] | None = None,
     console: Console | None = None,
     out: Path | None = None,
 ) -> Comparison:
     """Measure a run at every scale and recommend one; several runs are one recipe with other seeds, and are averaged.
 
+    Without `scales` at SCALES, and at BENDS more between them where the held-out loss and the KL of the first run change most.
     Picture and numbers go to the folder NAME-dial in the run's own, or to `out`; what was measured is kept in dial.json, so
     that the same command resumes it. Raises ToolkitError for a run that changed nothing."""
     console = console or default_console()
-    for scale in scales:
+    coarse = scales or SCALES
+    for scale in coarse:
         check_scale(scale)
     # 1 first: a run that changed nothing stops before the other scales are measured
-    scales = [1.0, *sorted({float(scale) for scale in scales} - {0.0, 1.0})]
+    plan = Plan([1.0, *sorted({float(scale) for scale in coarse} - {0.0, 1.0})], 0 if scales else BENDS)
     # the same run by two spellings is one training, not two seeds
     folders = list(dict.fromkeys(map(finished_run, runs)))
     check_same_training([recipes.of_run(folder) for folder in folders])
-    # means need the same scales of every run: those that the first one's evidence chose
-    with_replies: list[float] | None = None
     members = []
     for folder in folders:
-        results = measure(folder, scales, with_replies, console)
-        with_replies = with_replies or scales_for_replies(results)
-        members.append({scale: at_scale(folder, scale, results) for scale in scales})
-    comparison = compare_scales(members, sorted(scales))
+        results, plan = measure(folder, plan, console)
+        members.append({scale: at_scale(folder, scale, results) for scale in plan.scales})
+    comparison = compare_scales(members, sorted(plan.scales))
     first = folders[0]
     conclude(comparison, console, out or first / f"{first.name}-dial")
     page.write(first)  # which opens with the picture
@@ -149,8 +151,18 @@ def check_same_training(members: Sequence[recipes.Recipe]) -> None:
         raise ToolkitError(f"dial averages over seeds of one recipe, but these runs differ in {', '.join(differing)}")
 
 
-def measure(folder: Path, scales: Sequence[float], with_replies: Sequence[float] | None, console: Console) -> Results:
-    """The run at each scale, and not again where that was done before; with replies at some, by default the likely ones."""
+class Plan(NamedTuple):
+    """What is measured. Means need the same scales of every run: those that the first one's fast evidence chose."""
+
+    scales: list[float]
+    bends: int = 0
+    """How many more are still to be added where the curve bends."""
+    with_replies: Sequence[float] = ()
+    """The scales that get replies; none are chosen yet before the first run."""
+
+
+def measure(folder: Path, plan: Plan, console: Console) -> tuple[Results, Plan]:
+    """The run at each scale, and not again where that was done before; with the plan for the runs that follow."""
     manifest = read_json(folder / "manifest.json")
     results: Results = {}
     with contextlib.suppress(ToolkitError):  # none yet, or damaged: then all is measured again
@@ -159,9 +171,15 @@ def measure(folder: Path, scales: Sequence[float], with_replies: Sequence[float]
         results = kept.get("scales", {}) if kept.get("adapter") == manifest.get("adapter") else {}
     # loaded once for both levels, and not at all where nothing is missing
     load = functools.cache(functools.partial(load_dialled, folder, console))
-    evaluate_scales(folder, "fast", scales, results, load, console)
-    evaluate_scales(folder, "quick", with_replies or scales_for_replies(results), results, load, console)
-    return results
+    evaluate_scales(folder, "fast", plan.scales, results, load, console)
+    for _ in range(plan.bends):
+        plan = plan._replace(scales=[*plan.scales, bend(results, plan.scales)])
+        evaluate_scales(folder, "fast", plan.scales, results, load, console)
+    # the record may hold scales of an earlier dial, which are not asked for
+    evidence = {f"fast {scale:g}": results[f"fast {scale:g}"] for scale in plan.scales}
+    plan = Plan(plan.scales, with_replies=plan.with_replies or scales_for_replies(evidence))
+    evaluate_scales(folder, "quick", plan.with_replies, results, load, console)
+    return results, plan
 
 
 class Dialled(NamedTuple):
@@ -207,6 +225,20 @@ def evaluate_scales(
             results[f"{level} {scale:g}"] = result
             write_json(folder / "dial.json", {"adapter": run.adapter, "scales": results})
             progress.advance(1)
+
+
+def bend(results: Results, scales: Sequence[float]) -> float:
+    """The middle of the interval, from the base up to the run itself, across which gain in held-out loss and KL change most,
+    each as a share of all its change there. Beyond the run KL always grows fastest, and nothing is decided there."""
+    places = [0.0, *sorted(scale for scale in scales if scale <= 1)]
+    curve = [(0.0, 0.0)]
+    for scale in places[1:]:
+        result = results[f"fast {scale:g}"]
+        curve.append((held_out_gain(result), result["tuned"]["forgetting"]["kl"]["value"] or 0.0))
+    changes = np.abs(np.diff(curve, axis=0))
+    shares = changes / np.maximum(changes.sum(axis=0), NOTHING)
+    most = int(shares.sum(axis=1).argmax())
+    return (places[most] + places[most + 1]) / 2
 
 
 def scales_for_replies(results: Results) -> list[float]:
