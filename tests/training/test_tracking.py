@@ -15,9 +15,10 @@ from tests.comparison.test_compare import make_run
 from tests.support.wandb_service import RunService
 from toolkit import recipe
 from toolkit.comparison.decide import compare
+from toolkit.comparison.dial import at_scale, compare_scales
 from toolkit.comparison.report import conclude
 from toolkit.data import mix
-from toolkit.files import ROOT, ToolkitError
+from toolkit.files import ROOT, ToolkitError, read_json
 from toolkit.training import tracking
 from toolkit.training.tracking import TRACKER
 from toolkit.view import figures
@@ -121,6 +122,18 @@ def test_ratios_stand_side_by_side_in_wandb(tmp_path, monkeypatch):
     assert accuracy == ["40%", "50%", "50%"]
     assert len(table["columns"]) <= 15
     assert any("picture" in line for line in found.history)
+
+
+def test_a_dial_is_a_curve_over_its_scales_in_wandb(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = make_run(tmp_path / "runs", 0.5, settings={"report_to": "wandb"})
+    result = read_json(folder / "eval.json")
+    members = {scale: at_scale(folder, scale, {f"quick {scale:g}": result}) for scale in (0.5, 1.0)}
+    conclude(compare_scales([members], [0.5, 1.0]), quiet(), folder / "run-dial")
+    lines = [line for line in synced(folder / "run-dial").history if "dial/scale" in line]
+    assert [line["dial/scale"] for line in lines] == [0.0, 0.5, 1.0]
+    tuned, base = (result[who]["thinking"]["accuracy"]["value"] for who in ("tuned", "base"))
+    assert [line["dial/thinking/accuracy"] for line in lines] == [base, tuned, tuned]
 
 
 # --- evaluated in another process than trained

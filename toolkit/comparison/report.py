@@ -78,7 +78,16 @@ def log(comparison: Comparison, folder: Path, console: Console) -> None:
             row["runs"] = run_names(point)
             rows.append(row)
         sentences = " ".join(comparison.verdict[:-1])
-        tracking.TRACKER.comparison(folder, rows, sentences, console)
+        tracking.TRACKER.comparison(folder, rows, sentences, console, curve(comparison))
+
+
+def curve(comparison: Comparison) -> list[dict[str, float]]:
+    """What was measured along a dial, base first: `{dial/scale: 0.5, dial/forgetting/kl: 0.1}`; nothing of other comparisons."""
+    rows = []
+    for point in comparison.everyone() if comparison.axis == SCALE else ():
+        values = {f"dial/{section}/{metric}": score.value for (section, metric), score in point.values.items()}
+        rows.append({"dial/scale": point.place} | values)
+    return rows
 
 
 # --- the table -------------------------------------------------------------------------------------------------------

@@ -171,8 +171,10 @@ class Tracker:
             self._attempt("starting a run", self._start, recipe, read_json(folder / "mix.json"), folder)
         self._conclude(folder, summary, "eval/replies", replies)
 
-    def comparison(self, folder: Path, rows: Sequence[Row], sentences: str, console: Console) -> None:
-        """A wandb run that holds a comparison: its table, its picture (`folder`/comparison.png) and what it recommends.
+    def comparison(self, folder: Path, rows: Sequence[Row], sentences: str, console: Console,
+                   curve: Sequence[Row] = ()) -> None:  # fmt: skip
+        """A wandb run that holds a comparison: its table, its picture (`folder`/comparison.png) and what it recommends; and a
+        dial's `curve`, every number against `dial/scale`.
 
         The same runs compared again continue the same wandb run."""
         self.say = functools.partial(console.print, soft_wrap=True)
@@ -183,6 +185,9 @@ class Tracker:
         self._attempt("starting a run", self._open, folder, name=name, id=key, group=folder.name, job_type="comparison")
         if self.run:
             self._attempt("logging the picture", self._put_picture, "picture", folder / "comparison.png")
+            self.run.define_metric("dial/*", step_metric="dial/scale")
+        for row in curve if self.run else ():
+            self._attempt("logging the curve", self.run.log, row)
         self._conclude(folder, {"recommendation": sentences}, "comparison", rows)
 
     def _conclude(self, folder: Path, summary: Row, key: str, rows: Sequence[Row]) -> None:
