@@ -239,6 +239,16 @@ def test_training_stops_at_the_second_evaluation_beyond_the_limit_and_keeps_one_
     assert same(run, elsewhere / "uncut")
 
 
+@pytest.mark.usefixtures("elsewhere")
+def test_a_run_of_which_no_evaluation_is_within_the_limit_says_what_is_kept_and_what_to_do():
+    run, said = trained("run", *FORGETTING, "evaluate.forgetting_limit=1e-6")
+    seen = {row["step"]: row["eval_forgetting_kl"] for row in metrics(run) if "eval_loss" in row}
+    assert read_json(run / "manifest.json")["adapter_step"] == min(seen, key=seen.get)
+    said = " ".join(said.split())
+    assert "no evaluation is within evaluate.forgetting_limit=1e-06. Evaluate earlier (train.eval_steps=0.05)" in said
+    assert f"with a KL of {min(seen.values()):.2f}" in said
+
+
 def test_measuring_the_distance_changes_no_bit_of_the_adapter(root):
     run, _ = trained("run", "evaluate.forgetting_probes=2", "evaluate.keep_best_by=accuracy")
     assert {"eval_forgetting_kl", "eval_token_accuracy"} <= set(metrics(run)[-1])

@@ -99,6 +99,13 @@ def best_checkpoint(folder: Path, history: Sequence[MetricLine], section: Evalua
     newest_first = all_checkpoints(folder)[::-1]
     for checkpoint in sorted(newest_first, key=lambda path: ranks.get(step_of(path), (True, math.inf))):
         if fault(checkpoint) is None:
+            is_beyond, distance = ranks.get(step_of(checkpoint), (False, 0.0))
+            if is_beyond:
+                say(
+                    f"· warning: step {step_of(checkpoint)} is kept, the nearest to the base, with a KL of {distance:.2f}: no "
+                    f"evaluation is within evaluate.forgetting_limit={section.forgetting_limit:g}. Evaluate earlier "
+                    "(train.eval_steps=0.05), or lower train.learning_rate"
+                )
             return checkpoint
         say(f"{checkpoint.relative_to(folder)} is damaged: the next best checkpoint is used")
     raise ToolkitError(f"{folder}: no whole checkpoint left: train again with --fresh")
