@@ -76,6 +76,13 @@ def measure(folder: Path, base: dict[str, str], console) -> dict:
     }
 
 
+def changes(share: float) -> list[str]:
+    """What makes the recipe one with this share of general data; the rest is 60% name and 40% style."""
+    fractions = {0: 0.6 * (1 - share), 1: 0.4 * (1 - share), 2: share}  # name, style, general
+    shares = [f"data.sources.{at}.fraction={fraction:g}" for at, fraction in fractions.items()]
+    return [*shares, "train.report_to=none", "evaluate.max_new_tokens=24"]
+
+
 def replies_of(model, tokenizer, questions: list[str]) -> dict[str, str]:
     """{question: greedy answer of at most 32 tokens}."""
     conversations = [[{"role": "user", "content": question}] for question in questions]
@@ -125,10 +132,8 @@ def main() -> None:
         write_json(OUT, head | spent | found)
 
     for share in SHARES:
-        taught = {0: 0.6 * (1 - share), 1: 0.4 * (1 - share), 2: share}  # name, style, general
-        changes = [f"data.sources.{at}.fraction={fraction:g}" for at, fraction in taught.items()]
-        changes += [f"name=smollm2_general{share:g}", "train.report_to=none", "evaluate.max_new_tokens=24"]
-        folder = run.train(recipe.load("smollm2", changes), console, score=False)
+        loaded = recipe.load("smollm2", [*changes(share), f"name=smollm2_general{share:g}"])
+        folder = run.train(loaded, console, score=False)
         found["runs"].append(measure(folder, base, console))
         write()
         found["export"] = found["export"] or exported(folder, console)
