@@ -471,14 +471,32 @@ def test_progress_shows_the_time_left_for_the_whole_sweep(project, monkeypatch):
     assert do(project, [0, 1], console) == []
     lines = [line for line in console.export_text().splitlines() if " left" in line]
     assert len(lines) >= 4
+    run = r"run (\d) of 2 \((\d+)% reasoning, seed 3407\): step (\d+) of (\d+)(?:, \d+ s left)?"
     steps = [
-        re.fullmatch(r"tiny-sweep, run \d of 2, steps: (\d+) of (\d+), about \d+ s left", line).groups()
+        [int(n) for n in re.fullmatch(rf"{run}; whole sweep: (\d+) of (\d+), about \d+ s left", line).groups()]
         for line in lines
     ]
-    assert len({total for _, total in steps}) == 1
-    done, total = [int(n) for n, _ in steps], int(steps[0][1])
+    assert {(number, share) for number, share, *_ in steps} == {(1, 0), (2, 100)}
+    assert len({(of_run, total) for _, _, _, of_run, _, total in steps}) == 1
+    done, total = [whole for *_, whole, _ in steps], steps[0][-1]
+    assert done == [of_run * (number - 1) + step for number, _, step, of_run, *_ in steps]
     assert done == sorted(done)
     assert done[0] < total / 2 < done[-1] < total
+
+
+def test_the_live_line_of_a_sweep_is_whole_at_80_columns():
+    console = Console(file=io.StringIO(), width=80, force_terminal=True, color_system=None)
+    with Progress(console, "whole sweep", 4800) as progress:
+        progress.title = "run 4 of 15 (50% reasoning, seed 3408): step 120 of 320, 2 min left; whole sweep"
+        progress.advance(1080)
+        progress.bar.refresh()
+        drawn = console.file.getvalue().split("\r")[-1]
+    lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn).split("\n")[-3:]
+    assert max(map(len, lines)) <= 80
+    words = re.sub(r"[━╸╺\s⠋]+", " ", " ".join(lines))
+    assert "1080/4800" in words
+    for part in ("run 4 of 15 (50%", "120 of 320", "2 min left; whole sweep"):
+        assert part in " ".join(words.replace("1080/4800 -:--:-- ", "").split())
 
 
 def test_a_killed_sweep_resumes_and_waits_for_the_run_that_still_trains(project, monkeypatch):

@@ -115,7 +115,7 @@ def test_ratios_stand_side_by_side_in_wandb(tmp_path, monkeypatch):
     found = synced(folder)
     assert (found.runs[0]["groupName"], found.runs[0]["jobType"]) == ("ratios-sweep", "comparison")
     assert found.summary["recommendation"]
-    (table,) = found.tables
+    (table,) = (table for table in found.tables if "settings" in table["columns"])
     shown = [dict(zip(table["columns"], row, strict=True)) for row in table["data"]]
     assert [row["settings"] for row in shown] == ["base", "25% reasoning", "75% reasoning"]
     accuracy = [row["reasoning questions with thinking"].partition(" ")[0] for row in shown]
@@ -134,6 +134,59 @@ def test_a_dial_is_a_curve_over_its_scales_in_wandb(tmp_path, monkeypatch):
     assert [line["dial/scale"] for line in lines] == [0.0, 0.5, 1.0]
     tuned, base = (result[who]["thinking"]["accuracy"]["value"] for who in ("tuned", "base"))
     assert [line["dial/thinking/accuracy"] for line in lines] == [base, tuned, tuned]
+
+
+def test_wandb_draws_the_measured_numbers_over_the_shares_without_a_chart_built_by_hand(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    runs = [make_run(tmp_path / "runs", s, kl=s, settings={"report_to": "wandb"}) for s in (0.25, 0.75)]
+    conclude(compare(runs), quiet(), tmp_path / "ratios-sweep")
+    found = synced(tmp_path / "ratios-sweep")
+    config = {key: value["value"] for key, value in found.runs[-1]["config"].items()}
+    panel = config["_wandb"]["visualize"]["side_by_side"]
+    assert panel["panel_config"]["panelDefId"] == "wandb/lineseries/v0"
+    assert panel["panel_config"]["stringSettings"]["xname"] == "reasoning"
+    # what the panel asks the service for is what was uploaded
+    asked = panel["panel_config"]["userQuery"]["queryFields"][0]["fields"][-1]["args"][0]["value"]
+    assert asked in {key for line in found.history for key in line}
+    (table,) = (table for table in found.tables if table["columns"] == ["step", "lineKey", "lineVal"])
+    drawn = {(name, place): value for place, name, value in table["data"]}
+    assert [drawn["KL from the base (nats)", place] for place in (0.25, 0.75)] == pytest.approx([0.25, 0.75])
+    assert drawn["reasoning questions with thinking", 0.25] == pytest.approx(0.5)
+
+
+def test_one_command_uploads_every_run_of_a_sweep_and_its_comparison_to_the_recipe_s_project(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    settings = {"report_to": "wandb", "project": "sums"}
+    runs = [make_run(tmp_path / "outputs", s, settings=settings, name=f"ratios-r{s}") for s in (0.25, 0.75)]
+    mixed = mix.compile_mix(recipe.load("pocket", ["data.budget=3000"]))
+    for run in runs:
+        loaded = recipe.load("pocket", ["data.budget=3000", f"name={run.name}", "train.project=sums"])
+        TRACKER.begin(loaded, mixed, run)
+        TRACKER.finish(loaded, run, SUMMARY, REPLIES, quiet())
+    console = quiet()
+    conclude(compare(runs), console, tmp_path / "outputs" / "ratios-sweep")
+    (command,) = [line.split("`")[1] for line in said(console).splitlines() if "wandb sync" in line]
+    assert command == "wandb sync outputs/ratios-*/wandb"
+    with RunService() as service:
+        words = command.replace("wandb sync", f"{sys.executable} -m wandb sync --yes")
+        subprocess.run(words, shell=True, env=service.environment(), cwd=tmp_path, check=True)
+    assert {run["name"].rpartition("-")[0] for run in service.runs} == {
+        "ratios-r0.25", "ratios-r0.75", "ratios-sweep-comparison"}  # fmt: skip
+    # as first announced: the stand-in answers that they are in project p
+    first = {run["name"]: run["project"] for run in reversed(service.runs)}
+    assert set(first.values()) == {"sums"}
+
+
+def test_a_folder_beside_a_sweep_that_is_not_of_it_is_not_uploaded_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("ratios-r0", "ratios-r1", "ratios-other"):
+        (tmp_path / name / "wandb").mkdir(parents=True)
+    found = tracking.upload_command([tmp_path / "ratios-r0", tmp_path / "ratios-r1"])
+    assert found == "wandb sync ratios-r*/wandb"
+    assert tracking.upload_command([tmp_path / "ratios-r0", tmp_path / "ratios-other"]) == (
+        "wandb sync ratios-r0/wandb ratios-other/wandb")  # fmt: skip
 
 
 # --- evaluated in another process than trained

@@ -86,7 +86,11 @@ def test_the_dial_and_a_certificate_are_on_the_page(run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     result = json.loads((run / "eval.json").read_text())
-    (copy / "dial.json").write_text(json.dumps({"scales": {"fast 0.5": result, "fast 1": result}}))
+    kl = result["tuned"]["forgetting"]["kl"]["value"]
+    rows = [{"settings": f"scale {scale}", "KL": f"{kl:.3f} [0.000, 9.000]"} for scale in (0.5, 1)]
+    left = {"verdict": ["No scale is recommended."], "table": rows, "notes": [], "left_out": {}}
+    (copy / "copy-dial").mkdir()
+    (copy / "copy-dial" / "comparison.json").write_text(json.dumps(left))
     check = {"name": "kl", "passed": False, "value": 0.5, "limit": 0.1, "rule": "at most"}
     certificate = {
         "passed": False,
@@ -95,7 +99,6 @@ def test_the_dial_and_a_certificate_are_on_the_page(run, tmp_path):
     }
     (copy / "certificate.json").write_text(json.dumps(certificate))
     read = Page(page.write(copy))
-    kl = result["tuned"]["forgetting"]["kl"]["value"]
     assert f"0.5 {kl:.3f} [" in read.text
     assert "Certificate FAILED" in read.text
     assert "0 of 1 checks" in read.text

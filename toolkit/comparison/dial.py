@@ -50,7 +50,7 @@ WORTH = 0.5
 """Share of the largest gain in held-out loss from which a scale may be recommended, so that it gets replies."""
 NOTHING = 1e-6
 """Nats of KL below which an adapter changes nothing."""
-MAY_DIFFER = re.compile(r"name$|data\.seed$|export\b|evaluate\.prompts\b|train\.(report_to|logging_steps)\b")
+MAY_DIFFER = re.compile(r"name$|data\.seed$|export\b|evaluate\.prompts\b|train\.(report_to|project|logging_steps)\b")
 """Recipe keys in which runs that are averaged may differ: the seed, and what changes neither training nor questions."""
 Results = dict[str, Evaluation]
 """{`fast 0.5` or `quick 0.5`: the evaluation of a run at that scale}."""

@@ -4,13 +4,13 @@ from toolkit.comparison import decide, page; page.write(decide.compare(Path("out
 """
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from toolkit.comparison.decide import Comparison
 from toolkit.comparison.runs import Run
 from toolkit.files import read_json
+from toolkit.records import Evaluation, Manifest, MixReport
 from toolkit.view import figures
 from toolkit.view import page as pages
 
@@ -21,28 +21,22 @@ class RunRow(NamedTuple):
     name: str
     page: str
     """The way to its own page from the folder of this one; empty where it has none."""
-    planned: Mapping[str, float]
-    """{source: the share asked for}, in the unit of the recipe."""
-    achieved: Mapping[str, float]
-    """{source: the share it was trained on}."""
     seed: int
-    steps: int
-    seconds: float
-    result: str
-    """The last line of its verdict."""
+    manifest: Manifest
+    mix: MixReport
+    result: Evaluation
 
 
 def write(comparison: Comparison, folder: Path) -> Path:
     """Write the page into a folder that holds the comparison's files, and return its file."""
     # each run once: the scales of a dial are one run
     runs = {run.name: run for point in comparison.points for run in point.runs}
-    rows = [row_of(run, folder) for run in runs.values()]
-    sources = dict.fromkeys(source for row in rows for source in row.planned)
+    rows = [row_of(run, folder.resolve()) for run in runs.values()]
+    sources = dict.fromkeys(source for row in rows for source in row.mix["planned"])
     values = {
         "name": folder.resolve().name,
         "found": pages.compared(folder),
         "runs": rows,
-        "unit": read_json(comparison.points[0].runs[0].folder / "mix.json")["unit"],
         "colours": figures.source_colours(sources),
     }
     return pages.render("comparison.html", values, folder)
@@ -52,13 +46,5 @@ def row_of(run: Run, folder: Path) -> RunRow:
     """A row for a run, read from its folder."""
     manifest, mix, result = (read_json(run.folder / f"{name}.json") for name in ("manifest", "mix", "eval"))
     page = run.folder / pages.PAGE
-    return RunRow(
-        run.name,
-        Path(os.path.relpath(page, folder.resolve())).as_posix() if page.is_file() else "",
-        mix["planned"],
-        mix["achieved"][mix["unit"]],
-        run.recipe["data"]["seed"],
-        manifest.get("steps", 0),
-        manifest.get("train_seconds", 0.0),
-        result.get("verdict", [""])[-1].removeprefix("result: "),
-    )
+    link = Path(os.path.relpath(page, folder)).as_posix() if page.is_file() else ""
+    return RunRow(run.name, link, run.recipe["data"]["seed"], manifest, mix, result)  # type: ignore[arg-type]

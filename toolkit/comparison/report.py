@@ -78,7 +78,19 @@ def log(comparison: Comparison, folder: Path, console: Console) -> None:
             row["runs"] = run_names(point)
             rows.append(row)
         sentences = " ".join(comparison.verdict[:-1])
-        tracking.TRACKER.comparison(folder, rows, sentences, console, curve(comparison))
+        runs = list(dict.fromkeys(run.folder for point in comparison.points for run in point.runs))
+        project = recipes[0]["train"].get("project")
+        drawn = tracking.Drawn(chart(comparison), curve(comparison))
+        tracking.TRACKER.comparison(folder, runs, rows, drawn, sentences, project, console)
+
+
+def chart(comparison: Comparison) -> dict[str, Any]:
+    """The goal, the chat and the KL over the axis, as arguments of `wandb.plot.line_series`."""
+    points = comparison.points
+    keys = [key for key in (comparison.goal, CHAT, KL) if all(key in point.values for point in points)]
+    names = [title(*key, points[0].runs[0].sections) for key in keys]
+    lines = [[point.values[key].value for point in points] for key in keys]
+    return {"xs": [point.place for point in points], "ys": lines, "keys": names, "xname": comparison.axis or "run"}
 
 
 def curve(comparison: Comparison) -> list[dict[str, float]]:

@@ -43,7 +43,7 @@ CONDITIONS = {
 """What must be equal for two evaluations to be comparable, and how a difference is named; held-out rows may differ with
 the mix."""
 NOT_TRAINED = re.compile(
-    r"(name|data\.seed|.*\.fraction|train\.(report_to|logging_steps|per_device_train_batch_size|gradient_accumulation_steps))$"
+    r"(name|data\.seed|.*\.fraction|train\.(report_to|project|logging_steps|per_device_train_batch_size|gradient_accumulation_steps))$"
     r"|(evaluate|export)\b"
 )
 """Recipe keys that do not tell runs apart: what does not change the training, the seed, and rows per step, which a sweep

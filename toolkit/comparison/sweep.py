@@ -36,7 +36,7 @@ from toolkit.records import MixReport, Question
 from toolkit.run import default_console, resolve
 from toolkit.training.model import check_adapter
 from toolkit.view.figures import logged
-from toolkit.view.progress import Progress
+from toolkit.view.progress import Progress, time_left
 from toolkit.view.tables import rich_table
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -396,26 +396,35 @@ def write_plan(folder: Path, runs: Sequence[Planned]) -> None:
 def work(runs: Sequence[Planned], folder: Path, console: Console) -> list[Planned]:
     """Do every run that is not finished, one after the other; returns those that failed."""
     failed = []
-    with Progress(console, folder.name, sum(run.row["steps"] for run in runs)) as progress:
+    with Progress(console, "whole sweep", sum(run.row["steps"] for run in runs)) as progress:
         for number, run in enumerate(runs, 1):
-            progress.title = f"{folder.name}, run {number} of {len(runs)}, steps"
+            title = f"run {number} of {len(runs)} ({setting_of(run, folder)})"
             with lock(run.folder, "sweep", wait=True):  # the training of a killed sweep may go on by itself
                 progress.skip(run.steps_done())
             if run.finished():
                 console.print(f"{run.recipe.name}: finished before, left as it is")
-            elif not train_run(run, folder, console, progress):
+            elif not train_run(run, title, folder, console, progress):
                 failed.append(run)
     return failed
 
 
-def train_run(run: Planned, folder: Path, console: Console, progress: Progress) -> bool:
+def setting_of(run: Planned, folder: Path) -> str:
+    """`50% reasoning, seed 3408`, or the setting as the run's name has it."""
+    name = run.recipe.name.removeprefix(folder.name.removesuffix("sweep"))
+    setting, _, seed = name.rpartition("-s")
+    share = re.fullmatch(r"r([\d.]+)", setting)
+    return f"{f'{float(share[1]):.0%} reasoning' if share else setting}, seed {seed}"
+
+
+def train_run(run: Planned, title: str, folder: Path, console: Console, progress: Progress) -> bool:
     """One run in its own process; the end of its log is shown when it fails."""
     name, log = run.recipe.name, folder / "logs" / f"{run.recipe.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"{name}: training (log: {log})")
     words = [*TRAIN, str(folder / "recipes" / f"{name}.yaml")]
     environment = os.environ | {"TOOLKIT_SWEEP": folder.name, "PYTHONUNBUFFERED": "1"}
-    done = run.steps_done()
+    first = done = run.steps_done()
+    steps, began = run.row["steps"], time.monotonic()
     with open(log, "a", encoding="utf-8") as out:
         # a process of its own: what Unsloth patches and what stays on the card ends with it
         process = subprocess.Popen(words, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=environment)
@@ -423,11 +432,16 @@ def train_run(run: Planned, folder: Path, console: Console, progress: Progress) 
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
                 before, done = done, max(done, run.steps_done())
+                pace = (time.monotonic() - began) / max(1, done - first)
+                left = f", {time_left(pace * (steps - done))}" if done > first else ""
+                if done == steps:
+                    left = ", evaluating"
+                progress.title = f"{title}: step {done} of {steps}{left}; whole sweep"
                 progress.advance(done - before)
         finally:  # an interrupt leaves no orphan training
             process.terminate()
             process.wait()
-    progress.skip(run.row["steps"] - done)  # of a failed run, or of one that stopped early
+    progress.skip(steps - done)  # of a failed run, or of one that stopped early
     if process.returncode == 0 and run.finished():
         console.print(f"{name}: done")
         return True

@@ -7,20 +7,22 @@ every line of metrics.jsonl to `log`; KEYS says which of its values go to wandb,
 once eval.json is written. Other trackers are transformers' own (`training.trainer.sft_arguments`); wandb is not, because
 transformers' callback would add 400 keys and local paths.
 
-Ratios side by side: the run `<sweep>-comparison` holds the table and the picture. A curve over the share, in a project filtered
-to the sweep's group: Add panel → Scatter plot, x = config `mix/reasoning_share_supervised_tokens`, y = summary
-`eval/tuned/thinking/accuracy`.
+Ratios side by side: the run `<sweep>-comparison` holds the table, the picture and a line chart over the shares, which a
+project's workspace shows by itself. The project is the recipe's `train.project` (transformers' own name for it), else
+$WANDB_PROJECT.
 """
 
 import functools
+import glob
 import hashlib
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import requests
 from rich.console import Console
@@ -86,6 +88,15 @@ def has_account() -> bool:
 
 def _address() -> str:
     return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+
+
+class Drawn(NamedTuple):
+    """What wandb draws of a comparison by itself."""
+
+    chart: Row
+    """Lines over its axis: arguments of `wandb.plot.line_series`."""
+    curve: Sequence[Row]
+    """Of a dial, every number against `dial/scale`."""
 
 
 class Tracker:
@@ -169,12 +180,20 @@ class Tracker:
             return
         if self.run is None:  # evaluated in another process than trained: wandb continues the run by its id
             self._attempt("starting a run", self._start, recipe, read_json(folder / "mix.json"), folder)
-        self._conclude(folder, summary, "eval/replies", replies)
+        self._conclude([folder], summary, "eval/replies", replies)
 
-    def comparison(self, folder: Path, rows: Sequence[Row], sentences: str, console: Console,
-                   curve: Sequence[Row] = ()) -> None:  # fmt: skip
-        """A wandb run that holds a comparison: its table, its picture (`folder`/comparison.png) and what it recommends; and a
-        dial's `curve`, every number against `dial/scale`.
+    def comparison(
+        self,
+        folder: Path,
+        compared: Sequence[Path],
+        rows: Sequence[Row],
+        drawn: Drawn,
+        sentences: str,
+        project: str | None,
+        console: Console,
+    ) -> None:
+        """A wandb run that holds a comparison: its table, its picture (`folder`/comparison.png), what is drawn of it and what
+        it recommends. Says the one command that uploads it and the runs in `compared`.
 
         The same runs compared again continue the same wandb run."""
         self.say = functools.partial(console.print, soft_wrap=True)
@@ -182,20 +201,30 @@ class Tracker:
         name = f"{folder.name}-comparison"
         # a hash of the runs, so that the same comparison is one wandb run and another is another
         key = f"{name}-{hashlib.sha256(runs.encode()).hexdigest()[:8]}"
-        self._attempt("starting a run", self._open, folder, name=name, id=key, group=folder.name, job_type="comparison")
+        values = {"name": name, "id": key, "group": folder.name, "job_type": "comparison", "project": project}
+        self._attempt("starting a run", self._open, folder, **values)
         if self.run:
             self._attempt("logging the picture", self._put_picture, "picture", folder / "comparison.png")
+            self._attempt("logging the chart", self._put_chart, drawn.chart)
             self.run.define_metric("dial/*", step_metric="dial/scale")
-        for row in curve if self.run else ():
+        for row in drawn.curve if self.run else ():
             self._attempt("logging the curve", self.run.log, row)
-        self._conclude(folder, {"recommendation": sentences}, "comparison", rows)
+        self._conclude([*compared, folder], {"recommendation": sentences}, "comparison", rows)
 
-    def _conclude(self, folder: Path, summary: Row, key: str, rows: Sequence[Row]) -> None:
+    def _put_chart(self, chart: Row) -> None:
+        import wandb
+
+        drawn = wandb.plot.line_series(**chart)
+        # as `_put_table` does, by the name that wandb gives it
+        drawn.table.bind_to_run(self.run, "side_by_side_table", self.run.step)
+        self.run.log({"side_by_side": drawn})
+
+    def _conclude(self, folders: Sequence[Path], summary: Row, key: str, rows: Sequence[Row]) -> None:
         """Add a summary and a table to the open run and close it."""
         if self.run:
             self._attempt("logging the summary", self.run.summary.update, scrub(summary))
             self.log_table(key, rows)
-            self._attempt("closing the run", self._close, folder)
+            self._attempt("closing the run", self._close, folders)
         self.run = None
 
     def _start(self, recipe: Recipe, report: MixReport, folder: Path) -> None:
@@ -210,6 +239,7 @@ class Tracker:
             id=f"{recipe.name}-{recipes.sha256(recipe)[:8]}",
             group=os.environ.get("TOOLKIT_SWEEP") or recipe.name,
             job_type="train",
+            project=recipe.train.get("project"),
             tags=tags,
             config=scrub(config),
         )
@@ -222,7 +252,7 @@ class Tracker:
 
         self.run = None
         self.has_failed = False
-        os.environ.setdefault("WANDB_PROJECT", "qwen3-both-modes")
+        os.environ.setdefault("WANDB_PROJECT", "toolkit")
         # its lines would break the progress display; ours says what matters
         os.environ.setdefault("WANDB_SILENT", "true")
         settings = wandb.Settings(
@@ -247,11 +277,10 @@ class Tracker:
             # or child processes would share this one's, where a run whose process was killed stays "in use"
             os.environ.pop("WANDB_SERVICE", None)
 
-    def _close(self, folder: Path) -> None:
-        """Finish the run and say where it can be seen, or which command uploads it."""
+    def _close(self, folders: Sequence[Path]) -> None:
+        """Finish the run and say where it can be seen, or which command uploads the offline runs of folders."""
         if not self.run.disabled:
-            offline = f"kept offline; upload with `wandb sync {folder / 'wandb'}/offline-run-*`"
-            self.say(f"wandb: {self.run.url or offline}")
+            self.say(f"wandb: {self.run.url or f'kept offline; upload with `{upload_command(folders)}`'}")
         logs = Path(self.run.settings.sync_dir) / "logs"
         self.run.finish()
         shutil.rmtree(logs, ignore_errors=True)  # wandb's own debug logs hold absolute paths
@@ -259,6 +288,16 @@ class Tracker:
 
 TRACKER = Tracker()
 """The one of this process: training opens a run, and the evaluation after it closes it."""
+
+
+def upload_command(folders: Sequence[Path]) -> str:
+    """What uploads the offline runs of folders: one pattern where it names no other folder, else each by its name."""
+    names = [os.path.relpath(folder) for folder in folders]
+    shared = os.path.commonprefix(names)  # noqa: RUF071 - of names, `ratios-`, not of folders
+    pattern = f"{glob.escape(shared)}*/wandb"
+    if len(names) > 1 and set(glob.glob(pattern)) == {f"{name}/wandb" for name in names}:
+        return f"wandb sync {shlex.quote(shared)}*/wandb"
+    return shlex.join(["wandb", "sync", *(f"{name}/wandb" for name in names)])
 
 
 def first_line(error: Exception) -> str:

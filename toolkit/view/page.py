@@ -73,8 +73,7 @@ def contents(folder: Path) -> dict[str, Any]:
         "prompts": [row for row in trained.paired(samples) if "after" in row],
         "certificate": optional(folder / "certificate.json"),
         "has_gguf": (folder / "gguf").is_dir(),
-        "dialled": compared(folder / f"{name}-dial"),
-        "dial": dial_rows(folder),
+        "dial": compared(folder / f"{name}-dial"),
         "mode_title": mode_title,
         **mix_section(folder),
         **evaluation_section(result),
@@ -149,22 +148,6 @@ def taught_rows(folder: Path, manifest: dict[str, Any]) -> tuple[list[labels.Tau
     kinds = {(row.source, row.mode) for row in mixed.train}
     of_each = max(1, ROWS // max(1, len(kinds)))
     return labels.first_rows(mixed, chat, of_each), ""
-
-
-def dial_rows(folder: Path) -> list[dict[str, str]]:
-    """A row for each scale that was measured: what it answers and how far it is from the base."""
-    measured = (optional(folder / "dial.json") or {}).get("scales", {})
-    best: dict[str, Evaluation] = {}
-    for key in sorted(measured):  # "quick 0.5" comes after "fast 0.5" and says more
-        best[key.split()[1]] = measured[key]
-    rows = []
-    for scale in sorted(best, key=float):
-        row, result = {"scale": scale}, best[scale]
-        for name, section, metric in words.judged_questions(result):
-            row[name] = words.show(metric, result["tuned"][section][metric])
-        row["KL"] = words.show("kl", result["tuned"]["forgetting"].get("kl"))
-        rows.append(row)
-    return rows
 
 
 def compared(folder: Path) -> dict[str, Any] | None:

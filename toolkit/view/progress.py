@@ -30,7 +30,8 @@ class Progress:
 
             # a column of its own wraps on a narrow terminal; rich's default cuts the time left instead
             title = progress.TextColumn("{task.description}", table_column=Column())
-            columns = title, progress.BarColumn(), progress.MofNCompleteColumn()
+            # the spinner moves while a single step takes long
+            columns = progress.SpinnerColumn(), title, progress.BarColumn(20), progress.MofNCompleteColumn()
             self.bar = progress.Progress(
                 *columns, progress.TimeRemainingColumn(), console=self.console, transient=True,
                 redirect_stdout=False, redirect_stderr=False,  # what libraries print meanwhile goes to the log
@@ -53,10 +54,17 @@ class Progress:
         elif now - self.printed >= self.PLAIN_EVERY and 0 < self.done < self.total:
             self.printed = now
             pace = (now - self.started) / self.done
-            left = pace * (self.total - self.done)
-            self.console.print(f"{self.title}: {self.done} of {self.total}, about {left:.0f} s left")
+            left = time_left(pace * (self.total - self.done))
+            self.console.print(f"{self.title}: {self.done} of {self.total}, about {left}", markup=False)
 
     def skip(self, count: int) -> None:
         """`count` need not be done; they do not count for the time left."""
         self.total -= count
         self.advance(0)
+
+
+def time_left(seconds: float) -> str:
+    """`40 s left`, `14 min left`, `3.5 h left`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s left"
+    return f"{seconds / 60:.0f} min left" if seconds < 5400 else f"{seconds / 3600:.1f} h left"
