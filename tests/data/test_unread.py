@@ -23,6 +23,37 @@ def not_read(tmp_path, *messages, **row):
     return compiled(tmp_path, [{"messages": list(messages), **row}]).report["sources"]["rows"]["not_read"]
 
 
+# --- results of calls ---------------------------------------------------------------------------------------------------
+
+
+def asked(*ids):
+    calls = [{"id": name, "function": {"name": "tide", "arguments": {"port": name}}} for name in ids]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def result(name):
+    return {"role": "tool", "tool_call_id": name, "content": f"high at {name}"}
+
+
+@pytest.mark.parametrize("kept_as", [list, json.dumps])
+def test_results_stand_in_the_order_of_their_calls_since_no_template_prints_the_ids(kept_as):
+    calls = asked("a", "b", "c")
+    calls["tool_calls"] = kept_as(calls["tool_calls"])
+    messages = chat(ASK, calls, result("c"), result("a"), result("b"), TELL)["messages"]
+    assert [turn["content"] for turn in messages if turn["role"] == "tool"] == [f"high at {name}" for name in "abc"]
+
+
+def test_ids_that_each_round_uses_again_pair_the_results_of_that_round():
+    rounds = [asked("a", "b"), result("b"), result("a"), asked("b", "a"), result("a"), result("b")]
+    messages = chat(ASK, *rounds, TELL)["messages"]
+    assert [turn["content"][-1] for turn in messages if turn["role"] == "tool"] == list("abba")
+
+
+def test_a_result_of_a_call_that_nobody_made_is_rejected_where_results_must_be_told_apart():
+    assert why({"messages": [ASK, asked("a", "b"), result("a"), result("x"), TELL]}) == "unknown_call"
+    assert len(chat(ASK, asked("a"), result("x"), TELL)["messages"]) == 4  # one call, one result: no doubt
+
+
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from toolkit.data.keys import is_empty, is_good, is_setting, is_trained, meaning, yes_or_no
 from toolkit.data.readers import Rejected, json_type
-from toolkit.data.tools import TAGGED_CALL, TAGGED_RESULT, parsed, read_call, read_calls, read_schema
+from toolkit.data.tools import TAGGED_CALL, TAGGED_RESULT, in_call_order, parsed, read_call, read_calls, read_schema
 from toolkit.records import Json, JsonObject, Message
 
 NAMES = {
@@ -135,7 +135,8 @@ def read_turns(turns: list[Json], trained: list[bool] | None = None) -> tuple[li
     notes = Notes()
     for number, turn in enumerate(turns, start=1):
         if type(turn) is str and turn.lstrip().startswith("{"):  # each turn as JSON text
-            turn = parsed(turn, f"turn {number}: ", "wrong_type")
+            turns[number - 1] = parsed(turn, f"turn {number}: ", "wrong_type")
+    for number, turn in enumerate(in_call_order(turns), start=1):
         role = role_of(turn, number)
         message = read_turn(turn, role, f"turn {number} ({role}): ", notes)
         if trained and not trained[number - 1] and message["role"] == "assistant":

@@ -59,6 +59,38 @@ def read_calls(text: str, where: str) -> list[Json]:
     return calls
 
 
+def in_call_order(turns: list[Json]) -> list[Json]:
+    """Turns with the results of tools in the order of their calls: templates print both without the ids that pair them.
+
+    Raises Rejected where several results follow a call and one of them has an id that no call has."""
+    blocks: list[list[Json]] = []  # a turn, and the results that follow it
+    for turn in turns:
+        if blocks and type(turn) is dict and turn.get("tool_call_id"):
+            blocks[-1].append(turn)
+        else:
+            blocks.append([turn])
+    return [turn for first, *results in blocks for turn in (first, *sort_results(results, ids_of_calls(first)))]
+
+
+def ids_of_calls(turn: Json) -> list[str]:
+    """The ids of a turn's calls, as far as they have any."""
+    calls = turn.get("tool_calls") if type(turn) is dict else None
+    if type(calls) is str and calls.lstrip().startswith("["):
+        calls = parsed(calls, "'tool_calls': ", "wrong_type")
+    known = calls if type(calls) is list else []
+    return [str(call["id"]) for call in known if type(call) is dict and call.get("id")]
+
+
+def sort_results(results: list[JsonObject], calls: list[str]) -> list[JsonObject]:
+    """Results in the order of the calls' ids. Raises Rejected for one of several that answers none of them."""
+    if len(results) < 2 or not calls:
+        return results
+    for result in results:
+        if str(result["tool_call_id"]) not in calls:
+            raise Rejected("unknown_call", f"a result is of call {result['tool_call_id']!r}; the calls: {', '.join(calls)}")
+    return sorted(results, key=lambda result: calls.index(str(result["tool_call_id"])))
+
+
 def read_schema(value: Json, where: str) -> list[JsonObject]:
     """The tools of a list or of one object, or of either as JSON text; bare functions get OpenAI's wrapping."""
     if type(value) is str and value.strip():
