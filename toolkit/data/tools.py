@@ -87,7 +87,9 @@ def sort_results(results: list[JsonObject], calls: list[str]) -> list[JsonObject
         return results
     for result in results:
         if str(result["tool_call_id"]) not in calls:
-            raise Rejected("unknown_call", f"a result is of call {result['tool_call_id']!r}; the calls: {', '.join(calls)}")
+            raise Rejected(
+                "unknown_call", f"a result is of call {result['tool_call_id']!r}; the calls: {', '.join(calls)}"
+            )
     return sorted(results, key=lambda result: calls.index(str(result["tool_call_id"])))
 
 

@@ -221,7 +221,7 @@ class Verification:
 
     def check_served(self, path: Path, reference: np.ndarray) -> None:
         """The header may say what it likes: only a running file shows how it tokenizes, stops and predicts."""
-        engine = launch(path)
+        engine = launch(path, slots=len(self.sequences))
         texts, renderings = served_differences(engine, self.own)
         self.gate(f"{path.name}: texts tokenized differently", texts)
         self.gate(f"{path.name}: templates rendered differently", renderings)

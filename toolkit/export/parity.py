@@ -33,7 +33,7 @@ TOP = 512
 """Tokens whose probabilities a served file is asked for."""
 NEAR_TIE = 1e-2
 """Two tokens this close in log-probability (1% of each other) are both the top one: rounding alone swaps them."""
-PER_TEXT = 50
+PER_TEXT = 40
 """Positions compared in each text, counted from its end."""
 Conversation = dict[str, Any]
 """A case of parity_cases.json: its messages, the tools it offers, its messages as a server takes them."""
@@ -249,20 +249,23 @@ def file_divergence(
     """How far a served file is from `reference` (by the names in certificate.LIMITS), over its top 512 tokens and one bucket
     for the rest; `request` goes into each request.
 
-    One prompt per position, a request per text. The sampled token is forced to `plain`: the probabilities are
-    those before sampling, and the server withholds them when the token it draws is an incomplete UTF-8 sequence."""
+    A request per position, for all texts at once, which a server with as many slots computes together. The sampled token is
+    forced to `plain`: the probabilities are those before sampling, and the server withholds them when the token it draws is
+    an incomplete UTF-8 sequence."""
     # not the whole vocabulary, which would be hundreds of megabytes of JSON for a text
     options = {"n_predict": 1, "n_probs": TOP, "logit_bias": [[plain, 1000.0]]}
     options |= {"response_fields": ["index", "completion_probabilities"]} | request
-    rows = iter(reference.astype(np.float64))
+    ends = np.cumsum([len(ids) for ids in sequences])
     values = []
     others = 0
-    for ids in sequences:
-        prompts = [ids[:end] for end in range(1, len(ids) + 1)]
+    for position in range(max(map(len, sequences))):
+        there = [number for number, ids in enumerate(sequences) if position < len(ids)]
+        prompts = [sequences[number][: position + 1] for number in there]
         replies = engine.call("/completion", options | {"prompt": prompts})
-        for reply in sorted(replies, key=lambda reply: reply["index"]):
+        for reply in replies:
+            number = there[reply["index"]]
+            row = reference[ends[number] - len(sequences[number]) + position].astype(np.float64)
             top = reply["completion_probabilities"][0]["top_logprobs"]
-            row = next(rows)
             kept = row[[token["id"] for token in top]]
             values.append(_bucketed(kept, np.array([token["logprob"] for token in top], np.float64)))
             others += bool(kept[0] <= row.max() - NEAR_TIE)
