@@ -262,7 +262,8 @@ def file_divergence(
         there = [number for number, ids in enumerate(sequences) if position < len(ids)]
         prompts = [sequences[number][: position + 1] for number in there]
         replies = engine.call("/completion", options | {"prompt": prompts})
-        for reply in replies:
+        # a list of one prompt is answered with an object
+        for reply in replies if len(prompts) > 1 else [replies]:
             number = there[reply["index"]]
             row = reference[ends[number] - len(sequences[number]) + position].astype(np.float64)
             top = reply["completion_probabilities"][0]["top_logprobs"]
