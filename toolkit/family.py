@@ -29,6 +29,11 @@ SWITCH = re.compile(r"(?:^|\s+)/(no_think|think)(?=\s|<|$)")
 STRUCTURE = re.compile(r"<[|｜].{1,40}[|｜]>")
 """How added tokens look that are structure, though a tokenizer does not call them special: <|fim_prefix|>, <｜User｜>."""
 
+QWEN35_SAMPLING = {
+    "thinking": {"temperature": 1.0, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
+    "non_thinking": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0},
+}
+"""Qwen3.5's own values for general tasks (model card of Qwen/Qwen3.5-4B, "Best Practices")."""
 QWEN3_SAMPLING = {
     "thinking": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
     "non_thinking": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0},
@@ -54,6 +59,14 @@ class Family:
     """Obeys /think and /no_think in user turns."""
     recommended: tuple[str, ...] = ()
     """Hub names of 4-bit checkpoints, smallest first."""
+    hub_names: str = ""
+    """Pattern of its names on the Hub, for what is asked before config.json is here."""
+    in_4bit: bool = True
+    """Trained in 4 bits unless a recipe says otherwise."""
+    text_only: bool = False
+    """Its checkpoints also see; of those the text model alone is loaded and trained, unless a recipe says otherwise."""
+    more_targets: tuple[str, ...] = ()
+    """Linear layers beside attention and MLP that a LoRA adapts unless a recipe says otherwise."""
 
 
 FAMILIES = (
@@ -71,6 +84,21 @@ FAMILIES = (
         None,
         QWEN3_SAMPLING,
         switches=True,
+    ),
+    Family(
+        # Qwen3.6 and 3.8 are of the same architecture. Without enable_thinking the templates of 2B and smaller do not think,
+        # those of 4B and larger do (TRL 1.15, chat_templates/README.md); the toolkit always says which mode it asks for.
+        "Qwen3.5",
+        ("qwen3_5", "qwen3_5_text"),
+        None,
+        QWEN35_SAMPLING,
+        hub_names=r"Qwen3\.[568]-[\d.]+B(?!-A\d)",  # no mixture of experts
+        # "It is not recommended to do QLoRA (4-bit) training on the Qwen3.5 models, no matter MoE or dense, due to higher
+        # than normal quantization differences" (unsloth.ai/docs/models/qwen3.5/fine-tune)
+        in_4bit=False,
+        text_only=True,
+        # of the gated delta net, which stands for attention in three layers of four; a and b are a number per head
+        more_targets=("in_proj_qkv", "in_proj_z", "out_proj"),
     ),
     Family("Qwen2.5", ("qwen2",), "qwen2"),
     Family(
@@ -92,6 +120,13 @@ UNKNOWN = Family("unknown", ())
 def family_of(model_type: str) -> Family:
     """The family of config.json's `model_type`; UNKNOWN, with neutral values, for any other."""
     return next((f for f in FAMILIES if model_type in f.model_types), UNKNOWN)
+
+
+def family_named(name: str, model_type: str | None) -> Family:
+    """The family of a model by config.json's `model_type`, or where that is not at hand (None) by its name on the Hub."""
+    if model_type is not None:
+        return family_of(model_type)
+    return next((f for f in FAMILIES if f.hub_names and re.search(f.hub_names, name, re.IGNORECASE)), UNKNOWN)
 
 
 def kind_of(render: Callable[..., str]) -> str:

@@ -21,6 +21,7 @@ import msgspec
 import yaml
 
 from toolkit import files
+from toolkit.family import family_named
 from toolkit.files import ToolkitError, did_you_mean, find, read_json, read_text, remedy, without_home
 
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
@@ -105,6 +106,7 @@ class Model:
     max_seq_length: Positive = 4096
     """Longest row in tokens; longer rows are dropped and counted, never cut."""
     load_in_4bit: bool = True
+    """QLoRA; by default false for Qwen3.5 to 3.8, which Unsloth advises to train in 16 bits."""
     revision: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -122,6 +124,7 @@ class Lora:
     lora_alpha: int | float = 32
     lora_dropout: Share = 0.0
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    """Of Qwen3.5 to 3.8 by default also in_proj_qkv, in_proj_z and out_proj of the gated delta net."""
     use_rslora: bool = False
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -415,12 +418,25 @@ def _build(values: Any, where: str, overrides: Sequence[str]) -> Recipe:
             reasoning=None,
             placeholders=fill,
         ),
-        model=dataclasses.replace(built.model, model_name=without_home(built.model.model_name)),
-        lora=built.lora,
+        **_family_defaults(built, values),
         train=_flat(msgspec.to_builtins(Train()) | written),
         evaluate=dataclasses.replace(built.evaluate, questions=_named(built.evaluate.questions)),
         export=built.export,
     )
+
+
+def _family_defaults(built: _Checked, values: dict[str, Any]) -> dict[str, Any]:
+    """`model` and `lora`, with what the model's family asks for where the recipe says nothing."""
+    name = built.model.model_name
+    config = find(f"{name}/config.json")
+    family = family_named(name, read_json(config).get("model_type") if config else None)
+    model = dataclasses.replace(built.model, model_name=without_home(name))
+    if "load_in_4bit" not in values["model"] and not name.endswith("-bnb-4bit"):
+        model = dataclasses.replace(model, load_in_4bit=family.in_4bit)
+    lora = built.lora
+    if "target_modules" not in values.get("lora", {}):
+        lora = dataclasses.replace(lora, target_modules=(*lora.target_modules, *family.more_targets))
+    return {"model": model, "lora": lora}
 
 
 def _refuse_tokens(values: dict[str, Any], where: str) -> None:

@@ -23,8 +23,9 @@ from toolkit.machine import fit
 from toolkit.serving.batch import answer_file
 from toolkit.training.model import load_base, unsloth
 
-KIND = {"qwen3": "hybrid", "qwen3_thinking_2507": "thinking_only"}
+KIND = {"qwen3": "hybrid", "qwen3_thinking_2507": "thinking_only"} | dict.fromkeys(families.QWEN35_NAMES, "hybrid")
 MODEL_TYPE = {"qwen2.5": "qwen2", "llama3": "llama", "gemma3": "gemma3_text", "smollm2": "llama"}
+MODEL_TYPE |= dict.fromkeys(families.QWEN35_NAMES, "qwen3_5")
 TEXTS = ["Who are you?", " two  spaces\n\n12345", "你好，世界 🙂", "def f(x):\n\treturn x", "e\u0301 'll"]
 
 
@@ -95,12 +96,18 @@ def small(folder, name: str, modes, **data) -> recipe.Recipe:
             "data": {"sources": sources, "validation_size": 4, "placeholders": PLACEHOLDERS} | data,
             "model": {"model_name": str(folder), "max_seq_length": 4096},
             "lora": {"r": 8},
-            "train": {"max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
+            # larger where the weights are normed twice: the effect of two steps would be smaller than bf16's rounding
+            "train": {"learning_rate": 2e-4 if converts(folder) else 2e-3, "max_steps": 2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1,
                       "eval_steps": 1, "save_steps": 1, "report_to": "none"},
             "evaluate": {"max_new_tokens": 8, "prompts": ["Who are you?"]},
-            "export": {"quantization_method": ["f16", "q8_0"]},
+            "export": {"quantization_method": ["f16", "q8_0"] if converts(folder) else []},
         }
     )  # fmt: skip
+
+
+def converts(folder) -> bool:
+    """Whether GGUF files are made of it here."""
+    return read_json(Path(folder) / "config.json")["model_type"] != "qwen3_5"
 
 
 def that_ends(folder: Path, copy: Path) -> Path:
@@ -118,7 +125,8 @@ def that_ends(folder: Path, copy: Path) -> Path:
     out = model(prompt, output_hidden_states=True)
     last = out.hidden_states[-1][0, -1]
     row.copy_(last * 4 * out.logits[0, -1].max() / (last @ last))  # far ahead, as other prompts end elsewhere
-    weights.get("lm_head.weight", weights["model.embed_tokens.weight"])[end] = row.bfloat16()
+    name = next(n for n in sorted(weights, key=len) if n.endswith(("lm_head.weight", ".embed_tokens.weight")))
+    weights[name][end] = row.bfloat16()
     save_file(weights, copy / "model.safetensors", {"format": "pt"})
     return copy
 
@@ -142,10 +150,10 @@ def wrong_labels(mixed, loaded: recipe.Recipe, chat) -> list[str]:
     return [f for f in found if chat.kind != "thinking_only" or "empty think" not in f]
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in families.NAMES if name != "qwen2.5"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in families.NAMES if name not in ("qwen2.5", "qwen3.5")]
 
 
-@pytest.mark.parametrize("name", ["qwen2.5", *SLOW])
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3.5", *SLOW])
 def test_every_step_from_mix_to_generate_works_in_the_modes_the_model_has(name, family, tmp_path, monkeypatch):
     monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path))
     unsloth()  # before transformers, which it patches
@@ -176,8 +184,11 @@ def test_every_step_from_mix_to_generate_works_in_the_modes_the_model_has(name, 
 
     certificate = export(runs[0], quants=loaded.export.quantization_method, console=Console(quiet=True))
     assert certificate["passed"]
-    assert {f for f in certificate["files"] if f.endswith(".gguf")} == {"gguf/one.f16.gguf", "gguf/one.q8_0.gguf"}
+    ggufs = {"gguf/one.f16.gguf", "gguf/one.q8_0.gguf"} if converts(folder) else set()
+    assert {f for f in certificate["files"] if f.endswith(".gguf")} == ggufs
 
+    if not converts(folder):
+        return  # llama.cpp replies
     (tmp_path / "ask.txt").write_text("Who are you?\n你是谁?\n", encoding="utf-8")
     assert answer_file(runs[0], tmp_path / "ask.txt", tmp_path / "replies.jsonl", max_new_tokens=4) == []
     assert len(read_jsonl(tmp_path / "replies.jsonl")) == 2 * len(modes)

@@ -50,6 +50,13 @@ SMOLLM2_TEMPLATE = (
 EMPTY_BLOCK = re.compile(r"\s*{%- if enable_thinking is defined.*?{%- endif %}", re.DOTALL)
 
 
+QWEN35_SPLIT = SPLIT.replace(r"\p{L}+", r"[\p{L}\p{M}]+").replace(r"[^\s\p{L}", r"[^\s\p{L}\p{M}")
+"""As transformers' Qwen3_5Tokenizer splits text: marks belong to the letter before them."""
+EYE = {"image_processor_type": "Qwen2VLImageProcessorFast", "processor_class": "Qwen3VLProcessor",
+       "patch_size": 16, "temporal_patch_size": 2, "merge_size": 2}  # fmt: skip
+"""preprocessor_config.json, as Qwen3.5's repositories have it."""
+
+
 def thinking_2507_template() -> str:
     """Qwen3-2507-Thinking's: Qwen3's, whose generation prompt opens the block instead of asking for a mode."""
     text = EMPTY_BLOCK.sub("", trl_template("qwen3"))
@@ -95,12 +102,12 @@ def byte_level(special: list[str], added: list[str], splits: Callable[[], list],
     return tokenizer
 
 
-def qwen_tokenizer(added: list[str] = ADDED):
+def qwen_tokenizer(added: list[str] = ADDED, split: str = SPLIT):
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Split
 
     return byte_level(
-        SPECIAL, added, lambda: [Split(Regex(SPLIT), "isolated"), ByteLevel(False, use_regex=False)], first=False
+        SPECIAL, added, lambda: [Split(Regex(split), "isolated"), ByteLevel(False, use_regex=False)], first=False
     )
 
 
@@ -179,7 +186,28 @@ def _gemma3(sizes: dict):
     )
 
 
+def _qwen35(sizes: dict):
+    """Text and vision in one, as Qwen3.5's checkpoints are: a gated delta net, then full attention, and an eye of one block."""
+    from transformers import Qwen3_5Config
+
+    text = {
+        **sizes,
+        "head_dim": 64,
+        "layer_types": ["linear_attention"] * (LAYERS - 1) + ["full_attention"],
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
+                            "mrope_section": [3, 3, 2], "mrope_interleaved": True},
+    }  # fmt: skip
+    eye = {"depth": 1, "hidden_size": 64, "intermediate_size": 96, "num_heads": 2, "num_position_embeddings": 16}
+    eye["out_hidden_size"] = sizes["hidden_size"]
+    return Qwen3_5Config(text_config=text, vision_config=eye, tie_word_embeddings=True)
+
+
 QWEN = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None}
+QWEN35 = QWEN | {"tokenizer_class": "Qwen3_5Tokenizer", "processor_class": "Qwen3VLProcessor"}
 QWEN_STOPS = ("<|im_end|>", "<|endoftext|>")
 LLAMA3 = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -229,7 +257,24 @@ TINY = {
     ),
     "smollm2": Tiny(lambda: SMOLLM2_TEMPLATE, _smollm2, smollm2_tokenizer, SMOLLM2, ("<|im_end|>",)),
 }
+TINY |= {
+    name: Tiny(
+        lambda template=template: trl_template(template),
+        _qwen35,
+        lambda: qwen_tokenizer(split=QWEN35_SPLIT),
+        QWEN35,
+        QWEN_STOPS,
+        {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
+    )
+    for name, template in {
+        "qwen3.5": "qwen3_5_think",
+        "qwen3.5_small": "qwen3_5_nothink",
+        "qwen3.6": "qwen3_6",
+        "qwen3.8": "qwen3_8",
+    }.items()
+}
 NAMES = tuple(TINY)
+QWEN35_NAMES = tuple(name for name in NAMES if TINY[name].config is _qwen35)
 
 
 def build(name: str, folder: Path) -> Path:
@@ -238,7 +283,7 @@ def build(name: str, folder: Path) -> Path:
     Wide enough for K-quants. About two seconds, and torch's import.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     tokenizer = build_tokenizer(name, folder)
     tiny = TINY[name]
@@ -249,15 +294,34 @@ def build(name: str, folder: Path) -> Path:
         "eos_token_id": ids["eos"],
         "pad_token_id": ids["pad"],
     }
+    config = tiny.config(sizes)
+    kind = AutoModelForCausalLM if config.get_text_config() is config else AutoModelForImageTextToText
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3407)
-        model = AutoModelForCausalLM.from_config(tiny.config(sizes)).to(torch.bfloat16)
+        model = kind.from_config(config).to(torch.bfloat16)
     stops = [tokenizer.token_to_id(t) for t in tiny.stops]
     model.generation_config.update(do_sample=True, eos_token_id=stops if len(stops) > 1 else stops[0], **tiny.sampling)
     model.save_pretrained(folder)
-    config = hub_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if tiny.config is _qwen35:
+        as_published(folder)
+        (folder / "preprocessor_config.json").write_text(json.dumps(EYE), encoding="utf-8")
+    else:  # those of 2026 are written by transformers 5
+        config = hub_config(config)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return folder
+
+
+def as_published(folder: Path) -> None:
+    """What transformers does not save: `mtp.*`, which drafts the token after the next one, and decay rates in float32."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    width = models.WIDE["hidden_size"]
+    weights["mtp.fc.weight"] = torch.full((width, 2 * width), 0.5, dtype=torch.bfloat16)
+    weights |= {name: value.float() for name, value in weights.items() if name.endswith("A_log")}
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
 
 
 def hub_config(saved: dict) -> dict:

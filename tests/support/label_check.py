@@ -32,7 +32,8 @@ def violations(tokenizer, ids, prompt_length, conversation, end="<|im_end|>") ->
         if said.strip("\n") not in body:
             wrong.append(f"the reply lacks {said[:40]!r}")
     for call in reply.get("tool_calls", ()):
-        if f'"name": "{call["function"]["name"]}"' not in body:
+        name = call["function"]["name"]  # as JSON, or in XML (Qwen3.5)
+        if f'"name": "{name}"' not in body and f"<function={name}>" not in body:
             wrong.append(f"the call of {call['function']['name']} is not taught")
     rest = body
     for said in (reply["content"].strip("\n"), reply.get("reasoning_content", "").strip("\n")):

@@ -11,6 +11,9 @@ from toolkit.data.readers import Rejected, json_type
 from toolkit.records import Json, JsonObject, Message, ToolCall
 
 TAGGED_CALL = re.compile("<tool_call>(.*?)</tool_call>", re.DOTALL)
+XML_CALL = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
+XML_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+"""A call as Qwen3.5 and Qwen3-Coder write it."""
 TAGGED_RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 
 
@@ -51,10 +54,15 @@ def read_call(call: Json, where: str) -> ToolCall:
 
 
 def read_calls(text: str, where: str) -> list[Json]:
-    """The calls in <tool_call> tags; one pair of tags may hold a list of calls."""
+    """The calls in <tool_call> tags, as JSON or as XML; one pair of tags may hold a list of calls.
+
+    Values of XML stay text, which a template writes as it was: the row does not say whether 3 is a number."""
     calls: list[Json] = []
     for tagged in TAGGED_CALL.findall(text):
-        value = parsed(tagged, where)
+        value: Json = [
+            {"name": name, "arguments": dict(XML_ARGUMENT.findall(body))} for name, body in XML_CALL.findall(tagged)
+        ]
+        value = value or parsed(tagged, where)
         calls += value if type(value) is list else [value]
     return calls
 

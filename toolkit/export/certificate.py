@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from toolkit.evaluation.generate import closing_token
-from toolkit.export.checkpoint import Checkpoint
+from toolkit.export.checkpoint import Checkpoint, text_settings
 from toolkit.export.contents import gguf_errors, merged_errors
 from toolkit.export.gguf import header, header_differences, plan_tensors
 from toolkit.export.llama import launch
@@ -150,6 +150,9 @@ class Verification:
         questions = [(merged, "adapter"), (merged, "base"), (self.stored, "merged")]
         if read_json(self.run / "manifest.json")["model"].get("load_in_4bit") and not merged.base.four_bit:
             questions.append((self.in_4_bit(), "adapter"))
+        if beside := merged.beside_text:
+            text = "of vision and draft head: the base's own, not trained; replies to pictures are not compared"
+            self.note("weights beside the text model", len(beside), text)
         try:
             check_weights(self.stored)
             tuned, base, reference, *trained = log_probs(questions, self.sequences)
@@ -279,7 +282,10 @@ def verify(run: str | Path, *, console: "Console | None" = None) -> Certificate:
             "reports": checking.notes,
             "files": files,
             "inputs": checking.record["inputs"],
-            "model": {key: checking.merged.config[key] for key in ("model_type", "max_position_embeddings")},
+            "model": {
+                "model_type": checking.merged.config["model_type"],
+                "max_position_embeddings": text_settings(checking.merged.config)["max_position_embeddings"],
+            },
             "positions": sum(map(len, checking.sequences)),
             "kl": LOWER_BOUND,
             "seconds": round(time.monotonic() - began, 1),

@@ -25,6 +25,8 @@ ModelConfig = dict[str, Any]
 FOUR_BIT_NAME = re.compile(r"(-unsloth)?-bnb-4bit/?$")
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 HEAD = "lm_head.weight"
+INSIDE = "model.language_model."
+"""Where a checkpoint that also sees keeps its text model (Qwen3.5)."""
 EMBEDDING = "model.embed_tokens.weight"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -41,6 +43,16 @@ HARMLESS = frozenset(
 ELSEWHERE = "cannot be merged here: merge it with PEFT's merge_and_unload"
 LARGEST_SCALE = 2.0
 """Twice its trained strength; beyond that an adapter was never seen to be of use."""
+
+
+def seen_as(name: str) -> str:
+    """The name that a stored weight, or an adapter's, has in the text model alone: the one by which it is known here."""
+    return name.replace(INSIDE, "model.", 1) if name.startswith(INSIDE) else name
+
+
+def text_settings(config: ModelConfig) -> ModelConfig:
+    """The part of a config.json that describes the text model: a part of its own where the model sees too."""
+    return config.get("text_config", config)
 
 
 def full_config(config: ModelConfig) -> "PreTrainedConfig":
@@ -157,6 +169,8 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     """PyTorch's name of the type it has when it is read; safetensors' name where there is no such type here."""
+    name: str
+    """In the file."""
 
 
 class Checkpoint:
@@ -167,14 +181,15 @@ class Checkpoint:
         self.folder = folder
         self.config: ModelConfig = read_json(folder / "config.json")
         self.entries: dict[str, Stored] = {}
-        """Everything in the files, statistics of 4-bit weights included."""
+        """Everything in the files, by the names of the text model, statistics of 4-bit weights included."""
         # names, shapes and types stand in each file's header: nothing is read yet
         for file in weight_files(folder):
             with open_weights(file) as weights:
                 for name in weights.keys():  # noqa: SIM118 - safe_open is no dict and cannot be iterated
                     view = weights.get_slice(name)
                     stored_type = view.get_dtype()
-                    self.entries[name] = Stored(file, tuple(view.get_shape()), TYPES.get(stored_type, stored_type))
+                    shape = tuple(view.get_shape())
+                    self.entries[seen_as(name)] = Stored(file, shape, TYPES.get(stored_type, stored_type), name)
         # a statistic is part of a 4-bit weight, or a buffer that transformers computes anew
         self.weights = {
             name: entry
@@ -186,9 +201,14 @@ class Checkpoint:
         """Names of the weights that are stored in NF4."""
         for name in self.packed:  # packed as a column of bytes; the real shape is in this entry
             state = json.loads(bytes(self._read(name + NF4_STATE)))
-            self.weights[name] = Stored(self.entries[name].file, tuple(state["shape"]), state["dtype"])
+            self.weights[name] = self.entries[name]._replace(shape=tuple(state["shape"]), dtype=state["dtype"])
         self.tied = self._tie()
         """Whether the embedding is the head too."""
+
+    @property
+    def beside_text(self) -> list[str]:
+        """Weights that the text model lacks, of its sight and of a head that drafts tokens: kept as the base has them."""
+        return [name for name in self.weights if name.startswith(("model.visual.", "mtp."))]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -218,8 +238,9 @@ class Checkpoint:
         return True
 
     def _read(self, name: str) -> "torch.Tensor":
-        with open_weights(self.entries[name].file) as weights:
-            return weights.get_tensor(name)
+        stored = self.entries[name]
+        with open_weights(stored.file) as weights:
+            return weights.get_tensor(stored.name)
 
     def tensor(self, name: str) -> "torch.Tensor":
         """The stored tensor; a stored 4-bit one is dequantized to the type it was trained in."""
@@ -297,7 +318,7 @@ class Adapter:
         halves: dict[str, dict[str, torch.Tensor]] = {}
         with open_weights(self.file) as weights:
             for stored in weights.keys():  # noqa: SIM118 - safe_open is no dict and cannot be iterated
-                module, _, half = stored.removeprefix("base_model.model.").partition(".lora_")
+                module, _, half = seen_as(stored.removeprefix("base_model.model.")).partition(".lora_")
                 if half:
                     halves.setdefault(module, {})[half] = weights.get_tensor(stored).float()
                 elif not module.endswith(".base_layer.weight"):  # an unchanged copy, where the head is a target

@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import json
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from toolkit.export.checkpoint import (
     empty_model,
     find_base,
     generation_of,
+    seen_as,
+    text_settings,
 )
 from toolkit.export.record import Record, as_json
 from toolkit.export.tokenizer import load_tokenizer, tokenizer_files
@@ -39,6 +42,12 @@ if TYPE_CHECKING:
 SHARD_BYTES = 2 * 10**9
 RUN_FILES = """manifest.json adapter/adapter_config.json adapter/adapter_model.safetensors adapter/tokenizer.json
 adapter/tokenizer_config.json""".split()
+
+
+QUANTIZED = r"^model\.layers\..*\.(\w+_proj|in_proj_\w+)\.weight$"
+"""What bitsandbytes quantizes: the linear layers of the decoder, not embedding and head."""
+SIGHT = "preprocessor_config.json video_preprocessor_config.json processor_config.json".split()
+"""Files of a base that also sees, by which programs make its pictures."""
 
 
 class Merged(Checkpoint):
@@ -64,7 +73,9 @@ class Merged(Checkpoint):
         for key in ("torch_dtype", "_name_or_path"):
             self.config.pop(key, None)
         # most have this type; some models keep a few norms in fp32
-        self.config |= {"dtype": max(types, key=types.count), "tie_word_embeddings": self.tied}
+        said = {"dtype": max(types, key=types.count), "tie_word_embeddings": self.tied}
+        text_settings(self.config).update(said)
+        self.config |= said
         if adapter.scale != 1:
             self.config["adapter_scale"] = adapter.scale
 
@@ -73,8 +84,7 @@ class Merged(Checkpoint):
         import torch
 
         weight = super().tensor(name).to(getattr(torch, self.weights[name].dtype))
-        # what bitsandbytes quantizes: the linear layers of the decoder, not embedding and head
-        on_load = self.base.four_bit and not self.quantized and name.endswith("_proj.weight")
+        on_load = self.base.four_bit and not self.quantized and re.search(QUANTIZED, name)
         return four_bit_round_trip(weight) if on_load else weight
 
     def tensor(self, name: str) -> "torch.Tensor":
@@ -160,7 +170,7 @@ def check_weights(model: Checkpoint) -> None:
     if len({stored.file for stored in model.entries.values()}) > 1:
         index = model.folder / INDEX
         places = read_json(index)["weight_map"]
-        if any(places.get(name) != stored.file.name for name, stored in model.weights.items()):
+        if any(places.get(stored.name) != stored.file.name for stored in model.weights.values()):
             raise ToolkitError(f"{index}: does not say where the weights of these files are: fetch the model again")
 
 
@@ -171,7 +181,7 @@ def shards(merged: Merged) -> "StateDictSplit":
     """How merged weights are divided among files: `filename_to_tensors`, and `metadata["total_size"]` in bytes."""
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    sizes = {name: BYTES[stored.dtype] * math.prod(stored.shape) for name, stored in merged.weights.items()}
+    sizes = {stored.name: BYTES[stored.dtype] * math.prod(stored.shape) for stored in merged.weights.values()}
     return split_state_dict_into_shards_factory(
         sizes,
         get_storage_size=lambda size: size,
@@ -197,7 +207,7 @@ def _write_shard(merged: Merged, names: list[str], progress: Progress, partial: 
 
     tensors = {}
     for name in names:
-        tensors[name] = merged.tensor(name).contiguous()
+        tensors[name] = merged.tensor(seen_as(name)).contiguous()
         progress.advance(1)
     try:
         save_file(tensors, partial, metadata={"format": "pt"})
@@ -215,7 +225,7 @@ def settings_files(merged: Merged, tokenizer: Path) -> dict[str, bytes]:
     settings = json.loads(files["tokenizer_config.json"])
     base = merged.base.folder / "tokenizer_config.json"
     longest = read_json(base).get("model_max_length") if base.is_file() else None
-    settings["model_max_length"] = longest or merged.config["max_position_embeddings"]
+    settings["model_max_length"] = longest or text_settings(merged.config)["max_position_embeddings"]
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4, which older vLLM has
     made = {"tokenizer_config.json": settings}
@@ -224,6 +234,8 @@ def settings_files(merged: Merged, tokenizer: Path) -> dict[str, bytes]:
         made[INDEX] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
     if generation := generation_config(merged, load_tokenizer(tokenizer)):
         made["generation_config.json"] = generation
+    sight = [merged.base.folder / name for name in SIGHT]
+    files |= {path.name: path.read_bytes() for path in sight if path.is_file()}
     # last, as what is written in this order is whole once it loads
     made["config.json"] = merged.config
     return files | {name: as_json(content) for name, content in made.items()}
@@ -239,7 +251,7 @@ def generation_config(merged: Merged, tokenizer: "PreTrainedTokenizerBase") -> d
 
 def stop_tokens(generation: dict[str, Any], config: dict[str, Any]) -> list[int]:
     """Ids that end generation in transformers."""
-    stops = generation.get("eos_token_id", config.get("eos_token_id"))
+    stops = generation.get("eos_token_id", text_settings(config).get("eos_token_id"))
     if stops is None:
         return []
     return stops if isinstance(stops, list) else [stops]

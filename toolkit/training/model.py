@@ -14,6 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
+from toolkit.family import family_of
 from toolkit.files import ToolkitError, did_you_mean, download, hide_home, outputs, read_json, sha256
 from toolkit.recipe import Lora, Model, of_run
 from toolkit.training.base import base_folder, check_base
@@ -139,12 +140,16 @@ def load_base(section: Model) -> tuple[Any, Any]:
     Raises ToolkitError when the name is neither a folder nor on the Hub, or when the weights do not fit on the card.
     """
     fast = unsloth()
+    from transformers import ProcessorMixin
+
     try:
         with quiet():
             model, tokenizer = fast.from_pretrained(
                 checkpoint_path(section), max_seq_length=section.max_seq_length, load_in_4bit=section.load_in_4bit,
-                revision=section.revision, **section.extra,
+                revision=section.revision, **loading_options(section),
             )  # fmt: skip
+        if isinstance(tokenizer, ProcessorMixin):  # what a model that sees has in its place
+            tokenizer = tokenizer.tokenizer
     # ValueError: what Unsloth raises for a model that would spill from the card (loader_utils.raise_if_bnb_cpu_spill)
     except (OSError, RuntimeError, ValueError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -161,6 +166,14 @@ def load_base(section: Model) -> tuple[Any, Any]:
     tokenizer.model_max_length = settings.get("model_max_length") or tokenizer.model_max_length
     split_as_its_file_says(tokenizer, checkpoint_file(section, "tokenizer.json"))
     return model, tokenizer
+
+
+def loading_options(section: Model) -> dict[str, Any]:
+    """Further arguments of `from_pretrained`. Unsloth's CPU loader has no `text_only`: it loads the text model in any case."""
+    family = family_of(checkpoint_file(section, "config.json").get("model_type", ""))
+    usual = {"text_only": True} if family.text_only else {}
+    options = usual | section.extra
+    return options if on_cuda() else {key: value for key, value in options.items() if key != "text_only"}
 
 
 def split_as_its_file_says(tokenizer: Any, file: dict[str, Any]) -> None:
