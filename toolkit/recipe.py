@@ -108,6 +108,8 @@ class Model:
     load_in_4bit: bool = True
     """QLoRA; by default false for Qwen3.5 to 3.8, which Unsloth advises to train in 16 bits."""
     revision: str | None = None
+    adapter: str | None = None
+    """A run, or an adapter's folder, that the training continues on the same base, with its `lora`; scored beside the result."""
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -402,6 +404,7 @@ def _build(values: Any, where: str, overrides: Sequence[str]) -> Recipe:
     _refuse_tokens(values, where)
     _check_keys(values, _Checked, where)
     built = _convert(values, where)
+    built = _convert(_with_defaults(values, built.model), where)
     _check_values(built, where)
     # as written: 1 stays 1, not 1.0
     written = values.get("train", {})
@@ -418,25 +421,51 @@ def _build(values: Any, where: str, overrides: Sequence[str]) -> Recipe:
             reasoning=None,
             placeholders=fill,
         ),
-        **_family_defaults(built, values),
+        model=dataclasses.replace(
+            built.model,
+            model_name=without_home(built.model.model_name),
+            adapter=built.model.adapter and without_home(built.model.adapter),
+        ),
+        lora=built.lora,
         train=_flat(msgspec.to_builtins(Train()) | written),
         evaluate=dataclasses.replace(built.evaluate, questions=_named(built.evaluate.questions)),
         export=built.export,
     )
 
 
-def _family_defaults(built: _Checked, values: dict[str, Any]) -> dict[str, Any]:
-    """`model` and `lora`, with what the model's family asks for where the recipe says nothing."""
-    name = built.model.model_name
-    config = find(f"{name}/config.json")
-    family = family_named(name, read_json(config).get("model_type") if config else None)
-    model = dataclasses.replace(built.model, model_name=without_home(name))
-    if "load_in_4bit" not in values["model"] and not name.endswith("-bnb-4bit"):
-        model = dataclasses.replace(model, load_in_4bit=family.in_4bit)
-    lora = built.lora
-    if "target_modules" not in values.get("lora", {}):
-        lora = dataclasses.replace(lora, target_modules=(*lora.target_modules, *family.more_targets))
-    return {"model": model, "lora": lora}
+FROM_ADAPTER = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
+"""Keys of `lora` that a recipe with model.adapter has from there."""
+
+
+def adapter_folder(name: str) -> Path | None:
+    """The folder of an adapter by its run's name, the run's folder, or its own; None where there is none."""
+    for folder in (files.outputs() / name / "adapter", find(f"{name}/adapter"), find(name)):
+        if folder and (folder / "adapter_config.json").is_file():
+            return folder
+    return None
+
+
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """{key of FROM_ADAPTER: value} of an adapter; by its run's recipe, since PEFT may keep the targets as a pattern."""
+    of_run = folder.parent / "recipe.yaml"
+    settings = read_values(of_run)["lora"] if of_run.is_file() else read_json(folder / "adapter_config.json")
+    return {key: settings.get(key, getattr(Lora, key)) for key in FROM_ADAPTER}
+
+
+def _with_defaults(values: dict[str, Any], model: Model) -> dict[str, Any]:
+    """What the model's family, or the adapter that is continued, asks for where a recipe says nothing, and the recipe."""
+    config = find(f"{model.model_name}/config.json")
+    family = family_named(model.model_name, read_json(config).get("model_type") if config else None)
+    four_bit = family.in_4bit or model.model_name.endswith("-bnb-4bit")
+    # nothing where nothing differs: a recipe's checksum is that of its resolved text
+    lora: dict[str, Any] = {}
+    if family.more_targets:
+        lora["target_modules"] = [*Lora.target_modules, *family.more_targets]
+    # one that is not there any more stops a training, and not the reading of a run's recipe
+    if model.adapter and (folder := adapter_folder(model.adapter)):
+        lora = adapter_settings(folder)
+    said = values | {"model": {"load_in_4bit": four_bit} | values["model"]}
+    return said | {"lora": lora | values.get("lora", {})} if lora else said
 
 
 def _refuse_tokens(values: dict[str, Any], where: str) -> None:
@@ -481,6 +510,8 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe as plain values; `from_dict` reads them back to an equal recipe."""
     values = {key: _flat(value) for key, value in msgspec.to_builtins(recipe).items()}
     del values["data"]["reasoning"]
+    if recipe.model.adapter is None:
+        del values["model"]["adapter"]  # runs from before this key have no such line
     return json.loads(json.dumps(values))  # tuples become lists
 
 

@@ -210,9 +210,16 @@ class RunStart(TypedDict):
     state: Literal["running", "stopped", "finished"]  # running, too, after a kill that left no time to write
 
 
+class AdapterOf(TypedDict):
+    run: str  # whose adapter was continued: model.adapter of the recipe
+    sha256: str  # of its weights
+    data: dict[str, str]  # {source: SHA-256 of its data} that it was trained on; empty where that is not known
+
+
 class Manifest(RunStart, total=False):
     """The keys of RunStart, and what came of the training, most of it once that has ended."""
 
+    adapter_of: AdapterOf  # the run that this one continued, where it did
     earlier_versions: dict[str, str]  # those that differed when the run began
     stopped: str  # why it stopped, where it did
     batch: dict[str, int]  # batch size and accumulation as used, which may be smaller than the recipe's
@@ -296,6 +303,12 @@ class ReplyLengths(TypedDict):
     endless: Interval  # share of replies that end in the base and not in tuned, beyond what longer replies explain
 
 
+class Earlier(TypedDict):
+    run: str  # the run that was continued
+    earlier: Sections  # its scores by held-out rows and probes, no reply generated
+    difference: Sections  # this run minus that one on the same, paired
+
+
 class Evaluation(TypedDict):
     level: str  # how much was asked: fast, quick or full
     seed: int  # the evaluation's own, not the recipe's
@@ -312,6 +325,7 @@ class Evaluation(TypedDict):
     own_rows: list[OwnRowReplies]  # held-out rows before and after, beside their reference
     samples: list[EvaluationSample]  # a few prompts with both replies, for people to read
     verdict: list[str]  # the result in words; the last line begins with "result:"
+    earlier: NotRequired[Earlier]  # beside the run that this one continued
 
 
 # export.json and certificate.json ------------------------------------------------------------------------------------
@@ -329,6 +343,7 @@ class ExportInputs(TypedDict):
     base_files: dict[str, str]  # {config.json or a file of weights: SHA-256}
     scale: float  # the share of the adapter that was kept; 1 is the adapter as it was trained
     adapter: dict[str, str]  # {file of adapter/: SHA-256}
+    adapter_of: NotRequired[AdapterOf]  # the run that this one continued: its adapter is contained in this one
     versions: dict[str, str]  # {package: version} of what writes GGUF files
 
 

@@ -80,10 +80,12 @@ def preflight(recipe: Recipe, console: Console) -> Recipe:
     Returns the recipe with the model that is really loaded. Raises ToolkitError."""
     from toolkit.export.preflight import findings
     from toolkit.machine import choose, doctor
+    from toolkit.training import parent
 
     tracking.check(recipe.train)
     doctor.check_compiler(choose.has_card())
     recipe = resolve(recipe, console)
+    parent.checked(recipe)
     # not at the export, after hours of training
     for finding in findings(recipe):
         console.print(f"· {finding}", markup=False)
@@ -171,7 +173,7 @@ def evaluate(folder: str | Path, console: Console | None = None, *, level: str |
     `details` prints the table of all metrics too; `loaded` is (model, tokenizer) right after training,
     `minutes` the time for replies."""
     from toolkit.data import mix
-    from toolkit.evaluation import measure
+    from toolkit.evaluation import earlier, measure
     from toolkit.evaluation.questions import from_mix, questions_of
     from toolkit.training import model as models
     from toolkit.view import page, trained
@@ -201,6 +203,7 @@ def evaluate(folder: str | Path, console: Console | None = None, *, level: str |
             max_new_tokens=section.max_new_tokens,
             console=console,
         )
+        earlier.add_earlier(result, loaded, folder, from_mix(mixed)["validation"], console)
         # fast evidence does not replace replies that were paid for
         is_less = (
             result["level"] == "fast" and scored(folder) and read_json(folder / "eval.json").get("level") != "fast"

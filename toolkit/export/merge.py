@@ -133,7 +133,8 @@ def open_merged(run: Path, onto: str, *, scale: float = 1.0, local_only: bool = 
 def inputs_of(run: Path, merged: Merged) -> dict[str, Any]:
     """Everything an export's files depend on; another value of any of it makes them stale."""
     base = merged.base
-    return {
+    parent = read_json(run / "manifest.json").get("adapter_of")
+    return ({"adapter_of": parent} if parent else {}) | {
         "onto": "4bit" if base.four_bit else "16bit",
         "scale": merged.adapter.scale,
         "base": base.label,

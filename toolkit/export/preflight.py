@@ -6,13 +6,15 @@ for line in findings(recipes.load("hybrid")): print(line)
 from toolkit.export.checkpoint import unmergeable
 from toolkit.export.gguf_types import convertible, template_names
 from toolkit.export.tokenizer import tokens_beyond
-from toolkit.files import ToolkitError
-from toolkit.recipe import Export, Recipe
+from toolkit.files import ToolkitError, read_json
+from toolkit.recipe import Export, Model, Recipe, adapter_folder
 from toolkit.training.model import checkpoint_file
 
 
 def findings(recipe: Recipe) -> list[str]:
-    """What a run of this recipe cannot be exported as. Raises ToolkitError where the recipe asks for a GGUF by itself."""
+    """What a run of this recipe cannot be exported as. Raises ToolkitError where the recipe asks for a GGUF by itself, or for
+    an adapter that cannot be continued."""
+    check_plain(recipe.model)
     settings = {key: recipe.lora.extra.get(key) for key in ("bias", "target_parameters")}
     setting = unmergeable(settings | {"modules_to_save": recipe.lora.trained_whole})
     if setting:
@@ -34,3 +36,18 @@ def findings(recipe: Recipe) -> list[str]:
             "(the run can still be exported as merged weights: --to merged)"
         )
     return [f"this run can be exported as merged weights (--to merged), not as GGUF: {reason}"]
+
+
+def check_plain(section: Model) -> None:
+    """Raises ToolkitError where `model.adapter` is more than a LoRA alike in all its layers."""
+    folder = adapter_folder(section.adapter) if section.adapter else None
+    if folder is None:
+        return
+    config = read_json(folder / "adapter_config.json")
+    uneven = "rank_pattern alpha_pattern layers_to_transform exclude_modules".split()
+    setting = unmergeable(config) or next((key for key in uneven if config.get(key)), None)
+    if setting:
+        raise ToolkitError(
+            f"model.adapter: {section.adapter}: {setting}: only a plain LoRA is continued. Merge it with PEFT's "
+            "merge_and_unload, save that with save_pretrained, and train it as model.model_name"
+        )

@@ -39,6 +39,7 @@ from toolkit.training.base import check_base, recorded_checksums
 from toolkit.training.checkpoints import all_checkpoints
 from toolkit.training.log import LOG
 from toolkit.training.model import damaged, on_cuda
+from toolkit.training.parent import checked
 
 State = Literal["new", "unfinished", "finished"]
 FAILED_WRITE = (
@@ -128,6 +129,12 @@ def check_resume(recipe: Recipe, mixed: Mix, folder: Path, console: Console) -> 
         return
     before = read_manifest(folder)
     check_data(mixed, before)
+    continued, now_there = before.get("adapter_of"), checked(recipe)
+    if continued and now_there and continued["sha256"] != now_there["sha256"]:
+        raise ToolkitError(
+            f"model.adapter: {continued['run']}: its adapter is not the one that this run began with (SHA-256 "
+            f"{continued['sha256']:.8} in manifest.json): put it back, or train anew under another name"
+        )
     check_base(recipe.model, before.get("model", {}).get("files", {}))
     now = versions()
     changes = [f"{name} {old} → {now.get(name)}" for name, old in _changed_versions(before, now).items()]
@@ -179,6 +186,8 @@ def describe(recipe: Recipe, mixed: Mix, model: Any, folder: Path) -> Manifest:
         "started": before.get("started") or utc_now(),
         "state": "running",
     }
+    if parent := checked(recipe):
+        manifest["adapter_of"] = parent
     earlier = before.get("earlier_versions", {}) | _changed_versions(before, now)
     if earlier:
         manifest["earlier_versions"] = earlier

@@ -26,7 +26,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from toolkit.data.mix import Mix
 from toolkit.files import ToolkitError, append_rows, finite, lock, read_json, sha256, write_json, write_jsonl
-from toolkit.recipe import Recipe
+from toolkit.recipe import Recipe, adapter_folder
 from toolkit.records import MemoryComparison, SampleLine
 from toolkit.training import checkpoints
 from toolkit.training import folder as folders
@@ -34,6 +34,7 @@ from toolkit.training.counts import Batch, Counts, Totals, adapter_sum, progress
 from toolkit.training.interrupt import StopRequest
 from toolkit.training.log import quiet
 from toolkit.training.model import write_adapter
+from toolkit.training.parent import load_weights
 from toolkit.training.tracking import TRACKER
 from toolkit.view.progress import Progress
 
@@ -113,6 +114,9 @@ class RunRecorder(TrainerCallback, ExportableState):
             # TRL makes LoRA bfloat16 on a 4-bit base; a resumed run loads float32 and would differ
             if weight.requires_grad:
                 weight.data = weight.data.float()
+        adapter = self.recipe.model.adapter
+        if adapter and (folder := adapter_folder(adapter)):  # after the change of type, which would have rounded them
+            load_weights(trainer.model, folder)
 
     def train(self, train: Callable[..., Any], checkpoint: Path | None) -> Any:
         """What `trainer.train` does: resume from the newest checkpoint, train what is left, write the adapter.
