@@ -1,6 +1,6 @@
 """A run beside the one that it continued (`model.adapter`), on the same held-out rows and probes; no reply is generated.
 
-add_earlier(result, (model, tokenizer), Path("outputs/second"), from_mix(mixed)["validation"], console)
+add_earlier(result, (model, tokenizer), Path("outputs/second"), validation, Console())
 """
 
 from collections.abc import Sequence
