@@ -136,6 +136,16 @@ def test_a_mistake_names_file_and_key_and_the_way_out(values, expected):
         from_dict(values, "here.yaml")
 
 
+@pytest.mark.parametrize(
+    ("override", "place"),
+    [("budget=3", "data.budget"), ("budgt=3", "data.budget"), ("learning_rate=1", "train.learning_rate"),
+     ("lora.model_name=a", "model.model_name"), ("data.budgt=3", "budget")],
+)  # fmt: skip
+def test_a_key_without_its_section_is_told_with_it(override, place):
+    with pytest.raises(ToolkitError, match=rf"unknown key {override.partition('=')[0]}\. Did you mean '{place}'\?"):
+        recipe.load("pocket", [override])
+
+
 def test_a_recipe_that_is_not_there_suggests_the_nearest_or_lists_all():
     with pytest.raises(ToolkitError, match="no such recipe. Did you mean 'pocket'"):
         load("data_recipes/pokcet.yaml")

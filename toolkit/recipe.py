@@ -6,6 +6,7 @@ from toolkit import recipe; loaded = recipe.load("hybrid", ["train.max_steps=10"
 import ast
 import collections
 import dataclasses
+import difflib
 import functools
 import hashlib
 import importlib.util
@@ -584,9 +585,20 @@ def _check_keys(node: Any, kind: Any, where: str, path: str = "") -> None:
         elif key in passthrough(kind):
             extra[key] = node.pop(key)
         else:
-            raise ToolkitError(f"{where}: unknown key {name}{did_you_mean(key, [*kinds, *passthrough(kind)])}")
+            raise ToolkitError(f"{where}: unknown key {name}{_nearest(key, [*kinds, *passthrough(kind)])}")
     if extra:
         node["extra"] = extra
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    """The end of an error about a key: the nearest one beside it, or of another section with that section's name."""
+    places: dict[str, str] = {}
+    for section in dataclasses.fields(_Checked):
+        if dataclasses.is_dataclass(section.type):
+            places |= {field.name: f"{section.name}.{field.name}" for field in dataclasses.fields(section.type)}
+    places |= {name: name for name in known}
+    near = difflib.get_close_matches(key, places, n=1)
+    return f". Did you mean {places[near[0]]!r}?" if near else did_you_mean(key, known)
 
 
 def _convert(values: dict[str, Any], where: str) -> Any:

@@ -181,6 +181,12 @@ def test_other_spellings_of_a_command_are_told_the_right_one(talk):
     assert "/quit" in said
 
 
+def test_a_misspelt_switch_within_a_question_is_told_and_not_asked(talk):
+    said, asked = talk("/nothink What is 2 + 2?", "What is 2 + 2? /no-think", "Is /usr/bin/nothink a path?")
+    assert said.count("Did you mean '/no_think'?") == 2
+    assert len(asked) == 1
+
+
 def test_base_and_run_answer_side_by_side_and_the_conversation_goes_on_with_the_run(talk):
     said, asked = talk("/both one", "/no_think two", "/tuned three")
     assert {body["model"] for body in asked[:2]} == {"base", "tuned"}

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,8 @@ COMMANDS = {
     "/help": "this list",
     "/quit": "leave (so does Ctrl-D); Ctrl-C stops a reply",
 }
+NEAR_SWITCH = re.compile(r"(?:^|\s)(/no-?think(?:ing)?)(?=\s|$)")
+"""What people type for /no_think, which alone a template or a model knows."""
 MODES_BY_COMMAND = {"/think": "thinking", "/no_think": "non_thinking"}
 CONTROLS = {code: None for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 """A model's text never moves the cursor or sets the terminal's title."""
@@ -106,6 +109,8 @@ def turn(talk: Talk, line: str) -> None:
     """Do what a line says: a command, a question, or a switch with a question after it. Raises ToolkitError."""
     command, _, rest = line.partition(" ")
     known = [name.split()[0] for name in COMMANDS]
+    if near := NEAR_SWITCH.search(line):
+        raise ToolkitError(f"{near[1]}: only text to the model. Did you mean '/no_think'?")
     if command == "/help":
         listed = [f"{name:<12}{meaning}" for name, meaning in COMMANDS.items()]
         talk.console.print("\n".join(listed), markup=False)
