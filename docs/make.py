@@ -45,6 +45,7 @@ def pages() -> dict[Path, str]:
 def index_page() -> str:
     """Where to find what."""
     lines = ["# Reference", "", "| page | what it lists |", "|---|---|"]
+    lines += ["| [glossary](glossary.md) | what the words in tables and messages mean, in English and Chinese |"]
     lines += ["| [recipe](recipe.md) | every key of a recipe, with its default |"]
     lines += ["| [run folder](run_folder.md) | every key of the files that a run leaves |"]
     lines += ["| [time and memory](time_and_memory.md) | hours and memory by card and model, calculated |"]

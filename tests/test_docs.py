@@ -32,3 +32,31 @@ def test_every_recipe_key_has_a_meaning(pages):
     rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]*) \|$", pages[make.FOLDER / "recipe.md"], re.MULTILINE)
     assert len(rows) > 40
     assert [key for key, meaning in rows if not meaning.strip()] == []
+
+
+GLOSSARY = (make.FOLDER / "glossary.md").read_text(encoding="utf-8")
+TERMS = [
+    "share", "fraction", "supervised tokens", "probes", "nats", "KL from the base", "held-out rows", "`validation_prompt`",
+    "thinking kept", "cut", "scale", "certificate", "never ends", "no change shown", "chance",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_the_glossary_says_what_a_term_means_in_both_languages(term):
+    (row,) = re.findall(rf"^\| (?:[^|]*, )?{re.escape(term)}(?:, [^|]*)? \| (.*) \|$", GLOSSARY, re.MULTILINE)
+    english, _, chinese = row.split(" | ")
+    assert len(english) > 20
+    assert re.search("[\u4e00-\u9fff]", chinese)
+
+
+def test_every_reason_for_a_drop_that_is_explained_in_output_is_in_the_glossary():
+    from toolkit.data.mix import NOT_MALFORMED
+    from toolkit.view.tables import MEANING
+
+    assert MEANING.keys() <= NOT_MALFORMED
+    assert [reason for reason in MEANING if f"`{reason}`" not in GLOSSARY] == []
+
+
+def test_both_readmes_lead_to_the_glossary():
+    for name in ("README.md", "README.zh.md"):
+        assert "](docs/glossary.md)" in (make.FOLDER.parent / name).read_text(encoding="utf-8")

@@ -80,8 +80,8 @@ def log(comparison: Comparison, folder: Path, console: Console) -> None:
         sentences = " ".join(comparison.verdict[:-1])
         runs = list(dict.fromkeys(run.folder for point in comparison.points for run in point.runs))
         project = recipes[0]["train"].get("project")
-        drawn = tracking.Drawn(chart(comparison), curve(comparison))
-        tracking.TRACKER.comparison(folder, runs, rows, drawn, sentences, project, console)
+        drawn = chart(comparison), curve(comparison)
+        tracking.TRACKER.comparison(folder, runs, rows, *drawn, sentences, project, console)
 
 
 def chart(comparison: Comparison) -> dict[str, Any]:

@@ -30,7 +30,7 @@ CONDITIONS = {
     "level": "level {} instead of {}",
     "seed": "evaluation seed {} instead of {}",
     "fingerprints.questions": "other questions",
-    "fingerprints.probes": "other probes",
+    "fingerprints.probes": "other probes (the prompts that measure forgetting)",
     "per_question": "{} questions kept instead of {}",
     "budget.max_new_tokens": "a limit of {} tokens instead of {}",
     "budget.limits.thinking": "a limit of {} tokens with thinking instead of {}",

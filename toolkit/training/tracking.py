@@ -22,7 +22,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import requests
 from rich.console import Console
@@ -88,15 +88,6 @@ def has_account() -> bool:
 
 def _address() -> str:
     return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-
-
-class Drawn(NamedTuple):
-    """What wandb draws of a comparison by itself."""
-
-    chart: Row
-    """Lines over its axis: arguments of `wandb.plot.line_series`."""
-    curve: Sequence[Row]
-    """Of a dial, every number against `dial/scale`."""
 
 
 class Tracker:
@@ -187,13 +178,15 @@ class Tracker:
         folder: Path,
         compared: Sequence[Path],
         rows: Sequence[Row],
-        drawn: Drawn,
+        chart: Row,
+        curve: Sequence[Row],
         sentences: str,
         project: str | None,
         console: Console,
     ) -> None:
-        """A wandb run that holds a comparison: its table, its picture (`folder`/comparison.png), what is drawn of it and what
-        it recommends. Says the one command that uploads it and the runs in `compared`.
+        """A wandb run that holds a comparison: its table, its picture (`folder`/comparison.png), its chart (arguments of
+        `wandb.plot.line_series`), a dial's `curve` (every number against `dial/scale`) and what it recommends. Says the one
+        command that uploads it and the runs in `compared`.
 
         The same runs compared again continue the same wandb run."""
         self.say = functools.partial(console.print, soft_wrap=True)
@@ -205,9 +198,9 @@ class Tracker:
         self._attempt("starting a run", self._open, folder, **values)
         if self.run:
             self._attempt("logging the picture", self._put_picture, "picture", folder / "comparison.png")
-            self._attempt("logging the chart", self._put_chart, drawn.chart)
+            self._attempt("logging the chart", self._put_chart, chart)
             self.run.define_metric("dial/*", step_metric="dial/scale")
-        for row in drawn.curve if self.run else ():
+        for row in curve if self.run else ():
             self._attempt("logging the curve", self.run.log, row)
         self._conclude([*compared, folder], {"recommendation": sentences}, "comparison", rows)
 

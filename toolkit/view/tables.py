@@ -15,6 +15,13 @@ from toolkit.evaluation import words
 from toolkit.family import mode_title
 from toolkit.records import Evaluation
 
+MEANING = {
+    "validation_prompt": " (asks what a held-out row asks)",
+    "near_validation": " (nearly asks what a held-out row asks)",
+    "contaminated": " (holds a question of the evaluation)",
+}
+"""Reasons for a drop whose name does not say it all."""
+
 
 class ShownReply(NamedTuple):
     """The two parts of a reply that people read."""
@@ -134,7 +141,7 @@ def notes(report: Mapping[str, Any]) -> list[str]:
     """What a reader of the table should also know: drops by reason, repeats, the limiting source, warnings."""
     lines = []
     for name, row in report["sources"].items():
-        dropped = [f"{count} {reason}" for reason, count in row["dropped"].items()]
+        dropped = [f"{count} {reason}{MEANING.get(reason, '')}" for reason, count in row["dropped"].items()]
         if dropped:
             lines.append(f"{name}: dropped {', '.join(dropped)}")
         repeated = row["rows_repeated"]
