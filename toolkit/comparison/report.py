@@ -210,7 +210,8 @@ def figure(comparison: Comparison) -> "Figure":
     if comparison.axis:
         seeds = max(len(point.runs) for point in comparison.points)
         trainings = f"means of {seeds} trainings (the small points)" if seeds > 1 else "one training each"
-        heading = f"by {axis_name}; {trainings}; bars are 95% intervals; star: recommended"
+        star = "; star: recommended" if comparison.recommended else ""
+        heading = f"by {axis_name}; {trainings}; bars are 95% intervals{star}"
     picture.suptitle(heading, fontsize=10)
     return picture
 
