@@ -240,6 +240,15 @@ def test_training_stops_at_the_second_evaluation_beyond_the_limit_and_keeps_one_
 
 
 @pytest.mark.usefixtures("elsewhere")
+def test_a_limit_that_is_rarely_looked_at_is_warned_of_before_the_first_step():
+    limit = "evaluate.forgetting_limit=9"
+    _, said = trained("rarely", *FORGETTING, "train.eval_steps=0.5", limit)
+    assert "evaluate.forgetting_limit is looked at every 3 of 6 steps" in said
+    _, said = trained("often", *FORGETTING, "train.max_steps=10", limit)
+    assert "is looked at" not in said
+
+
+@pytest.mark.usefixtures("elsewhere")
 def test_a_run_of_which_no_evaluation_is_within_the_limit_says_what_is_kept_and_what_to_do():
     run, said = trained("run", *FORGETTING, "evaluate.forgetting_limit=1e-6")
     seen = {row["step"]: row["eval_forgetting_kl"] for row in metrics(run) if "eval_loss" in row}
