@@ -29,16 +29,13 @@ SWITCH = re.compile(r"(?:^|\s+)/(no_think|think)(?=\s|<|$)")
 STRUCTURE = re.compile(r"<[|｜].{1,40}[|｜]>")
 """How added tokens look that are structure, though a tokenizer does not call them special: <|fim_prefix|>, <｜User｜>."""
 
-QWEN35_SAMPLING = {
-    "thinking": {"temperature": 1.0, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
-    "non_thinking": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0},
-}
-"""Qwen3.5's own values for general tasks (model card of Qwen/Qwen3.5-4B, "Best Practices")."""
 QWEN3_SAMPLING = {
     "thinking": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
     "non_thinking": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0},
 }
 """Qwen3's own values for each mode (model card of Qwen/Qwen3-8B, "Best Practices")."""
+QWEN35_SAMPLING = QWEN3_SAMPLING | {"thinking": QWEN3_SAMPLING["thinking"] | {"temperature": 1.0}}
+"""Qwen3.5's own for general tasks, its presence_penalty left out (model card of Qwen/Qwen3.5-4B, in front of its API examples)."""
 PLAIN_SAMPLING = {"non_thinking": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}}
 
 

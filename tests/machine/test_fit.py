@@ -18,6 +18,7 @@ from toolkit.machine import fit
 from toolkit.machine.fit import GIB, Settings, shipped
 
 POINTS = json.loads((ROOT / "data_recipes/measured/published.json").read_text(encoding="utf-8"))["points"]
+QWEN35 = json.loads((ROOT / "tests/support/files/qwen35_configs.json").read_text(encoding="utf-8"))
 CONFIGS = json.loads((ROOT / "tests/support/files/qwen3_configs.json").read_text(encoding="utf-8"))["configs"]
 TARGETS = Settings().target_modules
 RUNS = st.builds(
@@ -133,6 +134,73 @@ def test_shipped_shapes_are_those_of_transformers_own_models(size):
     found = fit.shape_of(Qwen3Config(**values), size)
     assert dataclasses.replace(found, kept=shipped(size).kept) == shipped(size)
     assert shipped(size).kept == CONFIGS[size]["kept_mlps"] * 3 * values["hidden_size"] * values["intermediate_size"]
+
+
+@pytest.mark.parametrize("size", QWEN35["configs"])
+def test_qwen35s_shapes_are_those_of_transformers_text_models(size):
+    from transformers import Qwen3_5TextConfig
+
+    found = fit.shape_of(Qwen3_5TextConfig(**QWEN35["configs"][size]), f"unsloth/Qwen3.5-{size}")
+    assert found == shipped(f"unsloth/Qwen3.5-{size}")
+    assert found.delta_layers == 3 * found.num_hidden_layers // 4
+
+
+@pytest.mark.parametrize("size", QWEN35["trainable_parameters"])
+def test_qwen35s_lora_counts_are_those_that_others_printed(size):
+    known = shipped(f"Qwen/Qwen3.5-{size}")
+    targets = {matrix.name for matrix in known.matrices} - ({"in_proj_a", "in_proj_b"} if size == "2B" else set())
+    assert sum(fit.lora_tensors(known, 16, targets)) == QWEN35["trainable_parameters"][size]
+
+
+@pytest.mark.parametrize("size", ["0.8B", "2B", "4B", "9B"])
+def test_qwen35_needs_less_than_unsloth_says_of_its_16_bit_lora_and_more_than_its_weights(size):
+    """3, 5, 10 and 22 GB (unsloth.ai/docs/models/qwen3.5/fine-tune), of which vision, not loaded here, is a part."""
+    says = {"0.8B": 3, "2B": 5, "4B": 10, "9B": 22}[size]
+    plan = Settings(load_in_4bit=False, per_device_train_batch_size=1, longest=2048, longest_validation=2048)
+    needed = fit.forecast(plan, f"unsloth/Qwen3.5-{size}").total("training")
+    assert 2 * shipped(f"unsloth/Qwen3.5-{size}").parameters < needed < 1.1e9 * says
+
+
+def test_a_qwen35_that_is_known_needs_no_hub_and_an_unknown_size_is_none_of_these():
+    assert shipped("unsloth/Qwen3.5-4B").hidden_size == 2560
+    assert shipped("Qwen/Qwen3.5-35B-A3B") is shipped("Qwen/Qwen3.6-27B") is None
+    assert shipped("Qwen/Qwen3-4B").vocab_size == 151936
+
+
+def test_of_qwen35_the_text_model_alone_is_counted_and_its_state_is_what_transformers_keeps(tmp_path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tests.support import families
+    from toolkit.evaluation.decode import rows_that_fit
+
+    folder = families.build("qwen3.5", tmp_path / "qwen3.5")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    found = fit.shape(str(folder))
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    linear = [m for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) and ".layers." in path]
+    assert found.linear_parameters == sum(m.weight.numel() for m in linear)
+    layers = {}
+    for tokens in (64, 128):
+        with torch.no_grad():
+            cache = model(torch.arange(tokens)[None], use_cache=True).past_key_values
+        layers[tokens] = [bytes_of(vars(layer)) for layer in cache.layers]
+    delta, full = zip(*layers.values(), strict=True)
+    assert delta[0] == delta[1] == found.state_bytes
+    assert full[1] - full[0] == 64 * 4 * found.kv_dim
+    row = sum(layers[128])
+    assert rows_that_fit(model.config, 128, 10.5 * row / 0.7, batch_size=32) == 10
+
+
+def bytes_of(values) -> int:
+    """Of all tensors in a structure."""
+    import torch
+
+    if isinstance(values, torch.Tensor):
+        return values.numel() * values.element_size()
+    if isinstance(values, dict):
+        return sum(map(bytes_of, values.values()))
+    return sum(map(bytes_of, values)) if isinstance(values, list | tuple) else 0
 
 
 def test_the_shape_of_the_pocket_model_that_ships_is_that_of_its_config():

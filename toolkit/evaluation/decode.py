@@ -111,8 +111,25 @@ def rows_that_fit(config: "PretrainedConfig", tokens: int, free_bytes: float, ba
     text = config.get_text_config()
     # Qwen2 does not state it
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    row = 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * head_dim * tokens
+    with_cache = text.num_hidden_layers - delta_layers(text)
+    row = 2 * 2 * with_cache * text.num_key_value_heads * head_dim * tokens + state_bytes(text)
     return int(max(1, min(batch_size, 0.7 * free_bytes / row)))
+
+
+def delta_layers(text: "PretrainedConfig") -> int:
+    """Layers that keep a state of fixed size instead of keys and values: gated delta nets (Qwen3.5)."""
+    return (getattr(text, "layer_types", None) or []).count("linear_attention")
+
+
+def state_bytes(text: "PretrainedConfig") -> int:
+    """What delta nets keep of a sequence: a float32 matrix per head, and the last inputs of a convolution in 16 bits."""
+    layers = delta_layers(text)
+    if not layers:
+        return 0
+    values = text.linear_num_value_heads * text.linear_value_head_dim
+    keys = text.linear_num_key_heads * text.linear_key_head_dim
+    inputs = 2 * text.linear_conv_kernel_dim * (2 * keys + values)
+    return layers * (4 * values * text.linear_key_head_dim + inputs)
 
 
 def free_memory(model: "PreTrainedModel") -> float:

@@ -104,12 +104,9 @@ def _plan(run: Path, merged: Merged, quants: list[str], record: Record) -> list[
             "files (--quant q4_k_m)"
         )
     parts = ", ".join(f"{name} {size:.2f}" for name, size in gigabytes.items())
-    beside = len(merged.beside_text)
-    kept = f"; {beside} weights of vision and draft head stay the base's" if beside else ""
     strength = "" if merged.adapter.scale == 1 else f", the adapter at {merged.adapter.scale:g} of its strength"
     return [
-        f"base: {base.name} ({base.revision or 'local folder'}), onto {'4bit' if base.four_bit else '16bit'}"
-        f"{strength}{kept}",
+        f"base: {base.name} ({base.revision or 'local folder'}), onto {'4bit' if base.four_bit else '16bit'}{strength}",
         f"disk: {needed:.2f} GB needed ({parts}; {there:.2f} there already), {free:.2f} GB free",
     ]
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from toolkit.family import FAMILIES
+from toolkit.family import FAMILIES, family_of
 from toolkit.files import ToolkitError, find, read_json
 from toolkit.machine.doctor import CONTEXT
 from toolkit.recipe import REPLY_LIMIT, Lora, Recipe
@@ -66,6 +66,10 @@ class Shape:
     kept: int = 0
     """Linear parameters that a dynamic 4-bit checkpoint keeps in 16-bit."""
     name: str = ""
+    delta_layers: int = 0
+    """Of num_hidden_layers those that keep no keys and values."""
+    state_bytes: int = 0
+    """What they keep of a sequence instead."""
 
     @property
     def linear_parameters(self) -> int:
@@ -76,6 +80,8 @@ class Shape:
 FACTS = read_json(Path(__file__).parent / "fit_shapes.json")
 SHIPPED = msgspec.convert(FACTS["shapes"], dict[str, Shape])
 """Size of a Qwen3 → its shape, for planning without the Hub; tests compute them again from transformers' own models."""
+SHIPPED_35 = msgspec.convert(FACTS["qwen3.5"], dict[str, Shape])
+"""The same of Qwen3.5's text models."""
 POCKET_SHAPE = dataclasses.replace(msgspec.convert(FACTS["pocket"], Shape), name="pocket")
 SPARE = 0.1
 """Share of a card's memory that `auto` leaves free: a display, fragments and longer replies take some of it."""
@@ -105,8 +111,11 @@ def shape(name: str) -> Shape:
 
 
 def shipped(name: str) -> Shape | None:
-    """The shape of a Qwen3 by size or Hub name, from the facts that ship with the package."""
+    """The shape of a Qwen3 by size or Hub name, or of a Qwen3.5 by that, from the facts that ship with the package."""
     sizes = "|".join(re.escape(size) for size in sorted(SHIPPED, key=len, reverse=True))
+    newer = re.search(r"Qwen3\.5-(\d[\d.]*B)(?=$|-)", name, re.IGNORECASE)
+    if newer and (known := SHIPPED_35.get(newer[1].upper())):
+        return dataclasses.replace(known, name=name)
     match = re.fullmatch(f"({sizes})", name) or re.search(rf"Qwen3-(?:Coder-)?({sizes})(?=$|-)", name, re.IGNORECASE)
     if match is None:
         return None
@@ -124,6 +133,8 @@ def shape_of(config: "PretrainedConfig", name: str = "") -> Shape:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    from toolkit.evaluation.decode import delta_layers, state_bytes
+
     text = config.get_text_config()
     name = name or config.name_or_path
     try:
@@ -131,7 +142,8 @@ def shape_of(config: "PretrainedConfig", name: str = "") -> Shape:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(text)
             full_model = model
-            if text is not config:  # of a model that sees, the rest is loaded beside it in 16-bit
+            if text is not config and not family_of(config.model_type).text_only:
+                # of a model that sees, the rest is loaded beside it in 16-bit
                 with contextlib.suppress(ImportError):
                     full_model = AutoModelForImageTextToText.from_config(config)
         heads = text.num_attention_heads
@@ -161,6 +173,8 @@ def shape_of(config: "PretrainedConfig", name: str = "") -> Shape:
         matrices=tuple(matrix._replace(copies=n) for matrix, n in Counter(linear.values()).items()),
         kept=sum(matrix.parameters for path, matrix in linear.items() if _is_kept(config, path)),
         name=name,
+        delta_layers=delta_layers(text),
+        state_bytes=state_bytes(text),
     )
 
 
@@ -325,7 +339,8 @@ def _evaluation(plan: Settings, model: Shape, dequantized: float) -> list[Moment
     scored = Moment(dequantized + _forward(model, 1, plan.longest_validation), 28 * positions * model.vocab_size)
     logits = 26 * model.vocab_size  # 16-bit and float32 copies of sampling and sorting
     # keys and values in 16-bit: two times two bytes
-    cache = 4 * model.num_hidden_layers * model.kv_dim * (2 * PROMPT + max(plan.max_new_tokens, 512))
+    with_cache = model.num_hidden_layers - model.delta_layers
+    cache = 4 * with_cache * model.kv_dim * (2 * PROMPT + max(plan.max_new_tokens, 512)) + model.state_bytes
     return [scored, Moment(dequantized + _forward(model, 1, PROMPT), logits, cache)]
 
 

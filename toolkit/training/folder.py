@@ -129,8 +129,8 @@ def check_resume(recipe: Recipe, mixed: Mix, folder: Path, console: Console) -> 
         return
     before = read_manifest(folder)
     check_data(mixed, before)
-    continued, now_there = before.get("adapter_of"), checked(recipe)
-    if continued and now_there and continued["sha256"] != now_there["sha256"]:
+    continued = before.get("adapter_of")
+    if continued and continued != checked(recipe):
         raise ToolkitError(
             f"model.adapter: {continued['run']}: its adapter is not the one that this run began with (SHA-256 "
             f"{continued['sha256']:.8} in manifest.json): put it back, or train anew under another name"

@@ -171,9 +171,10 @@ def load_base(section: Model) -> tuple[Any, Any]:
 def loading_options(section: Model) -> dict[str, Any]:
     """Further arguments of `from_pretrained`. Unsloth's CPU loader has no `text_only`: it loads the text model in any case."""
     family = family_of(checkpoint_file(section, "config.json").get("model_type", ""))
-    usual = {"text_only": True} if family.text_only else {}
-    options = usual | section.extra
-    return options if on_cuda() else {key: value for key, value in options.items() if key != "text_only"}
+    options = {"text_only": True, **section.extra} if family.text_only else dict(section.extra)
+    if not on_cuda():
+        options.pop("text_only", None)
+    return options
 
 
 def split_as_its_file_says(tokenizer: Any, file: dict[str, Any]) -> None:

@@ -47,9 +47,6 @@ def check_same_base(section: Model, folder: Path, manifest: dict[str, Any]) -> N
     # folders by where they are, however they are spelled
     if (base_folder(section.model_name) or section.model_name) != (base_folder(name) or name):
         raise ToolkitError(f"model.adapter: {section.adapter} was trained on {name}: set model.model_name to {name}")
-    if base.get("load_in_4bit", section.load_in_4bit) != section.load_in_4bit:
-        four_bit = not section.load_in_4bit
-        raise ToolkitError(f"model.adapter: {section.adapter} was trained otherwise: set model.load_in_4bit={four_bit}")
     check_base(section, base.get("files") or {})
 
 

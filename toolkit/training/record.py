@@ -117,9 +117,8 @@ class RunRecorder(TrainerCallback, ExportableState):
             # TRL makes LoRA bfloat16 on a 4-bit base; a resumed run loads float32 and would differ
             if weight.requires_grad:
                 weight.data = weight.data.float()
-        adapter = self.recipe.model.adapter
-        if adapter and (folder := adapter_folder(adapter)):  # after the change of type, which would have rounded them
-            load_weights(trainer.model, folder)
+        if adapter := self.recipe.model.adapter:  # after the change of type, which would have rounded them
+            load_weights(trainer.model, adapter_folder(adapter) or Path(adapter))
 
     def train(self, train: Callable[..., Any], checkpoint: Path | None) -> Any:
         """What `trainer.train` does: resume from the newest checkpoint, train what is left, write the adapter.
