@@ -151,8 +151,11 @@ class Verification:
         if read_json(self.run / "manifest.json")["model"].get("load_in_4bit") and not merged.base.four_bit:
             questions.append((self.in_4_bit(), "adapter"))
         if beside := merged.beside_text:
-            text = "of vision and draft head: the base's own, not trained; replies to pictures are not compared"
-            self.note("weights beside the text model", len(beside), text)
+            self.note(
+                "weights beside the text model",
+                len(beside),
+                "vision and draft head, the base's own; no picture was tried",
+            )
         try:
             check_weights(self.stored)
             tuned, base, reference, *trained = log_probs(questions, self.sequences)
