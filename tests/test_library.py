@@ -76,7 +76,15 @@ def test_a_model_of_ones_own_is_exported_with_a_certificate_from_any_folder(trai
 
 
 def test_dir_shows_the_public_calls_and_nothing_else():
-    assert dir(toolkit) == ["RunRecorder", "__version__", "compile_mix", "dial", "evaluate_model", "export_model"]
+    assert dir(toolkit) == [
+        "RunRecorder",
+        "__version__",
+        "blend",
+        "compile_mix",
+        "dial",
+        "evaluate_model",
+        "export_model",
+    ]
     assert all(getattr(toolkit, name) for name in dir(toolkit))
 
 

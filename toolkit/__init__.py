@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from toolkit.training import record
 
 __version__ = "0.1.0"
-__all__ = ["RunRecorder", "__version__", "compile_mix", "dial", "evaluate_model", "export_model"]
+__all__ = ["RunRecorder", "__version__", "blend", "compile_mix", "dial", "evaluate_model", "export_model"]
 
 # Read once, when torch is imported. Spinning OpenMP threads collapse on shared cores: a training step of the pocket
 # model took 3.4 s instead of 0.7 s (2 cores, 2026-11-21).
@@ -140,3 +140,12 @@ def dial(*runs: str | Path, **options: Any) -> "Comparison":
     from toolkit.comparison.dial import dial
 
     return dial(runs, **options)
+
+
+def blend(runs: Sequence[str | Path], weights: Sequence[float], **options: Any) -> Path:
+    """Write the weighted sum of what finished runs of one base changed as a run of its own, and return its folder; nothing
+    is trained. `options` are those of `toolkit.comparison.blend.blend`.
+    """
+    from toolkit.comparison.blend import blend
+
+    return blend(runs, weights, **options)

@@ -216,6 +216,14 @@ class AdapterOf(TypedDict):
     data: dict[str, str]  # {source: SHA-256 of its data} that it was trained on; empty where that is not known
 
 
+class Parent(TypedDict):
+    """A run that a sum was made of (`blend`)."""
+
+    name: str  # its folder's
+    recipe: JsonObject  # its recipe.yaml
+    manifest: "Manifest"  # its manifest.json
+
+
 class Manifest(RunStart, total=False):
     """The keys of RunStart, and what came of the training, most of it once that has ended."""
 
@@ -245,6 +253,8 @@ class Manifest(RunStart, total=False):
     finished: str  # when it ended, UTC
     fit: MemoryComparison  # the memory forecast against what was measured, on a card
     time: TimeComparison  # the forecast of hours against what was measured
+    parents: list[Parent]  # of a sum of runs: what was added, instead of mix, data and seeds
+    weights: list[float]  # how much of each parent
 
 
 # eval.json -----------------------------------------------------------------------------------------------------------

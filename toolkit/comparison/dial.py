@@ -19,7 +19,7 @@ import numpy as np
 from rich.console import Console
 
 from toolkit import recipe as recipes
-from toolkit.comparison.decide import KL, SCALE, Comparison, decide, usual_goal
+from toolkit.comparison.decide import KL, SCALE, Comparison, decide, noun, usual_goal
 from toolkit.comparison.points import point
 from toolkit.comparison.report import conclude
 from toolkit.comparison.runs import Content, Run, changed_keys, run_of
@@ -123,6 +123,8 @@ def dial(
     # the same run by two spellings is one training, not two seeds
     folders = list(dict.fromkeys(map(finished_run, runs)))
     check_same_training([recipes.of_run(folder) for folder in folders])
+    if len({str(read_json(folder / "manifest.json").get("weights")) for folder in folders}) > 1:
+        raise ToolkitError("dial averages over seeds of one recipe, but these runs are sums with different weights")
     members = []
     for folder in folders:
         results, plan = measure(folder, plan, console)
@@ -159,6 +161,10 @@ class Plan(NamedTuple):
     """How many more are still to be added where the curve bends."""
     with_replies: Sequence[float] = ()
     """The scales that get replies; none are chosen yet before the first run."""
+    record: str = "dial.json"
+    """The file in the run's folder that keeps what was measured."""
+    at: Callable[[Any, float], contextlib.AbstractContextManager[None]] = scaled
+    """The model at one of the scales; of a sum of runs at one of its ratios, which take the place of scales."""
 
 
 def measure(folder: Path, plan: Plan, console: Console) -> tuple[Results, Plan]:
@@ -166,19 +172,19 @@ def measure(folder: Path, plan: Plan, console: Console) -> tuple[Results, Plan]:
     manifest = read_json(folder / "manifest.json")
     results: Results = {}
     with contextlib.suppress(ToolkitError):  # none yet, or damaged: then all is measured again
-        kept = read_json(folder / "dial.json")
+        kept = read_json(folder / plan.record)
         # what was measured of another adapter says nothing of this one
         results = kept.get("scales", {}) if kept.get("adapter") == manifest.get("adapter") else {}
     # loaded once for both levels, and not at all where nothing is missing
     load = functools.cache(functools.partial(load_dialled, folder, console))
-    evaluate_scales(folder, "fast", plan.scales, results, load, console)
+    evaluate_scales(folder, plan, "fast", results, load, console)
     for _ in range(plan.bends):
         plan = plan._replace(scales=[*plan.scales, bend(results, plan.scales)])
-        evaluate_scales(folder, "fast", plan.scales, results, load, console)
+        evaluate_scales(folder, plan, "fast", results, load, console)
     # the record may hold scales of an earlier dial, which are not asked for
     evidence = {f"fast {scale:g}": results[f"fast {scale:g}"] for scale in plan.scales}
-    plan = Plan(plan.scales, with_replies=plan.with_replies or scales_for_replies(evidence))
-    evaluate_scales(folder, "quick", plan.with_replies, results, load, console)
+    plan = plan._replace(bends=0, with_replies=plan.with_replies or scales_for_replies(evidence))
+    evaluate_scales(folder, plan, "quick", results, load, console)
     return results, plan
 
 
@@ -204,13 +210,14 @@ def load_dialled(folder: Path, console: Console) -> Dialled:
 
 def evaluate_scales(
     folder: Path,
+    plan: Plan,
     level: str,
-    scales: Sequence[float],
     results: Results,
     load: Callable[[], Dialled],
     console: Console,
 ) -> None:
     """Add what is missing at a level to the results; each is written at once."""
+    scales = plan.scales if level == "fast" else plan.with_replies
     missing = [scale for scale in scales if f"{level} {scale:g}" not in results]
     if not missing:
         return
@@ -218,12 +225,12 @@ def evaluate_scales(
     questions = {**run.questions, "questions_per_mode": None} if level == "fast" else run.questions
     with Progress(console, f"{folder.name}, {level} evidence, scales", len(missing)) as progress:
         for scale in missing:
-            with scaled(run.model, scale):
+            with plan.at(run.model, scale):
                 result = evaluate(run.model, run.tokenizer, level=level, console=Console(quiet=True), **questions)
             if scale == 1.0:
                 check_changed(folder.name, result)
             results[f"{level} {scale:g}"] = result
-            write_json(folder / "dial.json", {"adapter": run.adapter, "scales": results})
+            write_json(folder / plan.record, {"adapter": run.adapter, "scales": results})
             progress.advance(1)
 
 
@@ -284,25 +291,26 @@ def check_changed(name: str, result: Evaluation) -> None:
         )
 
 
-def at_scale(folder: Path, scale: float, results: Results) -> Run:
-    """The run at a scale by the most that was measured there; the scale is a setting like those of its recipe."""
+def at_scale(folder: Path, scale: float, results: Results, axis: str = SCALE) -> Run:
+    """The run at a scale (or elsewhere on an axis) by the most that was measured there, which is a setting like those of its
+    recipe."""
     result = results.get(f"quick {scale:g}") or results[f"fast {scale:g}"]
     recipe = recipes.read_values(folder / "recipe.yaml")
     mixed = read_json(folder / "mix.json")
     run = run_of(folder.name, recipe, mixed, read_json(folder / "manifest.json"), result)
-    return replace(run, folder=folder, trained={**run.trained, SCALE: scale})
+    return replace(run, folder=folder, trained={**run.trained, axis: scale})
 
 
-def compare_scales(members: Sequence[Mapping[float, Run]], scales: Sequence[float]) -> Comparison:
+def compare_scales(members: Sequence[Mapping[float, Run]], scales: Sequence[float], axis: str = SCALE) -> Comparison:
     """The scales as points of one comparison; only those with replies can be recommended."""
-    points = [point([member[scale] for member in members], SCALE) for scale in scales]
+    points = [point([member[scale] for member in members], axis) for scale in scales]
     goal = usual_goal([run for p in points for run in p.runs])
     with_replies = [p for p in points if goal in p.values]
     if not with_replies:
-        raise ToolkitError("no question was answered to the end at any scale: set evaluate.max_new_tokens higher")
-    note = "One training: another seed may keep less or more at the same scale (dial RUN RUN RUN averages seeds)."
+        raise ToolkitError("no question was answered to the end: set evaluate.max_new_tokens higher")
+    note = f"One seed: another may keep less or more at the same {noun(axis)}; several are averaged."
     if len(members) > 1:
         note = f"Means over {len(members)} trainings: {', '.join(run.name for run in points[0].runs)}."
-    silent = ", ".join(f"{p.place:g} (KL {p.values[KL].value:.2f})" for p in points if p not in with_replies)
-    silent_note = [f"Held-out loss and KL only, no replies: scale {silent}."] if silent else []
-    return decide(points, goal, SCALE, [*silent_note, note], {})
+    silent = ", ".join(f"{p.short} (KL {p.values[KL].value:.2f})" for p in points if p not in with_replies)
+    silent_note = [f"Held-out loss and KL only, no replies: {noun(axis)} {silent}."] if silent else []
+    return decide(points, goal, axis, [*silent_note, note], {})

@@ -44,7 +44,9 @@ def write(comparison: Comparison, folder: Path) -> Path:
 
 def row_of(run: Run, folder: Path) -> RunRow:
     """A row for a run, read from its folder."""
-    manifest, mix, result = (read_json(run.folder / f"{name}.json") for name in ("manifest", "mix", "eval"))
+    manifest, mix = (read_json(run.folder / f"{name}.json") for name in ("manifest", "mix"))
+    # a dial needs no evaluation
+    result = pages.optional(run.folder / "eval.json") or {}
     page = run.folder / pages.PAGE
     link = Path(os.path.relpath(page, folder)).as_posix() if page.is_file() else ""
     return RunRow(run.name, link, run.recipe["data"]["seed"], manifest, mix, result)  # type: ignore[arg-type]

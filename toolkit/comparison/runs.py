@@ -128,7 +128,8 @@ def run_of(name: str, recipe: Content, mix: Content, manifest: Content, result: 
         scores,
         sections=tuple(result["tuned"]),
         conditions=conditions_of(result, manifest, scores),
-        trained=trained_on(recipe, mix),
+        # a sum of runs is told from a training, and from other sums
+        trained={**trained_on(recipe, mix), "weights": manifest.get("weights")},
         reasoning={unit: shares.get("thinking", 0.0) for unit, shares in mix["achieved_modes"].items()},
         endless=tuple(mode for mode in lengths if never_ends(lengths[mode]["endless"])),
         rows_per_step=train.get("per_device_train_batch_size", 0) * train.get("gradient_accumulation_steps", 1),

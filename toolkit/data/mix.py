@@ -16,13 +16,14 @@ import numpy as np
 from toolkit.data import cache
 from toolkit.data.conversation import Fillings
 from toolkit.data.dedup import Duplicates, NearDuplicates, grams_of, prompt_key, shared_gram, sign
+from toolkit.data.joined import joined
 from toolkit.data.lint import lint, looks_like
 from toolkit.data.render import Chat, Example, chat_of, examples, load_chat, supervised_turns, with_switch
 from toolkit.data.rows import UNITS, Mix, Row, dataset
 from toolkit.data.sources import ReadRow, Rejected, conversations, fingerprint, read_rows, split_count
 from toolkit.family import without_switch
 from toolkit.files import ToolkitError, lock, write_json, write_jsonl
-from toolkit.recipe import Data, Recipe, Source
+from toolkit.recipe import Data, Recipe, Source, from_dict, to_dict
 from toolkit.records import (
     CompletionLengths,
     Conversation,
@@ -82,8 +83,13 @@ def compile_mix(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase | None" = No
 
 
 def of_run(recipe: Recipe, manifest: Manifest | dict[str, Json]) -> Mix:
-    """The mix that a run was trained on: as it lies in the cache, else compiled again. Raises ToolkitError when the data have
-    changed since."""
+    """The mix that a run was trained on: as it lies in the cache, else compiled again; of a sum of runs those of its parents
+    together. Raises ToolkitError when the data have changed since."""
+    if parents := manifest.get("parents"):
+        # the model is the sum's, which `load` has checked: a manifest may be somebody else's
+        values = [parent["recipe"] | {"model": to_dict(recipe)["model"]} for parent in parents]
+        mixes = [of_run(from_dict(one), parent["manifest"]) for one, parent in zip(values, parents, strict=True)]
+        return joined(mixes, manifest["weights"])
     mixed = cache.read(cache.folder_named(manifest.get("mix", ""))) or compile_mix(recipe)
     check_data(mixed, manifest)
     return mixed

@@ -81,6 +81,10 @@ def open_run(recipe: Recipe, *, fresh: bool = False) -> tuple[Path, State]:
     manifest = read_manifest(folder)
     # a damaged adapter is written again from its checkpoint, without training
     is_finished = "finished" in manifest and damaged(folder / "adapter", manifest.get("adapter", {})) is None
+    if "parents" in manifest and not is_finished:
+        raise ToolkitError(
+            f"{folder}: a damaged sum of runs, which no training writes again: give its `blend` command again"
+        )
     return folder, "finished" if is_finished else "unfinished"
 
 

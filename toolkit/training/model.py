@@ -272,5 +272,5 @@ def check_adapter(folder: Path) -> None:
     if name:
         raise ToolkitError(
             f"{folder / 'adapter' / name}: missing or damaged: its SHA-256 differs from manifest.json. Run the `train` "
-            "command of this run again: it writes the adapter again from the last checkpoint, without training"
+            "command of this run again (of a sum: `blend`): it writes the adapter again from the last checkpoint, without training"
         )
