@@ -5,7 +5,7 @@ RECIPE ?=
 RUN ?= pocket
 ARGS ?=
 
-.PHONY: help setup lock train test test-slow init mix fit evaluate sweep compare dial replay export verify chat \
+.PHONY: help setup lock train test test-slow init mix fit evaluate sweep compare dial blend replay export verify chat \
 	serve generate report list doctor bench bench-mix faults notebooks docs lab
 .DEFAULT_GOAL := help
 
@@ -55,6 +55,9 @@ compare: setup  ## every scored run: a table, a picture, a sentence
 
 dial: setup  ## how much of an adapter to keep; RUN=name
 	@$(PY) -m toolkit dial $(RUN) $(ARGS)
+
+blend: setup  ## the weighted sum of runs; ARGS="A B --weights 0.25 0.75"
+	@$(PY) -m toolkit blend $(ARGS)
 
 replay: setup  ## the base's own answers as a source; ARGS="--count 100"
 	@$(PY) -m toolkit replay $(or $(RECIPE),data_recipes/pocket.yaml) $(ARGS)

@@ -320,13 +320,20 @@ def forecast_memory(recipe: str, overrides: list[str], model: str | None, vram: 
     arg("--reasoning", "--shares", dest="shares", nargs="+", type=float, metavar="SHARE", help="default: 0 0.25 0.5 0.75 1"),
     arg("--of", default="reasoning", metavar="SOURCE", help="whose share; default: all thinking sources together"),
     arg("--over", nargs="+", default=(), metavar=("KEY", "VALUE"), help="instead of shares: values of a recipe key"),
+    arg("--probe", action="store_true", help="train 10%% and 90%% alone and predict the ratios between by their sums"),
     arg("--seeds", type=whole, help="trainings of each, seeds counted up from data.seed; default: 3 where a run is short, else 1"),
 )  # fmt: skip
-def sweep_shares(recipe: str, overrides: list[str], shares: list[float] | None, **options: Any) -> None:
+def sweep_shares(recipe: str, overrides: list[str], shares: list[float] | None, probe: bool, **options: Any) -> None:
     """Train every share (or value) at one budget, compare, recommend; the same command resumes it."""
+    from toolkit.comparison import probe as probes
     from toolkit.comparison import sweep
 
-    sweep.sweep(recipe, overrides, shares=shares or sweep.RATIOS, console=console(), **options)
+    if not probe:
+        sweep.sweep(recipe, overrides, shares=shares or sweep.RATIOS, console=console(), **options)
+    elif shares or options.pop("over"):
+        raise ToolkitError("--probe trains 10% and 90%: leave out --reasoning and --over")
+    else:
+        probes.probe(recipe, overrides, console=console(), **options)
 
 
 @verb(
@@ -361,6 +368,27 @@ def dial_runs(runs: list[str], scales: list[float] | None, out: Path | None) -> 
 
     comparison = dial.dial(runs, scales=scales, console=console(), out=out)
     return Outcome(report.as_json(comparison))
+
+
+@verb(
+    "blend",
+    arg("runs", nargs="+", metavar="run", help="finished runs of one base"),
+    arg(
+        "--weights",
+        nargs="+",
+        type=float,
+        required=True,
+        metavar="W",
+        help="one for each run, 0 to 2; 1: as it was trained",
+    ),
+    arg("--name", help="of the sum; default: the runs' names and weights"),
+    REMOTE,
+)
+def blend_runs(runs: list[str], weights: list[float], name: str | None) -> None:
+    """Add trained adapters in any ratio, without training: the exact sum of what they changed, as a run of its own."""
+    from toolkit.comparison.blend import blend
+
+    blend(runs, weights, name=name, console=console())
 
 
 @verb(

@@ -38,6 +38,8 @@ SEED_SPREAD = 0.69
 data_recipes/measured/seeds_pocket.json, which a test holds this number to)."""
 SCALE = "scale"
 """The axis of a dial: points of one training."""
+SUMMED = "summed "
+"""How the axis of sums of the same trainings begins; the source follows of which they have different shares."""
 ONE_SEED = (
     f"One seed: differences between runs this size came from the seed alone (up to {100 * SEED_SPREAD:.0f} points on the "
     "pocket model); `sweep --seeds 3` shows them."
@@ -62,6 +64,8 @@ class Comparison:
     goal: Key
     base: Point
     points: list[Point]
+    leading: Point
+    """The recommended one, or else the highest."""
     recommended: Point | None
     verdict: list[str]
     """Sentences, and the next command."""
@@ -123,7 +127,7 @@ def decide(
     """Recommend one of the points by the rule, or none; points that were asked no question are only shown."""
     asked = [point for point in points if goal in point.values]
     top, reason, chance = choose(asked, goal, axis)
-    # the scales of a dial are one training, so that seeds tell nothing between them
+    # the scales of a dial are one training, so that seeds tell nothing between them; sums of other trainings may differ
     trainings = {len(point.runs) for point in asked}
     one_seed = axis != SCALE and len(asked) > 1 and trainings == {1}
     opening = "Best so far, with one seed each:" if one_seed else "Recommended:"
@@ -144,7 +148,7 @@ def decide(
             notes.append(f"{point.label} is left out of the choice: {'; '.join(broken)}.")
     label = "scale 0 (base)" if axis == SCALE else "base"
     base = Point(label, [], averages(points[0].runs[:1], "base"), short="base")
-    return Comparison(axis, goal, base, points, None if reason else top, verdict, notes, left_out)
+    return Comparison(axis, goal, base, points, top, None if reason else top, verdict, notes, left_out)
 
 
 def choose(points: list[Point], goal: Key, axis: str) -> tuple[Point, str, str]:
@@ -162,8 +166,8 @@ def choose(points: list[Point], goal: Key, axis: str) -> tuple[Point, str, str]:
         change = point.changes.get(goal)
         if change and change.low > 0:
             better.append(point)
-    # of equal scales the lowest KL is always the better one; between trainings a difference in KL may be chance too
-    trainings = 0 if axis == SCALE else len(points)
+    # of equal scales (or sums) the lowest KL is always the better one; between trainings a difference in KL may be chance too
+    trainings = 0 if of_one_training(axis) else len(points)
     reasons = {
         "there is one setting only": trainings == 1,
         "each breaks a mode or the chat": all_broken,
@@ -174,6 +178,11 @@ def choose(points: list[Point], goal: Key, axis: str) -> tuple[Point, str, str]:
     top = eligible[0] if reason else min(better, key=cost)
     others = [point.label for point in tied if point is not top]
     return top, reason, chance_in_words(margin, len(eligible), noun(axis), others)
+
+
+def of_one_training(axis: str) -> bool:
+    """Whether the points of an axis are made of the same trainings: the scales of a dial, sums of the same runs."""
+    return axis == SCALE or axis.startswith(SUMMED)
 
 
 def noun(axis: str) -> str:

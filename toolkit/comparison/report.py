@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from toolkit.comparison import page
-from toolkit.comparison.decide import CHAT, KL, SCALE, Comparison, noun, score_text
+from toolkit.comparison.decide import CHAT, KL, SCALE, SUMMED, Comparison, noun, of_one_training, score_text
 from toolkit.comparison.points import Average, Point
 from toolkit.evaluation.stats import is_rate
 from toolkit.evaluation.words import title
@@ -41,7 +41,8 @@ def conclude(comparison: Comparison, console: Console, folder: Path | None = Non
 def notes(comparison: Comparison) -> list[str]:
     """What went into the table and what did not."""
     lines = []
-    if comparison.axis not in ("", SCALE):  # else the points are named after their runs, or are of one run
+    # else the points are named after their runs, or are all of the same ones
+    if comparison.axis and not of_one_training(comparison.axis):
         lines += [f"{point.label}: {run_names(point)}" for point in comparison.points]
     for name, why in comparison.left_out.items():
         lines.append(f"left out: {name}: {why}")
@@ -185,18 +186,25 @@ def figure(comparison: Comparison) -> "Figure":
 
     picture, (left, right) = figures.panels(11, 4.8, 2, width_ratios=(3, 2))
     goal = comparison.goal
+    # sums are made to see where what is learned begins
+    along = goal if comparison.axis.startswith(SUMMED) else KL
     # where nobody was asked any chat, the distance from the base says what is left
     kept = CHAT if CHAT in comparison.base.values and goal != CHAT else KL
     for point in comparison.everyone():
         draw(left, comparison, point, point.values.get(goal), point.values.get(kept))
     for point in comparison.points:
         place = Average(point.place, point.place, point.place, 0, [])
-        draw(right, comparison, point, place, point.values.get(KL))
+        draw(right, comparison, point, place, point.values.get(along))
+    if of_one_training(comparison.axis):
+        line = [point for point in comparison.points if along in point.values]
+        low, high = ([getattr(point.values[along], end) for point in line] for end in ("low", "high"))
+        right.fill_between([point.place for point in line], low, high, color=figures.OTHER, alpha=0.15)
     sections = comparison.points[0].runs[0].sections
     left.set(xlabel=title(*goal, sections), ylabel=title(*kept, sections), title="what is gained, what is kept")
     is_share = noun(comparison.axis) == "ratio"
     axis_name = f"share of {comparison.axis}" if is_share else comparison.axis or "run"
-    right.set(xlabel=axis_name, title="KL from the base (nats per token)", ylim=(0, None))
+    text = "KL from the base (nats per token)" if along == KL else title(*goal, sections)
+    right.set(xlabel=axis_name, title=text, ylim=(0, None))
     for axis, is_percent in (
         (left.xaxis, is_rate(goal[1])),
         (left.yaxis, is_rate(kept[1])),

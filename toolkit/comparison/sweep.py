@@ -15,7 +15,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -111,12 +111,14 @@ def sweep(
     over: Sequence[str] = (),
     seeds: int | None = None,
     console: Console | None = None,
+    ending: Callable[[Sequence[Path], Path, Console], object] | None = None,
 ) -> Path:
     """Train, evaluate and compare every setting; returns the sweep's folder. Raises ToolkitError when a run failed, after
     all others were done.
 
     `shares` are those of `of`: all thinking sources together, or one source. `over` is instead a recipe key, then its
-    values. Without `seeds` a setting is trained three times where that is short, else once."""
+    values. Without `seeds` a setting is trained three times where that is short, else once. `ending` is
+    called instead of a comparison, with the runs' folders and the sweep's, once all are finished."""
     console = console or default_console()
     base = recipes.load(path, overrides)
     settings = settings_of_key(over, base) if over else settings_of_share(of, shares, base)
@@ -131,8 +133,10 @@ def sweep(
             failed = work(further, folder, console)
         # what an earlier command trained counts too
         done = [run.folder for run in runs if run not in failed and run.finished()]
-        if done:
+        if done and not ending:
             conclude(compare(done), console, folder)
+        if ending and not failed:
+            ending(done, folder, console)
     if failed:
         names = ", ".join(run.recipe.name for run in failed)
         raise ToolkitError(
