@@ -51,6 +51,8 @@ def test_a_probe_scores_every_ratio_says_its_error_and_names_the_sum_to_make(run
     assert {key for key in measured if key.startswith("quick")} == {f"quick {share:g}" for share in WITH_REPLIES}
     table = read_json(folder / "comparison.json")
     assert table["axis"] == "summed reasoning"
+    # the base's, though the first ratio has no replies
+    assert table["points"][0]["non_thinking/accuracy/chat"] is not None
     assert re.search(r"Error against 1 trainings at these ratios: \d+ points, at most \d+\.", " ".join(shown.split()))
     assert (folder / "comparison.png").stat().st_size > 10_000
     weights = re.search(r"next: python -m toolkit blend tiny-r0.1-s3407 tiny-r0.9-s3407 --weights (\S+) (\S+)", shown)

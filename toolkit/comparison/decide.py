@@ -147,7 +147,7 @@ def decide(
         if broken := broken_guards(point, goal):
             notes.append(f"{point.label} is left out of the choice: {'; '.join(broken)}.")
     label = "scale 0 (base)" if axis == SCALE else "base"
-    base = Point(label, [], averages(points[0].runs[:1], "base"), short="base")
+    base = Point(label, [], averages(top.runs[:1], "base"), short="base")
     return Comparison(axis, goal, base, points, top, None if reason else top, verdict, notes, left_out)
 
 
