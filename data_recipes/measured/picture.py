@@ -1,6 +1,6 @@
-"""The README's picture from the recorded sweep: python -m data_recipes.measured.picture   (reads sweep_pocket.json).
+"""The pictures of the recorded sweep and dial: python -m data_recipes.measured.picture   (reads the .json beside each).
 
-It is the picture that `sweep`, `compare` and a sweep's page draw.
+They are those that `sweep`, `dial`, a sweep's page and a run's page draw.
 """
 
 import json
@@ -16,24 +16,25 @@ from toolkit.family import MODES
 
 HERE = Path(__file__).resolve().parent
 GOAL = ("thinking", "accuracy")
-AXIS = "reasoning"
 
 
-def recorded() -> Comparison:
-    """The comparison that sweep_pocket.json holds: the base, and a point for each share."""
-    record = json.loads((HERE / "sweep_pocket.json").read_text(encoding="utf-8"))
-    base, *points = map(point, record["rows"])
-    chosen = [row["recommended"] == "1" for row in record["rows"]].index(True)
-    return Comparison(AXIS, GOAL, base, points, points[chosen - 1], [], [], {})
+def recorded(name: str = "sweep_pocket") -> Comparison:
+    """The comparison that a record holds: the base, and a point for each share or scale."""
+    record = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+    axis, rows = record.get("axis", "reasoning"), record.get("rows") or record["points"]
+    base, *points = (point(row, axis) for row in rows)
+    chosen = [int(row["recommended"]) for row in rows].index(1)
+    return Comparison(axis, GOAL, base, points, points[chosen - 1], [], [], {})
 
 
-def point(row: Mapping[str, str]) -> Point:
-    """A row of the record, with what the picture shows of it."""
+def point(row: Mapping[str, Any], axis: str) -> Point:
+    """A row of a record, with what the picture shows of it."""
     values = {key: average("/".join(key), row) for key in (GOAL, CHAT, KL) if "/".join(key) in row}
     runs = [Run(name, {}, {}, MODES) for name in row["runs"].split()]
-    short = row["label"].removesuffix(f" {AXIS}")
-    place = float(short.removesuffix("%")) / 100 if runs else 0.0
-    return Point(row["label"], runs, values, place=place, short=short)
+    # `50% reasoning`, `scale 0.75`
+    short = row["label"].replace(axis, "").strip() if runs else "base"
+    number = float(short.removesuffix("%")) if runs else 0.0
+    return Point(row["label"], runs, values, place=number / 100 if "%" in short else number, short=short)
 
 
 def average(name: str, row: Mapping[str, Any]) -> Average:
@@ -44,4 +45,5 @@ def average(name: str, row: Mapping[str, Any]) -> Average:
 
 
 if __name__ == "__main__":
-    figure(recorded()).savefig(HERE / "sweep_pocket.png", dpi=110, facecolor="white", metadata={"Software": None})
+    for name in ("sweep_pocket", "dial_pocket"):
+        figure(recorded(name)).savefig(HERE / f"{name}.png", dpi=110, facecolor="white", metadata={"Software": None})

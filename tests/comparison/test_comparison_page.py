@@ -112,13 +112,17 @@ def test_no_tick_of_a_per_cent_axis_is_rounded(tmp_path):
         assert [round(100 * tick) for tick in ticks] == pytest.approx([100 * tick for tick in ticks])
 
 
-def test_the_picture_of_the_readme_is_drawn_by_the_same_function_from_the_recorded_sweep():
+@pytest.mark.parametrize(
+    ("name", "rows", "recommended"), [("sweep_pocket", "rows", "50% reasoning"), ("dial_pocket", "points", "scale 0.75")]
+)
+def test_the_recorded_pictures_are_drawn_by_the_same_function(name, rows, recommended):
     from data_recipes.measured.picture import recorded
 
-    record = json.loads((ROOT / "data_recipes/measured/sweep_pocket.json").read_text())
-    found = recorded()
+    record = json.loads((ROOT / "data_recipes" / "measured" / f"{name}.json").read_text())
+    found = recorded(name)
     drawn = figure(found).axes[0].containers
     places = [(bar.lines[0].get_xdata()[0], bar.lines[0].get_ydata()[0]) for bar in drawn]
     keys = ("thinking/accuracy", "non_thinking/accuracy/chat")
-    assert places == [tuple(float(row[key]) for key in keys) for row in record["rows"]]
-    assert found.recommended.label == "50% reasoning"
+    # scales without replies have neither
+    assert places == [tuple(float(row[key]) for key in keys) for row in record[rows] if set(keys) <= row.keys()]
+    assert found.recommended.label == recommended
