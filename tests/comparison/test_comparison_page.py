@@ -113,7 +113,8 @@ def test_no_tick_of_a_per_cent_axis_is_rounded(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "rows", "recommended"), [("sweep_pocket", "rows", "50% reasoning"), ("dial_pocket", "points", "scale 0.75")]
+    ("name", "rows", "recommended"),
+    [("sweep_pocket", "rows", "50% reasoning"), ("dial_pocket", "points", "scale 0.75")],
 )
 def test_the_recorded_pictures_are_drawn_by_the_same_function(name, rows, recommended):
     from data_recipes.measured.picture import recorded

@@ -81,25 +81,18 @@ def log(comparison: Comparison, folder: Path, console: Console) -> None:
         sentences = " ".join(comparison.verdict[:-1])
         runs = list(dict.fromkeys(run.folder for point in comparison.points for run in point.runs))
         project = recipes[0]["train"].get("project")
-        drawn = chart(comparison), curve(comparison)
-        tracking.TRACKER.comparison(folder, runs, rows, *drawn, sentences, project, console)
-
-
-def chart(comparison: Comparison) -> dict[str, Any]:
-    """The goal, the chat and the KL over the axis, as arguments of `wandb.plot.line_series`."""
-    points = comparison.points
-    keys = [key for key in (comparison.goal, CHAT, KL) if all(key in point.values for point in points)]
-    names = [title(*key, points[0].runs[0].sections) for key in keys]
-    lines = [[point.values[key].value for point in points] for key in keys]
-    return {"xs": [point.place for point in points], "ys": lines, "keys": names, "xname": comparison.axis or "run"}
+        tracking.TRACKER.comparison(folder, runs, rows, curve(comparison), sentences, project, console)
 
 
 def curve(comparison: Comparison) -> list[dict[str, float]]:
-    """What was measured along a dial, base first: `{dial/scale: 0.5, dial/forgetting/kl: 0.1}`; nothing of other comparisons."""
+    """What was measured along the axis: `{dial/scale: 0.5, dial/forgetting/kl: 0.1}`, the base first, or of other comparisons
+    `{sweep/reasoning: 0.5, …}`; nothing where points are compared by name."""
+    is_dial = comparison.axis == SCALE
+    kind, points = ("dial", comparison.everyone()) if is_dial else ("sweep", comparison.points)
     rows = []
-    for point in comparison.everyone() if comparison.axis == SCALE else ():
-        values = {f"dial/{section}/{metric}": score.value for (section, metric), score in point.values.items()}
-        rows.append({"dial/scale": point.place} | values)
+    for point in points if comparison.axis else ():
+        values = {f"{kind}/{section}/{metric}": score.value for (section, metric), score in point.values.items()}
+        rows.append({f"{kind}/{comparison.axis}": point.place} | values)
     return rows
 
 

@@ -7,8 +7,8 @@ every line of metrics.jsonl to `log`; KEYS says which of its values go to wandb,
 once eval.json is written. Other trackers are transformers' own (`training.trainer.sft_arguments`); wandb is not, because
 transformers' callback would add 400 keys and local paths.
 
-Ratios side by side: the run `<sweep>-comparison` holds the table, the picture and a line chart over the shares, which a
-project's workspace shows by itself. The project is the recipe's `train.project` (transformers' own name for it), else
+Ratios side by side: the run `<sweep>-comparison` holds the table, the picture and every number over the shares (`sweep/…`), which
+its workspace draws as lines by itself. The project is the recipe's `train.project` (transformers' own name for it), else
 $WANDB_PROJECT.
 """
 
@@ -178,15 +178,14 @@ class Tracker:
         folder: Path,
         compared: Sequence[Path],
         rows: Sequence[Row],
-        chart: Row,
         curve: Sequence[Row],
         sentences: str,
         project: str | None,
         console: Console,
     ) -> None:
-        """A wandb run that holds a comparison: its table, its picture (`folder`/comparison.png), its chart (arguments of
-        `wandb.plot.line_series`), a dial's `curve` (every number against `dial/scale`) and what it recommends. Says the one
-        command that uploads it and the runs in `compared`.
+        """A wandb run that holds a comparison: its table, its picture (`folder`/comparison.png), its `curve` (every number over
+        the axis, which comes first in a row) and what it recommends. Says the one command that uploads it and the runs in
+        `compared`.
 
         The same runs compared again continue the same wandb run."""
         self.say = functools.partial(console.print, soft_wrap=True)
@@ -198,19 +197,12 @@ class Tracker:
         self._attempt("starting a run", self._open, folder, **values)
         if self.run:
             self._attempt("logging the picture", self._put_picture, "picture", folder / "comparison.png")
-            self._attempt("logging the chart", self._put_chart, chart)
-            self.run.define_metric("dial/*", step_metric="dial/scale")
         for row in curve if self.run else ():
+            # `dial/scale` or `sweep/reasoning`: wandb draws a line for each other number of the row over it
+            axis = next(iter(row))
+            self._attempt("naming the axis", self.run.define_metric, f"{axis.partition('/')[0]}/*", step_metric=axis)
             self._attempt("logging the curve", self.run.log, row)
         self._conclude([*compared, folder], {"recommendation": sentences}, "comparison", rows)
-
-    def _put_chart(self, chart: Row) -> None:
-        import wandb
-
-        drawn = wandb.plot.line_series(**chart)
-        # as `_put_table` does, by the name that wandb gives it
-        drawn.table.bind_to_run(self.run, "side_by_side_table", self.run.step)
-        self.run.log({"side_by_side": drawn})
 
     def _conclude(self, folders: Sequence[Path], summary: Row, key: str, rows: Sequence[Row]) -> None:
         """Add a summary and a table to the open run and close it."""
