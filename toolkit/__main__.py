@@ -216,6 +216,7 @@ def show_mix(recipe: str | None, overrides: list[str], fresh: bool, dry_run: boo
     from toolkit.data import mix, render
     from toolkit.machine import choose
     from toolkit.view import labels, tables
+    from toolkit.view.progress import working
 
     out = console()
     loaded = _recipe(recipe, overrides)
@@ -227,7 +228,8 @@ def show_mix(recipe: str | None, overrides: list[str], fresh: bool, dry_run: boo
     # what the reader would type next, with the changes of this command
     next_command = command_line(["python", "-m", "toolkit", "train", recipe or loaded.name, *overrides])
     mixed = run.compile_mix(loaded, out, fresh=fresh, next_command=next_command)
-    choose.say_hours(loaded, mixed, out.print)
+    with working(out, "measuring the speed of this machine"):
+        choose.say_hours(loaded, mixed, out.print)
     if show:
         chat = render.load_chat(loaded.model.model_name, loaded.model.revision)
         out.print(labels.coloured(mixed, chat, show))

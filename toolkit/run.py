@@ -17,6 +17,7 @@ from toolkit import recipe as recipes
 from toolkit.files import ToolkitError, lock, outputs, read_json, write_json
 from toolkit.recipe import Recipe
 from toolkit.training import tracking
+from toolkit.view.progress import working
 
 if TYPE_CHECKING:
     from toolkit.data.mix import Mix
@@ -50,7 +51,8 @@ def train(recipe: Recipe, console: Console | None = None, *, fresh: bool = False
     # accelerate starts this function in every process; one of them talks
     is_main = folders.is_main()
     console.quiet = console.quiet or not is_main
-    recipe = preflight(recipe, console)
+    with working(console, f"checking {recipe.name}"):
+        recipe = preflight(recipe, console)
     folder = outputs() / recipe.name
     # only the first process takes the lock, since the others work in the same folder with it
     with lock(folder, "train") if is_main else contextlib.nullcontext(), folders.recorded(folder):
@@ -115,8 +117,10 @@ def compile_mix(
     from toolkit.data import mix
     from toolkit.view import trained
 
-    mixed = mix.compile_mix(recipe, fresh=fresh)
-    trained.print_mix(mixed.report, console or default_console(), next_command)
+    console = console or default_console()
+    with working(console, "compiling the mix"):
+        mixed = mix.compile_mix(recipe, fresh=fresh)
+    trained.print_mix(mixed.report, console, next_command)
     return mixed
 
 
@@ -127,7 +131,8 @@ def train_adapter(recipe: Recipe, mixed: "Mix", console: Console) -> tuple[Any, 
     from toolkit.training import trainer
     from toolkit.training.folder import is_main
 
-    planned = choose.say_hours(recipe, mixed, console.print) if is_main() else None
+    with working(console, "measuring the speed of this machine"):
+        planned = choose.say_hours(recipe, mixed, console.print) if is_main() else None
     with models.loading(recipe.model, console):
         model, tokenizer = models.load_base(recipe.model)
         model = models.attach(model, recipe.lora, seed=recipe.data.seed)
@@ -209,7 +214,8 @@ def evaluate(folder: str | Path, console: Console | None = None, *, level: str |
             result["level"] == "fast" and scored(folder) and read_json(folder / "eval.json").get("level") != "fast"
         )
         write_json(folder / ("eval-fast.json" if is_less else "eval.json"), result)
-        page.write(folder)
+        with working(console, "writing the page"):
+            page.write(folder)
         tracking.TRACKER.finish(recipe, folder, measure.summary(result), result.get("samples", []), console)
     trained.print_result(result, folder, console, details=details)
     return result

@@ -76,7 +76,8 @@ def test_a_sweep_of_which_nothing_is_scored_says_so(swept, capsys):
     for run in folder.parent.glob("tiny-r*"):
         (run / "eval.json").unlink()
     assert main(["report", str(folder)]) == 2
-    assert "none of its 5 runs is scored yet" in " ".join(capsys.readouterr().err.split())
+    said = " ".join(capsys.readouterr().err.split())
+    assert "no run to compare: tiny-r0-s1: incomplete: no eval.json; `python -m toolkit evaluate tiny-r0-s1`" in said
 
 
 def test_the_table_in_the_terminal_is_that_of_the_page(swept):

@@ -471,7 +471,7 @@ def test_progress_shows_the_time_left_for_the_whole_sweep(project, monkeypatch):
     assert do(project, [0, 1], console) == []
     lines = [line for line in console.export_text().splitlines() if " left" in line]
     assert len(lines) >= 4
-    run = r"run (\d) of 2 \((\d+)% reasoning, seed 3407\): step (\d+) of (\d+)(?:, \d+ s left)?"
+    run = r"run (\d) of 2 \((\d+)% reasoning, seed 3407\): step (\d+) of (\d+)(?:, \d+ s left|, evaluating)?"
     steps = [
         [int(n) for n in re.fullmatch(rf"{run}; whole sweep: (\d+) of (\d+), about \d+ s left", line).groups()]
         for line in lines
@@ -493,10 +493,9 @@ def test_the_live_line_of_a_sweep_is_whole_at_80_columns():
         drawn = console.file.getvalue().split("\r")[-1]
     lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", drawn).split("\n")[-3:]
     assert max(map(len, lines)) <= 80
-    words = re.sub(r"[━╸╺\s⠋]+", " ", " ".join(lines))
-    assert "1080/4800" in words
-    for part in ("run 4 of 15 (50%", "120 of 320", "2 min left; whole sweep"):
-        assert part in " ".join(words.replace("1080/4800 -:--:-- ", "").split())
+    words = re.sub(r"[━╸╺\s]+", " ", " ".join(lines))
+    for part in ("1080/4800", "run 4 of 15", "120 of 320", "min left; whole sweep"):
+        assert part in words, words
 
 
 def test_a_killed_sweep_resumes_and_waits_for_the_run_that_still_trains(project, monkeypatch):

@@ -198,11 +198,13 @@ def figure(comparison: Comparison) -> "Figure":
     axis_name = f"share of {comparison.axis}" if is_share else comparison.axis or "run"
     text = "KL from the base (nats per token)" if along == KL else title(*goal, sections)
     right.set(xlabel=axis_name, title=text, ylim=(0, None))
-    for axis, is_percent in (
-        (left.xaxis, is_rate(goal[1])),
-        (left.yaxis, is_rate(kept[1])),
-        (right.xaxis, is_share),
-    ):
+    in_percent = {
+        left.xaxis: is_rate(goal[1]),
+        left.yaxis: is_rate(kept[1]),
+        right.xaxis: is_share,
+        right.yaxis: is_rate(along[1]),
+    }
+    for axis, is_percent in in_percent.items():
         if is_percent:
             axis.set_major_formatter("{x:.0%}")
             # steps of 2.5% would be shown rounded

@@ -150,9 +150,7 @@ def rebuild(folder: Path) -> Path:
     where no run is scored."""
     runs = [folder.parent / row["name"] for row in read_json(folder / "sweep.json")["runs"]]
     scored = [run for run in runs if (run / "eval.json").is_file()]
-    if not scored:
-        raise ToolkitError(f"{folder}: none of its {len(runs)} runs is scored yet: give its `sweep` command again")
-    comparison = compare(scored)
+    comparison = compare(scored or runs)  # of which none can be compared, and why is said
     write(comparison, folder)
     return page.write(comparison, folder)
 

@@ -28,7 +28,7 @@ from toolkit.export.record import FAILED, Record
 from toolkit.export.tokenizer import load_tokenizer
 from toolkit.files import ToolkitError, lock, read_json
 from toolkit.training.model import check_adapter
-from toolkit.view.progress import Progress
+from toolkit.view.progress import Progress, working
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,13 +60,14 @@ def export(
         check_quant(quant)
     check_run(run)
     with lock(run, "export"):
-        check_adapter(run)
-        # opened, not read: tensors are computed one by one when they are asked for
-        merged = open_merged(run, onto, scale=scale)
-        check_base(run, merged.base)
-        check_weights(merged)
-        check_tokenizer(merged.config, run / "adapter", gguf=bool(quants))
-        record = Record(run, inputs_of(run, merged))
+        with working(console, "reading the run and its base"):
+            check_adapter(run)
+            # opened, not read: tensors are computed one by one when they are asked for
+            merged = open_merged(run, onto, scale=scale)
+            check_base(run, merged.base)
+            check_weights(merged)
+            check_tokenizer(merged.config, run / "adapter", gguf=bool(quants))
+            record = Record(run, inputs_of(run, merged))
         say("\n".join(_plan(run, merged, quants, record)))
         merge(merged, run, record, console)
         # GGUF files are made of what lies on the disk, so that both are the same numbers

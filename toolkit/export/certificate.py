@@ -25,7 +25,7 @@ from toolkit.export.parity import Tokens, divergence, file_divergence, log_probs
 from toolkit.export.record import FAILED, uncertify, written_files
 from toolkit.export.templates import filled
 from toolkit.files import ToolkitError, describe, lock, read_json, write_json, write_text
-from toolkit.view.progress import Progress
+from toolkit.view.progress import Progress, working
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -269,11 +269,13 @@ def verify(run: str | Path, *, console: "Console | None" = None) -> Certificate:
         certified = read_json(run / "certificate.json")["files"] if (run / "certificate.json").is_file() else {}
         uncertify(run)
         check_run(run)
-        checking = Verification(run)
-        files = checking.check_files(certified)
-        checking.check_folders()
+        console = console or Console()
+        with working(console, "checking the files"):
+            checking = Verification(run)
+            files = checking.check_files(certified)
+            checking.check_folders()
         ggufs = sorted(written_files(run))
-        with Progress(console or Console(), "verifying", total=2 + len(ggufs)) as progress:
+        with Progress(console, "verifying", total=2 + len(ggufs)) as progress:
             reference = checking.check_merged()
             progress.advance(2)
             for path in ggufs:

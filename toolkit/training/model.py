@@ -19,6 +19,7 @@ from toolkit.files import ToolkitError, did_you_mean, download, hide_home, outpu
 from toolkit.recipe import Lora, Model, of_run
 from toolkit.training.base import base_folder, check_base
 from toolkit.training.log import LOG, quiet
+from toolkit.view.progress import working
 
 OUT_OF_MEMORY = "OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED"
 
@@ -118,17 +119,12 @@ def fetch(section: Model) -> None:
 @contextlib.contextmanager
 def loading(section: Model, console: Console) -> Iterator[None]:
     """Download what is missing, then say what is loaded while it lasts, and how long it took."""
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     fetch(section)
     name = section.model_name
     began = time.monotonic()
     if not (console.is_terminal or console.is_jupyter):
         console.print(f"loading {name} …")
-    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    # sys.stderr stays what it is: `quiet` looks for it in the libraries' log handlers
-    with Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False) as bar:
-        bar.add_task(f"loading {name}")
+    with working(console, f"loading {name}"):
         yield
     console.print(f"loaded {name} in {time.monotonic() - began:.0f} s")
 

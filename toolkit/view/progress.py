@@ -3,7 +3,9 @@
 with Progress(console, "evaluating", total=640) as progress: progress.advance(32)
 """
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # rich takes a tenth of a second to load
@@ -30,10 +32,10 @@ class Progress:
 
             # a column of its own wraps on a narrow terminal; rich's default cuts the time left instead
             title = progress.TextColumn("{task.description}", table_column=Column())
-            # the spinner moves while a single step takes long
-            columns = progress.SpinnerColumn(), title, progress.BarColumn(20), progress.MofNCompleteColumn()
+            columns = title, progress.BarColumn(20), progress.MofNCompleteColumn(), progress.TimeRemainingColumn()
             self.bar = progress.Progress(
-                *columns, progress.TimeRemainingColumn(), console=self.console, transient=True,
+                # the clock goes on while a single step takes long
+                progress.TimeElapsedColumn(), *columns, console=self.console, transient=True,
                 redirect_stdout=False, redirect_stderr=False,  # what libraries print meanwhile goes to the log
                 refresh_per_second=2,  # a notebook gets a message each time: ten a second of a sweep were minutes behind
             )  # fmt: skip
@@ -61,6 +63,20 @@ class Progress:
         """`count` need not be done; they do not count for the time left."""
         self.total -= count
         self.advance(0)
+
+
+@contextlib.contextmanager
+def working(console: "Console", what: str) -> Iterator[None]:
+    """`loading pocket 0:00:07` on a terminal or in a notebook while something is in work that cannot be counted."""
+    from rich import progress
+
+    columns = progress.SpinnerColumn(), progress.TextColumn("{task.description}"), progress.TimeElapsedColumn()
+    with progress.Progress(
+        *columns, console=console, transient=True, disable=console.quiet or not (console.is_terminal or console.is_jupyter),
+        redirect_stdout=False, redirect_stderr=False, refresh_per_second=2,  # as above
+    ) as bar:  # fmt: skip
+        bar.add_task(what)
+        yield
 
 
 def time_left(seconds: float) -> str:

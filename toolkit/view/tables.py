@@ -17,7 +17,6 @@ from toolkit.records import Evaluation
 
 MEANING = {
     "validation_prompt": " (asks what a held-out row asks)",
-    "near_validation": " (nearly asks what a held-out row asks)",
     "contaminated": " (holds a question of the evaluation)",
 }
 """Reasons for a drop whose name does not say it all."""
