@@ -185,7 +185,7 @@ def evaluate(folder: str | Path, console: Console | None = None, *, level: str |
 
     console = pinned(console)
     folder = models.run_folder(folder)
-    with lock(folder, "evaluate"):
+    with lock(folder, "evaluate"), working(console, f"scoring {folder.name}"):
         recipe = recipes.of_run(folder)
         section = recipe.evaluate
         if loaded is None:
@@ -214,8 +214,7 @@ def evaluate(folder: str | Path, console: Console | None = None, *, level: str |
             result["level"] == "fast" and scored(folder) and read_json(folder / "eval.json").get("level") != "fast"
         )
         write_json(folder / ("eval-fast.json" if is_less else "eval.json"), result)
-        with working(console, "writing the page"):
-            page.write(folder)
+        page.write(folder)
         tracking.TRACKER.finish(recipe, folder, measure.summary(result), result.get("samples", []), console)
     trained.print_result(result, folder, console, details=details)
     return result

@@ -24,7 +24,8 @@ def recorded(name: str = "sweep_pocket") -> Comparison:
     axis, rows = record.get("axis", "reasoning"), record.get("rows") or record["points"]
     base, *points = (point(row, axis) for row in rows)
     chosen = [int(row["recommended"]) for row in rows].index(1)
-    return Comparison(axis, GOAL, base, points, points[chosen - 1], [], [], {})
+    best = points[chosen - 1]
+    return Comparison(axis, GOAL, base, points, leading=best, recommended=best, verdict=[], notes=[], left_out={})
 
 
 def point(row: Mapping[str, Any], axis: str) -> Point:

@@ -213,8 +213,7 @@ def figure(comparison: Comparison) -> "Figure":
     if comparison.axis:
         seeds = max(len(point.runs) for point in comparison.points)
         trainings = f"means of {seeds} trainings (the small points)" if seeds > 1 else "one training each"
-        star = "; star: recommended" if comparison.recommended else ""
-        heading = f"by {axis_name}; {trainings}; bars are 95% intervals{star}"
+        heading = f"by {axis_name}; {trainings}; bars are 95% intervals; star: recommended"
     picture.suptitle(heading, fontsize=10)
     return picture
 

@@ -26,7 +26,7 @@ from toolkit.records import Evaluation
 from toolkit.serving.client import answer_all, open_engine
 from toolkit.serving.engine import SLOTS, Files, converted, exported, modes_of_run, sampling_by_mode
 from toolkit.training.model import run_folder
-from toolkit.view.progress import Progress
+from toolkit.view.progress import Progress, working
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -112,9 +112,10 @@ def evaluate_file(
     quant = quant.lower()
     tuned = exported(folder, quant, say)
     base = converted([folder], quant, say)
-    questions = replies_asked(folder, level)
-    sampling = sampling_by_mode(folder, base.config)
-    models = local_model(folder, base, questions, sampling), local_model(folder, tuned, questions, sampling)
+    with working(console, "starting llama.cpp"):
+        questions = replies_asked(folder, level)
+        sampling = sampling_by_mode(folder, base.config)
+        models = local_model(folder, base, questions, sampling), local_model(folder, tuned, questions, sampling)
     result = evaluate_models(folder, *models, SLOTS, quant, questions, console)
     say(kept_line(folder, result, quant))
     return result
