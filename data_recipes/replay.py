@@ -20,7 +20,7 @@ from toolkit.evaluation.score import AnswerChecker, has_tags, leaks, thinks
 from toolkit.family import KINDS, mode_title
 from toolkit.files import ToolkitError, lock, outputs, write_jsonl
 from toolkit.recipe import REPLY_LIMIT, Recipe, Source
-from toolkit.run import compile_mix, default_console, resolve
+from toolkit.run import compile_mix, pinned, resolve
 from toolkit.view.progress import Progress
 
 BATCH = 32
@@ -41,7 +41,7 @@ def replay(
     Prompts that the recipe trains on or holds out are not asked. `answer` stands in for the base model in tests. Raises
     ToolkitError when no reply was kept.
     """
-    console = console or default_console()
+    console = pinned(console)
     recipe = resolve(recipe, console)
     path = outputs() / f"{recipe.name}-replay.jsonl"
     with lock(path.with_suffix(""), "replay"), Progress(console, "verified rows", total=count) as progress:

@@ -1,5 +1,6 @@
 """A dial moves one adapter between its base and a little beyond: exactly, reversibly, and with a recommendation by the rule."""
 
+import contextlib
 import io
 import json
 import math
@@ -236,6 +237,21 @@ def test_without_scales_two_are_added_where_the_curve_bends_and_the_same_are_tak
     # what an earlier dial measured elsewhere is not chosen again
     few = dial([run], scales=[1.0], console=Console(quiet=True))
     assert [point.place for point in few.points] == [1.0]
+
+
+def test_a_dial_goes_on_printing_where_it_began_while_the_output_of_libraries_goes_to_the_log(run, monkeypatch):
+    seen = []
+
+    def stop(*given, **named):
+        seen.extend(value for value in (*given, *named.values()) if isinstance(value, Console))
+        raise ToolkitError("enough")
+
+    monkeypatch.setattr(dials, "measure", stop)
+    with pytest.raises(ToolkitError, match="enough"):
+        dial([run])
+    before = seen[0].file
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert seen[0].file is before
 
 
 def test_scale_1_of_a_dial_is_what_evaluate_says_of_the_run(run, monkeypatch):

@@ -101,6 +101,7 @@ def test_the_dial_and_a_certificate_are_on_the_page(run, tmp_path):
     read = Page(page.write(copy))
     assert f"0.5 {kl:.3f} [" in read.text
     assert "Certificate FAILED" in read.text
+    assert "ollama create copy" in read.text
     assert "0 of 1 checks" in read.text
 
 

@@ -31,7 +31,7 @@ from toolkit.evaluation.words import LOSS
 from toolkit.export.checkpoint import check_scale
 from toolkit.files import ToolkitError, flat, read_json, write_json
 from toolkit.records import Evaluation, Json
-from toolkit.run import default_console
+from toolkit.run import pinned
 from toolkit.training import model as models
 from toolkit.view import page
 from toolkit.view.progress import Progress
@@ -114,7 +114,7 @@ def dial(
     Without `scales` at SCALES, and at BENDS more between them where the held-out loss and the KL of the first run change most.
     Picture and numbers go to the folder NAME-dial in the run's own, or to `out`; what was measured is kept in dial.json, so
     that the same command resumes it. Raises ToolkitError for a run that changed nothing."""
-    console = console or default_console()
+    console = pinned(console)  # loading sends what libraries print to the log
     coarse = scales or SCALES
     for scale in coarse:
         check_scale(scale)

@@ -72,7 +72,6 @@ def contents(folder: Path) -> dict[str, Any]:
         "curves": address(figures.png(figures.curves(folder))) if figures.logged(folder) else "",
         "prompts": [row for row in trained.paired(samples) if "after" in row],
         "certificate": optional(folder / "certificate.json"),
-        "has_gguf": (folder / "gguf").is_dir(),
         "dial": compared(folder / f"{name}-dial"),
         "mode_title": mode_title,
         **mix_section(folder),
