@@ -56,8 +56,8 @@ class Family:
     """Obeys /think and /no_think in user turns."""
     recommended: tuple[str, ...] = ()
     """Hub names of 4-bit checkpoints, smallest first."""
-    hub_names: str = ""
-    """Pattern of its names on the Hub, for what is asked before config.json is here."""
+    hub_names: str = "(?!)"
+    """Pattern of its names on the Hub, for what is asked before config.json is here; by default of none."""
     in_4bit: bool = True
     """Trained in 4 bits unless a recipe says otherwise."""
     text_only: bool = False
@@ -123,7 +123,7 @@ def family_named(name: str, model_type: str | None) -> Family:
     """The family of a model by config.json's `model_type`, or where that is not at hand (None) by its name on the Hub."""
     if model_type is not None:
         return family_of(model_type)
-    return next((f for f in FAMILIES if f.hub_names and re.search(f.hub_names, name, re.IGNORECASE)), UNKNOWN)
+    return next((f for f in FAMILIES if re.search(f.hub_names, name, re.IGNORECASE)), UNKNOWN)
 
 
 def kind_of(render: Callable[..., str]) -> str:

@@ -256,6 +256,21 @@ def test_a_changed_parent_is_noticed_at_resume(copied):
         run.train(child("second", "data.seed=2"), Console(file=io.StringIO()), score=False)
 
 
+def test_a_run_that_continues_another_resumes_bit_for_bit(copied, runs):
+    import torch
+
+    from toolkit import run
+
+    for name in ("checkpoints/checkpoint-3", "checkpoints/checkpoint-4", "adapter"):
+        shutil.rmtree(copied / "second" / name)
+    screen = io.StringIO()
+    run.train(child("second", "data.seed=2"), Console(file=screen, width=200), score=False)
+    assert "resuming from checkpoints/checkpoint-2" in screen.getvalue()
+    ours, theirs = weights(copied / "second/adapter"), weights(runs / "second/adapter")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert read_json(copied / "second/manifest.json")["adapter_of"]["run"] == "first"
+
+
 def change_parent(folder):
     from safetensors.torch import save_file
 

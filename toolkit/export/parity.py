@@ -99,7 +99,7 @@ def _log_probs(network: "PreTrainedModel", added: dict[str, Factors], sequences:
     # One batch, so that every weight is loaded once; padding to the right is not seen by what stands before it
     longest = max(map(len, sequences))
     batch = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences])
-    with torch.inference_mode():
+    with _quiet(), torch.inference_mode():  # of kernels that are not installed
         logits = network(batch, use_cache=False).logits
         rows = [row[: len(ids)].float().log_softmax(-1) for row, ids in zip(logits, sequences, strict=True)]
     for hook in hooks:
@@ -126,7 +126,7 @@ def load_from_disk(folder: Path) -> "PreTrainedModel":
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' bar for each load, and without the warnings that weights are left on the disk."""
+    """Without transformers' bar for each load, and without its warnings, as that weights are left on the disk."""
     logging.disable(logging.WARNING)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
