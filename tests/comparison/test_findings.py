@@ -84,6 +84,11 @@ def test_the_table_of_ways_to_score_is_the_record():
         assert f"| {' | '.join(cells)} | {way['cpu_seconds']:.0f} |" in PAGE
 
 
+def test_the_table_of_silences_is_the_record():
+    for name, seconds in record("silences.json")["verbs"].items():
+        assert f"| `{name}` | {seconds['before']} | {seconds['after']} |" in PAGE
+
+
 def test_every_record_that_the_page_names_is_there_with_its_command_and_conditions():
     for name in (
         "seeds_pocket.json",
@@ -92,6 +97,7 @@ def test_every_record_that_the_page_names_is_there_with_its_command_and_conditio
         "smollm2.json",
         "label_rule.json",
         "replay.json",
+        "silences.json",
     ):
         assert name in PAGE
         assert {"date", "commit"} <= (

@@ -110,9 +110,9 @@ def evaluate_file(
     console = console or runs.default_console()
     say = functools.partial(console.print, markup=False)
     quant = quant.lower()
-    tuned = exported(folder, quant, say)
-    base = converted([folder], quant, say)
     with working(console, "starting llama.cpp"):
+        tuned = exported(folder, quant, say)
+        base = converted([folder], quant, say)
         questions = replies_asked(folder, level)
         sampling = sampling_by_mode(folder, base.config)
         models = local_model(folder, base, questions, sampling), local_model(folder, tuned, questions, sampling)
