@@ -75,6 +75,31 @@ def test_the_table_of_the_dial_is_the_record():
         assert f"| {row} |" in PAGE
 
 
+def test_the_table_of_sums_is_the_record():
+    result, trainings = record("blend_pocket.json"), record("sweep_pocket.json")["trainings"]
+    seeds = sorted({summed["seed"] for summed in result["sums"]})
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        cells = []
+        for key, text in (("sums", "{:.0f}"), ("kl", "{:.2f}")):
+            factor = 100 if key == "sums" else 1
+            for runs in (result["sums"], trainings):
+                same = {run["seed"]: run[key] for run in runs if run["reasoning_share"] == share}
+                cells.append(" / ".join(text.format(factor * same[seed]) for seed in seeds if seed in same))
+        extrapolated = ", extrapolated" if share in (0, 1) else ""
+        assert f"| {share:.0%}{extrapolated} | {' | '.join(cells)} |" in PAGE
+
+
+def test_what_is_said_of_sums_is_computed_from_the_record():
+    between = record("blend_pocket.json")["compared"][0]
+    assert f"mean error {100 * between['sums']['mean_absolute_error']:.0f} points" in PAGE
+    assert f"rank correlation of the means {between['sums']['rank_correlation']:.1f}" in PAGE
+    assert f"regret {100 * between['regret']:.0f} points" in PAGE
+    means = [[f"{100 * value:.0f}" for value in between["sums"][which]] for which in ("predicted", "trained")]
+    assert "{}, {} and {}% of sums against {}, {} and {}%".format(*means[0], *means[1]) in PAGE
+    lower, all_of_them = between["kl_lower_in"]
+    assert f"closer to the base in {lower} of {all_of_them}" in PAGE
+
+
 def test_the_table_of_ways_to_score_is_the_record():
     for name, way in record("smollm2_ways.json")["ways"].items():
         cells = [name]
@@ -94,6 +119,7 @@ def test_every_record_that_the_page_names_is_there_with_its_command_and_conditio
         "seeds_pocket.json",
         "sweep_pocket.json",
         "dial_pocket.json",
+        "blend_pocket.json",
         "smollm2.json",
         "label_rule.json",
         "replay.json",
