@@ -54,6 +54,17 @@ def test_the_readmes_show_the_sweep_of_the_record(name):
     assert ("{}, {} and {}%" if name == "README.md" else "{}%、{}% 和 {}%").format(*half) in text
 
 
+@pytest.mark.parametrize("name", ["README.md", "README.zh.md"])
+def test_the_readmes_show_the_sums_of_the_record(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    between = record("blend_pocket.json")["compared"][0]
+    assert between["shares"] == [0.25, 0.5, 0.75]
+    assert between["sums"]["rank_correlation"] == 1
+    for which in ("predicted", "trained"):
+        means = [f"{100 * value:.0f}" for value in between["sums"][which]]
+        assert ("{}, {} and {}%" if name == "README.md" else "{}%、{}% 和 {}%").format(*means) in text
+
+
 def test_the_table_of_shares_of_general_data_is_the_record():
     for run in record("smollm2.json")["runs"]:
         change = [100 * run["general"]["difference"][end] for end in ("value", "low", "high")]
@@ -90,12 +101,20 @@ def test_the_table_of_sums_is_the_record():
 
 
 def test_what_is_said_of_sums_is_computed_from_the_record():
-    between = record("blend_pocket.json")["compared"][0]
+    result = record("blend_pocket.json")
+    between, said = result["compared"][0], result["verdict"]
+    assert said[0].startswith("Recommended: 75% summed reasoning: reasoning questions with thinking 23% → 86%")
+    assert "it ties with 90% summed reasoning" in said[1]
+    assert "recommends: 23% → 86%, a tie with 90%" in PAGE
     assert f"mean error {100 * between['sums']['mean_absolute_error']:.0f} points" in PAGE
     assert f"rank correlation of the means {between['sums']['rank_correlation']:.1f}" in PAGE
     assert f"regret {100 * between['regret']:.0f} points" in PAGE
     means = [[f"{100 * value:.0f}" for value in between["sums"][which]] for which in ("predicted", "trained")]
     assert "{}, {} and {}% of sums against {}, {} and {}%".format(*means[0], *means[1]) in PAGE
+    trainings = record("sweep_pocket.json")["trainings"]
+    for share, mean in zip(between["shares"], between["sums"]["predicted"], strict=True):
+        trained = [run["sums"] for run in trainings if run["reasoning_share"] == share]
+        assert min(trained) < mean < max(trained)
     lower, all_of_them = between["kl_lower_in"]
     assert f"closer to the base in {lower} of {all_of_them}" in PAGE
 
