@@ -31,22 +31,26 @@ def kept(folder: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Train and measure what is missing; the record is written after each limit."""
-    head = {
+def head() -> dict[str, Any]:
+    """What is measured, where and when."""
+    return {
         "what": "SmolLM2-135M-Instruct taught its name and a style without general data, as the runs of that share in "
         f"dial_smollm2.json, with evaluate.forgetting_limit and {EVERY}. Figures and intervals as there.",
         "command": "python -m data_recipes.smollm2.forgetting_limit",
         **conditions(),
     }
-    rows = []
+
+
+def main() -> None:
+    """Train and measure what is missing; the record is written after each limit."""
+    described, rows = head(), []
     for limit in LIMITS:
         settings = [EVERY, f"evaluate.forgetting_limit={limit:g}"]
         folders = [train(f"limit{limit:g}", 0.0, seed, *settings) for seed in SEEDS]
         figures = mean([measure(folder, (1.0,))["1"] for folder in folders])
         runs = [{"seed": seed} | kept(folder) for seed, folder in zip(SEEDS, folders, strict=True)]
         rows.append({"limit": limit} | figures | {"runs": runs})
-        write_json(OUT, head | {"limits": rows})
+        write_json(OUT, described | {"limits": rows})
 
 
 if __name__ == "__main__":
