@@ -119,6 +119,39 @@ def test_what_is_said_of_sums_is_computed_from_the_record():
     assert f"closer to the base in {lower} of {all_of_them}" in PAGE
 
 
+def cells(figures):
+    """Name and style of 16 (mean and each seed), general questions against the base in points, KL: as the page gives them."""
+    counts = []
+    for what in ("name", "style"):
+        each = " / ".join(f"{16 * value:.0f}" for value in figures[what]["each"])
+        counts.append(f"{16 * figures[what]['value']:.1f} ({each})")
+    change = [f"{100 * figures['general'][end]:+.0f}" for end in ("value", "low", "high")]
+    return f"{counts[0]} | {counts[1]} | {change[0]} [{change[1]}, {change[2]}] | {figures['kl']['value']:.2f} |"
+
+
+def test_the_table_of_smollm2s_dial_is_the_record_and_no_figure_is_of_one_seed():
+    points = record("dial_smollm2.json")["points"]
+    assert {point["share_of_general_data"] for point in points} >= {0.0, 0.5}
+    for point in points:
+        assert {len(point[what]["each"]) for what in ("name", "style", "general", "kl")} == {3}
+        assert f"| {point['share_of_general_data']:.0%} | {point['scale']:g} | {cells(point)}" in PAGE
+
+
+def test_the_table_of_forgetting_limits_is_the_record():
+    for row in record("forgetting_limit.json")["limits"]:
+        steps = " / ".join(str(run["kept_step"]) for run in row["runs"])
+        assert f"| limit {row['limit']:g} | {steps} | {cells(row)}" in PAGE
+
+
+def test_the_table_of_conflicts_is_the_record():
+    found = record("conflicts.json")
+    for model in ("smollm2", "pocket"):
+        for name, source in found[model]["sources"].items():
+            distance = " / ".join(f"{value:.2f}" for value in source["kl_alone"])
+            signals = f"{source['mean_loss']:.2f} | {source['conflicts']:.1%} | {source['conflicts_lowest_15%']:.1%}"
+            assert f"| {model} | {name.removesuffix('_sample')} | {signals} | {distance} |" in PAGE
+
+
 def test_the_table_of_ways_to_score_is_the_record():
     for name, way in record("smollm2_ways.json")["ways"].items():
         cells = [name]
@@ -139,6 +172,9 @@ def test_every_record_that_the_page_names_is_there_with_its_command_and_conditio
         "sweep_pocket.json",
         "dial_pocket.json",
         "blend_pocket.json",
+        "dial_smollm2.json",
+        "forgetting_limit.json",
+        "conflicts.json",
         "smollm2.json",
         "label_rule.json",
         "replay.json",
