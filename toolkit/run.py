@@ -45,7 +45,6 @@ def train(recipe: Recipe, console: Console | None = None, *, fresh: bool = False
     An unfinished run of the same recipe resumes from its last checkpoint; a finished one is left as it is.
     """
     from toolkit.training import folder as folders
-    from toolkit.view import trained
 
     console = pinned(console)
     # accelerate starts this function in every process; one of them talks
@@ -55,25 +54,33 @@ def train(recipe: Recipe, console: Console | None = None, *, fresh: bool = False
         recipe = preflight(recipe, console)
     folder = outputs() / recipe.name
     # only the first process takes the lock, since the others work in the same folder with it
-    with lock(folder, "train") if is_main else contextlib.nullcontext(), folders.recorded(folder):
+    held = lock(folder, "train") if is_main else contextlib.nullcontext()
+    with held, folders.recorded(folder):
         with folders.main_first():
             folder, state = folders.open_run(recipe, fresh=fresh and is_main)
-            if state == "finished" and (scored(folder) or not score):
+            is_trained = state == "finished"
+            if is_trained and (scored(folder) or not score):
                 console.print(
                     f"{folder} is finished already: `python -m toolkit evaluate {recipe.name}` scores it again"
                 )
                 return folder
             # the first process compiles the mix, the others then read it from the cache
-            mixed = compile_mix(recipe, console) if state != "finished" else None
+            mixed = None if is_trained else compile_mix(recipe, console)
         loaded = train_adapter(recipe, mixed, console) if mixed else None
-        if not is_main:
-            return folder
-        trained.report(folder, console)
-        if score:
-            evaluate(folder, console, loaded=loaded, details=details)
-        else:
-            console.print(f"the run: {folder}\nnext:    python -m toolkit evaluate {folder.name}")
+        if is_main:
+            conclude(folder, console, loaded, score=score, details=details)
     return folder
+
+
+def conclude(folder: Path, console: Console, loaded: tuple[Any, Any] | None, *, score: bool, details: bool) -> None:
+    """What is said of a trained run, with its evaluation where `score`."""
+    from toolkit.view import trained
+
+    trained.report(folder, console)
+    if score:
+        evaluate(folder, console, loaded=loaded, details=details)
+    else:
+        console.print(f"the run: {folder}\nnext:    python -m toolkit evaluate {folder.name}")
 
 
 def preflight(recipe: Recipe, console: Console) -> Recipe:
@@ -194,10 +201,17 @@ def evaluate(folder: str | Path, console: Console | None = None, *, level: str |
         manifest = read_json(folder / "manifest.json")
         # the rows of the training itself: held-out rows of another mix may be among those it trained on
         mixed = mix.of_run(recipe, manifest)
+        held_out = from_mix(mixed)
         questions, chat_questions = questions_of(recipe, mixed)
+        model, tokenizer = loaded
         result = measure.evaluate(
-            *loaded,
-            **from_mix(mixed) | {"questions": questions, "chat_questions": chat_questions},
+            model,
+            tokenizer,
+            questions=questions,
+            chat_questions=chat_questions,
+            validation=held_out["validation"],
+            own_rows=held_out["own_rows"],
+            limits=held_out["limits"],
             # the questions depend on it, so it is written into the result and compared by `compare`
             level=level or section.level,
             steps=manifest.get("steps"),
@@ -208,16 +222,19 @@ def evaluate(folder: str | Path, console: Console | None = None, *, level: str |
             max_new_tokens=section.max_new_tokens,
             console=console,
         )
-        earlier.add_earlier(result, loaded, folder, from_mix(mixed)["validation"], console)
-        # fast evidence does not replace replies that were paid for
-        is_less = (
-            result["level"] == "fast" and scored(folder) and read_json(folder / "eval.json").get("level") != "fast"
-        )
-        write_json(folder / ("eval-fast.json" if is_less else "eval.json"), result)
+        earlier.add_earlier(result, loaded, folder, held_out["validation"], console)
+        write_json(result_file(folder, result), result)
         page.write(folder)
         tracking.TRACKER.finish(recipe, folder, measure.summary(result), result.get("samples", []), console)
     trained.print_result(result, folder, console, details=details)
     return result
+
+
+def result_file(folder: Path, result: dict[str, Any]) -> Path:
+    """eval.json; a file beside it for fast evidence of a run with replies, which it does not replace: they were paid for."""
+    is_fast = result["level"] == "fast"
+    has_replies = scored(folder) and read_json(folder / "eval.json").get("level") != "fast"
+    return folder / ("eval-fast.json" if is_fast and has_replies else "eval.json")
 
 
 def scored(folder: Path) -> bool:

@@ -2,10 +2,11 @@
 
 tracking.check(recipe.train); TRACKER.begin(recipe, mixed, folder); TRACKER.log({"step": 1, "loss": 2.0})
 
-`run.train` calls `check` before a model is loaded. `training.record.RunRecorder` calls `begin` with the first step and passes
+`run.preflight` calls `check` before a row is read. `training.record.RunRecorder` calls `begin` with the first step and passes
 every line of metrics.jsonl to `log`; KEYS says which of its values go to wandb, under which name. `finish` adds the evaluation
-once eval.json is written. Other trackers are transformers' own (`training.trainer.sft_arguments`); wandb is not, because
-transformers' callback would add 400 keys and local paths.
+once eval.json is written (its keys: `evaluation.words.summary`), `comparison.report` a comparison. Other trackers are
+transformers' own (`training.trainer.sft_arguments`); wandb is not, because transformers' callback would add 400 keys and local
+paths.
 
 Ratios side by side: the run `<sweep>-comparison` holds the table, the picture and every number over the shares (`sweep/…`), which
 its workspace draws as lines by itself. The project is the recipe's `train.project` (transformers' own name for it), else
