@@ -334,7 +334,8 @@ def test_validation_loss_does_not_depend_on_the_evaluation_batch(root):
     keys = [key for key in rows[0][0] if key.endswith("_loss")]
     assert len(keys) == 3  # two sources and all, as mixed
     for key in keys:
-        assert [row[key] for row in rows[0]] == pytest.approx([row[key] for row in rows[1]], rel=1e-5)
+        # losses near 0 differ by the rounding of float32 logits, up to 1.3e-6 on some processors
+        assert [row[key] for row in rows[0]] == pytest.approx([row[key] for row in rows[1]], rel=1e-5, abs=5e-6)
 
 
 def test_a_learning_rate_at_which_the_loss_is_lost_stops_the_run_and_names_the_rows(elsewhere):
