@@ -1,8 +1,8 @@
 """What depends on the model family: modes, thinking tags and switches, sampling, control tokens, names.
 
-What its GGUF file needs stands in export/gguf_types.py.
-
 family = family_of(config["model_type"]); family.gguf, family.sampling["thinking"], family.switches
+
+What its GGUF file needs stands in export/gguf_types.py.
 """
 
 import re

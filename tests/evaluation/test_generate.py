@@ -316,7 +316,7 @@ def test_on_a_cpu_replies_come_from_plain_weights_and_every_layer_is_as_before_a
         quantize(model)
     settings = {"max_new_tokens": 12, "seed": 1, "greedy": True}
     generate(model, tokenizer, CHATS, "thinking", **settings)  # the first step may lay out 4-bit weights anew
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    before = {name: weight.data.clone() for name, weight in model.named_parameters()}
     layers = [(name, type(module)) for name, module in model.named_modules()]
     for adapter in (False, True):
         with switched(model, adapter):
@@ -330,7 +330,7 @@ def test_on_a_cpu_replies_come_from_plain_weights_and_every_layer_is_as_before_a
                 assert generate(model, tokenizer, CHATS, "thinking", **settings) == separate
     assert not any(vars(m).get("merged_adapters") for m in model.modules())
     assert [(name, type(module)) for name, module in model.named_modules()] == layers
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(torch.equal(weight.data, before[name]) for name, weight in model.named_parameters())
 
 
 def test_a_diverged_adapter_is_no_obstacle_to_replies(tokenizer):
