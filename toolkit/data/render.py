@@ -74,9 +74,10 @@ def example_of(conversation: Conversation, mode: str, chat: Chat) -> Example:
     tools = conversation.get("tools")
     mode = turn_mode(reply, mode, chat)
     # After /no_think Qwen3 writes the empty block itself: inference shows the prompt of thinking mode, so it is taught
-    thinking = mode == "thinking" or (chat.switches and last_switch(before) == "no_think")
-    prompt = chat.render(before, tools, thinking)
-    full = chat.render(conversation["messages"], tools, thinking, add_generation_prompt=False)
+    teaches_empty_block = chat.switches and last_switch(before) == "no_think"
+    thinking_prompt = mode == "thinking" or teaches_empty_block
+    prompt = chat.render(before, tools, thinking_prompt)
+    full = chat.render(conversation["messages"], tools, thinking_prompt, add_generation_prompt=False)
     # templates that rewrite earlier turns, e.g. drop their reasoning, once a reply follows
     if not full.startswith(prompt):
         at = len(os.path.commonprefix([prompt, full]))  # noqa: RUF071 - it is character by character that is wanted
