@@ -44,6 +44,16 @@ def test_the_page_says_what_was_found_and_leads_to_the_page_of_every_run(swept):
     assert all((folder / link).read_text() == "a run" for link in links)
 
 
+def test_two_folders_of_one_name_are_two_rows(tmp_path):
+    runs = [make_run(tmp_path / place, s, name="tiny") for place, s in (("here", 0.25), ("there", 0.75))]
+    for run in runs:
+        (run / "report.html").write_text("a run")
+    folder = tmp_path / "both"
+    conclude(compare(runs), Console(file=io.StringIO()), folder)
+    links = [address for address in Page(folder / "report.html").addresses if not address.startswith("data:")]
+    assert links == ["../here/tiny/report.html", "../there/tiny/report.html"]
+
+
 def test_every_number_of_the_pages_table_has_its_interval_as_in_the_comparison(swept):
     found, folder = swept
     read = Page(folder / "report.html")

@@ -5,7 +5,7 @@ from toolkit.comparison import decide, page; page.write(decide.compare(Path("out
 
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from toolkit.comparison.decide import Comparison
 from toolkit.comparison.runs import Run
@@ -30,7 +30,7 @@ class RunRow(NamedTuple):
 def write(comparison: Comparison, folder: Path) -> Path:
     """Write the page into a folder that holds the comparison's files, and return its file."""
     # each run once: the scales of a dial are one run
-    runs = {run.name: run for point in comparison.points for run in point.runs}
+    runs = {run.folder: run for point in comparison.points for run in point.runs}
     rows = [row_of(run, folder.resolve()) for run in runs.values()]
     sources = dict.fromkeys(source for row in rows for source in row.mix["planned"])
     values = {
@@ -44,9 +44,10 @@ def write(comparison: Comparison, folder: Path) -> Path:
 
 def row_of(run: Run, folder: Path) -> RunRow:
     """A row for a run, read from its folder."""
-    manifest, mix = (read_json(run.folder / f"{name}.json") for name in ("manifest", "mix"))
+    manifest: Any = read_json(run.folder / "manifest.json")
+    mix: Any = read_json(run.folder / "mix.json")
     # a dial needs no evaluation
-    result = pages.optional(run.folder / "eval.json") or {}
+    result: Any = pages.optional(run.folder / "eval.json") or {}
     page = run.folder / pages.PAGE
     link = Path(os.path.relpath(page, folder)).as_posix() if page.is_file() else ""
-    return RunRow(run.name, link, run.recipe["data"]["seed"], manifest, mix, result)  # type: ignore[arg-type]
+    return RunRow(run.name, link, run.recipe["data"]["seed"], manifest, mix, result)
