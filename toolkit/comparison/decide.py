@@ -95,16 +95,13 @@ def compare(folders: Iterable[Path]) -> Comparison:
         reasons = [f"{name}: {why}" for name, why in left_out.items()]
         raise ToolkitError(f"no run to compare: {'; '.join(reasons) or 'no folder was given'}")
 
-    def size(group: list[Run]) -> tuple[int, int]:
-        return len(group), group[0].scores["tuned"][goal].n
-
     # only what was asked the same way can be ranked
-    alike = groups.pop(max(groups, key=lambda conditions: size(groups[conditions])))
+    alike = max(groups.values(), key=lambda group: (len(group), group[0].scores["tuned"][goal].n))
     axis, points, notes = points_of(alike)
     for others in groups.values():
-        for run in others:
-            left_out[run.name] = evaluated_differently(run, alike[0])
-    if groups:
+        if others is not alike:
+            left_out |= {run.name: evaluated_differently(run, alike[0]) for run in others}
+    if len(groups) > 1:
         notes.append(REMEDY)
     return decide(points, goal, axis, notes, left_out)
 
@@ -128,16 +125,12 @@ def decide(
     asked = [point for point in points if goal in point.values]
     top, reason, chance = choose(asked, goal, axis)
     # the scales of a dial are one training, so that seeds tell nothing between them; sums of other trainings may differ
-    trainings = {len(point.runs) for point in asked}
-    one_seed = axis != SCALE and len(asked) > 1 and trainings == {1}
+    one_seed = axis != SCALE and len(asked) > 1 and {len(point.runs) for point in asked} == {1}
     opening = "Best so far, with one seed each:" if one_seed else "Recommended:"
     if reason:
         opening = f"No {noun(axis)} is recommended: {reason}. Highest is"
     verdict = [f"{opening} {top.label}: {change_text(top, goal)}.", chance]
-    fell = []
-    for point in asked:
-        if lost(point, goal):
-            fell.append(f"{point.label} ({gain(goal, point.changes[goal])})")
+    fell = [f"{point.label} ({gain(goal, point.changes[goal])})" for point in asked if lost(point, goal)]
     if fell:
         verdict.append(f"Below the base: {', '.join(fell)}.")
     if one_seed:
@@ -161,23 +154,25 @@ def choose(points: list[Point], goal: Key, axis: str) -> tuple[Point, str, str]:
     margin = simultaneous_margin(eligible, goal)
     highest = eligible[0].values[goal].value
     tied = [point for point in eligible if highest - point.values[goal].value <= margin]
-    better = []
-    for point in tied:
-        change = point.changes.get(goal)
-        if change and change.low > 0:
-            better.append(point)
-    # of equal scales (or sums) the lowest KL is always the better one; between trainings a difference in KL may be chance too
-    trainings = 0 if of_one_training(axis) else len(points)
-    reasons = {
-        "there is one setting only": trainings == 1,
-        "each breaks a mode or the chat": all_broken,
-        WITHIN_NOISE: trainings == len(tied),
-        "none is shown to beat the base": not better,
-    }
-    reason = next((words for words, applies in reasons.items() if applies), "")
+    better = [point for point in tied if goal in point.changes and point.changes[goal].low > 0]
+    reason = why_none(all_broken, points, tied, better, of_one_training(axis))
     top = eligible[0] if reason else min(better, key=cost)
     others = [point.label for point in tied if point is not top]
     return top, reason, chance_in_words(margin, len(eligible), noun(axis), others)
+
+
+def why_none(all_broken: bool, points: list[Point], tied: list[Point], better: list[Point], one_training: bool) -> str:
+    """Why none of the points is recommended; empty where one is."""
+    # of equal scales (or sums) the lowest KL is always the better one; between trainings a difference in KL may be chance too
+    if not one_training and len(points) == 1:
+        return "there is one setting only"
+    if all_broken:
+        return "each breaks a mode or the chat"
+    if not one_training and len(points) == len(tied):
+        return WITHIN_NOISE
+    if not better:
+        return "none is shown to beat the base"
+    return ""
 
 
 def of_one_training(axis: str) -> bool:
@@ -234,11 +229,11 @@ def next_command(top: Point, axis: str, reason: str) -> str:
 def change_text(point: Point, key: Key) -> str:
     """`reasoning questions with thinking 23% → 70% (+47 points [+33, +60])`."""
     name = title(*key, point.runs[0].sections)
-    metric, change = key[1], point.changes.get(key)
+    metric = key[1]
+    change = point.changes.get(key)
     if not change:  # the base was not measured, so that nothing can be paired
         return f"{name} {amount(metric, point.values[key].value)}"
-    before, after = amount(metric, change.before), amount(metric, change.after)
-    return f"{name} {before} → {after} ({gain(key, change)})"
+    return f"{name} {amount(metric, change.before)} → {amount(metric, change.after)} ({gain(key, change)})"
 
 
 def gain(key: Key, change: Change) -> str:

@@ -84,9 +84,7 @@ def points_of(runs: Sequence[Run]) -> tuple[str, list[Point], list[str]]:
     settings: dict[str, list[Run]] = defaultdict(list)
     for run in runs:
         settings[str(sorted(run.trained.items()))].append(run)
-    points = []
-    for number, members in enumerate(settings.values(), 1):
-        points.append(point(members, axis, number))
+    points = [point(members, axis, number) for number, members in enumerate(settings.values(), 1)]
     points.sort(key=lambda point: (point.place, point.label))
     return axis, points, notes + rows_per_step_note(points)
 
@@ -113,8 +111,7 @@ def point(runs: list[Run], axis: str, number: int = 0) -> Point:
         label = f"{axis.rpartition('.')[2]} {short}"
     changes = {}
     for key in METRICS:
-        change = difference(runs, key)
-        if change:
+        if change := difference(runs, key):
             changes[key] = change
     return Point(label, runs, averages(runs, "tuned"), changes, place, short)
 
@@ -122,10 +119,9 @@ def point(runs: list[Run], axis: str, number: int = 0) -> Point:
 def rows_per_step_note(points: Sequence[Point]) -> list[str]:
     """`Rows per step: 8 to 56 …`, where they differ: a mean over few rows is noisier."""
     rows = [point.runs[0].rows_per_step for point in points]
-    least, most = min(rows), max(rows)
-    if least == most:
+    if min(rows) == max(rows):
         return []
-    return [f"Rows per step: {least} to {most}, since all take equal steps of equal supervised tokens."]
+    return [f"Rows per step: {min(rows)} to {max(rows)}, since all take equal steps of equal supervised tokens."]
 
 
 # --- means over seeds ------------------------------------------------------------------------------------------------
@@ -135,19 +131,16 @@ def averages(runs: Sequence[Run], model: str) -> dict[Key, Average]:
     """Every metric of base or tuned that all runs have, averaged over them."""
     found = {}
     for key in METRICS:
-        by_seed = scores(runs, model, key)
-        if by_seed:
+        if by_seed := scores(runs, model, key):
             found[key] = average(key[1], by_seed)
     return found
 
 
 def scores(runs: Sequence[Run], model: str, key: Key) -> list[Score]:
     """The number of each run; empty where one of them has none."""
-    known = []
-    for run in runs:
-        if key in run.scores[model]:
-            known.append(run.scores[model][key])
-    return known if len(known) == len(runs) else []
+    if not all(key in run.scores[model] for run in runs):
+        return []
+    return [run.scores[model][key] for run in runs]
 
 
 def average(metric: str, by_seed: Sequence[Score]) -> Average:
@@ -162,7 +155,8 @@ def average(metric: str, by_seed: Sequence[Score]) -> Average:
     low = value - math.hypot(np.mean(below), scatter)
     high = value + math.hypot(np.mean(above), scatter)
     if is_rate(metric):
-        low, high = max(0.0, low), min(1.0, high)
+        low = max(0.0, low)
+        high = min(1.0, high)
     return Average(value, low, high, min(score.n for score in by_seed), each)
 
 
@@ -170,8 +164,7 @@ def seed_error(each: Sequence[float]) -> float:
     """Standard error of a mean over seeds; 0 for one seed, whose scatter is unknown."""
     if len(each) < 2:
         return 0.0
-    scatter = np.std(each, ddof=1)
-    return float(scatter / math.sqrt(len(each)))
+    return float(np.std(each, ddof=1) / math.sqrt(len(each)))
 
 
 # --- what is chance and what is not ----------------------------------------------------------------------------------
@@ -182,17 +175,15 @@ def difference(runs: Sequence[Run], key: Key) -> Change | None:
     which = counting_questions(runs, ("base", "tuned"), key)
     if which is None:
         return None
-    before, after = scores(runs, "base", key), scores(runs, "tuned", key)
-    old = float(np.mean([score.value for score in before]))
-    new = float(np.mean([score.value for score in after]))
-    n = min(score.n for score in before + after)
+    before = average(key[1], scores(runs, "base", key))
+    after = average(key[1], scores(runs, "tuned", key))
+    gained = after.value - before.value
     # both sides draw the same questions
-    changes = resampled_mean(runs, "tuned", key, which)
-    changes = changes - resampled_mean(runs, "base", key, which)
+    changes = resampled_mean(runs, "tuned", key, which) - resampled_mean(runs, "base", key, which)
     # a difference of two rates is -1 or more
     lowest = -1.0 if is_rate(key[1]) else None
-    low, high = percentile_interval(changes, new - old, n, lowest)
-    return Change(old, new, new - old, low, high)
+    low, high = percentile_interval(changes, gained, min(before.n, after.n), lowest)
+    return Change(before.value, after.value, gained, low, high)
 
 
 def simultaneous_margin(points: Sequence[Point], goal: Key) -> float:

@@ -44,8 +44,7 @@ def notes(comparison: Comparison) -> list[str]:
     # else the points are named after their runs, or are all of the same ones
     if comparison.axis and not of_one_training(comparison.axis):
         lines += [f"{point.label}: {run_names(point)}" for point in comparison.points]
-    for name, why in comparison.left_out.items():
-        lines.append(f"left out: {name}: {why}")
+    lines += [f"left out: {name}: {why}" for name, why in comparison.left_out.items()]
     return lines + comparison.notes
 
 
@@ -72,23 +71,19 @@ def write(comparison: Comparison, folder: Path) -> dict[str, Path]:
 def log(comparison: Comparison, folder: Path, console: Console) -> None:
     """A wandb run with the table and the picture: the comparison has no recipe of its own, so its runs say whether their
     owner wants wandb."""
-    recipes = [run.recipe for point in comparison.points for run in point.runs]
-    if any("wandb" in tracking.trackers(recipe["train"]) for recipe in recipes):
-        rows = []
-        for point, row in in_words(comparison):
-            row["runs"] = run_names(point)
-            rows.append(row)
+    runs = [run for point in comparison.points for run in point.runs]
+    if any("wandb" in tracking.trackers(run.recipe["train"]) for run in runs):
+        rows = [row | {"runs": run_names(point)} for point, row in in_words(comparison)]
         sentences = " ".join(comparison.verdict[:-1])
-        runs = list(dict.fromkeys(run.folder for point in comparison.points for run in point.runs))
-        project = recipes[0]["train"].get("project")
-        tracking.TRACKER.comparison(folder, runs, rows, curve(comparison), sentences, project, console)
+        folders = list(dict.fromkeys(run.folder for run in runs))
+        project = runs[0].recipe["train"].get("project")
+        tracking.TRACKER.comparison(folder, folders, rows, curve(comparison), sentences, project, console)
 
 
 def curve(comparison: Comparison) -> list[dict[str, float]]:
     """What was measured along the axis: `{dial/scale: 0.5, dial/forgetting/kl: 0.1}`, the base first, or of other comparisons
     `{sweep/reasoning: 0.5, …}`; nothing where points are compared by name."""
-    is_dial = comparison.axis == SCALE
-    kind, points = ("dial", comparison.everyone()) if is_dial else ("sweep", comparison.points)
+    kind, points = ("dial", comparison.everyone()) if comparison.axis == SCALE else ("sweep", comparison.points)
     rows = []
     for point in points if comparison.axis else ():
         values = {f"{kind}/{section}/{metric}": score.value for (section, metric), score in point.values.items()}
@@ -190,7 +185,8 @@ def figure(comparison: Comparison) -> "Figure":
         draw(right, comparison, point, place, point.values.get(along))
     if of_one_training(comparison.axis):
         line = [point for point in comparison.points if along in point.values]
-        low, high = ([getattr(point.values[along], end) for point in line] for end in ("low", "high"))
+        low = [point.values[along].low for point in line]
+        high = [point.values[along].high for point in line]
         right.fill_between([point.place for point in line], low, high, color=figures.OTHER, alpha=0.15)
     sections = comparison.points[0].runs[0].sections
     left.set(xlabel=title(*goal, sections), ylabel=title(*kept, sections), title="what is gained, what is kept")
@@ -226,7 +222,8 @@ def draw(axes: "Axes", comparison: Comparison, point: Point, x: Average | None, 
     if point is comparison.recommended:
         shade, marker, size = figures.TUNED, "*", 15
     elif point is comparison.base:
-        shade, marker = figures.BASE, "X"
+        shade = figures.BASE
+        marker = "X"
     axes.errorbar(
         x.value,
         y.value,
@@ -250,5 +247,4 @@ def draw(axes: "Axes", comparison: Comparison, point: Point, x: Average | None, 
 def arms(score: Average) -> list[list[float]]:
     """The lengths of an interval's arms, as matplotlib's errorbar wants them."""
     # rounding may put an end a hair beyond the value
-    below, above = abs(score.value - score.low), abs(score.high - score.value)
-    return [[below], [above]]
+    return [[abs(score.value - score.low)], [abs(score.high - score.value)]]

@@ -126,7 +126,8 @@ def sweep(
     with lock(folder, "sweep"):
         runs = plan(base, settings, seeds or SEEDS, console)
         write_plan(folder, runs)
-        first, further = runs[: len(settings)], runs[len(settings) :]
+        first = runs[: len(settings)]
+        further = runs[len(settings) :]
         console.print(plan_table(first))
         failed = work(runs if seeds else first, folder, console)
         if not seeds and not failed and affordable(first, console):
@@ -158,7 +159,8 @@ def rebuild(folder: Path) -> Path:
 def affordable(first: Sequence[Planned], console: Console) -> bool:
     """Whether more seeds are trained unasked: says what they cost, and how to ask for another number."""
     minutes = [run.seconds() / 60 for run in first]
-    longest, more = max(minutes), (SEEDS - 1) * sum(minutes)
+    longest = max(minutes)
+    more = (SEEDS - 1) * sum(minutes)
     if longest <= SHORT:
         console.print(
             f"two more seeds of each: about {more:.0f} min, since one training does not tell settings apart (--seeds 1 "
@@ -259,7 +261,8 @@ def plan(base: Recipe, settings: Settings, seeds: int, console: Console) -> list
 def asked_alike(base: Recipe) -> Recipe:
     """The recipe with what an evaluation would else decide by itself, from the run's own mix and the speed of the machine:
     which questions, how many, and how long a reply may be."""
-    section, own = base.evaluate, from_mix(compile_mix(base))
+    section = base.evaluate
+    own = from_mix(compile_mix(base))
     evaluate = dataclasses.replace(
         section,
         questions=section.questions or held_out_questions(base, own["questions"] or []) or SHIPPED,
@@ -293,8 +296,7 @@ def same_budget(group: list[Recipe], console: Console) -> list[Planned]:
         reports = [compile_mix(recipe).report for recipe in group]
         limits = []
         for report in reports:
-            name = report["limited_by"]
-            if name:
+            if name := report["limited_by"]:
                 tokens = report["sources"][name]["supervised_tokens"]
                 limits.append((int(tokens / report["planned"][name]), name))
         if not limits:
@@ -313,15 +315,15 @@ def same_budget(group: list[Recipe], console: Console) -> list[Planned]:
 
 def with_budget(recipe: Recipe, budget: int) -> Recipe:
     """The recipe with another budget."""
-    data = dataclasses.replace(recipe.data, budget=budget)
-    return dataclasses.replace(recipe, data=data)
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, budget=budget))
 
 
 def same_steps(group: Sequence[Recipe], reports: Sequence[MixReport]) -> list[Planned]:
     """`train.max_steps` steps through each mix once, or num_train_epochs times in about as many steps as the recipe's own
     batch would take for the average mix."""
     train = group[0].train
-    steps, device = train["max_steps"], train["per_device_train_batch_size"]
+    steps = train["max_steps"]
+    device = train["per_device_train_batch_size"]
     passes = 1 if steps > 0 else train["num_train_epochs"]
     rows = [report["total"]["examples"] * passes for report in reports]
     if steps <= 0:
@@ -331,7 +333,8 @@ def same_steps(group: Sequence[Recipe], reports: Sequence[MixReport]) -> list[Pl
     runs = []
     for recipe, report, seen in zip(group, reports, rows, strict=True):
         per_device, accumulation = rows_per_step(seen / steps, device)
-        total, batch = report["total"], per_device * accumulation
+        total = report["total"]
+        batch = per_device * accumulation
         row = PlanRow(
             name=recipe.name,
             reasoning_share=report["achieved_modes"]["supervised_tokens"].get("thinking", 0.0),
@@ -382,7 +385,8 @@ def write_plan(folder: Path, runs: Sequence[Planned]) -> None:
     """The plan (sweep.json) and a recipe for each run. Raises ToolkitError, before anything trains, where a run's folder
     holds a run of another recipe."""
     for run in runs:
-        text, written = recipes.to_yaml(run.recipe), run.folder / "recipe.yaml"
+        text = recipes.to_yaml(run.recipe)
+        written = run.folder / "recipe.yaml"
         if written.is_file() and written.read_text(encoding="utf-8-sig", errors="replace") != text:
             raise ToolkitError(
                 f"{run.folder} holds a run of another recipe, and runs are never overwritten: give the sweep another name "
@@ -420,13 +424,15 @@ def setting_of(run: Planned, folder: Path) -> str:
 
 def train_run(run: Planned, title: str, folder: Path, console: Console, progress: Progress) -> bool:
     """One run in its own process; the end of its log is shown when it fails."""
-    name, log = run.recipe.name, folder / "logs" / f"{run.recipe.name}.log"
+    name = run.recipe.name
+    log = folder / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     console.print(f"{name}: training (log: {log})")
     words = [*TRAIN, str(folder / "recipes" / f"{name}.yaml")]
     environment = os.environ | {"TOOLKIT_SWEEP": folder.name, "PYTHONUNBUFFERED": "1"}
     first = done = run.steps_done()
-    steps, began = run.row["steps"], time.monotonic()
+    steps = run.row["steps"]
+    began = time.monotonic()
     with open(log, "a", encoding="utf-8") as out:
         # a process of its own: what Unsloth patches and what stays on the card ends with it
         process = subprocess.Popen(words, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=environment)
