@@ -97,6 +97,7 @@ def test_a_scale_that_means_nothing_is_refused(scale):
         ({"use_dora": True}, "DoRA"),
         ({"modules_to_save": ["lm_head"]}, r"trained more than its LoRA \(lm_head\)"),
         ({"bias": "lora_only"}, "bias=lora_only"),
+        ({"bias": "lora_only", "modules_to_save": ["lm_head"]}, r"\(lm_head, bias=lora_only\)"),
     ],
 )
 def test_an_adapter_that_a_scale_does_not_reach_is_refused(options, reason):

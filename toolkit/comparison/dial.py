@@ -84,18 +84,19 @@ def lora_layers(model: "PeftModel") -> "list[LoraLayer]":
 
     layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     config = model.peft_config[model.active_adapter]
-    beyond = ", ".join(map(str, config.modules_to_save or config.trainable_token_indices or ()))
+    if not layers:
+        raise ToolkitError("the model has no LoRA layer: there is nothing to scale")
+    if any(layer.merged for layer in layers):
+        raise ToolkitError("the adapter is merged into the base already: load the run again")
+    if config.use_dora:
+        raise ToolkitError("a DoRA adapter trains the length of each weight too, which no scale takes back")
+    beyond = [*(config.modules_to_save or []), *(config.trainable_token_indices or [])]
     if config.bias != "none":
-        beyond = f"bias={config.bias}"
-    faults = {
-        "the model has no LoRA layer: there is nothing to scale": not layers,
-        "the adapter is merged into the base already: load the run again": any(layer.merged for layer in layers),
-        "a DoRA adapter trains the length of each weight too, which no scale takes back": config.use_dora,
-        f"the run trained more than its LoRA ({beyond}), which a scale does not reach": beyond,
-    }
-    for fault, found in faults.items():
-        if found:
-            raise ToolkitError(fault)
+        beyond.append(f"bias={config.bias}")
+    if beyond:
+        raise ToolkitError(
+            f"the run trained more than its LoRA ({', '.join(map(str, beyond))}), which a scale does not reach"
+        )
     return layers
 
 
