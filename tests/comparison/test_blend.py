@@ -122,11 +122,12 @@ def test_weights_1_and_0_are_the_first_run(base, two):
     assert not torch.allclose(logits(loaded(base, blend(two, [0, 1], name="second", console=SILENT))), run, atol=1e-2)
 
 
-def test_a_loaded_sum_switches_to_any_weights_and_back(base, two, tmp_path):
-    two = two[0], toy(tmp_path / "alike", base, 4)  # of one rank
+def test_a_loaded_sum_switches_to_any_weights_and_back(base, two):
     both = loaded(base, blend(two, [1, 1], name="both", console=SILENT))
     before = logits(both)
-    with weighted(both, [0.3, 0.7]):
+    ranks = [read_json(run / "adapter" / "adapter_config.json")["r"] for run in two]
+    assert ranks[0] != ranks[1]
+    with weighted(both, [0.3, 0.7], ranks):
         switched = logits(both)
     assert torch.equal(logits(both), before)
     assert torch.equal(switched, logits(loaded(base, blend(two, [0.3, 0.7], name="some", console=SILENT))))
@@ -170,7 +171,7 @@ def change(file, **values):
 def test_runs_of_another_base_template_or_revision_are_refused(two):
     one, two = two
     change(two / "manifest.json", model={"name": "x", "revision": "other", "load_in_4bit": False})
-    with pytest.raises(ToolkitError, match=r"of one base and shape can be added: base\.revision differ"):
+    with pytest.raises(ToolkitError, match=r"^one and two: .* of one base can be added: base\.revision differ"):
         blend([one, two], [1, 1], console=SILENT)
     model = read_json(one / "manifest.json")["model"]
     change(two / "manifest.json", model=model | {"files": {"model.safetensors": "f00"}})
@@ -181,8 +182,16 @@ def test_runs_of_another_base_template_or_revision_are_refused(two):
         "chat_template.jinja": recipes.hashlib.sha256(b"{{ messages }}").hexdigest()
     }
     change(two / "manifest.json", model=model, adapter=checksums)
-    with pytest.raises(ToolkitError, match=r"tokenizer\.chat_template\.jinja differ"):
+    with pytest.raises(ToolkitError, match=r"^one and two: .* of one tokenizer .*: chat_template\.jinja differ"):
         blend([one, two], [1, 1], console=SILENT)
+
+
+def test_runs_that_adapt_other_layers_are_refused_with_the_first_of_them(base, two, tmp_path):
+    less = toy(tmp_path / "less", base, 3, target_modules=["q_proj"])
+    with pytest.raises(
+        ToolkitError, match=r"^one and less: .* the same layers .*: model\.layers\.0\.mlp.* is in one only"
+    ):
+        blend([two[0], less], [1, 1], console=SILENT)
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def member(tmp_path, name, by_scale):
     for scale, (accuracy, chat, kl) in by_scale.items():
         rates = {"thinking": (0.3, 0.9, 1.0), "non_thinking": (0.2, 0.9, 1.0)}, {
             "thinking": (accuracy, 0.9, 1.0), "non_thinking": (0.2, chat, 1.0)}  # fmt: skip
-        runs[scale] = at_scale(folder, scale, {f"quick {scale:g}": evaluation(sums(*rates, kl))})
+        runs[scale] = at_scale(folder, scale, {("quick", scale): evaluation(sums(*rates, kl))})
     return runs
 
 
@@ -153,11 +153,11 @@ def test_only_scales_that_keep_half_of_the_gain_get_replies():
         return {"difference": {"forgetting": {"loss/a/thinking": {"value": -gain}, "kl": {"value": 9.0}}}}
 
     gains = {0.25: 0.1, 0.5: 0.49, 0.75: 0.6, 1.0: 0.9, 1.25: 1.0, 1.5: 0.95}
-    results = {f"fast {scale:g}": fast(gain) for scale, gain in gains.items()}
+    results = {scale: fast(gain) for scale, gain in gains.items()}
     assert dials.scales_for_replies(results) == [0.75, 1.0, 1.25]
     # the run itself always, and never more than four
-    results["fast 1"] = fast(0.0)
-    results |= {f"fast {scale:g}": fast(0.7) for scale in (0.3, 0.4, 0.6)}
+    results[1.0] = fast(0.0)
+    results |= {scale: fast(0.7) for scale in (0.3, 0.4, 0.6)}
     assert dials.scales_for_replies(results) == [0.3, 0.4, 0.6, 1.0]
 
 
@@ -170,13 +170,13 @@ def test_a_scale_is_added_in_the_middle_of_the_interval_where_loss_and_kl_change
 
     # shares of all change up to scale 1, by hand: 0.1 + 0.1, 0.7 + 0.1, 0.1 + 0.2, 0.1 + 0.6; beyond it nothing counts
     curve = {0.25: (0.1, 0.1), 0.5: (0.8, 0.2), 0.75: (0.9, 0.4), 1.0: (1.0, 1.0), 1.25: (1.0, 9.0)}
-    results = {f"fast {scale:g}": fast(*values) for scale, values in curve.items()}
-    assert dials.bend(results, [1.0, 0.25, 0.5, 0.75, 1.25]) == 0.375
-    results["fast 0.375"] = fast(0.3, 0.15)
-    assert dials.bend(results, [1.0, 0.25, 0.5, 0.75, 1.25, 0.375]) == 0.875
+    results = {scale: fast(*curve[scale]) for scale in (1.0, 0.25, 0.5, 0.75, 1.25)}
+    assert dials.bend(results) == 0.375
+    results[0.375] = fast(0.3, 0.15)
+    assert dials.bend(results) == 0.875
     # without held-out rows there is no gain: then KL alone decides
-    results = {f"fast {scale:g}": fast(0.0, kl) for scale, (_, kl) in curve.items()}
-    assert dials.bend(results, list(curve)) == 0.875
+    results = {scale: fast(0.0, kl) for scale, (_, kl) in curve.items()}
+    assert dials.bend(results) == 0.875
 
 
 def test_several_seeds_are_averaged_and_their_spread_is_in_the_interval(tmp_path):
@@ -186,6 +186,19 @@ def test_several_seeds_are_averaged_and_their_spread_is_in_the_interval(tmp_path
     alone = compare_scales([first], [0.5, 0.75, 1.0]).points[0].values["thinking", "accuracy"]
     assert both.value == pytest.approx(0.55, abs=0.02)
     assert both.high - both.low > alone.high - alone.low
+
+
+def test_the_record_names_level_and_scale_in_words_and_is_read_back_for_the_same_adapter_alone(tmp_path):
+    (tmp_path / "manifest.json").write_text(json.dumps({"adapter": {"weights": "a1"}}))
+    measured = {("fast", 1.0): {"n": 1}, ("quick", 1.0): {"n": 2}, ("fast", 0.1): {"n": 3}, ("fast", 1 / 3): {"n": 4}}
+    run = dials.Evidence(tmp_path, Console(quiet=True))
+    run.results |= measured
+    run.write()
+    kept = json.loads((tmp_path / "dial.json").read_text())
+    assert list(kept["scales"]) == ["fast 1", "quick 1", "fast 0.1", "fast 0.3333333333333333"]
+    assert dials.Evidence(tmp_path, Console(quiet=True)).results == measured
+    (tmp_path / "manifest.json").write_text(json.dumps({"adapter": {"weights": "b2"}}))
+    assert dials.Evidence(tmp_path, Console(quiet=True)).results == {}
 
 
 # --- a real run
@@ -247,7 +260,7 @@ def test_a_dial_goes_on_printing_where_it_began_while_the_output_of_libraries_go
         seen.extend(value for value in (*given, *named.values()) if isinstance(value, Console))
         raise ToolkitError("enough")
 
-    monkeypatch.setattr(dials, "measure", stop)
+    monkeypatch.setattr(dials, "Evidence", stop)
     with pytest.raises(ToolkitError, match="enough"):
         dial([run])
     before = seen[0].file

@@ -128,7 +128,7 @@ def test_a_dial_is_a_curve_over_its_scales_in_wandb(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = make_run(tmp_path / "runs", 0.5, settings={"report_to": "wandb"})
     result = read_json(folder / "eval.json")
-    members = {scale: at_scale(folder, scale, {f"quick {scale:g}": result}) for scale in (0.5, 1.0)}
+    members = {scale: at_scale(folder, scale, {("quick", scale): result}) for scale in (0.5, 1.0)}
     conclude(compare_scales([members], [0.5, 1.0]), quiet(), folder / "run-dial")
     lines = [line for line in synced(folder / "run-dial").history if "dial/scale" in line]
     assert [line["dial/scale"] for line in lines] == [0.0, 0.5, 1.0]

@@ -20,6 +20,7 @@ from toolkit.comparison.runs import changed_keys
 from toolkit.data.joined import joined_report
 from toolkit.export.checkpoint import Adapter, check_scale
 from toolkit.files import ToolkitError, flat, lock, outputs, read_json, write_json, write_text
+from toolkit.recipe import Recipe
 from toolkit.records import Parent
 from toolkit.run import default_console
 from toolkit.training.folder import commit, read_manifest, utc_now
@@ -28,7 +29,8 @@ from toolkit.training.model import adapter_checksums
 if TYPE_CHECKING:
     from peft import PeftModel
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
 
 
 def blend(
@@ -56,31 +58,38 @@ def blend(
 def check_addable(parents: Sequence[Parent], adapters: Sequence[Adapter]) -> None:
     """Raises ToolkitError where runs were trained on different models, talk by different templates, or adapted different
     layers: what they changed is then not the same weights."""
-    settings = []
+    first = parents[0]
     for parent, adapter in zip(parents, adapters, strict=True):
-        tokenizer = {**parent["manifest"]["adapter"], WEIGHTS: "", CONFIG: ""}
-        base: Any = {**parent["manifest"]["model"], "name": ""}  # its path may differ
-        model = parent["recipe"]["model"]
-        settings.append(flat({"model": model, "base": base, "tokenizer": tokenizer, "layers": [*adapter.factors]}))
         if adapter.config.get("rank_pattern"):
             raise ToolkitError(f"{parent['name']}: a rank pattern: only runs of one rank in all layers can be added")
-    if changed := changed_keys(settings):
-        raise ToolkitError(f"only runs of one base and shape can be added: {', '.join(changed[:5])} differ")
+        both = f"{first['name']} and {parent['name']}"
+        if keys := changed_keys([base_settings(first), base_settings(parent)]):
+            raise ToolkitError(f"{both}: only runs of one base can be added: {', '.join(keys)} differ")
+        checksums = [first["manifest"]["adapter"], parent["manifest"]["adapter"]]
+        if files := set(changed_keys(checksums)) - {WEIGHTS, CONFIG}:
+            raise ToolkitError(f"{both}: only runs of one tokenizer can be added: {', '.join(sorted(files))} differ")
+        if layers := adapters[0].factors.keys() ^ adapter.factors.keys():
+            raise ToolkitError(
+                f"{both}: only runs that adapt the same layers can be added: {min(layers)} is in one only"
+            )
+
+
+def base_settings(parent: Parent) -> dict[str, Any]:
+    """What says which base a run was trained on."""
+    base: Any = {**parent["manifest"]["model"], "name": ""}  # its path may differ
+    return flat({"model": parent["recipe"]["model"], "base": base})
 
 
 # --- the run folder --------------------------------------------------------------------------------------------------
 
 
 def write_sum(folders: Sequence[Path], weights: Sequence[float], place: Path, name: str) -> Path:
-    """Write a sum's run folder below `place`. Raises ToolkitError."""
+    """Write a sum's run folder below `place`, or again where the same sum is there. Raises ToolkitError."""
     adapters = [Adapter(folder / "adapter") for folder in folders]
-    parents: list[Parent] = []
-    for folder in folders:
-        manifest: Any = read_json(folder / "manifest.json")
-        values = recipes.to_dict(recipes.of_run(folder))
-        parents.append({"name": folder.name, "recipe": values, "manifest": manifest})
+    parents = [parent_of(folder) for folder in folders]
     check_addable(parents, adapters)
-    values, rank = parents[0]["recipe"], sum(adapter.config["r"] for adapter in adapters)
+    values = parents[0]["recipe"]
+    rank = sum(adapter.config["r"] for adapter in adapters)
     plain = {"r": rank, "lora_alpha": rank, "use_rslora": False}
     recipe = recipes.from_dict(values | {"name": name, "lora": values["lora"] | plain}, "blend")
     target = place / name
@@ -93,23 +102,34 @@ def write_sum(folders: Sequence[Path], weights: Sequence[float], place: Path, na
         write_adapter(adapters, weights, target / "adapter", plain | {"alpha_pattern": {}})
         reports: list[Any] = [read_json(folder / "mix.json") for folder in folders]
         write_json(target / "mix.json", joined_report(reports, weights))
-        made = {
-            "recipe_sha256": recipes.sha256(recipe),
-            "model": parents[0]["manifest"]["model"],
-            # by them an evaluation is sized, as those of its parents were
-            "steps": parents[0]["manifest"]["steps"],
-            "commit": commit(),
-            "started": utc_now(),
-            "finished": utc_now(),
-            "state": "finished",
-            "adapter": adapter_checksums(target / "adapter"),
-            "weights": weights,
-            "parents": parents,
-        }
-        write_json(target / "manifest.json", made)
-        # last: with it the folder is a run
-        write_text(target / "recipe.yaml", recipes.to_yaml(recipe))
+        write_records(target, recipe, parents, weights)
     return target
+
+
+def parent_of(folder: Path) -> Parent:
+    """A run as a record of its sum."""
+    manifest: Any = read_json(folder / "manifest.json")
+    return {"name": folder.name, "recipe": recipes.to_dict(recipes.of_run(folder)), "manifest": manifest}
+
+
+def write_records(folder: Path, recipe: Recipe, parents: Sequence[Parent], weights: Sequence[float]) -> None:
+    """The manifest and the recipe of a sum whose adapter is written."""
+    made = {
+        "recipe_sha256": recipes.sha256(recipe),
+        "model": parents[0]["manifest"]["model"],
+        # by them an evaluation is sized, as those of its parents were
+        "steps": parents[0]["manifest"]["steps"],
+        "commit": commit(),
+        "started": utc_now(),
+        "finished": utc_now(),
+        "state": "finished",
+        "adapter": adapter_checksums(folder / "adapter"),
+        "weights": weights,
+        "parents": parents,
+    }
+    write_json(folder / "manifest.json", made)
+    # last: with it the folder is a run
+    write_text(folder / "recipe.yaml", recipes.to_yaml(recipe))
 
 
 def write_adapter(adapters: Sequence[Adapter], weights: Sequence[float], folder: Path, plain: dict[str, Any]) -> None:
@@ -132,13 +152,14 @@ def write_adapter(adapters: Sequence[Adapter], weights: Sequence[float], folder:
 
 
 @contextlib.contextmanager
-def weighted(model: "PeftModel", weights: Sequence[float]) -> Iterator[None]:
-    """The model of a sum of runs of one rank, each at weight 1, at other weights; afterwards as it was, to the last bit."""
+def weighted(model: "PeftModel", weights: Sequence[float], ranks: Sequence[int]) -> Iterator[None]:
+    """The model of a sum of runs of these ranks, each at weight 1, at other weights; afterwards as it was, to the last bit."""
     import torch
 
+    # the B of the runs stand side by side, each as wide as its rank
+    columns = torch.tensor(weights).repeat_interleave(torch.tensor(ranks))
     before = {half.weight: half.weight.data for layer in lora_layers(model) for half in layer.lora_B.values()}
     for weight, data in before.items():
-        columns = torch.tensor(weights).repeat_interleave(data.shape[1] // len(weights))
         weight.data = data * columns.to(data)
     try:
         yield

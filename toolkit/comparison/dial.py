@@ -11,7 +11,7 @@ import contextlib
 import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,8 +52,8 @@ NOTHING = 1e-6
 """Nats of KL below which an adapter changes nothing."""
 MAY_DIFFER = re.compile(r"name$|data\.seed$|export\b|evaluate\.prompts\b|train\.(report_to|project|logging_steps)\b")
 """Recipe keys in which runs that are averaged may differ: the seed, and what changes neither training nor questions."""
-Results = dict[str, Evaluation]
-"""{`fast 0.5` or `quick 0.5`: the evaluation of a run at that scale}."""
+Results = dict[tuple[str, float], Evaluation]
+"""{(level, scale): the evaluation of a run at that scale}; the level is `fast` or `quick`."""
 
 
 # --- one adapter at another scale ------------------------------------------------------------------------------------
@@ -120,18 +120,17 @@ def dial(
     for scale in coarse:
         check_scale(scale)
     # 1 first: a run that changed nothing stops before the other scales are measured
-    plan = Plan([1.0, *sorted({float(scale) for scale in coarse} - {0.0, 1.0})], 0 if scales else BENDS)
+    coarse = [1.0, *sorted({float(scale) for scale in coarse} - {0.0, 1.0})]
     # the same run by two spellings is one training, not two seeds
     folders = list(dict.fromkeys(map(finished_run, runs)))
     check_same_training([recipes.of_run(folder) for folder in folders])
     if len({str(read_json(folder / "manifest.json").get("weights")) for folder in folders}) > 1:
         raise ToolkitError("dial averages over seeds of one recipe, but these runs are sums with different weights")
-    members = []
-    for folder in folders:
-        results, plan = measure(folder, plan, console)
-        members.append({scale: at_scale(folder, scale, results) for scale in plan.scales})
-    comparison = compare_scales(members, sorted(plan.scales))
+    # means need the same scales of every run: those that the first one chose
     first = folders[0]
+    plan = choose_plan(first, coarse, 0 if scales else BENDS, console)
+    members = [measure(Evidence(folder, console), plan) for folder in folders]
+    comparison = compare_scales(members, sorted(plan.scales))
     conclude(comparison, console, out or first / f"{first.name}-dial")
     page.write(first)  # which opens with the picture
     return comparison
@@ -155,104 +154,111 @@ def check_same_training(members: Sequence[recipes.Recipe]) -> None:
 
 
 class Plan(NamedTuple):
-    """What is measured. Means need the same scales of every run: those that the first one's fast evidence chose."""
+    """What is measured of every run: all scales by fast evidence, some with replies."""
 
-    scales: list[float]
-    bends: int = 0
-    """How many more are still to be added where the curve bends."""
-    with_replies: Sequence[float] = ()
-    """The scales that get replies; none are chosen yet before the first run."""
+    scales: Sequence[float]
+    with_replies: Sequence[float]
+
+
+@dataclass
+class Evidence:
+    """What was measured of one run: the file `record` in its folder keeps it, and what is missing there is measured."""
+
+    folder: Path
+    console: Console
     record: str = "dial.json"
-    """The file in the run's folder that keeps what was measured."""
     at: Callable[[Any, float], contextlib.AbstractContextManager[None]] = scaled
     """The model at one of the scales; of a sum of runs at one of its ratios, which take the place of scales."""
 
+    def __post_init__(self) -> None:
+        self.manifest = read_json(self.folder / "manifest.json")
+        self.results = kept_results(self.folder / self.record, self.manifest.get("adapter"))
 
-def measure(folder: Path, plan: Plan, console: Console) -> tuple[Results, Plan]:
-    """The run at each scale, and not again where that was done before; with the plan for the runs that follow."""
-    manifest = read_json(folder / "manifest.json")
+    def measure(self, level: str, scales: Sequence[float]) -> dict[float, Evaluation]:
+        """{scale: its evaluation at a level}, of which the missing ones are made first; each is written at once."""
+        if missing := [scale for scale in scales if (level, scale) not in self.results]:
+            self.evaluate_at(missing, level)
+        return {scale: self.results[level, scale] for scale in scales}
+
+    def evaluate_at(self, scales: Sequence[float], level: str) -> None:
+        """Evaluate the run at scales. Raises ToolkitError for a run that changed nothing."""
+        model, tokenizer, questions = self.loaded
+        if level == "fast":
+            questions = {**questions, "questions_per_mode": None}
+        with Progress(self.console, f"{self.folder.name}, {level} evidence, scales", len(scales)) as progress:
+            for scale in scales:
+                with self.at(model, scale):
+                    result = evaluate(model, tokenizer, level=level, console=Console(quiet=True), **questions)
+                if scale == 1.0:
+                    check_changed(self.folder.name, result)
+                self.results[level, scale] = result
+                self.write()
+                progress.advance(1)
+
+    @functools.cached_property
+    def loaded(self) -> tuple[Any, Any, dict[str, Any]]:
+        """(model, tokenizer, what is asked at every scale): once for both levels, and never where nothing is missing."""
+        recipe = recipes.of_run(self.folder)
+        questions = asked(recipe, self.manifest)
+        with models.loading(recipe.model, self.console):
+            return (*models.load_run(self.folder), questions)
+
+    def write(self) -> None:
+        """Write {`fast 0.5` or `quick 0.5`: the evaluation}, with the adapter's checksums, by which a later dial knows
+        whether they are about it."""
+        scales = {f"{level} {scale!r}".removesuffix(".0"): result for (level, scale), result in self.results.items()}
+        write_json(self.folder / self.record, {"adapter": self.manifest.get("adapter"), "scales": scales})
+
+
+def kept_results(file: Path, adapter: Json) -> Results:
+    """What an earlier dial of this adapter wrote."""
     results: Results = {}
     with contextlib.suppress(ToolkitError):  # none yet, or damaged: then all is measured again
-        kept = read_json(folder / plan.record)
+        kept = read_json(file)
         # what was measured of another adapter says nothing of this one
-        results = kept.get("scales", {}) if kept.get("adapter") == manifest.get("adapter") else {}
-    # loaded once for both levels, and not at all where nothing is missing
-    load = functools.cache(functools.partial(load_dialled, folder, console))
-    evaluate_scales(folder, plan, "fast", results, load, console)
-    for _ in range(plan.bends):
-        plan = plan._replace(scales=[*plan.scales, bend(results, plan.scales)])
-        evaluate_scales(folder, plan, "fast", results, load, console)
-    # the record may hold scales of an earlier dial, which are not asked for
-    evidence = {f"fast {scale:g}": results[f"fast {scale:g}"] for scale in plan.scales}
-    plan = plan._replace(bends=0, with_replies=plan.with_replies or scales_for_replies(evidence))
-    evaluate_scales(folder, plan, "quick", results, load, console)
-    return results, plan
+        if kept.get("adapter") == adapter:
+            for key, result in kept["scales"].items():
+                level, scale = key.split()
+                results[level, float(scale)] = result
+    return results
 
 
-class Dialled(NamedTuple):
-    """A loaded run and what it is asked at every scale."""
-
-    model: Any
-    tokenizer: Any
-    adapter: Json
-    """The adapter's checksums, by which a later dial knows whether results are about it."""
-    questions: dict[str, Any]
-
-
-def load_dialled(folder: Path, console: Console) -> Dialled:
-    """A run's model with its adapter, and its questions."""
-    recipe = recipes.of_run(folder)
-    manifest = read_json(folder / "manifest.json")
-    questions = asked(recipe, manifest)
-    with models.loading(recipe.model, console):
-        model, tokenizer = models.load_run(folder)
-    return Dialled(model, tokenizer, manifest.get("adapter"), questions)
+def choose_plan(folder: Path, scales: Sequence[float], bends: int, console: Console) -> Plan:
+    """The scales, `bends` more where the curve of this run bends, and which of them get replies."""
+    run = Evidence(folder, console)
+    fast = run.measure("fast", scales)
+    for _ in range(bends):
+        fast = run.measure("fast", [*fast, bend(fast)])
+    plan = Plan(list(fast), scales_for_replies(fast))
+    run.measure("quick", plan.with_replies)  # while the model is loaded: `measure` then finds it in the record
+    return plan
 
 
-def evaluate_scales(
-    folder: Path,
-    plan: Plan,
-    level: str,
-    results: Results,
-    load: Callable[[], Dialled],
-    console: Console,
-) -> None:
-    """Add what is missing at a level to the results; each is written at once."""
-    scales = plan.scales if level == "fast" else plan.with_replies
-    missing = [scale for scale in scales if f"{level} {scale:g}" not in results]
-    if not missing:
-        return
-    run = load()
-    questions = {**run.questions, "questions_per_mode": None} if level == "fast" else run.questions
-    with Progress(console, f"{folder.name}, {level} evidence, scales", len(missing)) as progress:
-        for scale in missing:
-            with plan.at(run.model, scale):
-                result = evaluate(run.model, run.tokenizer, level=level, console=Console(quiet=True), **questions)
-            if scale == 1.0:
-                check_changed(folder.name, result)
-            results[f"{level} {scale:g}"] = result
-            write_json(folder / plan.record, {"adapter": run.adapter, "scales": results})
-            progress.advance(1)
+def measure(run: Evidence, plan: Plan, axis: str = SCALE) -> dict[float, Run]:
+    """{scale (or place on another axis): the run there}, measured where that was not done before."""
+    run.measure("fast", plan.scales)
+    run.measure("quick", plan.with_replies)
+    return {scale: at_scale(run.folder, scale, run.results, axis) for scale in plan.scales}
 
 
-def bend(results: Results, scales: Sequence[float]) -> float:
+def bend(fast: Mapping[float, Evaluation]) -> float:
     """The middle of the interval, from the base up to the run itself, across which gain in held-out loss and KL change most,
     each as a share of all its change there. Beyond the run KL always grows fastest, and nothing is decided there."""
-    places = [0.0, *sorted(scale for scale in scales if scale <= 1)]
+    places = [0.0, *sorted(scale for scale in fast if scale <= 1)]
     curve = [(0.0, 0.0)]
     for scale in places[1:]:
-        result = results[f"fast {scale:g}"]
-        curve.append((held_out_gain(result), result["tuned"]["forgetting"]["kl"]["value"] or 0.0))
+        kl = fast[scale]["tuned"]["forgetting"]["kl"]["value"]
+        curve.append((held_out_gain(fast[scale]), kl or 0.0))
     changes = np.abs(np.diff(curve, axis=0))
     shares = changes / np.maximum(changes.sum(axis=0), NOTHING)
     most = int(shares.sum(axis=1).argmax())
     return (places[most] + places[most + 1]) / 2
 
 
-def scales_for_replies(results: Results) -> list[float]:
+def scales_for_replies(fast: Mapping[float, Evaluation]) -> list[float]:
     """The run itself, and the smallest scales that keep WORTH of the largest gain in held-out loss: replies elsewhere would
     cost time and could not be recommended."""
-    gains = {float(key.split()[1]): held_out_gain(result) for key, result in results.items() if key.startswith("fast")}
+    gains = {scale: held_out_gain(result) for scale, result in fast.items()}
     worth = [scale for scale, gain in sorted(gains.items()) if gain >= WORTH * max(gains.values())]
     return sorted({1.0, *worth[: WITH_REPLIES - 1]})
 
@@ -295,11 +301,10 @@ def check_changed(name: str, result: Evaluation) -> None:
 def at_scale(folder: Path, scale: float, results: Results, axis: str = SCALE) -> Run:
     """The run at a scale (or elsewhere on an axis) by the most that was measured there, which is a setting like those of its
     recipe."""
-    result = results.get(f"quick {scale:g}") or results[f"fast {scale:g}"]
+    result = results.get(("quick", scale)) or results["fast", scale]
     recipe = recipes.read_values(folder / "recipe.yaml")
-    mixed = read_json(folder / "mix.json")
-    run = run_of(folder.name, recipe, mixed, read_json(folder / "manifest.json"), result)
-    return replace(run, folder=folder, trained={**run.trained, axis: scale})
+    run = run_of(folder, recipe, read_json(folder / "mix.json"), read_json(folder / "manifest.json"), result)
+    return replace(run, trained={**run.trained, axis: scale})
 
 
 def compare_scales(members: Sequence[Mapping[float, Run]], scales: Sequence[float], axis: str = SCALE) -> Comparison:

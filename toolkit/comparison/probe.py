@@ -17,10 +17,11 @@ from rich.console import Console
 
 from toolkit.comparison.blend import weighted, write_sum
 from toolkit.comparison.decide import SUMMED
-from toolkit.comparison.dial import Plan, at_scale, compare_scales, measure
+from toolkit.comparison.dial import Evidence, Plan, compare_scales, measure
 from toolkit.comparison.report import conclude
 from toolkit.comparison.runs import SHARE, Key, Run, read_runs
 from toolkit.comparison.sweep import sweep
+from toolkit.recipe import of_run
 
 LOW, HIGH = 0.1, 0.9
 """Shares of the two runs that are trained: at 0 and 1 one of the sources would never be seen."""
@@ -42,13 +43,14 @@ def predict(runs: Sequence[Path], folder: Path, console: Console, *, of: str) ->
     # both runs of a seed stand beside each other in the plan, the lower share first
     pairs = list(zip(runs[::2], runs[1::2], strict=True))
     axis = SUMMED + of
+    # of one recipe, so that all pairs have them
+    ranks = [of_run(run).lora.r for run in pairs[0]]
     members = []
     for pair in pairs:
         # both in one adapter, of which `weighted` takes what a ratio is made of
         sums = write_sum(pair, [1, 1], folder / "probe", f"sums-{pair[0].name}")
-        plan = Plan(SHARES, 0, WITH_REPLIES, "probe.json", lambda model, share: weighted(model, weights_of(share)))
-        results, _ = measure(sums, plan, console)
-        members.append({share: at_scale(sums, share, results, SHARE + axis) for share in SHARES})
+        run = Evidence(sums, console, "probe.json", lambda model, share: weighted(model, weights_of(share), ranks))
+        members.append(measure(run, Plan(SHARES, WITH_REPLIES), SHARE + axis))
     found = compare_scales(members, SHARES, axis)
     found.notes.append(error_note(found.goal, runs[::2], members))
     low, high = pairs[0]
@@ -69,9 +71,10 @@ def error_note(goal: Key, lows: Sequence[Path], members: Sequence[Mapping[float,
     for low, member in zip(lows, members, strict=True):
         for share in WITH_REPLIES[:-1]:
             trained, _ = read_runs([low.with_name(low.name.replace(f"{LOW:g}-s", f"{share:g}-s"))])
-            if trained and trained[0].conditions == member[share].conditions:
-                real, summed = (run.scores["tuned"][goal].value for run in (*trained, member[share]))
-                errors.append(100 * abs(real - summed))
+            summed = member[share]
+            if trained and trained[0].conditions == summed.conditions:
+                real = trained[0].scores["tuned"][goal].value
+                errors.append(100 * abs(real - summed.scores["tuned"][goal].value))
     if not errors:
         return "How wrong the sums are is not known here: no run that was trained between these shares is at hand."
     return (

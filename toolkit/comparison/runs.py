@@ -8,7 +8,7 @@ Only the run folders are read (recipe.yaml, mix.json, eval.json, manifest.json):
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,25 +105,24 @@ def read_runs(folders: Iterable[Path]) -> tuple[list[Run], dict[str, str]]:
 def read_run(folder: Path) -> Run:
     """Read an evaluated run's folder. Raises ToolkitError saying what is missing and how to get it."""
     evaluate = f"`python -m toolkit evaluate {folder.name}`"
-    missing = [name for name in FILES if not (folder / name).is_file()]
-    if missing:
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise ToolkitError(f"incomplete: no {', '.join(missing)}; {evaluate} scores a finished run")
     mix, manifest, result = (read_json(folder / name) for name in FILES[1:])
     recipe = read_values(folder / "recipe.yaml")
     try:
-        return replace(run_of(folder.name, recipe, mix, manifest, result), folder=folder)
+        return run_of(folder, recipe, mix, manifest, result)
     except DAMAGED as error:
         why = f"{type(error).__name__}: {error}"
         raise ToolkitError(f"unreadable: {why}; {evaluate} writes eval.json again") from error
 
 
-def run_of(name: str, recipe: Content, mix: Content, manifest: Content, result: Content) -> Run:
+def run_of(folder: Path, recipe: Content, mix: Content, manifest: Content, result: Content) -> Run:
     """A Run from the content of its four files. Raises one of DAMAGED where they are not as they were written."""
     train = recipe["train"]
     scores = {model: scores_of(result, model) for model in ("base", "tuned")}
     lengths = result.get("lengths", {})
     return Run(
-        name,
+        folder.name,
         recipe,
         scores,
         sections=tuple(result["tuned"]),
@@ -133,6 +132,7 @@ def run_of(name: str, recipe: Content, mix: Content, manifest: Content, result: 
         reasoning={unit: shares.get("thinking", 0.0) for unit, shares in mix["achieved_modes"].items()},
         endless=tuple(mode for mode in lengths if never_ends(lengths[mode]["endless"])),
         rows_per_step=train.get("per_device_train_batch_size", 0) * train.get("gradient_accumulation_steps", 1),
+        folder=folder,
     )
 
 
@@ -151,11 +151,8 @@ def scores_of(result: Content, model: str) -> dict[Key, Score]:
 
 def conditions_of(result: Content, manifest: Content, scores: Mapping[str, Mapping[Key, Score]]) -> dict[str, str]:
     """How a run was evaluated, by the keys of CONDITIONS."""
-    questions = set()
-    for by_key in scores.values():
-        for score in by_key.values():
-            if score.counted is not None:
-                questions.add(score.counted.shape[1])
+    all_scores = [score for by_key in scores.values() for score in by_key.values()]
+    questions = {score.counted.shape[1] for score in all_scores if score.counted is not None}
     kept = " and ".join(map(str, sorted(questions)))
     known = flat({**result, "model": manifest["model"], "per_question": kept})
     return {key: str(known.get(key)) for key in CONDITIONS}
@@ -163,25 +160,21 @@ def conditions_of(result: Content, manifest: Content, scores: Mapping[str, Mappi
 
 def trained_on(recipe: Content, mix: Content) -> Content:
     """What tells a training from another: recipe keys that matter, then planned shares; all thinking rows come last."""
-    trained: dict[str, Any] = {}
-    for key, value in flat(recipe).items():
-        if not NOT_TRAINED.match(key):
-            trained[key] = value
+    trained = {key: value for key, value in flat(recipe).items() if not NOT_TRAINED.match(key)}
     shares = {name: round(share, 3) for name, share in mix["planned"].items()}
     # a source of which nothing was wanted is planned but has no entry
     thinking = [shares[name] for name, source in mix["sources"].items() if source["mode"] == "thinking"]
     # fsum: the same number whatever the order of the sources
     shares["reasoning"] = round(math.fsum(thinking), 3)
-    for name, share in shares.items():
-        trained[SHARE + name] = share
-    return trained
+    return trained | {SHARE + name: share for name, share in shares.items()}
 
 
 def evaluated_differently(run: Run, usual: Run) -> str:
     """How the conditions of a run's evaluation differ from those of another, in words."""
     differences = []
     for key, words in CONDITIONS.items():
-        value, expected = run.conditions[key], usual.conditions[key]
+        value = run.conditions[key]
+        expected = usual.conditions[key]
         if value != expected:
             differences.append(words.format(value, expected))
     return f"evaluated differently: {'; '.join(differences)}"
@@ -191,7 +184,6 @@ def changed_keys(settings: Sequence[Content]) -> list[str]:
     """Keys whose values are not the same in all of several dicts."""
     changed = []
     for key in dict.fromkeys(key for row in settings for key in row):
-        values = {str(row.get(key)) for row in settings}
-        if len(values) > 1:
+        if len({str(row.get(key)) for row in settings}) > 1:
             changed.append(key)
     return changed
