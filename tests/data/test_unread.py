@@ -11,7 +11,8 @@ from tests.support import qwen3
 from toolkit import recipe
 from toolkit.data.formats import advice, canonical, recognise
 from toolkit.data.keys import meaning
-from toolkit.data.lint import OPENINGS
+from toolkit.data.lint import OPENINGS, TAGGED
+from toolkit.data.readers import data_files
 from toolkit.data.render import load_chat
 from toolkit.data.sources import conversations
 from toolkit.files import ToolkitError, shareable
@@ -246,6 +247,38 @@ def test_a_template_that_is_no_utf_8_is_named(tmp_path):
 )
 def test_openings_of_thinking_aloud_are_known(opening):
     assert OPENINGS.match(opening)
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        "<|begin_of_thought|>", "[think]", "<think >", "## thinking\n", "<|channel|>analysis<|message|>", "<scratch_pad>",
+        "◁think▷", "<seed:think>", "<cot>", "<reason>", "<inner_thoughts>", "<longcat_think>", "<unused94>thought",
+        "&lt;think&gt;", "**no**",
+    ],
+)  # fmt: skip
+def test_tags_in_which_other_models_think_are_known(opening):
+    assert bool(TAGGED.match(opening)) == (opening != "**no**")
+
+
+@pytest.mark.parametrize(
+    "answer", ["Think of a number.", "# Reasons to travel\n", "<b>Thinking</b>", "[1] Thought", "<table>"]
+)
+def test_answers_about_thinking_are_no_thinking(answer):
+    assert not TAGGED.match(answer.lower())
+
+
+def test_a_table_of_which_files_are_missing_is_refused_and_one_file_alone_is_read(tmp_path):
+    row = json.dumps({"messages": [ASK, TELL]}) + "\n"
+    for number in (0, 2):
+        (tmp_path / f"train-0000{number}-of-00003.jsonl").write_text(row)
+    with pytest.raises(
+        ToolkitError, match="2 of the 3 files train-…-of-00003 are there: fetch the others, or give `path`"
+    ):
+        data_files(tmp_path, "train")
+    assert data_files(tmp_path / "train-00000-of-00003.jsonl", "train") == [tmp_path / "train-00000-of-00003.jsonl"]
+    (tmp_path / "train-00001-of-00003.jsonl").write_text(row)
+    assert len(data_files(tmp_path, "train")) == 3
 
 
 def test_a_parquet_file_of_nothing_but_maps_says_what_to_do(tmp_path):

@@ -21,6 +21,11 @@ ALOUD = re.compile(
     "wait, (?:no|but|let|that|actually)|hmm, (?:but|let|that)|<(?:thought|(?:thinking|reasoning|scratchpad|reflection|analysis)>)"
 )
 """What such replies hold."""
+TAGGED = re.compile(
+    r"(?:<|\[|◁|&lt;)[\w|: ]*(?:think|thought|reason|scratch_?pad|reflection|\bcot\b)[\w| ]*(?:>|\]|▷|&gt;)"
+    r"|<\|channel\|>\s*analysis|<unused\d+>\s*thought|#+ ?\**(?:thinking|reasoning|thought process)\**:?\s*\n"
+)
+"""The same in the tags of other models, with which replies begin: <|begin_of_thought|>, [THINK], ## Thinking."""
 LOOKED_AT = 1000
 """Characters of a reply in which to look: thinking comes first."""
 MANY = 0.02
@@ -33,7 +38,7 @@ def looks_like(row: Row) -> list[str]:
     kinds = []
     if row.mode == "non_thinking":
         start = reply[:LOOKED_AT].lstrip().lower()
-        if OPENINGS.match(start) or ALOUD.search(start):
+        if OPENINGS.match(start) or TAGGED.match(start) or ALOUD.search(start):
             kinds.append("reasoning")
     if "{{" in reply and Placeholders.PATTERN.search(reply):
         kinds.append("placeholder")

@@ -14,6 +14,7 @@ import json
 import lzma
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 SPLITS = "train|validation|valid|val|dev|test|testing|eval|evaluation"
 SHARD = re.compile(r"(?:data/)?(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
 """How `datasets` names the files of a split, whatever it is called: data/train_sft-00000-of-00003.parquet."""
+PART = re.compile(r"(.*)-\d{5}-of-(\d{5})")
+"""The name of one of several files that are one table, and how many there are."""
 NOT_ROWS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "configuration.json", "state.json"}
 """What data sets keep beside their rows."""
 BLOCK = 1 << 22
@@ -133,7 +136,19 @@ def data_files(path: Path, split: str) -> list[Path]:
     is_told_apart = "data" in tops or any(split_of(top, split) for top in tops)
     if splits[chosen[0]] and len(tops) > 1 and not is_told_apart:
         raise ToolkitError(f"{path}: {', '.join(sorted(tops))} each hold the split {split!r}: choose one by `subset:`")
+    check_shards(path, chosen)
     return chosen
+
+
+def check_shards(path: Path, files: list[Path]) -> None:
+    """Raises ToolkitError where some of the files of a table are not there, as after a download that was cut short."""
+    parts = [match.groups() for file in files if (match := PART.match(file.relative_to(path).as_posix()))]
+    for (name, total), here in Counter(parts).items():
+        if here < int(total):
+            raise ToolkitError(
+                f"{path}: {here} of the {int(total)} files {name}-…-of-{total} are there: fetch the others, or give `path` "
+                "the file itself to train on it alone"
+            )
 
 
 def is_rows(file: Path) -> bool:
