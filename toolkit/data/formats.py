@@ -50,8 +50,13 @@ LIKELY = {
     "input": "context document passage 上下文",
 }
 """Words in column names, other languages' too, by what such a column holds."""
-DISLIKED = re.compile("reject|worse|negative|incorrect|wrong", re.IGNORECASE)
+DISLIKED = re.compile(
+    r"reject|worse|worst|negative|incorrect|wrong|unsafe|dispreferred|undesir|hallucinat|(?<![a-z])(?:bad|false|lose|loser|lost)(?![a-z])",
+    re.IGNORECASE,
+)
 """Words in the names of columns of which the answers must not be taught."""
+NUMBERED = re.compile(r"[\W_]*\d+$|[\W_]+[a-z]$")
+"""How names end that differ in a number or letter: response_0, answer_a."""
 
 
 @dataclass(frozen=True)
@@ -295,7 +300,8 @@ def likely_columns(fields: list[str]) -> dict[str, str]:
     """{role: column} as the names of the columns suggest; a role without a likely column is left out."""
     columns = {meaning(field): field for field in reversed(fields) if meaning(field) in TEXTS}
     rest = [field for field in fields if field not in columns.values() and not DISLIKED.search(field)]
-    hints = [field for field in rest if meaning(field.rpartition("_")[2]) == "reasoning"]  # deepseek_reasoning
+    rest = [field for field in rest if meaning(field) != "harmless"]
+    hints = [field for field in rest if is_reasoning(field)]
     if hints and "reasoning" not in columns:
         columns["reasoning"] = hints[0]
         rest.remove(hints[0])
@@ -303,11 +309,21 @@ def likely_columns(fields: list[str]) -> dict[str, str]:
         # in order of their weight: `question` before `input`
         for word in words.split():
             hits = [field for field in rest if word in field.lower()]
+            # `answer` before `answer_de`, `corrected_answer` before `original_answer`
+            hits.sort(key=lambda field: (field.lower() != word, "original" in field.lower()))
             if hits:
-                columns[kind] = hits[0]
-                rest.remove(hits[0])
+                # of response_0 and response_1 only their owner knows which one is good
+                if len({NUMBERED.sub("", field.lower()) for field in hits}) == len(hits) or hits[0].lower() == word:
+                    columns[kind] = hits[0]
+                    rest.remove(hits[0])
                 break
     return columns
+
+
+def is_reasoning(field: str) -> bool:
+    """Whether a column's name ends in words for reasoning: deepseek_reasoning, gemini_thinking_trajectory."""
+    words = field.split("_")
+    return any(meaning("_".join(words[start:])) == "reasoning" for start in range(len(words)))
 
 
 def advice(fields: list[str]) -> str:

@@ -57,6 +57,8 @@ NO_VALUE = frozenset(("", "[]", "{}", "nan", "null", "none", "n/a"))
 """How tables write that a cell is empty."""
 KEPT_AT = frozenset("path paths url urls link file filename".split())
 """Last words of names like image_path, which say where something is, not what somebody thinks of it."""
+WON = frozenset("better safer best winner".split())
+"""First words of names that say which of two answers is to be learned."""
 YES = dict.fromkeys("true yes on 1 1.0".split(), True)
 NO = dict.fromkeys("false no off 0 0.0".split(), False)
 CLASSES = ("yes", "no", "on", "off")
@@ -74,7 +76,8 @@ def meaning(key: str) -> str:
     kinds = {BY_NAME.get(word, "nested") for word in heads} - {"nested"}
     if kinds == {"media"} and last in KEPT_AT:
         return "media"
-    return "" if kinds else "harmless"
+    # better_response_id says which answer won
+    return "" if kinds or not WON.isdisjoint(heads) else "harmless"
 
 
 def is_empty(value: Json) -> bool:

@@ -1,0 +1,62 @@
+"""Which column is the answer, which answer won, and what came before it: never guessed wrong without a word."""
+
+import json
+
+import pytest
+
+from toolkit.data.formats import likely_columns
+from toolkit.data.guess import understand
+from toolkit.data.keys import meaning
+from toolkit.files import ToolkitError
+from toolkit.recipe import Source
+
+# --- which column holds what -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "user", "assistant"),
+    [
+        ("question_id question answer", "question", "answer"),
+        ("prompt_id prompt response", "prompt", "response"),
+        ("question answer_id answer", "question", "answer"),
+        ("question answer_type answer", "question", "answer"),
+        ("instruction response_model response", "instruction", "response"),
+        ("question_source question answer", "question", "answer"),
+        ("problem_type problem solution", "problem", "solution"),
+        ("question_de Question answer", "Question", "answer"),
+        ("question bad_answer good_answer", "question", "good_answer"),
+        ("prompt unsafe_response safe_response", "prompt", "safe_response"),
+        ("prompt false_response true_response", "prompt", "true_response"),
+        ("prompt response_lose response_win", "prompt", "response_win"),
+        ("prompt dispreferred_output preferred_output", "prompt", "preferred_output"),
+        ("question original_answer corrected_answer", "question", "corrected_answer"),
+        ("question hallucinated_answer right_answer", "question", "right_answer"),
+        ("question close_answer", "question", "close_answer"),  # neither a loss nor a loser
+    ],
+)
+def test_a_column_is_chosen_by_its_whole_name_and_never_the_answer_that_lost(fields, user, assistant):
+    assert likely_columns(fields.split()) == {"user": user, "assistant": assistant}
+
+
+@pytest.mark.parametrize("pair", ["response_0 response_1", "response1 response2", "answer_a answer_b"])
+def test_of_two_answers_that_differ_in_a_number_or_letter_none_is_guessed(pair, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    fields = ["prompt_text", *pair.split(), "better_response_id"]
+    path.write_text(f"{json.dumps(dict.fromkeys(fields, 'x'))}\n" * 20, encoding="utf-8")
+    with pytest.raises(ToolkitError, match=r"which of them holds what the assistant says.*data\.sources\.0\.columns"):
+        understand(Source(str(path)))
+    assert likely_columns(["question", "answer", "answer_2"])["assistant"] == "answer"
+
+
+def test_a_column_whose_name_ends_in_words_for_thinking_is_reasoning():
+    fields = ["question", "solution", "cot_type", "gemini_thinking_trajectory", "gemini_attempt"]
+    assert likely_columns(fields) == {
+        "user": "question",
+        "assistant": "gemini_attempt",
+        "reasoning": "gemini_thinking_trajectory",
+    }
+
+
+@pytest.mark.parametrize("key", ["better_response_id", "safer_response_id", "preferred_id", "winner_index"])
+def test_a_key_that_says_which_answer_won_is_not_read_and_said(key):
+    assert meaning(key) == ""
