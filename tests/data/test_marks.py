@@ -4,11 +4,15 @@ import json
 
 import pytest
 
+from tests.data.test_keys import ASK, TELL, chat, why
 from toolkit.data.formats import likely_columns
 from toolkit.data.guess import understand
 from toolkit.data.keys import meaning
 from toolkit.files import ToolkitError
 from toolkit.recipe import Source
+
+BAD = {"role": "assistant", "content": "bad"}
+
 
 # --- which column holds what -------------------------------------------------------------------------------------------
 
@@ -60,3 +64,61 @@ def test_a_column_whose_name_ends_in_words_for_thinking_is_reasoning():
 @pytest.mark.parametrize("key", ["better_response_id", "safer_response_id", "preferred_id", "winner_index"])
 def test_a_key_that_says_which_answer_won_is_not_read_and_said(key):
     assert meaning(key) == ""
+
+
+# --- which answer won, and what is trained on ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"messages": [ASK, BAD], "chosen": [ASK, TELL], "rejected": [ASK, BAD]}, "messages"),
+        ({"messages": [ASK, BAD], "chosen": TELL}, "messages"),
+        ({"messages": [ASK, BAD], "chosen": json.dumps([ASK, TELL])}, "messages"),
+        ({"messages": [ASK, BAD], "rejected_response": "bad"}, "messages"),
+        ({"messages": [ASK, BAD], "rejected": " bad\n"}, "messages"),
+        ({"query": "q", "response": "a", "chosen": "other text", "rejected": "a"}, "query_response"),
+        ({"query": "q", "response": "a", "chosen": "other text"}, "query_response"),
+        *[({"messages": [ASK, TELL], "chosen": mark}, "messages") for mark in (False, 0, "false", "False")],
+        ({"prompt": "Why?", "completion": "So.", "chosen": False}, "prompt_completion"),
+    ],
+)
+def test_an_answer_that_lost_beside_another_format_is_not_taught(row, format):
+    assert why(row, format) == "marked_bad"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"chosen": True},
+        {"chosen": "So.", "rejected": "No."},
+        {"chosen": "<think>I add.</think>So.", "rejected": [ASK, BAD]},
+        {"chosen": [ASK, TELL], "rejected": [ASK, TELL]},  # equal: there is nothing to tell apart
+        {"chosen": json.dumps([ASK, TELL])},
+        {"chosen": float("nan"), "rejected": "None"},
+        {"rejected_response": "No."},
+    ],
+)
+def test_an_answer_that_won_is_taught_beside_another_format(more):
+    assert chat(ASK, TELL, **more) == chat(ASK, TELL)
+
+
+def test_a_turn_that_was_not_chosen_is_not_trained_on():
+    assert chat(ASK, {**TELL, "chosen": False})["messages"][1]["train"] is False
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        {"loss_mask": [1, 1], "train": False},
+        {"train": True, "loss_mask": [1, 1], "masked": True},
+        {"weights": [1, 1], "masked": True},
+    ],
+)
+def test_of_several_marks_of_a_row_one_no_is_enough(marks):
+    assert why({"messages": [ASK, TELL], **marks}) == "untrained_row"
+
+
+def test_of_several_lists_of_marks_one_no_is_enough_for_a_turn():
+    turns = chat(ASK, TELL, loss_mask=[1, 1], train_mask=[0, 0])["messages"]
+    assert turns[1]["train"] is False

@@ -12,7 +12,7 @@ from toolkit.data.conversation import Fillings, Placeholders, checked
 from toolkit.data.keys import is_empty, is_setting, is_trained, meaning, yes_or_no
 from toolkit.data.messages import Notes, field_of, read_notes, read_turns, role_of
 from toolkit.data.readers import Rejected
-from toolkit.data.tools import check_calls
+from toolkit.data.tools import check_calls, parsed
 from toolkit.family import THINK_OPEN
 from toolkit.files import ToolkitError, did_you_mean
 from toolkit.records import Conversation, Json, JsonObject, Message
@@ -88,6 +88,7 @@ class RowReader:
             )
         turns = self._turns(row)
         messages, turn_notes = read_turns(turns, marks_of_turns(notes, len(turns)))
+        check_won(row, last_text(turns))
         add_system(messages, notes.system, self.system)
         # a column, other than a turn's key, may say how to answer instead
         reasoning = {key: value for key, value in notes.reasoning.items() if not is_setting(key, value)}
@@ -160,21 +161,44 @@ def canonical(
     return reader_of(format, columns, Placeholders(placeholders), system).read(row)[0]
 
 
-def marks_of_turns(notes: Notes, count: int) -> list[bool] | None:
-    """A row's own mark for each of its turns, as in loss_mask: [0, 1]. Other numbers (a loss, a weight) are not read.
+def check_won(row: JsonObject, answer: str) -> None:
+    """Raises Rejected for an answer that is not the one that a row's preference data say won."""
+    won, *lost = [last_text(row.get(key)) for key in ("chosen", "rejected", "rejected_response")]
+    # a yes or no is a mark; where the answers that won and lost are the same there is nothing to tell apart
+    is_won = answer not in lost if is_empty(won) or yes_or_no(won) is not None else answer == won
+    if answer and not is_won:
+        raise Rejected("marked_bad", f"{answer[:40]!r} is not `chosen`, or is `rejected`: it is not taught")
+
+
+def last_text(value: Json) -> str:
+    """The text, without its reasoning, of a text, a turn or the last of turns."""
+    if type(value) is str and value.startswith("[{"):
+        value = parsed(value, "", "wrong_type")
+    if type(value) is list and value:
+        value = value[-1]
+    if type(value) is dict:
+        value = value.get("content") or value.get("value")
+    return str(value or "").rpartition("</think>")[2].strip()
+
+
+def marks_of_turns(notes: Notes, count: int) -> list[bool]:
+    """A row's own marks for each of its turns, as in loss_mask: [0, 1]. Other numbers (a loss, a weight) are not read.
 
     Raises Rejected for a row that is marked as a whole."""
+    trained = [True] * count
+    # one mark that says no is enough: sets repeat it under several names
     for key, value in notes.marks.items():
         marks = field_of({key: value}, key, list) if type(value) is str and "[" in value else value
         if type(marks) is list and len(marks) == count:
-            return [is_trained(key, mark, f"turn {number}: ") for number, mark in enumerate(marks, start=1)]
-        if type(marks) is list:
+            said = [is_trained(key, mark, f"turn {number}: ") for number, mark in enumerate(marks, start=1)]
+            trained = [*map(min, trained, said)]
+        elif type(marks) is list:
             raise Rejected("unclear_mark", f"{key!r} has {len(marks)} marks for {count} turns")
-        if yes_or_no(value) is None or meaning(key) == "unclear":
+        elif yes_or_no(value) is None or meaning(key) == "unclear":
             notes.not_read.append(key)
         elif not is_trained(key, value, ""):
             raise Rejected("untrained_row", f"{key!r} is {value}: the row is marked as not to be trained on")
-    return None
+    return trained
 
 
 def add_system(messages: list[Message], columns: JsonObject, default: str | None) -> None:

@@ -31,11 +31,11 @@ MEANINGS = {
     # in some sets 1 is "hidden from the loss", in others "counted by it"
     "unclear": "mask",
     # yes or no: whether people liked the answer (KTO and other preference data)
-    "good": "label kto_tag kto_label desirable is_desirable preferred is_preferred is_chosen is_good thumbs_up",
+    "good": "label kto_tag kto_label desirable is_desirable preferred is_preferred chosen is_chosen is_good thumbs_up",
     "bad": "rejected is_rejected bad is_bad undesirable is_undesirable dispreferred thumbs_down",
     "nested": "metadata meta extra extra_info info additional_info",
     # beside preferred answers, which are what is trained on
-    "harmless": "chosen rejected_response rejected_messages chosen_rating rejected_rating refusal_reason annotator",
+    "harmless": "rejected_response rejected_messages chosen_rating rejected_rating refusal_reason annotator",
 }
 BY_NAME = {re.sub(r"[\W_]", "", name): kind for kind, names in MEANINGS.items() for name in names.split()}
 HARMLESS = re.compile(
@@ -117,6 +117,9 @@ def is_good(key: str, value: Json) -> bool | None:
         is_text = key.lower() == "rejected" and str(value).strip().lower() not in ("true", "false")
         says = None if is_text else yes_or_no(value)
         return None if says is None else not says
+    # `chosen` is mostly the answer that won, which `formats` compares
+    if key.lower() == "chosen" and type(value) in (str, list, dict) and yes_or_no(value) is None:
+        return True
     word = value.strip().lower() if key.lower() == "label" and type(value) is str else ""
     if word in CLASSES:
         return None
