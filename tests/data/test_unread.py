@@ -12,7 +12,7 @@ from toolkit import recipe
 from toolkit.data.formats import advice, canonical, recognise
 from toolkit.data.keys import meaning
 from toolkit.data.lint import OPENINGS, TAGGED
-from toolkit.data.readers import data_files
+from toolkit.data.readers import Rejected, data_files
 from toolkit.data.render import load_chat
 from toolkit.data.sources import conversations
 from toolkit.files import ToolkitError, shareable
@@ -305,3 +305,168 @@ def test_a_parquet_file_of_nothing_but_maps_says_what_to_do(tmp_path):
 def test_secrets_of_other_forms_are_hidden(text, secret):
     assert secret not in shareable(text)
     assert shareable("eos_token: <eos>") == "eos_token: <eos>"
+
+
+# --- calls and results in other spellings ------------------------------------------------------------------------------
+
+
+def called(call, **more):
+    return {"role": "assistant", "content": "", "tool_calls": [call], **more}
+
+
+SPELLINGS = "arguments parameters input args kwargs params inputs tool_input action_input".split()
+
+
+@pytest.mark.parametrize("write", [dict, json.dumps])
+@pytest.mark.parametrize("key", SPELLINGS)
+def test_the_arguments_of_a_call_are_read_in_every_spelling(key, write):
+    call = {"name": "tide", key: write({"port": "Kiel"}), "id": "x", "type": "tool_call"}
+    (read,) = chat(ASK, called(call))["messages"][1]["tool_calls"]
+    assert read["function"] == {"name": "tide", "arguments": {"port": "Kiel"}}
+
+
+@pytest.mark.parametrize("where", ["call", "function"])
+def test_a_call_whose_arguments_have_a_name_that_no_rule_knows_is_rejected(where):
+    more = {"payload": {"port": "Kiel"}}
+    call = {"function": {"name": "tide"}, **more} if where == "call" else {"function": {"name": "tide", **more}}
+    with pytest.raises(Rejected, match="'payload'") as caught:
+        chat(ASK, called(call))
+    assert caught.value.reason == "broken_tools"
+    bare = {"name": "tide", "id": "x", "type": "tool_call", "index": 0, "payload": {}}
+    assert chat(ASK, called(bare)) == chat(ASK, called({"name": "tide", "arguments": {}}))
+
+
+TWO = [{"name": "tide", "arguments": {"port": "a"}}, {"name": "wind", "arguments": {"port": "b"}}]
+
+
+def paired(results, calls=TWO, **turn):
+    """The results as they stand after two calls."""
+    turns = [{"role": "tool", "content": content, **signs} for content, signs in results]
+    row = chat(ASK, {"role": "assistant", "content": "", "tool_calls": calls, **turn}, *turns, TELL)
+    return [message["content"] for message in row["messages"] if message["role"] == "tool"]
+
+
+def with_ids(first, second, key="id"):
+    return [{**TWO[0], key: first}, {**TWO[1], key: second}]
+
+
+@pytest.mark.parametrize("key", ["name", "tool_name"])
+def test_results_that_only_their_function_tells_apart_stand_in_the_order_of_the_calls(key):
+    assert paired([("high", {key: "wind"}), ("low", {key: "tide"})]) == ["low", "high"]
+    thrice = [TWO[0], TWO[1], TWO[0]]
+    given = [("low", {key: "tide"}), ("high", {key: "wind"}), ("mid", {key: "tide"})]
+    assert paired(given, thrice) == ["low", "high", "mid"]
+    with pytest.raises(Rejected, match="one each"):
+        paired([given[1], given[0], given[2]], thrice)
+
+
+def test_a_name_that_is_no_function_s_or_a_number_of_the_turn_changes_no_order():
+    assert paired([("b", {"name": "Bob"}), ("a", {"name": "Ann"})]) == ["b", "a"]
+    assert paired([("b", {"id": 7}), ("a", {"id": 8})], with_ids("x", "y")) == ["b", "a"]
+
+
+@pytest.mark.parametrize("key", ["tool_call_id", "call_id", "id", "tool_use_id", "tool_id", "toolCallId"])
+@pytest.mark.parametrize("ids", [("x", "y"), (0, 1)], ids=str)
+def test_ids_pair_results_with_calls_whatever_their_key_and_kind(key, ids, tmp_path):
+    given = [("high", {key: ids[1]}), ("low", {key: ids[0]})]
+    assert paired(given, with_ids(*ids)) == paired(given, with_ids(*ids, key="call_id")) == ["low", "high"]
+    turns = [{"role": "tool", "content": content, **signs} for content, signs in given]
+    call = {"role": "assistant", "content": "", "tool_calls": with_ids(*ids)}
+    assert not_read(tmp_path, ASK, call, *turns, TELL)["turn"] == {}
+
+
+def test_ids_of_calls_in_parts_and_in_turns_of_their_own_pair_results():
+    results = [result("b"), result("a")]
+    parts = [{"type": "tool_use", "name": call["name"], "input": {}, "id": call["id"]} for call in with_ids("a", "b")]
+    turns = [{"role": "tool_call", "content": json.dumps(call)} for call in with_ids("a", "b")]
+    for said in ([{"role": "assistant", "content": parts}], turns):
+        found = chat(ASK, *said, *results, TELL)["messages"]
+        assert [turn["content"] for turn in found if turn["role"] == "tool"] == ["high at a", "high at b"]
+
+
+@pytest.mark.parametrize(
+    "signs",
+    [
+        [{"tool_call_id": "y"}, {}],
+        [{"tool_call_id": "x"}, {"tool_call_id": "x"}],
+        [{"tool_call_id": "v"}, {"tool_call_id": "w"}],
+        [{"name": "wind"}, {}],
+    ],
+    ids=["one without", "one twice", "others", "one without name"],
+)
+def test_results_of_which_one_cannot_be_paired_reject_their_row(signs):
+    with pytest.raises(Rejected) as caught:
+        paired([("high", signs[0]), ("low", signs[1])], with_ids("x", "y"))
+    assert caught.value.reason == "unknown_call"
+
+
+def test_one_result_of_two_calls_is_taught_as_it_stands():
+    assert paired([("high", {"tool_call_id": "y"})], with_ids("x", "y")) == ["high"]
+
+
+# --- what stands beside or before a text -------------------------------------------------------------------------------
+
+TIDE_TEXT = '{"name":"tide","arguments":{}}'
+
+
+@pytest.mark.parametrize(
+    "thinking",
+    [
+        {"content": f"<think>I add.</think>{TIDE_TEXT}"},
+        {"content": TIDE_TEXT, "reasoning_content": "I add."},
+    ],
+    ids=["tags", "key"],
+)
+def test_the_reasoning_of_a_call_in_a_turn_of_its_own_is_kept_or_rejects_its_row(thinking):
+    after, call = {"role": "tool", "content": "high"}, {"role": "tool_call", **thinking}
+    silent = {"role": "assistant", "content": ""}
+    found = chat(ASK, silent, call, after, TELL)["messages"]
+    assert found == chat(ASK, {**CALL, "reasoning_content": "I add."}, after, TELL)["messages"]
+    assert found == chat(ASK, call, after, TELL)["messages"]
+    plain = {"role": "tool_call", "content": TIDE_TEXT}
+    for earlier in ({**silent, "content": "Let me look."}, {**silent, "thinking": "Hm."}, plain, call):
+        assert why({"messages": [ASK, earlier, call, after, TELL]}) == "reasoning_out_of_place"
+    empty = {"role": "tool_call", "content": f"<think>\n</think>{TIDE_TEXT}"}
+    look = {"role": "assistant", "content": "Let me look."}
+    assert chat(ASK, look, empty, after, TELL) == chat(ASK, look, plain, after, TELL)
+
+
+@pytest.mark.parametrize(
+    "text", [f"<tool_call>{TIDE_TEXT}</tool_call>", f"<tool_call>{TIDE_TEXT}", f"{TIDE_TEXT}</tool_call>"]
+)
+def test_a_turn_of_calls_in_tags_is_read_or_rejected(text):
+    look, call = {"role": "assistant", "content": "Let me look."}, {"role": "tool_call", "content": text}
+    if text.startswith("<") and text.endswith(">"):
+        plain = {"role": "tool_call", "content": TIDE_TEXT}
+        assert chat(ASK, look, call) == chat(ASK, look, plain)
+    else:
+        assert why({"messages": [ASK, look, call]}) in ("broken_tools", "reasoning_out_of_place")
+
+
+def test_tools_that_were_encoded_twice_are_tools():
+    twice = json.dumps(json.dumps([TIDE]))
+    assert chat(ASK, TELL, tools=twice) == chat(ASK, TELL, tools=[TIDE])
+    assert why({"messages": [ASK, TELL], "tools": json.dumps("the tide")}) == "broken_tools"
+
+
+@pytest.mark.parametrize(("key", "value"), [("parts", [{"text": "No."}]), ("value", "No."), ("value", 3)], ids=str)
+def test_another_text_beside_the_content_is_counted(key, value, tmp_path):
+    assert not_read(tmp_path, ASK, {**TELL, key: value})["turn"] == {key: 1}
+
+
+@pytest.mark.parametrize(("key", "value"), [("parts", [{"text": "So."}]), ("value", "So."), ("value", "")], ids=str)
+def test_the_same_text_beside_the_content_says_nothing_more(key, value, tmp_path):
+    assert not_read(tmp_path, ASK, {**TELL, key: value})["turn"] == {}
+
+
+@pytest.mark.parametrize(("key", "value"), [("parts", [{"text": "So."}]), ("value", "So.")], ids=str)
+@pytest.mark.parametrize("empty", ["", None, []], ids=repr)
+def test_a_text_beside_an_empty_content_is_the_text(key, value, empty):
+    assert chat(ASK, {**TELL, "content": empty, key: value}) == chat(ASK, TELL)
+
+
+@pytest.mark.parametrize("sign", [{"thought": True}, {"thought": "true"}, {"is_thought": True}], ids=str)
+def test_a_turn_marked_as_a_thought_is_not_taught_as_an_answer(sign):
+    assert why({"messages": [ASK, {**TELL, **sign}]}) == "reasoning_out_of_place"
+    assert why({"contents": [ASK, {"role": "model", "parts": [{"text": "So."}], **sign}]}, "columns", {
+        "messages": "contents"}) == "reasoning_out_of_place"  # fmt: skip

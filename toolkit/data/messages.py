@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 
 from toolkit.data.keys import is_empty, is_good, is_setting, is_trained, meaning, yes_or_no
 from toolkit.data.readers import Rejected, json_type
-from toolkit.data.tools import TAGGED_CALL, TAGGED_RESULT, in_call_order, parsed, read_call, read_calls, read_schema
+from toolkit.data.tools import (
+    TAGGED_CALL,
+    TAGGED_RESULT,
+    Turn,
+    in_call_order,
+    parsed,
+    read_call,
+    read_calls,
+    read_schema,
+)
 from toolkit.records import Json, JsonObject, Message
 
 NAMES = {
@@ -20,7 +29,11 @@ NAMES = {
     "tool": "tool observation tool_response function",
 }
 ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
-TURN = dict.fromkeys("role from content value parts tool_calls function_call name tool_call_id".split(), "text")
+CONTENTS = ["content", "value", "parts"]  # OpenAI, ShareGPT, Gemini
+TURN = dict.fromkeys(
+    "role from content value parts tool_calls function_call name tool_name tool_call_id toolCallId".split(),
+    "text",
+)
 """Keys of a turn that are read as such."""
 REASONING_PARTS = "reasoning thinking thought reasoning_text reasoning_content".split()
 PARTS = {
@@ -131,23 +144,37 @@ def read_turns(turns: list[Json], trained: list[bool] | None = None) -> tuple[li
 
     A function_call joins the assistant turn before it. A turn that is not to be trained on has train: False; `trained`
     is the row's own mark for each turn. Raises Rejected."""
-    messages: list[Message] = []
+    read: list[Turn] = []
     notes = Notes()
-    for number, turn in enumerate(turns, start=1):
-        if type(turn) is str and turn.lstrip().startswith("{"):  # each turn as JSON text
-            turns[number - 1] = parsed(turn, f"turn {number}: ", "wrong_type")
-    for number, turn in enumerate(in_call_order(turns), start=1):
+    for number, kept in enumerate(turns, start=1):
+        is_text = type(kept) is str and kept.lstrip().startswith("{")  # a turn as JSON text
+        turn = parsed(kept, f"turn {number}: ", "wrong_type") if is_text else kept
         role = role_of(turn, number)
-        message = read_turn(turn, role, f"turn {number} ({role}): ", notes)
+        where = f"turn {number} ({role}): "
+        message, calls = read_turn(turn, role, where, notes)
         if trained and not trained[number - 1] and message["role"] == "assistant":
             message["train"] = False
-        if role == "call" and messages and messages[-1]["role"] == "assistant":
-            messages[-1]["tool_calls"] = messages[-1].get("tool_calls", []) + message["tool_calls"]
-            if "train" in message:  # one mark is enough for both
-                messages[-1]["train"] = False
+        if role == "call" and read and read[-1].message["role"] == "assistant":
+            join_calls(read[-1].message, message, where)
+            read[-1].calls += calls
         elif role != "system" or message["content"].strip():  # an empty system turn says nothing
-            messages.append(message)
-    return messages, notes
+            read.append(Turn(message, turn, calls))
+    return in_call_order(read), notes
+
+
+def join_calls(message: Message, later: Message, where: str) -> None:
+    """Add the calls of a turn of their own to the assistant's message before it, with the reasoning that leads to them.
+
+    Raises Rejected where a template, which writes reasoning first, would put it before what was said earlier."""
+    thought = re.sub("</?think>", "", later.get("reasoning_content", later["content"])).strip()
+    if not thought:
+        message["tool_calls"] = message.get("tool_calls", []) + later["tool_calls"]
+    elif message["content"].strip() or not message.keys().isdisjoint(("reasoning_content", "tool_calls")):
+        raise Rejected("reasoning_out_of_place", f"{where}reasoning after a text, a call or other reasoning")
+    else:
+        message.update(later)
+    if "train" in later:  # one mark is enough for both
+        message["train"] = False
 
 
 def role_of(turn: Json, number: int) -> str:
@@ -167,8 +194,8 @@ def read_turn(
     role: Json,
     where: str,
     notes: Notes,
-) -> Message:
-    """One turn as a message; what it says beside its text joins `notes`, which are those of the row."""
+) -> tuple[Message, list[Json]]:
+    """One turn as a message, with its calls as they are kept; what else it says joins `notes`, which are those of the row."""
     # most turns are a role and a text
     own = read_notes(turn, TURN, where) if len(turn) > 2 else Notes()
     notes.tools += own.tools
@@ -179,7 +206,11 @@ def read_turn(
         notes.not_read += [*own.reasoning, *own.bad]
         # Hermes keeps the results of calls in user turns
         result = TAGGED_RESULT.fullmatch(text) if "<tool_response>" in text else None
-        return {"role": "tool", "content": result[1]} if result else {"role": role, "content": text}
+        return {"role": "tool" if result else role, "content": result[1] if result else text}, []
+    if is_thought(turn):
+        raise Rejected(
+            "reasoning_out_of_place", f"{where}the turn is a thought: put it before its answer, as `thinking`"
+        )
     for name, value in own.reasoning.items():
         if is_setting(name, value):
             continue
@@ -187,20 +218,21 @@ def read_turn(
         if reasoning and thought.strip() not in reasoning:
             notes.not_read.append(name)
         reasoning = reasoning or thought
-    if role == "call":  # the JSON of calls, perhaps after reasoning
+    if role == "call" and not text.rstrip().endswith("</tool_call>"):  # the JSON of calls, perhaps after reasoning
         head, close, call = text.rpartition("</think>")
         text = f"{head}{close}<tool_call>{call}</tool_call>"
     text, tagged = split_calls(text, where)
     message: Message = {"role": "assistant", "content": text}
     if reasoning.strip():
         message["reasoning_content"] = reasoning.strip("\r\n")
-    if calls or tagged:
-        message["tool_calls"] = [read_call(call, where) for call in calls + tagged]
+    calls = calls + tagged
+    if calls:
+        message["tool_calls"] = [read_call(call, where) for call in calls]
     # one mark that says no is enough: sets repeat it under several names
     trained = [is_trained(key, value, where) for key, value in own.marks.items()]
     if own.bad or not all(trained):
         message["train"] = False
-    return message
+    return message, calls
 
 
 def read_content(
@@ -214,17 +246,21 @@ def read_content(
     legacy = field_of(turn, "function_call", dict, where, default={})
     if legacy:  # OpenAI's one call, before tool_calls
         calls = [*calls, legacy]
-    # ShareGPT's turns are from/value, but some sets mix both spellings
-    others = [key for key in ("value", "parts") if key in turn]  # Gemini's turns have parts
-    key = others[0] if turn.get("content") is None and others else "content"
+    # some sets mix the spellings; the first that says something is the turn's
+    present = [key for key in CONTENTS if key in turn] or ["content"]
+    said = [key for key in present if turn.get(key) not in (None, "", [])]
+    key = (said or present)[0]
     parts = turn.get(key)
     if type(parts) is str and PARTS_AS_TEXT.match(parts):
         parts = parsed(parts, f"{where}{key!r}: ", "not_text")
     if type(parts) is list:
         text, reasoning, part_calls = read_parts(parts, role, where, notes)
-        return text, reasoning, calls + part_calls
-    may_be_empty = calls or role == "system"
-    return field_of(turn, key, where=where, default="" if may_be_empty else None), "", calls
+        calls = [*calls, *part_calls]
+    else:
+        reasoning = ""
+        text = field_of(turn, key, where=where, default="" if calls or role == "system" else None)
+    notes.not_read += [other for other in said[1:] if turn[other] not in (text, [{"text": text}])]
+    return text, reasoning, calls
 
 
 def split_calls(text: str, where: str) -> tuple[str, list[Json]]:
@@ -265,11 +301,15 @@ def kind_of_part(part: Json) -> str:
     """text, reasoning or call; for other parts their own type."""
     if type(part) is not dict:
         return "text" if type(part) is str else json_type(part)
-    # Gemini's sign
-    if yes_or_no(part.get("thought")) or yes_or_no(part.get("is_thought")):
+    if is_thought(part):
         return "reasoning"
     kind = str(part.get("type") or "text")
     return PARTS.get(kind, kind)
+
+
+def is_thought(holder: JsonObject) -> bool:
+    """Whether a part or turn is marked as reasoning, as Gemini marks it."""
+    return any(yes_or_no(holder.get(key)) for key in ("thought", "is_thought"))
 
 
 def text_of_part(

@@ -6,7 +6,9 @@ from toolkit.data.tools import read_call; read_call({"name": "tide", "arguments"
 import ast
 import json
 import re
+from dataclasses import dataclass
 
+from toolkit.data.keys import is_empty, meaning
 from toolkit.data.readers import Rejected, json_type
 from toolkit.records import Json, JsonObject, Message, ToolCall
 
@@ -15,6 +17,19 @@ XML_CALL = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
 XML_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
 """A call as Qwen3.5 and Qwen3-Coder write it."""
 TAGGED_RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
+# where a call keeps its arguments: the first that is not empty
+ARGUMENTS = "arguments parameters input args kwargs params inputs tool_input action_input".split()
+RESULT_IDS = "tool_call_id call_id tool_use_id toolCallId tool_id".split()
+CALL_IDS = [*RESULT_IDS, "id"]
+
+
+@dataclass
+class Turn:
+    """A message with what pairs calls and results, which messages leave out since no template prints it."""
+
+    message: Message
+    raw: JsonObject  # the turn as its set keeps it
+    calls: list[Json]  # the message's calls, the same way
 
 
 def parsed(text: str, where: str, reason: str = "broken_tools") -> Json:
@@ -43,13 +58,19 @@ def function_of(value: Json, where: str) -> JsonObject:
 
 
 def read_call(call: Json, where: str) -> ToolCall:
-    """A tool call with its arguments as an object; some sets write `parameters` or `input` for arguments."""
+    """A tool call with its arguments as an object, under any name of ARGUMENTS. Raises Rejected.
+
+    A call without any of them has no other key that might be its arguments."""
     function = function_of(call, where)
-    arguments = function.get("arguments") or function.get("parameters") or function.get("input") or {}
+    arguments: Json = next((function[key] for key in ARGUMENTS if function.get(key)), {})
     if type(arguments) is str:
         arguments = parsed(arguments, where)
     if type(arguments) is not dict:
         raise Rejected("broken_tools", f"{where}a call's arguments are {json_type(arguments)}, expected an object")
+    if function.keys().isdisjoint(ARGUMENTS):
+        for key, value in {**call, **function}.items():
+            if key not in ("name", "function") and meaning(key) != "harmless" and not is_empty(value):
+                raise Rejected("broken_tools", f"{where}a call has {key!r} and no arguments: call them `arguments`")
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
@@ -67,43 +88,47 @@ def read_calls(text: str, where: str) -> list[Json]:
     return calls
 
 
-def in_call_order(turns: list[Json]) -> list[Json]:
-    """Turns with the results of tools in the order of their calls: templates print both without the ids that pair them.
+def in_call_order(turns: list[Turn]) -> list[Message]:
+    """Messages, with the results of tools in the order of their calls: templates print both without what pairs them.
 
-    Raises Rejected where several results follow a call and one of them has an id that no call has."""
-    blocks: list[list[Json]] = []  # a turn, and the results that follow it
+    Raises Rejected where several results follow a turn and one of them answers none of its calls."""
+    blocks: list[list[Turn]] = []  # a turn, and the results that follow it
     for turn in turns:
-        if blocks and type(turn) is dict and turn.get("tool_call_id"):
+        if blocks and turn.message["role"] == "tool":
             blocks[-1].append(turn)
         else:
             blocks.append([turn])
-    return [turn for first, *results in blocks for turn in (first, *sort_results(results, ids_of_calls(first)))]
+    return [turn.message for first, *results in blocks for turn in (first, *sort_results(results, first.calls))]
 
 
-def ids_of_calls(turn: Json) -> list[str]:
-    """The ids of a turn's calls, as far as they have any."""
-    calls = turn.get("tool_calls") if type(turn) is dict else None
-    if type(calls) is str and calls.lstrip().startswith("["):
-        calls = parsed(calls, "'tool_calls': ", "wrong_type")
-    known = calls if type(calls) is list else []
-    return [str(call["id"]) for call in known if type(call) is dict and call.get("id")]
+def sort_results(results: list[Turn], calls: list[Json]) -> list[Turn]:
+    """Results in the order of the calls, by their ids, or else by the names of the functions. Raises Rejected.
 
-
-def sort_results(results: list[JsonObject], calls: list[str]) -> list[JsonObject]:
-    """Results in the order of the calls' ids. Raises Rejected for one of several that answers none of them."""
-    if len(results) < 2 or not calls:
+    Without either they stay as they are."""
+    if len(results) < 2:
         return results
-    for result in results:
-        if str(result["tool_call_id"]) not in calls:
-            raise Rejected(
-                "unknown_call", f"a result is of call {result['tool_call_id']!r}; the calls: {', '.join(calls)}"
-            )
-    return sorted(results, key=lambda result: calls.index(str(result["tool_call_id"])))
+    ids = [sign_of(call, CALL_IDS) for call in calls]
+    names = [function_of(call, "")["name"] for call in calls]
+    for keys, known in ((RESULT_IDS, ids), (["id"], ids), (["name", "tool_name"], names)):
+        given = [sign_of(result.raw, keys) for result in results]
+        # a result's own `id` or name may be something else, its number or who speaks
+        if any(known) and any(given) and (keys is RESULT_IDS or not set(known).isdisjoint(given)):
+            if given == known:
+                break
+            if sorted(set(given).intersection(known)) != sorted(given):
+                raise Rejected("unknown_call", f"the results are of the calls {given}, one each, the calls are {known}")
+            return [results[given.index(sign)] for sign in sorted(given, key=known.index)]
+    return results
+
+
+def sign_of(holder: JsonObject, keys: list[str]) -> str:
+    """The first of some keys that holds something, as text: ids may be numbers, 0 too."""
+    return next((str(holder[key]) for key in keys if holder.get(key) not in (None, "")), "")
 
 
 def read_schema(value: Json, where: str) -> list[JsonObject]:
     """The tools of a list or of one object, or of either as JSON text; bare functions get OpenAI's wrapping."""
-    if type(value) is str and value.strip():
+    while type(value) is str and value.strip():  # some sets encode it twice
         value = parsed(value, where)
     if not value or type(value) is str:
         return []
