@@ -323,23 +323,20 @@ def _check_columns(fields: list[str], columns: dict[str, str], where: str) -> st
 def likely_columns(fields: list[str]) -> dict[str, str]:
     """{role: column} as the names of the columns suggest; a role without a likely column is left out."""
     columns = {meaning(field): field for field in reversed(fields) if meaning(field) in TEXTS}
-    rest = [field for field in fields if field not in columns.values() and not DISLIKED.search(field)]
-    rest = [field for field in rest if meaning(field) != "harmless"]
-    hints = [field for field in rest if is_reasoning(field)]
-    if hints and "reasoning" not in columns:
-        columns["reasoning"] = hints[0]
-        rest.remove(hints[0])
+    skipped = {field for field in fields if DISLIKED.search(field) or meaning(field) in ("harmless", *TEXTS)}
+    rest = [field for field in fields if field not in skipped]
+    for field in filter(is_reasoning, rest):
+        columns.setdefault("reasoning", field)
     for kind, words in LIKELY.items():
         # in order of their weight: `question` before `input`
         for word in words.split():
-            hits = [field for field in rest if word in field.lower()]
+            hits = [field for field in rest if word in field.lower() and field not in columns.values()]
             # `answer` before `answer_de`, `corrected_answer` before `original_answer`
             hits.sort(key=lambda field: (field.lower() != word, "original" in field.lower()))
             if hits:
                 # of response_0 and response_1 only their owner knows which one is good
                 if len({NUMBERED.sub("", field.lower()) for field in hits}) == len(hits) or hits[0].lower() == word:
                     columns[kind] = hits[0]
-                    rest.remove(hits[0])
                 break
     return columns
 
