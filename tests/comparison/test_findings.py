@@ -137,6 +137,13 @@ def test_the_table_of_smollm2s_dial_is_the_record_and_no_figure_is_of_one_seed()
         assert f"| {point['share_of_general_data']:.0%} | {point['scale']:g} | {cells(point)}" in PAGE
 
 
+def test_the_sum_of_smollm2s_runs_is_the_record_beside_the_runs_trained_at_that_share():
+    assert f"| summed to 50% | {cells(record('blend_smollm2.json')['sum'])}" in PAGE
+    points = record("dial_smollm2.json")["points"]
+    [trained] = [point for point in points if (point["share_of_general_data"], point["scale"]) == (0.5, 1.0)]
+    assert f"| trained on 50% | {cells(trained)}" in PAGE
+
+
 def test_the_table_of_forgetting_limits_is_the_record():
     for row in record("forgetting_limit.json")["limits"]:
         steps = " / ".join(str(run["kept_step"]) for run in row["runs"])
@@ -172,6 +179,7 @@ def test_every_record_that_the_page_names_is_there_with_its_command_and_conditio
         "sweep_pocket.json",
         "dial_pocket.json",
         "blend_pocket.json",
+        "blend_smollm2.json",
         "dial_smollm2.json",
         "forgetting_limit.json",
         "conflicts.json",
