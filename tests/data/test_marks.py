@@ -5,13 +5,16 @@ import json
 import pytest
 
 from tests.data.test_keys import ASK, TELL, chat, why
-from toolkit.data.formats import likely_columns
+from tests.data.test_unread import not_read
+from toolkit.data.formats import canonical, likely_columns
 from toolkit.data.guess import understand
 from toolkit.data.keys import meaning
 from toolkit.files import ToolkitError
 from toolkit.recipe import Source
 
 BAD = {"role": "assistant", "content": "bad"}
+LAST = {"role": "assistant", "content": "Fin."}
+THEN, BRIEF = {"role": "user", "content": "Then?"}, {"role": "system", "content": "Be brief."}
 
 
 # --- which column holds what -------------------------------------------------------------------------------------------
@@ -122,3 +125,41 @@ def test_of_several_marks_of_a_row_one_no_is_enough(marks):
 def test_of_several_lists_of_marks_one_no_is_enough_for_a_turn():
     turns = chat(ASK, TELL, loss_mask=[1, 1], train_mask=[0, 0])["messages"]
     assert turns[1]["train"] is False
+
+
+# --- what came before the answer -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("row", "format", "turns"),
+    [
+        ({"prompt": [BRIEF, ASK], "chosen": [ASK, TELL]}, "preference", [BRIEF, ASK, TELL]),
+        ({"prompt": [ASK, TELL, THEN], "completion": [THEN, LAST]}, "prompt_completion", [ASK, TELL, THEN, LAST]),
+        ({"prompt": "Why?", "chosen": [BRIEF, ASK, TELL]}, "preference", [BRIEF, ASK, TELL]),
+        (
+            {"prompt": "Why?", "chosen": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+            "preference",
+            [ASK, TELL],
+        ),
+        ({"query": "Then?", "response": [THEN, LAST], "history": [["Why?", "So."]]}, "query_response", [ASK, TELL, THEN, LAST]),
+    ],
+)  # fmt: skip
+def test_turns_that_prompt_and_answer_share_are_said_once_and_none_is_lost(row, format, turns):
+    assert canonical(row, format, {}, {})["messages"] == turns
+
+
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"prompt": "IMPORTANT CONTEXT", "chosen": [ASK, TELL]}, "preference"),
+        ({"instruction": "Why?", "input": "doc", "output": [ASK, TELL]}, "alpaca"),
+    ],
+)
+def test_a_prompt_that_the_answer_s_turns_leave_out_rejects_its_row(row, format):
+    assert why(row, format) == "role_order"
+    # a text beside a question of turns would be a second question
+    assert why({"instruction": [ASK], "input": "doc", "output": "So."}, "alpaca") == "role_order"
+
+
+def test_a_history_beside_turns_is_counted(tmp_path):
+    assert not_read(tmp_path, ASK, TELL, history=[["a", "b"]])["row"] == {"history": 1}

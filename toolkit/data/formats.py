@@ -74,7 +74,8 @@ class RowReader:
     @functools.cached_property
     def kinds(self) -> dict[str, str]:
         """Column → what it holds: "text" is read here, the others by `read_notes`."""
-        return {column: name if name in TEXTS else "text" for name, column in self.names.items()}
+        unread = "history" if "messages" in self.names else ""
+        return {column: name if name in TEXTS else "text" for name, column in self.names.items() if name != unread}
 
     def read(self, row: JsonObject) -> tuple[Conversation, list[str]]:
         """A row's conversation, and the keys of row and turns that nothing read: "row label", "turn loss".
@@ -115,20 +116,26 @@ class RowReader:
                 return [*turns, row["chosen"]]
             return turns
         question, answer = row.get(names["user"]), row.get(names["assistant"])
-        # TRL's conversational prompt and completion; preference sets often repeat the prompt in the answer
-        if type(answer) is list and answer and role_of(answer[0], 1) in ASKING:
-            return answer
-        if type(question) is not list:
-            parts = [field_of(row, names["user"])]
-            if not is_empty(self._cell(row, "input")):
-                parts.append(field_of(row, names["input"]))
-            question = [{"role": "user", "content": "\n".join(part for part in parts if part.strip())}]
+        before = earlier_turns(row, names["history"]) if "history" in names else []
+        texts = []
+        # TRL's conversational prompt
+        if type(question) is list:
+            before += question
+        elif type(answer) is not list or not is_empty(question):
+            texts.append(field_of(row, names["user"]))
+        if not is_empty(self._cell(row, "input")):
+            texts.append(field_of(row, names["input"]))
+        if texts:
+            before.append({"role": "user", "content": "\n".join(text for text in texts if text.strip())})
         if type(answer) is not list:
             text = field_of(row, names["assistant"])
             # xLAM's answers are calls, as JSON text
-            answer = [{"role": "function_call" if CALLS.match(text) else "assistant", "content": text}]
-        history = earlier_turns(row, names["history"]) if "history" in names else []
-        return [*history, *question, *answer]
+            return [*before, {"role": "function_call" if CALLS.match(text) else "assistant", "content": text}]
+        # preference sets often repeat the prompt in the answer; what is not repeated stays, or its role is out of order
+        if answer and role_of(answer[0], 1) in ASKING:
+            repeated = [last_text(turn) for turn in answer]
+            before = [turn for turn in before if last_text(turn) not in repeated]
+        return [*before, *answer]
 
     def _cell(self, row: JsonObject, part: str) -> Json:
         """The value of the column that this format has for a part; None where it has none, as a column may be called ''."""
