@@ -163,3 +163,16 @@ def test_a_prompt_that_the_answer_s_turns_leave_out_rejects_its_row(row, format)
 
 def test_a_history_beside_turns_is_counted(tmp_path):
     assert not_read(tmp_path, ASK, TELL, history=[["a", "b"]])["row"] == {"history": 1}
+
+
+@pytest.mark.parametrize("cell", ["nan", "NaN", "<NA>", " nan "])
+def test_how_pandas_writes_an_empty_cell_is_no_answer(cell):
+    assert why({"instruction": "Why?", "output": cell}, "alpaca") == "empty_content"
+    assert chat(ASK, {**TELL, "content": cell})["messages"][1]["content"] == cell
+
+
+@pytest.mark.parametrize("answer", ["[]", "none", "None", "null", "N/A"])
+def test_a_class_called_none_is_an_answer(answer):
+    assert (
+        canonical({"query": "Why?", "response": answer}, "query_response", {}, {})["messages"][1]["content"] == answer
+    )

@@ -31,6 +31,8 @@ FORMATS = {
     "chosen": {"messages": "chosen"},
 }
 """Column names by what they hold. A format is recognised by its columns, `input` apart."""
+NOT_A_NUMBER = ("nan", "NaN", "<NA>")
+"""Empty cells as pandas turns them into text; None and null may be answers."""
 POORER = ("question", "chosen", "preference_question", "preference_alpaca", "preference")
 """Formats that give way to others that fit too: an openmath row holds a question as well."""
 TEXTS = ("reasoning", "system", "tools")
@@ -129,6 +131,8 @@ class RowReader:
             before.append({"role": "user", "content": "\n".join(text for text in texts if text.strip())})
         if type(answer) is not list:
             text = field_of(row, names["assistant"])
+            if text.strip() in NOT_A_NUMBER:
+                raise Rejected("empty_content", f"the answer is {text.strip()!r}, by which pandas writes an empty cell")
             # xLAM's answers are calls, as JSON text
             return [*before, {"role": "function_call" if CALLS.match(text) else "assistant", "content": text}]
         # preference sets often repeat the prompt in the answer; what is not repeated stays, or its role is out of order
