@@ -155,10 +155,10 @@ def test_only_scales_that_keep_half_of_the_gain_get_replies():
     gains = {0.25: 0.1, 0.5: 0.49, 0.75: 0.6, 1.0: 0.9, 1.25: 1.0, 1.5: 0.95}
     results = {scale: fast(gain) for scale, gain in gains.items()}
     assert dials.scales_for_replies(results) == [0.75, 1.0, 1.25]
-    # the run itself always, and never more than four
+    # the run itself always, and never more than four; not the lowest alone, where a skill may not have come yet
     results[1.0] = fast(0.0)
     results |= {scale: fast(0.7) for scale in (0.3, 0.4, 0.6)}
-    assert dials.scales_for_replies(results) == [0.3, 0.4, 0.6, 1.0]
+    assert dials.scales_for_replies(results) == [0.3, 0.6, 0.75, 1.0]
 
 
 def test_a_scale_is_added_in_the_middle_of_the_interval_where_loss_and_kl_change_most():

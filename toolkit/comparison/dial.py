@@ -256,11 +256,15 @@ def bend(fast: Mapping[float, Evaluation]) -> float:
 
 
 def scales_for_replies(fast: Mapping[float, Evaluation]) -> list[float]:
-    """The run itself, and the smallest scales that keep WORTH of the largest gain in held-out loss: replies elsewhere would
-    cost time and could not be recommended."""
+    """The run itself, and scales that keep WORTH of the largest gain in held-out loss: replies elsewhere would cost time and
+    could not be recommended. Of those below the run the ends and what lies between, since skill may come late; one beyond it
+    where few are below."""
     gains = {scale: held_out_gain(result) for scale, result in fast.items()}
     worth = [scale for scale, gain in sorted(gains.items()) if gain >= WORTH * max(gains.values())]
-    return sorted({1.0, *worth[: WITH_REPLIES - 1]})
+    below = [scale for scale in worth if scale < 1]
+    places = np.linspace(0, len(below) - 1, min(len(below), WITH_REPLIES - 1)).round()
+    beyond = [scale for scale in worth if scale > 1][:1] if len(below) < WITH_REPLIES - 1 else []
+    return sorted({1.0, *(below[int(place)] for place in places), *beyond})
 
 
 def held_out_gain(result: Evaluation) -> float:
