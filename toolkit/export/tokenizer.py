@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from toolkit.export.checkpoint import text_settings
 from toolkit.export.record import as_json
 from toolkit.files import ToolkitError, read_json
 
@@ -59,7 +60,7 @@ def tokens_beyond(tokenizer: TokenizerJson, config: dict[str, Any]) -> str | Non
     # a list in place of {token: id} for unigram models
     ids = range(len(vocabulary)) if isinstance(vocabulary, list) else vocabulary.values()
     last = max([*ids, *(token["id"] for token in tokenizer["added_tokens"])], default=-1)
-    rows = config.get("text_config", config).get("vocab_size", math.inf)
+    rows = text_settings(config).get("vocab_size", math.inf)
     if last < rows:
         return None
     return (
