@@ -23,13 +23,13 @@ from toolkit.files import ToolkitError, flat, lock, outputs, read_json, write_js
 from toolkit.recipe import Recipe
 from toolkit.records import Parent
 from toolkit.run import default_console
+from toolkit.training.base import ADAPTER_WEIGHTS
 from toolkit.training.folder import commit, read_manifest, utc_now
 from toolkit.training.model import adapter_checksums
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 
 
@@ -66,7 +66,7 @@ def check_addable(parents: Sequence[Parent], adapters: Sequence[Adapter]) -> Non
         if keys := changed_keys([base_settings(first), base_settings(parent)]):
             raise ToolkitError(f"{both}: only runs of one base can be added: {', '.join(keys)} differ")
         checksums = [first["manifest"]["adapter"], parent["manifest"]["adapter"]]
-        if files := set(changed_keys(checksums)) - {WEIGHTS, CONFIG}:
+        if files := set(changed_keys(checksums)) - {ADAPTER_WEIGHTS, CONFIG}:
             raise ToolkitError(f"{both}: only runs of one tokenizer can be added: {', '.join(sorted(files))} differ")
         if layers := adapters[0].factors.keys() ^ adapter.factors.keys():
             raise ToolkitError(
@@ -144,7 +144,7 @@ def write_adapter(adapters: Sequence[Adapter], weights: Sequence[float], folder:
         columns = [part.b * part.scaling * weight for part, weight in zip(factors, weights, strict=True)]
         tensors[f"{place}A.weight"] = torch.cat([part.a for part in factors])
         tensors[f"{place}B.weight"] = torch.cat(columns, dim=1)
-    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    save_file(tensors, folder / ADAPTER_WEIGHTS, {"format": "pt"})
     write_json(folder / CONFIG, adapters[0].config | plain)
 
 

@@ -18,7 +18,8 @@ from toolkit.evaluation.words import SHOWN, own_row_findings
 from toolkit.files import outputs, read_json, sha256
 from toolkit.recipe import adapter_folder
 from toolkit.records import Earlier, Evaluation, HeldOutRow
-from toolkit.training.parent import WEIGHTS, load_weights
+from toolkit.training.base import ADAPTER_WEIGHTS
+from toolkit.training.parent import load_weights
 from toolkit.view.progress import Progress
 
 
@@ -34,7 +35,7 @@ def add_earlier(
         return
     run = parent["run"]
     there = adapter_folder(run)
-    if not there or sha256(there / WEIGHTS) != parent["sha256"]:
+    if not there or sha256(there / ADAPTER_WEIGHTS) != parent["sha256"]:
         console.print(f"· {run}, which this run continued, is gone or changed: scored beside the base alone")
         return
     subject = LoadedRun(*loaded, cache=outputs() / ".base_replies", seed=result["seed"])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.files import ToolkitError, download, read_json
 from toolkit.recipe import INITS
-from toolkit.training.base import base_folder
+from toolkit.training.base import ADAPTER_WEIGHTS, base_folder
 
 if TYPE_CHECKING:
     import torch
@@ -311,7 +311,7 @@ class Adapter:
         check_scale(scale)
         self.config = read_json(folder / "adapter_config.json")
         self.scale = scale
-        self.file = folder / "adapter_model.safetensors"
+        self.file = folder / ADAPTER_WEIGHTS
         if setting := unmergeable(self.config):
             raise ToolkitError(f"{folder}/adapter_config.json: {setting} {ELSEWHERE}")
         # A and B are stored side by side, in any order

@@ -22,6 +22,7 @@ from toolkit.export import export
 from toolkit.files import POCKET, ROOT, ToolkitError, outputs, read_json, write_text
 from toolkit.machine import doctor, install
 from toolkit.training import model as models
+from toolkit.training.base import ADAPTER_WEIGHTS
 from toolkit.training.checkpoints import all_checkpoints, step_of
 from toolkit.training.folder import PACKAGES, commit
 from toolkit.training.log import quiet
@@ -114,7 +115,7 @@ def resume() -> Facts:
     expect(at == checkpoint, f"it trained from step {at}, and not from its checkpoint at {checkpoint}")
     losses = before["train_loss"], after["train_loss"]
     expect(abs(losses[1] / losses[0] - 1) < 0.01, f"resumed, it ended with another loss: {losses}")
-    exact = before["adapter"]["adapter_model.safetensors"] == after["adapter"]["adapter_model.safetensors"]
+    exact = before["adapter"][ADAPTER_WEIGHTS] == after["adapter"][ADAPTER_WEIGHTS]
     return {"resumed_at": at, "train_loss": losses[1], "bit_for_bit": exact}
 
 

@@ -18,6 +18,7 @@ from toolkit.recipe import Source
 from toolkit.records import Conversation
 from toolkit.serving.client import answer_all, open_engine
 from toolkit.serving.engine import SLOTS, modes_of_run
+from toolkit.training.base import ADAPTER_WEIGHTS
 from toolkit.training.model import check_adapter, run_folder
 from toolkit.view.progress import Progress
 
@@ -53,7 +54,7 @@ def answer_file(
     prompts, rejected = read_prompts(prompts_file, load_chat(str(folder / "adapter")))
     check_adapter(folder)
     # a name may have been trained again
-    adapter = sha256(folder / "adapter" / "adapter_model.safetensors")[:8]
+    adapter = sha256(folder / "adapter" / ADAPTER_WEIGHTS)[:8]
     settings = {"run": folder.name, "adapter": adapter, "scale": scale, "seed": seed, "max_new_tokens": max_new_tokens}
     requests = [
         {"row": number, "mode": wanted, **prompt, **settings}

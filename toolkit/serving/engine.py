@@ -22,6 +22,7 @@ from toolkit.export.tokenizer import chat_template
 from toolkit.family import KINDS, family_of, sampling_of
 from toolkit.files import ToolkitError, complete, lock, outputs, read_json, sha256
 from toolkit.serving.guard import listening_socket
+from toolkit.training.base import ADAPTER_WEIGHTS
 from toolkit.training.model import check_adapter, run_folder
 from toolkit.view.progress import Progress
 
@@ -135,7 +136,7 @@ def converted(folders: Sequence[Path], quant: str, say: Say) -> Files:
         loras = []
         for folder, run in zip(folders, merged, strict=True):
             # one folder for each run's weights: a run may be trained again under its name while an old one is served
-            file = cache / sha256(folder / "adapter" / "adapter_model.safetensors")[:8] / f"{folder.name}{LORA}"
+            file = cache / sha256(folder / "adapter" / ADAPTER_WEIGHTS)[:8] / f"{folder.name}{LORA}"
             write_lora_gguf(run.adapter, checkpoint.config, file)
             loras.append(file)
     return Files(weights, loras, checkpoint.config | generation_of(merged[0].base.folder))

@@ -9,6 +9,8 @@ from pathlib import Path
 from toolkit.files import POCKET, ToolkitError, find, outputs, read_json, sha256, write_json
 from toolkit.recipe import Model
 
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""The file that PEFT keeps an adapter's weights in."""
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "config.json")
 """What decides the numbers a base computes; tokenizer and template lie in the run's adapter/ too."""
 

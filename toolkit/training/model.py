@@ -17,7 +17,7 @@ from rich.console import Console
 from toolkit.family import family_of
 from toolkit.files import ToolkitError, did_you_mean, download, hide_home, outputs, read_json, sha256
 from toolkit.recipe import Lora, Model, of_run
-from toolkit.training.base import base_folder, check_base
+from toolkit.training.base import ADAPTER_WEIGHTS, base_folder, check_base
 from toolkit.training.log import LOG, quiet
 from toolkit.view.progress import working
 
@@ -245,7 +245,7 @@ def write_adapter(checkpoint: Path, model: Any, tokenizer: Any, folder: Path) ->
     from safetensors.torch import load_file
 
     with quiet():
-        peft.set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+        peft.set_peft_model_state_dict(model, load_file(checkpoint / ADAPTER_WEIGHTS))
         model.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
     hide_home(folder)

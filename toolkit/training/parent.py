@@ -9,11 +9,9 @@ from typing import Any
 from toolkit.files import ToolkitError, outputs, read_json, sha256
 from toolkit.recipe import Model, Recipe, adapter_folder, adapter_settings
 from toolkit.records import AdapterOf
-from toolkit.training.base import base_folder, check_base
+from toolkit.training.base import ADAPTER_WEIGHTS, base_folder, check_base
 from toolkit.training.log import quiet
 from toolkit.training.model import check_adapter, run_folder
-
-WEIGHTS = "adapter_model.safetensors"
 
 
 def checked(recipe: Recipe) -> AdapterOf | None:
@@ -37,7 +35,7 @@ def checked(recipe: Recipe) -> AdapterOf | None:
             raise ToolkitError(
                 f"lora.{key}: {name} has {theirs}, the recipe {ours}: leave lora.{key} out of the recipe"
             )
-    return {"run": name, "sha256": sha256(folder / WEIGHTS), "data": manifest.get("data", {})}
+    return {"run": name, "sha256": sha256(folder / ADAPTER_WEIGHTS), "data": manifest.get("data", {})}
 
 
 def check_same_base(section: Model, folder: Path, manifest: dict[str, Any]) -> None:
@@ -56,8 +54,10 @@ def load_weights(model: Any, folder: Path) -> None:
     import peft
     from safetensors.torch import load_file
 
-    theirs = load_file(folder / WEIGHTS)
+    theirs = load_file(folder / ADAPTER_WEIGHTS)
     if stray := sorted(theirs.keys() ^ peft.get_peft_model_state_dict(model).keys()):
-        raise ToolkitError(f"{folder / WEIGHTS}: {stray[0]} ({len(stray)} such): it was trained on other layers")
+        raise ToolkitError(
+            f"{folder / ADAPTER_WEIGHTS}: {stray[0]} ({len(stray)} such): it was trained on other layers"
+        )
     with quiet():
         peft.set_peft_model_state_dict(model, theirs)
