@@ -1,0 +1,87 @@
+"""Do two trainings on real weights predict the ratios between them? SmolLM2 at 10% and 90% general data, and their sums.
+
+python -m data_recipes.smollm2.make && python -m data_recipes.smollm2.probe    # → data_recipes/measured/blend_smollm2.json
+
+For each seed the two runs are trained and added with the weights that predict 25, 50 and 75%, and each sum is measured beside
+a run that was trained on that share. Finished runs and measured scales are kept, so that the same command resumes it.
+"""
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from scipy.stats import spearmanr
+
+from data_recipes.smollm2.dial import FIGURES, SEEDS, conditions, mean, measure, train
+from toolkit import run
+from toolkit.comparison.blend import blend
+from toolkit.comparison.probe import HIGH, LOW, weights_of
+from toolkit.files import ROOT, write_json
+
+OUT = ROOT / "data_recipes" / "measured" / "blend_smollm2.json"
+SHARES = (0.5, 0.25, 0.75)
+"""Of general data, between the two trained ones."""
+SCALES = (1.0, 0.8)
+"""Of the sums; the trained runs are measured as they are."""
+
+
+def summed(share: float, seed: int) -> Path:
+    """The sum of a seed's two runs that predicts a share."""
+    pair = [train(f"general{end:g}", end, seed) for end in (LOW, HIGH)]
+    name = f"smollm2_sum{share:g}_s{seed}"
+    return blend(pair, weights_of(share), name=name, console=run.default_console())
+
+
+def rows_of(members: dict[tuple[float, float, int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each share and scale that was measured of every seed."""
+    rows = []
+    for share, scale in sorted({place[:2] for place in members}):
+        known = [members[place] for place in sorted(members) if place[:2] == (share, scale)]
+        if len(known) == len(SEEDS):
+            rows.append({"share_of_general_data": share, "scale": scale} | mean(known))
+    return rows
+
+
+def agreement(sums: list[dict[str, Any]], trained: list[dict[str, Any]]) -> dict[str, Any]:
+    """For each figure: rank correlation of the means over the shares, and the mean and largest distance of a sum from the
+    run of its seed, in the figure's own unit (shares of 1, nats)."""
+    found = {}
+    whole = [row for row in sums if row["scale"] == 1.0]
+    for name in FIGURES:
+        ranks = spearmanr([row[name]["value"] for row in whole], [row[name]["value"] for row in trained])
+        pairs = [
+            zip(row[name]["each"], other[name]["each"], strict=True) for row, other in zip(whole, trained, strict=True)
+        ]
+        errors = [abs(one - other) for pair in pairs for one, other in pair]
+        found[name] = {"rank_correlation": ranks.statistic, "mean_error": fmean(errors), "largest_error": max(errors)}
+    return found
+
+
+def main() -> None:
+    """Measure every sum and the run that was trained on its share; the record is written after each."""
+    head = described()
+    sums: dict[tuple[float, float, int], dict[str, Any]] = {}
+    trained: dict[tuple[float, float, int], dict[str, Any]] = {}
+    for share in SHARES:
+        for seed in SEEDS:
+            for scale, figures in measure(summed(share, seed), SCALES).items():
+                sums[share, float(scale), seed] = figures
+            trained[share, 1.0, seed] = measure(train(f"general{share:g}", share, seed), (1.0,))["1"]
+            points = {"sums": rows_of(sums), "trained": rows_of(trained)}
+            is_whole = len(points["trained"]) == len(SHARES)
+            write_json(OUT, head | points | ({"agreement": agreement(**points)} if is_whole else {}))
+
+
+def described() -> dict[str, Any]:
+    """What is measured, where and when."""
+    return {
+        "what": f"SmolLM2-135M-Instruct: runs of data_recipes/smollm2.yaml with {LOW:.0%} and {HIGH:.0%} general data, summed with the "
+        "weights that predict shares between them, at scales of the sum, beside runs trained on those shares; figures as in "
+        "dial_smollm2.json. Means over the seeds (each); intervals of 95% cover questions and seeds.",
+        "command": "python -m data_recipes.smollm2.probe",
+        **conditions(),
+    }
+
+
+if __name__ == "__main__":
+    main()
