@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from scipy.stats import spearmanr
+import pandas as pd
 
 from data_recipes.smollm2.dial import FIGURES, SEEDS, conditions, mean, measure, train
 from toolkit import run
@@ -48,12 +48,13 @@ def agreement(sums: list[dict[str, Any]], trained: list[dict[str, Any]]) -> dict
     found = {}
     whole = [row for row in sums if row["scale"] == 1.0]
     for name in FIGURES:
-        ranks = spearmanr([row[name]["value"] for row in whole], [row[name]["value"] for row in trained])
+        means = [pd.Series([row[name]["value"] for row in rows]) for rows in (whole, trained)]
+        ranked = means[0].rank().corr(means[1].rank())
         pairs = [
             zip(row[name]["each"], other[name]["each"], strict=True) for row, other in zip(whole, trained, strict=True)
         ]
         errors = [abs(one - other) for pair in pairs for one, other in pair]
-        found[name] = {"rank_correlation": ranks.statistic, "mean_error": fmean(errors), "largest_error": max(errors)}
+        found[name] = {"rank_correlation": round(ranked, 6), "mean_error": fmean(errors), "largest_error": max(errors)}
     return found
 
 
