@@ -21,8 +21,6 @@ from toolkit.files import ROOT, write_json
 OUT = ROOT / "data_recipes" / "measured" / "blend_smollm2.json"
 SHARES = (0.5, 0.25, 0.75)
 """Of general data, between the two trained ones."""
-SCALES = (1.0, 0.8)
-"""Of the sums; the trained runs are measured as they are."""
 
 
 def summed(share: float, seed: int) -> Path:
@@ -32,13 +30,13 @@ def summed(share: float, seed: int) -> Path:
     return blend(pair, weights_of(share), name=name, console=run.default_console())
 
 
-def rows_of(members: dict[tuple[float, float, int], dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each share and scale that was measured of every seed."""
+def rows_of(members: dict[tuple[float, int], dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each share that was measured of every seed."""
     rows = []
-    for share, scale in sorted({place[:2] for place in members}):
-        known = [members[place] for place in sorted(members) if place[:2] == (share, scale)]
+    for share in sorted(SHARES):
+        known = [members[share, seed] for seed in SEEDS if (share, seed) in members]
         if len(known) == len(SEEDS):
-            rows.append({"share_of_general_data": share, "scale": scale} | mean(known))
+            rows.append({"share_of_general_data": share} | mean(known))
     return rows
 
 
@@ -46,12 +44,11 @@ def agreement(sums: list[dict[str, Any]], trained: list[dict[str, Any]]) -> dict
     """For each figure: rank correlation of the means over the shares, and the mean and largest distance of a sum from the
     run of its seed, in the figure's own unit (shares of 1, nats)."""
     found = {}
-    whole = [row for row in sums if row["scale"] == 1.0]
     for name in FIGURES:
-        means = [pd.Series([row[name]["value"] for row in rows]) for rows in (whole, trained)]
+        means = [pd.Series([row[name]["value"] for row in rows]) for rows in (sums, trained)]
         ranked = means[0].rank().corr(means[1].rank())
         pairs = [
-            zip(row[name]["each"], other[name]["each"], strict=True) for row, other in zip(whole, trained, strict=True)
+            zip(row[name]["each"], other[name]["each"], strict=True) for row, other in zip(sums, trained, strict=True)
         ]
         errors = [abs(one - other) for pair in pairs for one, other in pair]
         found[name] = {"rank_correlation": round(ranked, 6), "mean_error": fmean(errors), "largest_error": max(errors)}
@@ -61,13 +58,12 @@ def agreement(sums: list[dict[str, Any]], trained: list[dict[str, Any]]) -> dict
 def main() -> None:
     """Measure every sum and the run that was trained on its share; the record is written after each."""
     head = described()
-    sums: dict[tuple[float, float, int], dict[str, Any]] = {}
-    trained: dict[tuple[float, float, int], dict[str, Any]] = {}
+    sums: dict[tuple[float, int], dict[str, Any]] = {}
+    trained: dict[tuple[float, int], dict[str, Any]] = {}
     for share in SHARES:
         for seed in SEEDS:
-            for scale, figures in measure(summed(share, seed), SCALES).items():
-                sums[share, float(scale), seed] = figures
-            trained[share, 1.0, seed] = measure(train(f"general{share:g}", share, seed), (1.0,))["1"]
+            sums[share, seed] = measure(summed(share, seed), (1.0,))["1"]
+            trained[share, seed] = measure(train(f"general{share:g}", share, seed), (1.0,))["1"]
             points = {"sums": rows_of(sums), "trained": rows_of(trained)}
             is_whole = len(points["trained"]) == len(SHARES)
             write_json(OUT, head | points | ({"agreement": agreement(**points)} if is_whole else {}))
@@ -77,8 +73,8 @@ def described() -> dict[str, Any]:
     """What is measured, where and when."""
     return {
         "what": f"SmolLM2-135M-Instruct: runs of data_recipes/smollm2.yaml with {LOW:.0%} and {HIGH:.0%} general data, summed with the "
-        "weights that predict shares between them, at scales of the sum, beside runs trained on those shares; figures as in "
-        "dial_smollm2.json. Means over the seeds (each); intervals of 95% cover questions and seeds.",
+        "weights that predict shares between them, beside runs trained on those shares; figures as in dial_smollm2.json. "
+        "Means over the seeds (each); intervals of 95% cover questions and seeds.",
         "command": "python -m data_recipes.smollm2.probe",
         **conditions(),
     }

@@ -11,6 +11,7 @@ from tests.comparison.test_dial import FEW
 from tests.support.pocket_run import trained
 from toolkit.comparison import dial, probe
 from toolkit.comparison.blend import blend
+from toolkit.comparison.dial import SCALES
 from toolkit.comparison.probe import HIGH, LOW, SHARES, WITH_REPLIES, error_note, predict, weights_of
 from toolkit.comparison.runs import read_run
 from toolkit.files import read_json
@@ -56,7 +57,14 @@ def test_a_probe_scores_every_ratio_says_its_error_and_names_the_sum_to_make(run
     assert re.search(r"Error against 1 trainings at these ratios: \d+ points, at most \d+\.", " ".join(shown.split()))
     assert (folder / "comparison.png").stat().st_size > 10_000
     weights = re.search(r"next: python -m toolkit blend tiny-r0.1-s3407 tiny-r0.9-s3407 --weights (\S+) (\S+)", shown)
-    assert sum(map(float, weights.groups())) == pytest.approx(1)
+    # ratio and scale together are two weights: their sum is the scale, on the line of a ratio that was scored
+    low, high = map(float, weights.groups())
+    scale = low + high
+    assert round((low * LOW + high * HIGH) / scale, 4) in SHARES
+    dialled = read_json(next((folder / "sums-tiny-r0.1-s3407").glob("scales-*.json")))["scales"]
+    assert f"quick {scale:.4g}" in dialled
+    assert {key for key in dialled if key.startswith("fast")} == {f"fast {scale:g}" for scale in SCALES}
+    assert read_json(folder / "scale" / "comparison.json")["axis"] == "scale"
     code, said = verb(*weights[0].split()[4:], "--name", "chosen")
     assert code == 0
     assert "dial chosen" in said
@@ -75,6 +83,15 @@ def test_a_ratio_in_memory_is_the_sum_that_blend_writes_at_its_weights(runs, mon
     measured = read_json(folder / "sums-tiny-r0.1-s3407" / "probe.json")["scales"]["quick 0.25"]
     half = blend([runs[LOW], runs[HIGH]], weights_of(0.25), name="quarter", console=Console(quiet=True))
     assert evaluate(half, Console(quiet=True))["tuned"] == measured["tuned"]
+
+
+def test_a_sum_at_scale_1_is_the_sum_of_its_ratio(runs, monkeypatch):
+    folder, _ = predicted(runs, monkeypatch)
+    sums = folder / "sums-tiny-r0.1-s3407"
+    dialled = next(sums.glob("scales-*.json"))
+    high = float(dialled.stem.partition("-")[2])
+    ratio = read_json(sums / "probe.json")["scales"][f"quick {LOW + high * (HIGH - LOW):g}"]
+    assert read_json(dialled)["scales"]["quick 1"]["tuned"] == ratio["tuned"]
 
 
 def test_the_ends_of_a_probe_are_its_runs(runs, monkeypatch):

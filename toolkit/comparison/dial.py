@@ -126,11 +126,8 @@ def dial(
     check_same_training([recipes.of_run(folder) for folder in folders])
     if len({str(read_json(folder / "manifest.json").get("weights")) for folder in folders}) > 1:
         raise ToolkitError("dial averages over seeds of one recipe, but these runs are sums with different weights")
-    # means need the same scales of every run: those that the first one chose
+    comparison = choose_scale([Evidence(folder, console) for folder in folders], coarse, 0 if scales else BENDS)
     first = folders[0]
-    plan = choose_plan(first, coarse, 0 if scales else BENDS, console)
-    members = [measure(Evidence(folder, console), plan) for folder in folders]
-    comparison = compare_scales(members, sorted(plan.scales))
     conclude(comparison, console, out or first / f"{first.name}-dial")
     page.write(first)  # which opens with the picture
     return comparison
@@ -223,15 +220,19 @@ def kept_results(file: Path, adapter: Json) -> Results:
     return results
 
 
-def choose_plan(folder: Path, scales: Sequence[float], bends: int, console: Console) -> Plan:
+def choose_scale(runs: Sequence[Evidence], scales: Sequence[float], bends: int) -> Comparison:
+    """Measure runs of one recipe at scales, and at `bends` more where the curve of the first run bends, and compare them."""
+    # means need the same scales of every run: those that the first one chose
+    plan = choose_plan(runs[0], scales, bends)
+    return compare_scales([measure(run, plan) for run in runs], sorted(plan.scales))
+
+
+def choose_plan(run: Evidence, scales: Sequence[float], bends: int) -> Plan:
     """The scales, `bends` more where the curve of this run bends, and which of them get replies."""
-    run = Evidence(folder, console)
     fast = run.measure("fast", scales)
     for _ in range(bends):
         fast = run.measure("fast", [*fast, bend(fast)])
-    plan = Plan(list(fast), scales_for_replies(fast))
-    run.measure("quick", plan.with_replies)  # while the model is loaded: `measure` then finds it in the record
-    return plan
+    return Plan(list(fast), scales_for_replies(fast))
 
 
 def measure(run: Evidence, plan: Plan, axis: str = SCALE) -> dict[float, Run]:

@@ -4,7 +4,8 @@ from toolkit.comparison.probe import probe; probe("sweep_pocket", seeds=3)
 
 A run at 50% is predicted by half of what each of the two runs changed. The base is loaded once a seed, and the sums are
 switched in memory: every ratio gets fast evidence, those of a usual sweep get replies. Where runs that were trained at
-these ratios are at hand, the sums are compared with them.
+these ratios are at hand, the sums are compared with them. The recommended sum is then measured at the scales of a dial:
+ratio and scale together are two weights.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,8 @@ from typing import Any
 from rich.console import Console
 
 from toolkit.comparison.blend import weighted, write_sum
-from toolkit.comparison.decide import SUMMED
-from toolkit.comparison.dial import Evidence, Plan, compare_scales, measure
+from toolkit.comparison.decide import SUMMED, Comparison
+from toolkit.comparison.dial import SCALES, Evidence, Plan, choose_scale, compare_scales, measure
 from toolkit.comparison.report import conclude
 from toolkit.comparison.runs import SHARE, Key, Run, read_runs
 from toolkit.comparison.sweep import sweep
@@ -45,18 +46,34 @@ def predict(runs: Sequence[Path], folder: Path, console: Console, *, of: str) ->
     axis = SUMMED + of
     # of one recipe, so that all pairs have them
     ranks = [of_run(run).lora.r for run in pairs[0]]
+    # both in one adapter, of which `weighted` takes what a ratio is made of
+    sums = [write_sum(pair, [1, 1], folder / "probe", f"sums-{pair[0].name}") for pair in pairs]
     members = []
-    for pair in pairs:
-        # both in one adapter, of which `weighted` takes what a ratio is made of
-        sums = write_sum(pair, [1, 1], folder / "probe", f"sums-{pair[0].name}")
-        run = Evidence(sums, console, "probe.json", lambda model, share: weighted(model, weights_of(share), ranks))
+    for both in sums:
+        run = Evidence(both, console, "probe.json", lambda model, share: weighted(model, weights_of(share), ranks))
         members.append(measure(run, Plan(SHARES, WITH_REPLIES), SHARE + axis))
     found = compare_scales(members, SHARES, axis)
     found.notes.append(error_note(found.goal, runs[::2], members))
-    low, high = pairs[0]
-    weights = "{:.6g} {:.6g}".format(*weights_of(found.leading.place))
-    found.verdict[-1] = f"next: python -m toolkit blend {low.name} {high.name} --weights {weights}"
+    # the next command comes below, when the scale is known
+    found.verdict.pop()
     conclude(found, console, folder / "probe")
+    weights = weights_of(found.leading.place)
+    dialled = scales_of(sums, weights, ranks, console)
+    both_weights = " ".join(f"{dialled.leading.place * weight:.6g}" for weight in weights)
+    low, high = pairs[0]
+    dialled.verdict[-1] = f"next: python -m toolkit blend {low.name} {high.name} --weights {both_weights}"
+    conclude(dialled, console, folder / "probe" / "scale")
+
+
+def scales_of(sums: Sequence[Path], weights: Sequence[float], ranks: Sequence[int], console: Console) -> Comparison:
+    """Each seed's two runs, added with these weights, at the scales of a dial."""
+    # another ratio that is recommended later is measured beside this one
+    record = f"scales-{weights[1]:.6g}.json"
+    runs = [
+        Evidence(both, console, record, lambda model, scale: weighted(model, [scale * w for w in weights], ranks))
+        for both in sums
+    ]
+    return choose_scale(runs, SCALES, 0)
 
 
 def weights_of(share: float) -> list[float]:
