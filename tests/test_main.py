@@ -12,7 +12,7 @@ import pytest
 
 from tests.support.pocket_run import make_run
 from toolkit import __main__ as cli
-from toolkit.files import ROOT, outputs, read_json
+from toolkit.files import ROOT, outputs, read_json, write_json
 
 PROBE = """
 import signal, sys, time
@@ -295,6 +295,20 @@ def test_mix_and_fit_give_one_json_object(capsys):
 def test_an_error_keeps_stdout_empty_under_json(capsys):
     assert cli.main(["mix", "nowhere", "--json"]) == 2
     assert capsys.readouterr().out == ""
+
+
+def test_list_names_sweeps_with_what_is_done_of_them(capsys):
+    run = make_run(outputs() / "ratio-r0.5-s1")
+    write_json(run / "manifest.json", read_json(run / "manifest.json") | {"state": "finished"})
+    write_json(outputs() / "ratio-sweep" / "sweep.json", {"runs": [{"name": run.name}, {"name": "ratio-r1-s1"}]})
+    assert cli.main(["list"]) == 0
+    assert "  ratio-sweep: 1 of 2 runs finished\n" in capsys.readouterr().out
+    write_json(outputs() / "ratio-sweep" / "comparison.json", {})
+    _, listed = as_json("list --json", capsys)
+    assert listed["sweeps"] == [{"name": "ratio-sweep", "state": "1 of 2 runs finished, compared"}]
+    (outputs() / "ratio-sweep" / "sweep.json").write_text("{")
+    assert cli.main(["list"]) == 0
+    assert "ratio-sweep: sweep.json is damaged" in capsys.readouterr().out
 
 
 def test_list_names_runs_with_their_state_and_recipes_with_their_purpose(capsys):

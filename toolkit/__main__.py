@@ -322,7 +322,7 @@ def forecast_memory(recipe: str, overrides: list[str], model: str | None, vram: 
     arg("--reasoning", "--shares", dest="shares", nargs="+", type=float, metavar="SHARE", help="default: 0 0.25 0.5 0.75 1"),
     arg("--of", default="reasoning", metavar="SOURCE", help="whose share; default: all thinking sources together"),
     arg("--over", nargs="+", default=(), metavar=("KEY", "VALUE"), help="instead of shares: values of a recipe key"),
-    arg("--probe", action="store_true", help="train 10%% and 90%% alone and predict the ratios between by their sums"),
+    arg("--probe", action="store_true", help="train shares of 0.1 and 0.9 alone; predict those between by sums of both, and choose ratio and scale"),
     arg("--seeds", type=whole, help="trainings of each, seeds counted up from data.seed; default: 3 where a run is short, else 1"),
 )  # fmt: skip
 def sweep_shares(recipe: str, overrides: list[str], shares: list[float] | None, probe: bool, **options: Any) -> None:
@@ -523,12 +523,12 @@ def write_report(run: str) -> None:
 
 @verb("list", JSON)
 def list_runs_and_recipes() -> Outcome:
-    """The runs in the outputs folder with their state, and the recipes that ship."""
+    """The runs and sweeps in the outputs folder with their state, and the recipes that ship."""
 
     from toolkit.view import listing
 
     say("\n".join(listing.lines()))
-    return Outcome({"runs": listing.runs(), "recipes": listing.recipes()})
+    return Outcome({"runs": listing.runs(), "sweeps": listing.sweeps(), "recipes": listing.recipes()})
 
 
 if __name__ == "__main__":

@@ -228,6 +228,7 @@ class Manifest(RunStart, total=False):
     """The keys of RunStart, and what came of the training, most of it once that has ended."""
 
     adapter_of: AdapterOf  # the run that this one continued, where it did
+    sweep: str  # the folder of the sweep that trains it, where one does
     earlier_versions: dict[str, str]  # those that differed when the run began
     stopped: str  # why it stopped, where it did
     batch: dict[str, int]  # batch size and accumulation as used, which may be smaller than the recipe's

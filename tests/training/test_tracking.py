@@ -18,7 +18,7 @@ from toolkit.comparison.decide import compare
 from toolkit.comparison.dial import at_scale, compare_scales
 from toolkit.comparison.report import conclude
 from toolkit.data import mix
-from toolkit.files import ROOT, ToolkitError, read_json
+from toolkit.files import ROOT, ToolkitError, read_json, write_json
 from toolkit.training import tracking
 from toolkit.training.tracking import TRACKER
 from toolkit.view import figures
@@ -105,6 +105,13 @@ def test_a_run_has_its_shares_group_type_and_tags_and_its_evaluation(tiny):
     assert {key: found.summary[key] for key in SUMMARY} == SUMMARY
     assert {"columns": list(REPLIES[0]), "data": [list(REPLIES[0].values())]} in found.tables
     assert "WANDB_SERVICE" not in os.environ  # else a child that was killed could not resume its run
+
+
+def test_a_run_of_a_sweep_that_is_evaluated_later_stays_in_its_group(tiny):
+    loaded, _, folder = tiny
+    write_json(folder / "manifest.json", {"sweep": "ratios-sweep"})
+    TRACKER.finish(loaded, folder, SUMMARY, REPLIES, quiet())
+    assert synced(folder).runs[0]["groupName"] == "ratios-sweep"
 
 
 def test_ratios_stand_side_by_side_in_wandb(tmp_path, monkeypatch):

@@ -192,6 +192,9 @@ def describe(recipe: Recipe, mixed: Mix, model: Any, folder: Path) -> Manifest:
     }
     if parent := checked(recipe):
         manifest["adapter_of"] = parent
+    # a run that is resumed by hand stays in its sweep
+    if sweep := os.environ.get("TOOLKIT_SWEEP") or before.get("sweep"):
+        manifest["sweep"] = sweep
     earlier = before.get("earlier_versions", {}) | _changed_versions(before, now)
     if earlier:
         manifest["earlier_versions"] = earlier

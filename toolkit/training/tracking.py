@@ -33,6 +33,7 @@ from toolkit.data.mix import Mix
 from toolkit.files import ToolkitError, read_json, shareable
 from toolkit.recipe import Recipe
 from toolkit.records import MixReport
+from toolkit.training.folder import read_manifest
 
 PACKAGES = ("wandb", "tensorboard", "swanlab", "trackio", "mlflow")
 """Names for `report_to`, which are those of the Python packages they need."""
@@ -223,7 +224,7 @@ class Tracker:
             folder,
             name=recipe.name,
             id=f"{recipe.name}-{recipes.sha256(recipe)[:8]}",
-            group=os.environ.get("TOOLKIT_SWEEP") or recipe.name,
+            group=read_manifest(folder).get("sweep", recipe.name),
             job_type="train",
             project=recipe.train.get("project"),
             tags=tags,

@@ -1,6 +1,6 @@
-"""What there is: the runs in the outputs folder with their state, the recipes that ship with their purpose.
+"""What there is: the runs and sweeps in the outputs folder with their state, the recipes that ship with their purpose.
 
-from toolkit.view.listing import recipes, runs; runs(); recipes()
+from toolkit.view.listing import recipes, runs, sweeps; runs(); sweeps(); recipes()
 """
 
 import re
@@ -34,6 +34,23 @@ def listed(folder: Path) -> dict[str, Any]:
     }
 
 
+def sweeps() -> list[dict[str, str]]:
+    """Every sweep in the outputs folder, {"name", "state"} by name."""
+    finished = {run["name"] for run in runs() if run["state"] == "finished"}
+    folders = [file.parent for file in sorted(outputs().glob("*/sweep.json"))]
+    return [{"name": folder.name, "state": state_of_sweep(folder, finished)} for folder in folders]
+
+
+def state_of_sweep(folder: Path, finished: set[str]) -> str:
+    """`3 of 9 runs finished, compared`, by the names of the finished runs."""
+    try:
+        names = {run["name"] for run in read_json(folder / "sweep.json")["runs"]}
+    except ToolkitError:
+        return "sweep.json is damaged: give its `sweep` command again"
+    state = f"{len(names & finished)} of {len(names)} runs finished"
+    return f"{state}, compared" if (folder / "comparison.json").is_file() else state
+
+
 def recipes() -> list[dict[str, str]]:
     """Every recipe that ships, {"name", "purpose"} by name: the first sentence of its header."""
     shipped = []
@@ -57,6 +74,7 @@ def lines() -> list[str]:
         if run["scored"]:
             line += ", scored"
         text.append(", ".join([line, *run["exported"]]))
+    text += [f"  {sweep['name']}: {sweep['state']}" for sweep in sweeps()]
     text += ["", "recipes that ship:"]
     for recipe in recipes():
         line = f"  {recipe['name']}: {recipe['purpose']}"
