@@ -8,6 +8,7 @@ seconds and not the quarter of a minute that the import takes. The fork is made 
 
 import contextlib
 import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -35,12 +36,16 @@ EXCEPT = ("run.log", "export.json", "certificate.md", "report.html")
 
 def preload() -> None:
     """Import what every command needs, so that forks start in a moment."""
+    gc.set_threshold(50_000, 20, 20)
     import datasets  # noqa: F401
     import trl  # noqa: F401
 
     from toolkit.training import model
 
     model.unsloth()
+    # no fork searches the libraries for garbage, which would also copy their memory
+    gc.collect()
+    gc.freeze()
 
 
 def die_with_parent() -> None:
