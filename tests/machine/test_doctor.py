@@ -212,6 +212,17 @@ def test_the_lock_holds_every_pin_with_its_hashes_but_for_torch_whose_build_depe
     assert all("--hash=sha256:" in entry for entry in re.split(r"(?m)^(?=[\w-]+==)", text) if entry)
 
 
+def test_the_lock_holds_what_one_system_alone_needs_at_a_version_that_is_asked_for():
+    from packaging.requirements import Requirement
+
+    lines = [line.split(" #")[0] for line in install.REQUIREMENTS.read_text(encoding="utf-8").splitlines()]
+    [asked] = [Requirement(line) for line in lines if ";" in line and not line.startswith("#")]
+    assert str(asked.marker) == 'sys_platform == "win32"'
+    found = re.search(rf"(?m)^{asked.name}==(\S+) ; sys_platform == 'win32' ", install.LOCK.read_text(encoding="utf-8"))
+    assert found[1] in asked.specifier
+    assert Requirement(install.TRITON_FOR_WINDOWS).specifier == asked.specifier
+
+
 @pytest.mark.parametrize(
     ("cuda", "system", "index", "why"),
     [
@@ -282,6 +293,20 @@ def test_a_new_environment_is_installed_from_the_lock_and_one_with_a_torch_keeps
     install.setup()
     assert [len(command) > 10 for command in asked] == [True, False]
     assert not any(argument.startswith("torch==") for command in asked for argument in command)
+
+
+def test_on_windows_triton_comes_from_the_lock_with_its_hash(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        install.subprocess, "run", lambda command: asked.append(command[6:]) or types.SimpleNamespace(returncode=0)
+    )
+    monkeypatch.setattr(install, "driver_cuda", lambda: "12.8")
+    monkeypatch.setattr(install.platform, "system", lambda: "Windows")
+    monkeypatch.delenv("UNSLOTH_FORCE_CPU", raising=False)
+    monkeypatch.setattr(install, "installed", {}.get)
+    install.setup()
+    assert [command[0] for command in asked] == [f"torch=={install.pins()['torch']}", "--no-deps"]
+    assert not any("triton" in argument for command in asked for argument in command)
 
 
 def test_a_module_that_setup_replaced_under_a_running_kernel_is_noticed():

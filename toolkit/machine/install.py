@@ -68,8 +68,6 @@ def setup() -> None:
         # an installed copy has no lock: there pip resolved what these packages need
         steps = [["--no-deps", "--require-hashes", "-r", str(LOCK)]] if LOCK.is_file() else steps
         steps.insert(0, [f"torch=={pins()['torch']}", *source.options])
-        if platform.system() == "Windows" and source.options:
-            steps.append([TRITON_FOR_WINDOWS])
     print("installing packages (a few minutes the first time)", flush=True)
     for packages in steps:
         if subprocess.run([*PIP, "install", "--quiet", "--disable-pip-version-check", *packages]).returncode:
