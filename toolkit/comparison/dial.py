@@ -307,8 +307,7 @@ def at_scale(folder: Path, scale: float, results: Results, axis: str = SCALE) ->
     """The run at a scale (or elsewhere on an axis) by the most that was measured there, which is a setting like those of its
     recipe."""
     result = results.get(("quick", scale)) or results["fast", scale]
-    recipe = recipes.read_values(folder / "recipe.yaml")
-    run = run_of(folder, recipe, read_json(folder / "mix.json"), read_json(folder / "manifest.json"), result)
+    run = run_of(folder, result)
     return replace(run, trained={**run.trained, axis: scale})
 
 

@@ -109,10 +109,7 @@ def point(runs: list[Run], axis: str, number: int = 0) -> Point:
             place = float(setting)
         short = f"{setting:g}" if isinstance(setting, float) else str(setting)
         label = f"{axis.rpartition('.')[2]} {short}"
-    changes = {}
-    for key in METRICS:
-        if change := difference(runs, key):
-            changes[key] = change
+    changes = {key: change for key in METRICS if (change := difference(runs, key))}
     return Point(label, runs, averages(runs, "tuned"), changes, place, short)
 
 
@@ -129,11 +126,7 @@ def rows_per_step_note(points: Sequence[Point]) -> list[str]:
 
 def averages(runs: Sequence[Run], model: str) -> dict[Key, Average]:
     """Every metric of base or tuned that all runs have, averaged over them."""
-    found = {}
-    for key in METRICS:
-        if by_seed := scores(runs, model, key):
-            found[key] = average(key[1], by_seed)
-    return found
+    return {key: average(key[1], by_seed) for key in METRICS if (by_seed := scores(runs, model, key))}
 
 
 def scores(runs: Sequence[Run], model: str, key: Key) -> list[Score]:

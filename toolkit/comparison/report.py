@@ -6,6 +6,7 @@ from toolkit.comparison import decide, report; report.write(decide.compare(Path(
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -73,7 +74,9 @@ def log(comparison: Comparison, folder: Path, console: Console) -> None:
     owner wants wandb."""
     runs = [run for point in comparison.points for run in point.runs]
     if any("wandb" in tracking.trackers(run.recipe["train"]) for run in runs):
-        rows = [row | {"runs": run_names(point)} for point, row in in_words(comparison)]
+        rows = []
+        for point, row in zip(comparison.everyone(), in_words(comparison), strict=True):
+            rows.append(row | {"settings": point.label, "runs": run_names(point)})
         sentences = " ".join(comparison.verdict[:-1])
         folders = list(dict.fromkeys(run.folder for run in runs))
         project = runs[0].recipe["train"].get("project")
@@ -94,40 +97,30 @@ def curve(comparison: Comparison) -> list[dict[str, float]]:
 # --- the table -------------------------------------------------------------------------------------------------------
 
 
-def in_words(comparison: Comparison) -> list[tuple[Point, dict[str, str]]]:
-    """The base and each point with its row of what a recommendation is made by, the goal first: `{metric: 70% [59, 81]}`,
-    and `-` where it was not measured. Everything else is in the CSV."""
+def in_words(comparison: Comparison) -> list[dict[str, str]]:
+    """A row for the base and each point of what a recommendation is made by, the goal first: `{metric: 70% [59, 81]}`, and
+    `-` where it was not measured; a star before what is recommended. Everything else is in the CSV."""
     keys = dict.fromkeys([comparison.goal, CHAT, ("thinking", "adherence"), ("non_thinking", "adherence"), KL])
     measured = {key for point in comparison.points for key in point.values}
     sections = comparison.points[0].runs[0].sections
     rows = []
     for point in comparison.everyone():
-        row = {"settings": point.label}
+        row = {"settings": f"★ {point.label}" if point is comparison.recommended else point.label}
         for key in keys:
             if key in measured:
                 row[title(*key, sections)] = score_text(key, point.values.get(key))
-        rows.append((point, row))
+        rows.append(row)
     return rows
 
 
 def terminal_table(comparison: Comparison) -> Table:
     """The table, whole at 80 columns: only the goal has its interval."""
-    rows = marked(comparison)
+    rows = in_words(comparison)
     for row in rows:
         # `70% [59, 81]` becomes `70%`: four intervals do not fit 80 columns
         for name in list(row)[2:]:
             row[name] = row[name].partition(" ")[0]
     return tables.rich_table(rows)
-
-
-def marked(comparison: Comparison) -> list[dict[str, str]]:
-    """The rows in words, a star before what is recommended."""
-    rows = []
-    for point, row in in_words(comparison):
-        if point is comparison.recommended:
-            row["settings"] = f"★ {point.label}"
-        rows.append(row)
-    return rows
 
 
 def numbers(comparison: Comparison) -> list[dict[str, Any]]:
@@ -158,7 +151,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "verdict": comparison.verdict,
         "notes": comparison.notes,
         "left_out": comparison.left_out,
-        "table": marked(comparison),
+        "table": in_words(comparison),
         "points": numbers(comparison),
     }
 
@@ -185,9 +178,8 @@ def figure(comparison: Comparison) -> "Figure":
         draw(right, comparison, point, place, point.values.get(along))
     if of_one_training(comparison.axis):
         line = [point for point in comparison.points if along in point.values]
-        low = [point.values[along].low for point in line]
-        high = [point.values[along].high for point in line]
-        right.fill_between([point.place for point in line], low, high, color=figures.OTHER, alpha=0.15)
+        ends = [(point.place, point.values[along].low, point.values[along].high) for point in line]
+        right.fill_between(*np.transpose(ends), color=figures.OTHER, alpha=0.15)
     sections = comparison.points[0].runs[0].sections
     left.set(xlabel=title(*goal, sections), ylabel=title(*kept, sections), title="what is gained, what is kept")
     is_share = noun(comparison.axis) == "ratio"

@@ -91,15 +91,14 @@ class Run:
 
 def read_runs(folders: Iterable[Path]) -> tuple[list[Run], dict[str, str]]:
     """(runs by name, {folder that cannot be compared: why})."""
-    runs: list[Run] = []
+    runs = []
     left_out = {}
     for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
         try:
             runs.append(read_run(folder))
         except ToolkitError as error:
             left_out[folder.name] = str(error)
-    runs.sort(key=lambda run: run.name)
-    return runs, left_out
+    return sorted(runs, key=lambda run: run.name), left_out
 
 
 def read_run(folder: Path) -> Run:
@@ -107,17 +106,22 @@ def read_run(folder: Path) -> Run:
     evaluate = f"`python -m toolkit evaluate {folder.name}`"
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise ToolkitError(f"incomplete: no {', '.join(missing)}; {evaluate} scores a finished run")
-    mix, manifest, result = (read_json(folder / name) for name in FILES[1:])
-    recipe = read_values(folder / "recipe.yaml")
     try:
-        return run_of(folder, recipe, mix, manifest, result)
+        return run_of(folder)
+    except ToolkitError:  # which names its file
+        raise
     except DAMAGED as error:
         why = f"{type(error).__name__}: {error}"
         raise ToolkitError(f"unreadable: {why}; {evaluate} writes eval.json again") from error
 
 
-def run_of(folder: Path, recipe: Content, mix: Content, manifest: Content, result: Content) -> Run:
-    """A Run from the content of its four files. Raises one of DAMAGED where they are not as they were written."""
+def run_of(folder: Path, result: Content | None = None) -> Run:
+    """The run in a folder, with its evaluation or the given one. Raises one of DAMAGED where a file is not as it was
+    written."""
+    mix = read_json(folder / "mix.json")
+    manifest = read_json(folder / "manifest.json")
+    result = result or read_json(folder / "eval.json")
+    recipe = read_values(folder / "recipe.yaml")
     train = recipe["train"]
     scores = {model: scores_of(result, model) for model in ("base", "tuned")}
     lengths = result.get("lengths", {})

@@ -8,7 +8,6 @@ for each ratio (short chat rows: many; long traces: few), so that a step holds a
 Kill it anywhere and run the same command again: finished runs are skipped, the unfinished one resumes from its checkpoint.
 """
 
-import dataclasses
 import math
 import os
 import re
@@ -16,8 +15,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TypedDict
 
 from rich.console import Console
@@ -127,11 +127,10 @@ def sweep(
         runs = plan(base, settings, seeds or SEEDS, console)
         write_plan(folder, runs)
         first = runs[: len(settings)]
-        further = runs[len(settings) :]
         console.print(plan_table(first))
         failed = work(runs if seeds else first, folder, console)
         if not seeds and not failed and affordable(first, console):
-            failed = work(further, folder, console)
+            failed = work(runs[len(first) :], folder, console)
         # what an earlier command trained counts too
         done = [run.folder for run in runs if run not in failed and run.finished()]
         if done and not ending:
@@ -263,13 +262,13 @@ def asked_alike(base: Recipe) -> Recipe:
     which questions, how many, and how long a reply may be."""
     section = base.evaluate
     own = from_mix(compile_mix(base))
-    evaluate = dataclasses.replace(
+    evaluate = replace(
         section,
         questions=section.questions or held_out_questions(base, own["questions"] or []) or SHIPPED,
         questions_per_mode=section.questions_per_mode or QUESTIONS[section.level],
         max_new_tokens=section.max_new_tokens or max(own["limits"].values(), default=None),
     )
-    return dataclasses.replace(base, evaluate=evaluate)
+    return replace(base, evaluate=evaluate)
 
 
 def held_out_questions(base: Recipe, questions: Sequence[Question]) -> tuple[Source, ...]:
@@ -310,12 +309,7 @@ def same_budget(group: list[Recipe], console: Console) -> list[Planned]:
             raise ToolkitError(f"{name}: no budget is left that every run can reach: add rows")
         asked = f"{wanted:,}" if wanted else "an open budget"
         console.print(f"{name} cannot fill {asked} in every run: each run gets {budget:,} supervised tokens")
-        group = [with_budget(recipe, budget) for recipe in group]
-
-
-def with_budget(recipe: Recipe, budget: int) -> Recipe:
-    """The recipe with another budget."""
-    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, budget=budget))
+        group = [replace(recipe, data=replace(recipe.data, budget=budget)) for recipe in group]
 
 
 def same_steps(group: Sequence[Recipe], reports: Sequence[MixReport]) -> list[Planned]:
@@ -328,12 +322,12 @@ def same_steps(group: Sequence[Recipe], reports: Sequence[MixReport]) -> list[Pl
     rows = [report["total"]["examples"] * passes for report in reports]
     if steps <= 0:
         batch = device * train["gradient_accumulation_steps"]
-        steps = max(1, round(sum(rows) / len(rows) / batch))
+        steps = max(1, round(fmean(rows) / batch))
     steps = common_steps(rows, steps, device)
     runs = []
-    for recipe, report, seen in zip(group, reports, rows, strict=True):
-        per_device, accumulation = rows_per_step(seen / steps, device)
+    for recipe, report in zip(group, reports, strict=True):
         total = report["total"]
+        per_device, accumulation = rows_per_step(total["examples"] * passes / steps, device)
         batch = per_device * accumulation
         row = PlanRow(
             name=recipe.name,
@@ -345,8 +339,7 @@ def same_steps(group: Sequence[Recipe], reports: Sequence[MixReport]) -> list[Pl
             tokens_trained_on=round(total["supervised_tokens"] * steps * batch / total["examples"]),
         )
         sizes = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
-        section = {**recipe.train, **sizes, "max_steps": steps}
-        runs.append(Planned(dataclasses.replace(recipe, train=section), row))
+        runs.append(Planned(replace(recipe, train={**recipe.train, **sizes, "max_steps": steps}), row))
     return runs
 
 
@@ -360,11 +353,7 @@ def common_steps(rows: Sequence[float], wanted: int, device: int) -> int:
 
     # rows per step are whole numbers: with few steps of many rows every mix comes near, with many steps of few it may not
     def error(steps: int) -> float:
-        errors = []
-        for count in rows:
-            trained = math.prod(rows_per_step(count / steps, device)) * steps
-            errors.append(abs(trained / count - 1))
-        return max(errors)
+        return max(abs(math.prod(rows_per_step(count / steps, device)) * steps / count - 1) for count in rows)
 
     near = range(math.ceil(wanted * 0.8), math.floor(wanted * 1.2) + 1)
     return min(near, key=lambda steps: (round(error(steps), 2), abs(steps - wanted)))
@@ -416,10 +405,12 @@ def work(runs: Sequence[Planned], folder: Path, console: Console) -> list[Planne
 
 def setting_of(run: Planned, folder: Path) -> str:
     """`50% reasoning, seed 3408`, or the setting as the run's name has it."""
-    name = run.recipe.name.removeprefix(folder.name.removesuffix("sweep"))
-    setting, _, seed = name.rpartition("-s")
-    share = re.fullmatch(r"r([\d.]+)", setting)
-    return f"{f'{float(share[1]):.0%} reasoning' if share else setting}, seed {seed}"
+    setting = run.recipe.name.removeprefix(folder.name.removesuffix("sweep")).rpartition("-s")[0]
+    data = run.recipe.data
+    share = sum(source.fraction or 0 for source in data.sources if source.mode == "thinking")
+    # lora.r=8 is named r8 too
+    shown = f"{share:.0%} reasoning" if setting == f"r{share:g}" else setting
+    return f"{shown}, seed {data.seed}"
 
 
 def train_run(run: Planned, title: str, folder: Path, console: Console, progress: Progress) -> bool:
