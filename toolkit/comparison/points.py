@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -175,8 +176,8 @@ def difference(runs: Sequence[Run], key: Key) -> Change | None:
     changes = resampled_mean(runs, "tuned", key, which) - resampled_mean(runs, "base", key, which)
     # a difference of two rates is -1 or more
     lowest = -1.0 if is_rate(key[1]) else None
-    low, high = percentile_interval(changes, gained, min(before.n, after.n), lowest)
-    return Change(before.value, after.value, gained, low, high)
+    ends: Any = percentile_interval(changes, gained, min(before.n, after.n), lowest)
+    return Change(before.value, after.value, gained, ends["low"], ends["high"])
 
 
 def simultaneous_margin(points: Sequence[Point], goal: Key) -> float:

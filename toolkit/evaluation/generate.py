@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Messages = list[Message]
 """A conversation up to a user turn."""
+# Replies made at once, at most.
+BATCH = 32
 # Unsloth cuts a prompt to `max_seq_length` without an error unless this mark stands on the module (models/llama.py).
 LONG_PROMPTS = "_unsloth_allow_packed_overlength"
 # What generating may change on a module or its config. Unsloth's generate() switches checkpointing off and leaves its
@@ -124,7 +126,7 @@ def generate(
     *,
     max_new_tokens: int,
     seed: int,
-    batch_size: int = 32,
+    batch_size: int = BATCH,
     greedy: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> list[Reply]:
@@ -169,7 +171,7 @@ def base_and_tuned(
 ) -> list[dict]:
     """Every question in each mode of a PeftModel, with its adapter off and on: rows {"prompt", "mode", "base": Reply,
     "tuned": Reply}, by mode. `options` are those of `generate`."""
-    conversations: list[Messages] = [[{"role": "user", "content": question}] for question in questions]
+    conversations = [[Message(role="user", content=question)] for question in questions]
     rows = []
     for mode in modes_of(tokenizer):
         with switched(model, False):
@@ -180,11 +182,9 @@ def base_and_tuned(
     return rows
 
 
-@contextlib.contextmanager
-def switched(model: "PreTrainedModel", adapter: bool) -> Iterator[None]:
+def switched(model: "PreTrainedModel", adapter: bool) -> contextlib.AbstractContextManager[None]:
     """A PeftModel with its adapter, or without: its base."""
-    with contextlib.nullcontext() if adapter else model.disable_adapter():
-        yield
+    return contextlib.nullcontext() if adapter else model.disable_adapter()
 
 
 @contextlib.contextmanager

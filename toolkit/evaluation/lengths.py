@@ -27,12 +27,12 @@ def compare_lengths(
     """Lengths of both models' replies; `sets` names the set of each question, which has `samples` replies in a row."""
     before, after = (tokens_of(replies).reshape(-1, samples) for replies in (base, tuned))
     groups = resampled_groups(before, after, sets, seed)
-    return {
-        "base": mean_ended(before),
-        "tuned": mean_ended(after),
-        "ratio": estimate(length_ratio(groups), len(before)),
-        "endless": estimate(endless_share(groups, limit), len(before)),
-    }
+    return ReplyLengths(
+        base=mean_ended(before),
+        tuned=mean_ended(after),
+        ratio=estimate(length_ratio(groups), len(before)),
+        endless=estimate(endless_share(groups, limit), len(before)),
+    )
 
 
 def tokens_of(replies: Sequence[Reply]) -> np.ndarray:
@@ -65,13 +65,7 @@ def estimate(values: np.ndarray, n: int) -> Interval:
     value = float(values[0])
     if math.isnan(value):
         return nothing_measured()
-    low, high = percentile_interval(np.nan_to_num(values[1:], nan=value), value, n, None)
-    return {
-        "value": value,
-        "low": low,
-        "high": high,
-        "n": n,
-    }
+    return percentile_interval(np.nan_to_num(values[1:], nan=value), value, n, None)
 
 
 def length_ratio(groups: Groups) -> np.ndarray:

@@ -76,7 +76,6 @@ def evaluate(
     seed: int = 3407,
     max_new_tokens: int | None = None,
     limits: dict[str, int] | None = None,
-    batch_size: int = 32,
     console: Console | None = None,
     cache: Path | None = None,
 ) -> Evaluation:
@@ -90,7 +89,7 @@ def evaluate(
     differ in their training seed must be asked alike. The base's replies are kept in `cache` (default: .base_replies
     under the outputs) for the next evaluation. `console` is a rich one that shows progress.
     Raises ToolkitError for a model without an adapter or a chat template."""
-    subject = LoadedRun(model, tokenizer, cache or outputs() / ".base_replies", seed, batch_size)
+    subject = LoadedRun(model, tokenizer, cache or outputs() / ".base_replies", seed)
     known = dict.fromkeys(subject.modes, max_new_tokens) if max_new_tokens else limits or {}
     # no reply is longer than what the model was loaded for
     room = model.config.get_text_config().max_position_embeddings
@@ -182,15 +181,15 @@ def both(
 
 def own_row_replies(subject: Subject, eval_set: EvaluationSet, progress: Progress) -> list[OwnRowReplies]:
     """The person's own held-out rows answered by base and tuned, beside their reference."""
-    rows: list[OwnRowReplies] = []
+    rows = []
     for mode in subject.modes:
         own = [row for row in eval_set.own_rows if row["mode"] == mode]
         replies = both(subject, [row["messages"] for row in own], mode, eval_set, progress)
         for row, base, tuned in zip(own, replies["base"], replies["tuned"], strict=True):
-            rows.append({
-                "source": row["source"], "mode": mode, "prompt": row["messages"][-1]["content"],
-                "reference": row["reference"], "base": base.text, "tuned": tuned.text,
-            })  # fmt: skip
+            rows.append(OwnRowReplies(
+                source=row["source"], mode=mode, prompt=row["messages"][-1]["content"],
+                reference=row["reference"], base=base.text, tuned=tuned.text,
+            ))  # fmt: skip
     return rows
 
 
@@ -221,13 +220,12 @@ def reply_lengths(replies: dict[str, Replies], eval_set: EvaluationSet, seed: in
 def samples(replies: dict[str, Replies], eval_set: EvaluationSet) -> list[EvaluationSample]:
     """A few prompts of each mode with both models' replies, for people to read."""
     numbers = eval_set.numbers()
-    rows: list[EvaluationSample] = []
+    rows = []
     for mode, models in replies.items():
         for place in spread(len(numbers), SAMPLES):
             question = eval_set.questions[numbers[place]]
-            rows.append({
-                "mode": mode, "prompt": question["messages"][-1]["content"],
-                "expected_answer": question["expected_answer"],
-                "base": models["base"][place].text, "tuned": models["tuned"][place].text,
-            })  # fmt: skip
+            rows.append(EvaluationSample(
+                mode=mode, prompt=question["messages"][-1]["content"], expected_answer=question["expected_answer"],
+                base=models["base"][place].text, tuned=models["tuned"][place].text,
+            ))  # fmt: skip
     return rows

@@ -130,7 +130,7 @@ def from_mix(mixed: Mix) -> dict[str, Any]:
     return {
         "questions": questions or None,
         "validation": [
-            {"input_ids": row.ids.tolist(), "prompt_length": row.prompt_length, "source": row.source, "mode": row.mode}
+            HeldOutRow(input_ids=row.ids.tolist(), prompt_length=row.prompt_length, source=row.source, mode=row.mode)
             for row in rows
         ],
         # evaluation shows no tools, so a row that calls some cannot be answered
@@ -144,7 +144,7 @@ def own_row(row: Row) -> OwnRow:
     *prompt, reply = row.conversation["messages"]
     parts = [(reply.get("reasoning_content") or "").strip(), reply["content"].strip()]
     reference = "\n\n".join(filter(None, parts))
-    return {"source": row.source, "mode": row.mode, "messages": prompt, "reference": reference}
+    return OwnRow(source=row.source, mode=row.mode, messages=prompt, reference=reference)
 
 
 def reply_limits(mixed: Mix) -> dict[str, int]:

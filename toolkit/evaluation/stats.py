@@ -64,16 +64,11 @@ def interval(sample: Sample, *, seed: int, rate: bool = False) -> Interval:
         return nothing_measured()
     value = counted.ratio()
     resampled = resampled_ratios(counted, resample_counts(n, seed))
-    low, high = percentile_interval(resampled, value, n, 0.0 if rate else None)
+    found = percentile_interval(resampled, value, n, 0.0 if rate else None)
     # resamples of a few questions take few values, and an end of 0 or 1 is impossible where not all agree
-    if rate and counted.all_once() and 0 < value < 1 and (n < 30 or low == 0 or high == 1):
-        low, high = exact_interval(int(counted.sums.sum()), n)
-    return {
-        "value": float(value),
-        "low": low,
-        "high": high,
-        "n": n,
-    }
+    if rate and counted.all_once() and 0 < value < 1 and (n < 30 or found["low"] == 0 or found["high"] == 1):
+        found["low"], found["high"] = exact_interval(int(counted.sums.sum()), n)
+    return found
 
 
 def paired_difference(before: Sample, after: Sample, *, seed: int, rate: bool = False) -> Interval:
@@ -86,18 +81,12 @@ def paired_difference(before: Sample, after: Sample, *, seed: int, rate: bool = 
     value = after.ratio() - before.ratio()
     counts = resample_counts(n, seed)
     resampled = resampled_ratios(after, counts) - resampled_ratios(before, counts)
-    low, high = percentile_interval(resampled, value, n, -1.0 if rate else None)
-    return {
-        "value": float(value),
-        "low": low,
-        "high": high,
-        "n": n,
-    }
+    return percentile_interval(resampled, value, n, -1.0 if rate else None)
 
 
 def nothing_measured() -> Interval:
     """The estimate of what no question counts for."""
-    return {"value": None, "low": None, "high": None, "n": 0}
+    return Interval(value=None, low=None, high=None, n=0)
 
 
 def direction(change: Interval) -> int:
@@ -128,8 +117,8 @@ def resampled_ratios(sample: Sample, counts: np.ndarray) -> np.ndarray:
         return np.einsum("rq,q->r", counts, sample.sums) / np.einsum("rq,q->r", counts, sample.counts)
 
 
-def percentile_interval(resampled: np.ndarray, value: float, n: int, lowest: float | None) -> tuple[float, float]:
-    """The 95% percentile interval, widened for small n as Hesterberg's "expanded percentile" does (The American
+def percentile_interval(resampled: np.ndarray, value: float, n: int, lowest: float | None) -> Interval:
+    """A value with its 95% percentile interval, widened for small n as Hesterberg's "expanded percentile" does (The American
     Statistician 69, 2015, section 4.4): the plain one is too narrow by about sqrt((n-1)/n) and uses z for t.
 
     For a rate, which is `lowest` or more, the exact bound around its value where all questions agree: there is no
@@ -141,7 +130,7 @@ def percentile_interval(resampled: np.ndarray, value: float, n: int, lowest: flo
     if lowest is not None and math.isclose(low, high):
         low = max(lowest, value - zero_count_bound(n))
         high = min(1.0, value + zero_count_bound(n))
-    return float(low), float(high)
+    return Interval(value=float(value), low=float(low), high=float(high), n=n)
 
 
 def zero_count_bound(n: int) -> float:

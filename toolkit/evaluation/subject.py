@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 
 from toolkit.evaluation.decode import free_memory, rows_at_once
 from toolkit.evaluation.generate import (
+    BATCH,
     Messages,
     Reply,
     closing_token,
@@ -88,7 +89,6 @@ class LoadedRun:
     cache: Path
     """Folder of the base's replies: one base asked one question set is asked once, in all runs and sweeps."""
     seed: int = 3407
-    batch_size: int = 32
 
     def __post_init__(self) -> None:
         if not hasattr(self.model, "disable_adapter"):
@@ -114,10 +114,7 @@ class LoadedRun:
             progress.skip(len(known))
             return [known[place] for place in range(len(known))]
         with switched(self.model, adapter), plain_on_cpu(self.model, merge=adapter):
-            replies = generate(
-                self.model, self.tokenizer, conversations, mode,
-                batch_size=self.batch_size, progress=progress.advance, **settings,
-            )  # fmt: skip
+            replies = generate(self.model, self.tokenizer, conversations, mode, progress=progress.advance, **settings)
         if store:
             store.add(dict(enumerate(replies)))
         return replies
@@ -142,12 +139,12 @@ class LoadedRun:
     def own(self, conversations: Sequence[Messages], mode: str, tokens: int, progress: Progress) -> list[Completion]:
         """The base's greedy answers of at most so many tokens, the end-of-turn token included."""
         replies = self.reply(conversations, mode, False, progress, max_new_tokens=tokens, greedy=True)
-        rows: list[Completion] = []
+        rows = []
         end = [closing_token(self.tokenizer)]
         for ids, reply in zip(prompts(self.tokenizer, conversations, mode), replies, strict=True):
             # the cache keeps texts, so the ids are made again, in a first evaluation too: both must score the same
             answer = self.tokenizer(reply.text, add_special_tokens=False)["input_ids"]
-            rows.append({"input_ids": ids + answer + end * reply.finished, "prompt_length": len(ids)})
+            rows.append(Completion(input_ids=ids + answer + end * reply.finished, prompt_length=len(ids)))
         return rows
 
     def divergence(self, rows: Sequence[Completion]) -> list[TokenSums]:
@@ -172,8 +169,7 @@ class LoadedRun:
     def speed(self, conversations: Sequence[Messages], mode: str, limit: int) -> Speed:
         """How fast the tuned model generates here, from a few tokens of as many rows as go together."""
         longest = max(map(len, prompts(self.tokenizer, conversations, mode)))
-        rows = min(len(conversations), rows_at_once(self.model, longest + limit, self.batch_size))
-
+        rows = min(len(conversations), rows_at_once(self.model, longest + limit, BATCH))
         settings: dict[str, Any] = {"seed": self.seed, "batch_size": rows}
         chosen = conversations[:rows]
         with plain_on_cpu(self.model, merge=True):

@@ -35,19 +35,19 @@ def summarize(marks: Iterable[Mark], seed: int) -> Scores:
         grouped[mark.section][mark.metric].append(mark)
     scores = Scores(base={}, tuned={}, difference={}, per_question={})
     for section, metrics in grouped.items():
-        scores["base"][section], scores["tuned"][section], scores["difference"][section] = {}, {}, {}
-        scores["per_question"][section] = {"base": {}, "tuned": {}}
+        changes = scores["difference"][section] = {}
+        kept = scores["per_question"][section] = {model: {} for model in MODELS}
+        scores["base"][section], scores["tuned"][section] = {}, {}
         # One entry for each question asked, so that every metric of `per_question` pairs with every other
         asked = max((questions(own) for metric, own in metrics.items() if metric in KEPT), default=0)
         for metric, own in sorted(metrics.items()):
             length, rate = max(asked, questions(own)), is_rate(metric)
-            base, tuned = (sample_of(own, model, length) for model in MODELS)
-            scores["base"][section][metric] = interval(base, seed=seed, rate=rate)
-            scores["tuned"][section][metric] = interval(tuned, seed=seed, rate=rate)
-            scores["difference"][section][metric] = paired_difference(base, tuned, seed=seed, rate=rate)
-            if metric in KEPT:
-                scores["per_question"][section]["base"][metric] = base.rounded()
-                scores["per_question"][section]["tuned"][metric] = tuned.rounded()
+            samples = {model: sample_of(own, model, length) for model in MODELS}
+            changes[metric] = paired_difference(samples["base"], samples["tuned"], seed=seed, rate=rate)
+            for model in MODELS:
+                scores[model][section][metric] = interval(samples[model], seed=seed, rate=rate)
+                if metric in KEPT:
+                    kept[model][metric] = samples[model].rounded()
     return scores
 
 

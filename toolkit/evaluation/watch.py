@@ -18,7 +18,7 @@ from toolkit.files import read_jsonl
 from toolkit.records import SampleLine
 from toolkit.view.progress import Progress
 
-SAMPLED = {"before": "base", "after": "tuned"}
+SAMPLED: dict[Any, str] = {"before": "base", "after": "tuned"}
 # Validation rows on which token accuracy is measured.
 HELD_OUT = 16
 
@@ -28,11 +28,14 @@ def answer_prompts(
 ) -> list[SampleLine]:
     """Fixed prompts answered without the adapter and with it, in each mode of the model."""
     answered = base_and_tuned(model, tokenizer, prompts, max_new_tokens=max_new_tokens, seed=seed)
-    lines: list[Any] = []
+    lines = []
     for when, name in SAMPLED.items():
         for row in answered:
-            reply, asked = row[name], {"when": when, "prompt": row["prompt"], "mode": row["mode"]}
-            lines.append(asked | {"reasoning": reply.reasoning, "answer": reply.answer, "finished": reply.finished})
+            reply = row[name]
+            lines.append(SampleLine(
+                when=when, prompt=row["prompt"], mode=row["mode"],
+                reasoning=reply.reasoning, answer=reply.answer, finished=reply.finished,
+            ))  # fmt: skip
     return lines
 
 

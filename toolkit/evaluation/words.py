@@ -95,10 +95,9 @@ def own_row_findings(result: Evaluation) -> list[Finding]:
     for metric, change in result["difference"].get("forgetting", {}).items():
         if metric.startswith(LOSS) and change["value"] is not None:
             name = title("forgetting", metric, ())
-            source = name.removeprefix("loss on ")
-            likelier = times_likelier(change["value"])
             certain = "certain" if direction(change) else "no change shown"
-            line = f"your held-out replies, {source}: {likelier} ({certain})"
+            likelier = f"{times_likelier(change['value'])} ({certain})"
+            line = f"your held-out replies, {name.removeprefix('loss on ')}: {likelier}"
             # a loss is better when it falls
             findings.append(Finding(name, line, -direction(change)))
     return findings
@@ -154,11 +153,9 @@ def endless_findings(result: Evaluation) -> list[Finding]:
     findings = []
     for mode, lengths in result["lengths"].items():
         if never_ends(lengths["endless"]):
-            share = f"{lengths['endless']['value']:.0%}"
-            replies = with_mode("replies", mode, result["modes"])
-            line = f"{share} of {replies} never end, beyond what longer replies explain"
+            replies = f"{lengths['endless']['value']:.0%} of {with_mode('replies', mode, result['modes'])}"
             name = with_mode("ending its replies", mode, result["modes"])
-            findings.append(Finding(name, line, -1))
+            findings.append(Finding(name, f"{replies} never end, beyond what longer replies explain", -1))
     return findings
 
 
@@ -249,17 +246,10 @@ def score_rows(result: Evaluation) -> list[dict[str, object]]:
             continue
         base, tuned = (show(metric, estimate).partition(" ")[0] for estimate in pair)
         change = result["difference"][section][metric]
-        name = title(section, metric, result["modes"])
-        difference = show(metric, change, sign="+", unit="")
-        rows.append(
-            {
-                "95% intervals": name,
-                "base": base,
-                "tuned": tuned,
-                "difference": difference,
-                "n": change["n"],
-            }
-        )
+        rows.append({
+            "95% intervals": title(section, metric, result["modes"]), "base": base, "tuned": tuned,
+            "difference": show(metric, change, sign="+", unit=""), "n": change["n"],
+        })  # fmt: skip
     return rows
 
 
