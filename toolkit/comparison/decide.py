@@ -130,8 +130,7 @@ def decide(
     if reason:
         opening = f"No {noun(axis)} is recommended: {reason}. Highest is"
     verdict = [f"{opening} {top.label}: {change_text(top, goal)}.", chance]
-    fell = [f"{point.label} ({gain(goal, point.changes[goal])})" for point in asked if lost(point, goal)]
-    if fell:
+    if fell := [f"{point.label} ({gain(goal, point.changes[goal])})" for point in asked if lost(point, goal)]:
         verdict.append(f"Below the base: {', '.join(fell)}.")
     if one_seed:
         verdict.append(ONE_SEED)
@@ -139,8 +138,7 @@ def decide(
     for point in asked:
         if broken := broken_guards(point, goal):
             notes.append(f"{point.label} is left out of the choice: {'; '.join(broken)}.")
-    label = "scale 0 (base)" if axis == SCALE else "base"
-    base = Point(label, [], averages(top.runs[:1], "base"), short="base")
+    base = Point("scale 0 (base)" if axis == SCALE else "base", [], averages(top.runs[:1], "base"), short="base")
     return Comparison(axis, goal, base, points, top, None if reason else top, verdict, notes, left_out)
 
 

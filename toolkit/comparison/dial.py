@@ -279,12 +279,11 @@ def asked(recipe: recipes.Recipe, manifest: Content) -> dict[str, Any]:
     """What is asked at every scale: the run's own questions and held-out rows, as many as in a sweep."""
     mixed = mix.of_run(recipe, dict(manifest))
     reasoning, chat = questions_of(recipe, mixed)
-    held_out = from_mix(mixed)
     return {
+        **from_mix(mixed),
+        "own_rows": (),
         "questions": reasoning,
         "chat_questions": chat,
-        "validation": held_out["validation"],
-        "limits": held_out["limits"],
         "max_new_tokens": recipe.evaluate.max_new_tokens,
         "steps": manifest.get("steps"),
         "questions_per_mode": recipe.evaluate.questions_per_mode or QUESTIONS["quick"],
@@ -306,8 +305,7 @@ def check_changed(name: str, result: Evaluation) -> None:
 def at_scale(folder: Path, scale: float, results: Results, axis: str = SCALE) -> Run:
     """The run at a scale (or elsewhere on an axis) by the most that was measured there, which is a setting like those of its
     recipe."""
-    result = results.get(("quick", scale)) or results["fast", scale]
-    run = run_of(folder, result)
+    run = run_of(folder, results.get(("quick", scale)) or results["fast", scale])
     return replace(run, trained={**run.trained, axis: scale})
 
 

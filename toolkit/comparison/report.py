@@ -3,6 +3,7 @@
 from toolkit.comparison import decide, report; report.write(decide.compare(Path("outputs").glob("sweep*")), Path("comparison"))
 """
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,14 +11,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from toolkit.comparison import page
 from toolkit.comparison.decide import CHAT, KL, SCALE, SUMMED, Comparison, noun, of_one_training, score_text
 from toolkit.comparison.points import Average, Point
+from toolkit.comparison.runs import Run
 from toolkit.evaluation.stats import is_rate
 from toolkit.evaluation.words import title
-from toolkit.files import write_json
+from toolkit.files import read_json, write_json
 from toolkit.training import tracking
-from toolkit.view import figures, tables
+from toolkit.view import figures, page, tables
 
 # matplotlib and pandas take a second to import, which a table must not wait for
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def conclude(comparison: Comparison, console: Console, folder: Path | None = Non
         console.print(f"· {note}", markup=False)
     if folder:
         write(comparison, folder)
-        console.print(f"the runs side by side: {page.write(comparison, folder)}", markup=False)
+        console.print(f"the runs side by side: {write_page(comparison, folder)}", markup=False)
         log(comparison, folder, console)
     for line in comparison.verdict:
         console.print(line, style="bold", markup=False)
@@ -67,6 +68,36 @@ def write(comparison: Comparison, folder: Path) -> dict[str, Path]:
     rows.to_csv(paths["csv"], index=False, lineterminator="\r\n")
     write_json(paths["json"], as_json(comparison))
     return paths
+
+
+def write_page(comparison: Comparison, folder: Path) -> Path:
+    """Write report.html beside the other files: the runs side by side, each with a link to its page."""
+    # each run once: the scales of a dial are one run
+    runs = {run.folder: run for point in comparison.points for run in point.runs}
+    rows = [page_row(run, folder.resolve()) for run in runs.values()]
+    sources = dict.fromkeys(source for row in rows for source in row["mix"]["planned"])
+    values = {
+        "name": folder.resolve().name,
+        "found": page.compared(folder),
+        "runs": rows,
+        "colours": figures.source_colours(sources),
+    }
+    return page.render("comparison.html", values, folder)
+
+
+def page_row(run: Run, folder: Path) -> dict[str, Any]:
+    """What the page shows of a run, read from its folder."""
+    own = run.folder / page.PAGE
+    return {
+        "name": run.name,
+        # the way to its own page from this one
+        "page": Path(os.path.relpath(own, folder)).as_posix() if own.is_file() else "",
+        "seed": run.recipe["data"]["seed"],
+        "manifest": read_json(run.folder / "manifest.json"),
+        "mix": read_json(run.folder / "mix.json"),
+        # a dial needs no evaluation
+        "result": page.optional(run.folder / "eval.json") or {},
+    }
 
 
 def log(comparison: Comparison, folder: Path, console: Console) -> None:

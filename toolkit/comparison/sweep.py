@@ -24,9 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from toolkit import recipe as recipes
-from toolkit.comparison import page
 from toolkit.comparison.decide import compare
-from toolkit.comparison.report import conclude, write
+from toolkit.comparison.report import conclude, write, write_page
 from toolkit.comparison.runs import NOT_TRAINED, read_run
 from toolkit.data.mix import compile_mix
 from toolkit.evaluation.questions import SHIPPED, from_mix
@@ -97,9 +96,8 @@ class Planned:
 
     def seconds(self) -> float:
         """How long a finished run took, evaluation included."""
-        manifest = read_json(self.folder / "manifest.json")
-        result = read_json(self.folder / "eval.json")
-        return float(manifest.get("train_seconds", 0) + result.get("seconds", 0))
+        training = read_json(self.folder / "manifest.json").get("train_seconds", 0)
+        return float(training + read_json(self.folder / "eval.json").get("seconds", 0))
 
 
 def sweep(
@@ -150,9 +148,10 @@ def rebuild(folder: Path) -> Path:
     where no run is scored."""
     runs = [folder.parent / row["name"] for row in read_json(folder / "sweep.json")["runs"]]
     scored = [run for run in runs if (run / "eval.json").is_file()]
-    comparison = compare(scored or runs)  # of which none can be compared, and why is said
+    # where none is scored, none can be compared, and why is said
+    comparison = compare(scored or runs)
     write(comparison, folder)
-    return page.write(comparison, folder)
+    return write_page(comparison, folder)
 
 
 def affordable(first: Sequence[Planned], console: Console) -> bool:
@@ -220,8 +219,7 @@ def settings_of_key(over: Sequence[str], base: Recipe) -> Settings:
             f"--over {key}: a sweep keeps it equal in all runs, or it changes no training. Sweep a key like "
             "train.learning_rate or lora.r"
         )
-    name = key.rpartition(".")[2]
-    settings = {f"{name}{value}": [f"{key}={value}"] for value in values}
+    settings = {f"{key.rpartition('.')[2]}{value}": [f"{key}={value}"] for value in values}
     for setting, overrides in settings.items():  # a mistyped key or value is an error before anything is compiled
         run_recipe(base, setting, overrides, base.data.seed)
     return settings

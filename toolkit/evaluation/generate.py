@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 Messages = list[Message]
 """A conversation up to a user turn."""
+Conversations = Sequence[Messages]
 # Replies made at once, at most.
 BATCH = 32
 # Unsloth cuts a prompt to `max_seq_length` without an error unless this mark stands on the module (models/llama.py).
@@ -75,7 +76,7 @@ def modes_of(tokenizer: "PreTrainedTokenizerBase") -> tuple[str, ...]:
     return KINDS[kind_of(functools.partial(_template, tokenizer))]
 
 
-def prompts(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Messages], mode: str) -> list[list[int]]:
+def prompts(tokenizer: "PreTrainedTokenizerBase", conversations: Conversations, mode: str) -> list[list[int]]:
     """Token ids of what the model is shown. Raises ToolkitError for a mode that it does not have."""
     modes = modes_of(tokenizer)
     if mode not in modes:
@@ -121,7 +122,7 @@ def sampling_values(model: "PreTrainedModel", mode: str) -> dict[str, float]:
 def generate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    conversations: Sequence[Messages],
+    conversations: Conversations,
     mode: str,
     *,
     max_new_tokens: int,

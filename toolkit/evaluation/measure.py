@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from rich.console import Console
 
 from toolkit.evaluation.fast import fast_evidence
-from toolkit.evaluation.generate import Reply
+from toolkit.evaluation.generate import Conversations, Reply
 from toolkit.evaluation.lengths import compare_lengths
 from toolkit.evaluation.plan import plan_generation, smallest_change
 from toolkit.evaluation.questions import (
@@ -39,7 +39,6 @@ from toolkit.records import (
     Evaluation,
     EvaluationSample,
     HeldOutRow,
-    Message,
     OwnRow,
     OwnRowReplies,
     Probe,
@@ -170,7 +169,7 @@ def duration(seconds: float) -> str:
 
 
 def both(
-    subject: Subject, conversations: Sequence[list[Message]], mode: str, eval_set: EvaluationSet, progress: Progress
+    subject: Subject, conversations: Conversations, mode: str, eval_set: EvaluationSet, progress: Progress
 ) -> Replies:
     """A reply of base and tuned to each conversation."""
     limit = eval_set.plan.limit(mode)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypedDict
 from toolkit.evaluation.decode import free_memory, rows_at_once
 from toolkit.evaluation.generate import (
     BATCH,
-    Messages,
+    Conversations,
     Reply,
     closing_token,
     end_tokens,
@@ -75,7 +75,7 @@ class Subject(Protocol):
     seed: int
 
     def reply(
-        self, conversations: Sequence[Messages], mode: str, adapter: bool, progress: Progress, *, max_new_tokens: int
+        self, conversations: Conversations, mode: str, adapter: bool, progress: Progress, *, max_new_tokens: int
     ) -> list[Reply]:
         """A reply of tuned (`adapter`) or base to each conversation."""
 
@@ -102,7 +102,7 @@ class LoadedRun:
         self.weights = checksum(self.model)
 
     def reply(
-        self, conversations: Sequence[Messages], mode: str, adapter: bool, progress: Progress, *,
+        self, conversations: Conversations, mode: str, adapter: bool, progress: Progress, *,
         max_new_tokens: int, greedy: bool = False,
     ) -> list[Reply]:  # fmt: skip
         """A reply to each conversation; the base's are kept for the next evaluation."""
@@ -119,7 +119,7 @@ class LoadedRun:
             store.add(dict(enumerate(replies)))
         return replies
 
-    def key(self, conversations: Sequence[Messages], mode: str, settings: dict[str, Any]) -> str:
+    def key(self, conversations: Conversations, mode: str, settings: dict[str, Any]) -> str:
         """Identity of everything that decides the base's replies. Not the batch size: that decides rounding alone."""
         import torch
 
@@ -136,7 +136,7 @@ class LoadedRun:
         }
         return fingerprint(decides)
 
-    def own(self, conversations: Sequence[Messages], mode: str, tokens: int, progress: Progress) -> list[Completion]:
+    def own(self, conversations: Conversations, mode: str, tokens: int, progress: Progress) -> list[Completion]:
         """The base's greedy answers of at most so many tokens, the end-of-turn token included."""
         replies = self.reply(conversations, mode, False, progress, max_new_tokens=tokens, greedy=True)
         rows = []
@@ -152,7 +152,7 @@ class LoadedRun:
         with inference(self.model, self.tokenizer):
             return [_divergence(self.model, row["input_ids"], row["prompt_length"]) for row in rows]
 
-    def beginnings(self, conversations: Sequence[Messages], mode: str, adapter: bool) -> list[dict[str, float]]:
+    def beginnings(self, conversations: Conversations, mode: str, adapter: bool) -> list[dict[str, float]]:
         """How a reply to each conversation begins: the probability that it is `thinking`, opening a think block which is
         not closed at once, and that it is an `answer` at once, after an empty block too."""
         tags = [THINK_OPEN, "\n\n" + THINK_CLOSE]
@@ -166,7 +166,7 @@ class LoadedRun:
                 for prompt in prompts(self.tokenizer, conversations, mode)
             ]
 
-    def speed(self, conversations: Sequence[Messages], mode: str, limit: int) -> Speed:
+    def speed(self, conversations: Conversations, mode: str, limit: int) -> Speed:
         """How fast the tuned model generates here, from a few tokens of as many rows as go together."""
         longest = max(map(len, prompts(self.tokenizer, conversations, mode)))
         rows = min(len(conversations), rows_at_once(self.model, longest + limit, BATCH))
