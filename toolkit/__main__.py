@@ -105,7 +105,7 @@ def take_overrides(words: list[str]) -> tuple[list[str], list[str]]:
 
 def console() -> "Console":
     """Where a verb prints what people read."""
-    from toolkit.run import default_console
+    from toolkit.view.progress import default_console
 
     return default_console()
 

@@ -263,7 +263,7 @@ def test_a_damaged_adapter_is_never_used_and_train_writes_it_again_from_the_chec
 
 
 def test_an_evaluation_that_cannot_be_read_is_not_taken_for_one(tmp_path):
-    from toolkit.run import scored
+    from toolkit.evaluation.measure import scored
 
     assert not scored(tmp_path)
     (tmp_path / "eval.json").write_text('{"base": {')

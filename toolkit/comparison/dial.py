@@ -24,9 +24,8 @@ from toolkit.comparison.points import point
 from toolkit.comparison.report import conclude
 from toolkit.comparison.runs import Content, Run, changed_keys, run_of
 from toolkit.comparison.sweep import QUESTIONS
-from toolkit.data import mix
 from toolkit.evaluation.measure import evaluate
-from toolkit.evaluation.questions import from_mix, questions_of
+from toolkit.evaluation.questions import asked_of
 from toolkit.evaluation.words import LOSS
 from toolkit.export.checkpoint import check_scale
 from toolkit.files import ToolkitError, flat, read_json, write_json
@@ -180,12 +179,13 @@ class Evidence:
     def evaluate_at(self, scales: Sequence[float], level: str) -> None:
         """Evaluate the run at scales. Raises ToolkitError for a run that changed nothing."""
         model, tokenizer, questions = self.loaded
+        questions = {**questions, "level": level}
         if level == "fast":
-            questions = {**questions, "questions_per_mode": None}
+            questions["questions_per_mode"] = None
         with Progress(self.console, f"{self.folder.name}, {level} evidence, scales", len(scales)) as progress:
             for scale in scales:
                 with self.at(model, scale):
-                    result = evaluate(model, tokenizer, level=level, console=Console(quiet=True), **questions)
+                    result = evaluate(model, tokenizer, console=Console(quiet=True), **questions)
                 if scale == 1.0:
                     check_changed(self.folder.name, result)
                 self.results[level, scale] = result
@@ -277,17 +277,8 @@ def held_out_gain(result: Evaluation) -> float:
 
 def asked(recipe: recipes.Recipe, manifest: Content) -> dict[str, Any]:
     """What is asked at every scale: the run's own questions and held-out rows, as many as in a sweep."""
-    mixed = mix.of_run(recipe, dict(manifest))
-    reasoning, chat = questions_of(recipe, mixed)
-    return {
-        **from_mix(mixed),
-        "own_rows": (),
-        "questions": reasoning,
-        "chat_questions": chat,
-        "max_new_tokens": recipe.evaluate.max_new_tokens,
-        "steps": manifest.get("steps"),
-        "questions_per_mode": recipe.evaluate.questions_per_mode or QUESTIONS["quick"],
-    }
+    count = recipe.evaluate.questions_per_mode or QUESTIONS["quick"]
+    return asked_of(recipe, dict(manifest)) | {"own_rows": (), "minutes": None, "questions_per_mode": count}
 
 
 def check_changed(name: str, result: Evaluation) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from toolkit.data import mix
 from toolkit.data.mix import Mix, Row, as_question, read_questions
 from toolkit.data.sources import Rejected
 from toolkit.evaluation.plan import Plan, sized
@@ -192,3 +193,26 @@ def questions_of(recipe: Recipe, mixed: Mix) -> tuple[list[Question] | None, lis
         target = chat if source.mode == "non_thinking" else reasoning
         target.extend(read_questions(source, placeholders=recipe.data.placeholders))
     return reasoning, chat
+
+
+def asked_of(
+    recipe: Recipe, manifest: dict[str, Any], level: str | None = None, minutes: float | None = None
+) -> dict[str, Any]:
+    """What a run is asked, as arguments of `measure.evaluate`: the recipe's questions and the rows that its mix held out. A
+    level or a number of minutes named here takes the place of the recipe's."""
+    section = recipe.evaluate
+    # the rows of the training itself: held-out rows of another mix may be among those it trained on
+    mixed = mix.of_run(recipe, manifest)
+    reasoning, chat = questions_of(recipe, mixed)
+    return from_mix(mixed) | {
+        "questions": reasoning,
+        "chat_questions": chat,
+        # the questions depend on it, so it is written into the result and compared by `compare`
+        "level": level or section.level,
+        "minutes": minutes or section.minutes,
+        # whoever names a level or a time at the command line asks for more than the recipe fixes
+        "questions_per_mode": None if level or minutes else section.questions_per_mode,
+        "max_new_tokens": section.max_new_tokens,
+        "steps": manifest.get("steps"),
+        "train_seconds": manifest.get("train_seconds"),
+    }

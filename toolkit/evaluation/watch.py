@@ -3,24 +3,43 @@
 Forgetting(8, rows, Path("outputs/.base_replies"))(model, tokenizer)["forgetting_kl"]
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from toolkit.data.mix import Mix
 from toolkit.evaluation.fast import MAY_CHANGE
 from toolkit.evaluation.generate import base_and_tuned
-from toolkit.evaluation.questions import PROBES, choose
+from toolkit.evaluation.questions import PROBES, choose, from_mix
 from toolkit.evaluation.subject import Completion, LoadedRun
-from toolkit.files import read_jsonl
+from toolkit.files import outputs, read_jsonl
+from toolkit.recipe import Recipe
 from toolkit.records import SampleLine
 from toolkit.view.progress import Progress
 
 SAMPLED: dict[Any, str] = {"before": "base", "after": "tuned"}
 # Validation rows on which token accuracy is measured.
 HELD_OUT = 16
+
+
+def replies(recipe: Recipe) -> Callable[[Any, Any], list[SampleLine]]:
+    """(model, tokenizer) → a recipe's fixed prompts answered."""
+    section = recipe.evaluate
+    limit = min(256, section.max_new_tokens or 256)
+    return functools.partial(answer_prompts, prompts=section.prompts, max_new_tokens=limit, seed=recipe.data.seed)
+
+
+def forgetting(recipe: Recipe, mixed: Mix) -> "Forgetting | None":
+    """What measures forgetting, and token accuracy where the best checkpoint is chosen by it; None for no probes."""
+    section = recipe.evaluate
+    if not section.forgetting_probes:
+        return None
+    rows = from_mix(mixed)["validation"] if section.keep_best_by == "accuracy" else []
+    return Forgetting(section.forgetting_probes, rows, outputs() / ".base_replies")
 
 
 def answer_prompts(

@@ -141,11 +141,12 @@ def record_hours(folder: Path, planned: Duration) -> None:
     write_json(folder / "manifest.json", manifest)
 
 
-def compared_memory(recipe: Recipe, longest: int, model: Any, peak: int) -> MemoryComparison | None:
-    """The forecast for a recipe with rows of at most `longest` tokens, beside the bytes reserved at the peak; None off CUDA,
-    or for a model that `fit` does not know, which never stops a run."""
+def compared_memory(recipe: Recipe, mixed: Any, model: Any, peak: int) -> MemoryComparison | None:
+    """The forecast for a recipe with the rows of its mix, beside the bytes reserved at the peak; None off CUDA, or for a
+    model that `fit` does not know, which never stops a run."""
     if model.device.type != "cuda":
         return None
+    longest = max(len(row.ids) for row in mixed.train)
     try:
         return fit.compare(fit.forecast(recipe, model.config, longest=longest), peak)
     except ToolkitError:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit import recipe as recipes
-from toolkit import run as runs
 from toolkit.data import mix
 from toolkit.data.render import Chat, load_chat
 from toolkit.evaluation.generate import Messages, Reply, split_reply
-from toolkit.evaluation.measure import score
+from toolkit.evaluation.measure import score, scored
 from toolkit.evaluation.plan import Plan, sized
 from toolkit.evaluation.questions import EvaluationSet, fingerprint, questions_of, reply_limits, select
 from toolkit.export.llama import Engine, launch
@@ -26,7 +25,7 @@ from toolkit.records import Evaluation
 from toolkit.serving.client import answer_all, open_engine
 from toolkit.serving.engine import SLOTS, Files, converted, exported, modes_of_run, sampling_by_mode
 from toolkit.training.model import run_folder
-from toolkit.view.progress import Progress, working
+from toolkit.view.progress import Progress, default_console, working
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,7 +106,7 @@ def evaluate_file(
     """Score the exported file against the base's file of the same quantization, by llama.cpp; written as
     eval-QUANT.json, with how many of the adapter's right answers the file keeps. Raises ToolkitError."""
     folder = run_folder(run).resolve()
-    console = console or runs.default_console()
+    console = console or default_console()
     say = functools.partial(console.print, markup=False)
     quant = quant.lower()
     with working(console, "starting llama.cpp"):
@@ -142,7 +141,7 @@ def evaluate_models(
     console: "Console | None",
 ) -> Evaluation:
     """Ask both models, print the verdict and write it beside eval.json."""
-    console = console or runs.default_console()
+    console = console or default_console()
     subject = ServedRun(base, tuned, modes_of_run(folder), load_chat(str(folder / "adapter")), clients)
     try:
         result = score(subject, questions, console, fast=False)
@@ -167,7 +166,7 @@ def replies_asked(folder: Path, level: str | None) -> EvaluationSet:
     limits = reply_limits(mixed)
     if recipe.evaluate.max_new_tokens:
         limits = dict.fromkeys(limits, recipe.evaluate.max_new_tokens)
-    earlier = read_json(folder / "eval.json") if runs.scored(folder) else {}
+    earlier = read_json(folder / "eval.json") if scored(folder) else {}
     if earlier.get("level") == level and earlier["budget"]["questions"]:
         budget = earlier["budget"]
         size = replace(size, questions=budget["questions"], samples=budget["samples"])
@@ -178,7 +177,7 @@ def replies_asked(folder: Path, level: str | None) -> EvaluationSet:
 
 def kept_line(folder: Path, result: Evaluation, name: str) -> str:
     """`q4_k_m keeps 68 of the adapter's 70 right answers, and has 3 right that it had wrong`, all modes together."""
-    adapter: Any = read_json(folder / "eval.json") if runs.scored(folder) else {}
+    adapter: Any = read_json(folder / "eval.json") if scored(folder) else {}
     if adapter.get("fingerprints", {}).get("questions") != result["fingerprints"]["questions"]:
         return f"the adapter was not asked the same: `python -m toolkit evaluate {folder.name}` first pairs both"
     answers = zip(right_answers(adapter), right_answers(result), strict=True)

@@ -25,6 +25,7 @@ from toolkit.files import (
     ROOT,
     ToolkitError,
     flat,
+    lock,
     outputs,
     read_json,
     read_text,
@@ -65,13 +66,18 @@ def main_first() -> contextlib.AbstractContextManager[None]:
     return accelerate.PartialState(cpu=not on_cuda()).main_process_first()
 
 
+def held(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """The lock on a run's folder, which the first process takes, since the others work in the same folder with it."""
+    return lock(folder, "train") if is_main() else contextlib.nullcontext()
+
+
 def open_run(recipe: Recipe, *, fresh: bool = False) -> tuple[Path, State]:
     """The run's folder and its state. Nothing is written: the name is taken by `claim`, once a step was trained.
 
     `fresh` moves an existing run aside to outputs/.old/. Raises ToolkitError when another recipe holds the name."""
     folder = outputs() / recipe.name
     # moved, not deleted: --fresh may have been typed too early
-    if fresh and folder.exists():
+    if fresh and is_main() and folder.exists():
         aside = outputs() / ".old" / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         aside.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(aside)
@@ -236,19 +242,20 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded(folder: Path) -> Iterator[None]:
-    """Libraries' output and tracebacks of the block go to the run's run.log; a run that ends early says why in its
-    manifest."""
-    LOG.folder = folder
-    try:
-        yield
-    except BaseException as error:
-        LOG.write("".join(traceback.format_exception(error)))
-        error.add_note(f"log: {LOG.path}")
-        if is_main():
-            record_stop(folder, error)
-        raise
-    finally:
-        LOG.folder = None
+    """Hold a run's folder; libraries' output and tracebacks of the block go to its run.log, and a run that ends early says
+    why in its manifest."""
+    with held(folder):
+        LOG.folder = folder
+        try:
+            yield
+        except BaseException as error:
+            LOG.write("".join(traceback.format_exception(error)))
+            error.add_note(f"log: {LOG.path}")
+            if is_main():
+                record_stop(folder, error)
+            raise
+        finally:
+            LOG.folder = None
 
 
 def record_stop(folder: Path, error: BaseException) -> None:

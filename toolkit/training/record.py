@@ -25,7 +25,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
 from toolkit.data.mix import Mix
-from toolkit.files import ToolkitError, append_rows, finite, lock, read_json, sha256, write_json, write_jsonl
+from toolkit.files import ToolkitError, append_rows, finite, read_json, sha256, write_json, write_jsonl
 from toolkit.recipe import Recipe, adapter_folder
 from toolkit.records import MemoryComparison, SampleLine
 from toolkit.training import checkpoints
@@ -422,7 +422,7 @@ class Watched:
         train = functools.partial(super().train, **kwargs)  # type: ignore[misc]
         # True is what happens anyway: the newest one that is whole
         named = Path(resume_from_checkpoint) if isinstance(resume_from_checkpoint, str) else None
-        with lock(self.recorder.folder, "train") if folders.is_main() else nullcontext():
+        with folders.held(self.recorder.folder):
             return self.recorder.train(train, named)
 
 

@@ -25,6 +25,8 @@ def train(recipe: Recipe, mixed: Mix, model: Any, tokenizer: Any, make_recorder:
     `make_recorder` gives the RunRecorder of a recipe. The weights are then in `model` and in the run's folder."""
     from toolkit.training.record import release
 
+    if model.device.type != model.get_input_embeddings().weight.device.type:
+        console.print("· GPU memory is tight: Unsloth keeps the input embedding in main memory")
     if on_cuda():
         console.print("compiling kernels: about a minute, once")
     while True:

@@ -1,4 +1,4 @@
-"""Progress with time left, for everything that takes longer than five seconds.
+"""The console that people read, and progress with time left on it for everything that takes longer than five seconds.
 
 with Progress(console, "evaluating", total=640) as progress: progress.advance(32)
 """
@@ -11,6 +11,22 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # rich takes a tenth of a second to load
     from rich.console import Console
     from rich.progress import Progress as RichProgress
+
+
+def default_console() -> "Console":
+    """Where people read: colours on a terminal and in a notebook, plain wide text in a pipe."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    piped = not (console.is_terminal or console.is_jupyter)
+    return Console(highlight=False, soft_wrap=True, width=160) if piped else console
+
+
+def pinned(console: "Console | None") -> "Console":
+    """A console, or the default one, that keeps printing where it does now while the libraries' output goes to the log."""
+    console = console or default_console()
+    console.file = console.file
+    return console
 
 
 class Progress:
