@@ -15,7 +15,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,17 @@ RECIPES = ROOT / "data_recipes"
 """Recipes and sample rows; a package beside this one, installed with it."""
 
 
+Say = Callable[[str], Any]
+"""Prints a line for people."""
+
+
 class ToolkitError(ValueError):
     """An error for the person at the keyboard: it names the file, row or key, what was expected and what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ The way of a run: preflight → compile_mix → load, attach LoRA → train → 
 import dataclasses
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -20,6 +20,7 @@ from toolkit.export.preflight import findings
 from toolkit.files import lock, outputs, read_json
 from toolkit.machine import choose, doctor
 from toolkit.recipe import Recipe
+from toolkit.records import Evaluation
 from toolkit.training import folder as folders
 from toolkit.training import model as models
 from toolkit.training import parent, tracking, trainer
@@ -100,7 +101,7 @@ def compile_mix(
     return mixed
 
 
-def train_adapter(recipe: Recipe, mixed: mix.Mix, console: Console) -> tuple[Any, Any]:
+def train_adapter(recipe: Recipe, mixed: mix.Mix, console: Console) -> models.Loaded:
     """Load, attach LoRA, train; returns (model, tokenizer), ready to be scored."""
     with working(console, "measuring the speed of this machine"):
         planned = choose.say_hours(recipe, mixed, console.print) if folders.is_main() else None
@@ -129,7 +130,7 @@ def recorder(recipe: Recipe, mixed: mix.Mix, console: Console | None = None) -> 
 
 
 def evaluate(folder: str | Path, console: Console | None = None, *, level: str | None = None, minutes: float | None = None,
-             loaded: tuple[Any, Any] | None = None, details: bool = False) -> dict[str, Any]:  # fmt: skip
+             loaded: models.Loaded | None = None, details: bool = False) -> Evaluation:  # fmt: skip
     """Score a run against its own base; writes eval.json, report.html and the wandb summary, prints verdict and next command.
 
     `loaded` is (model, tokenizer) right after training, `minutes` the time for replies; `details` prints every metric too."""

@@ -5,10 +5,10 @@ checkpoint = last_checkpoint(Path("outputs/pocket"), print)
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from toolkit.files import ToolkitError, read_json
+from toolkit.files import Say, ToolkitError, read_json
 from toolkit.recipe import Evaluate
 from toolkit.records import MetricLine
 from toolkit.training.model import damaged
@@ -52,7 +52,7 @@ def fault(checkpoint: Path) -> str | None:
     return None
 
 
-def last_checkpoint(folder: Path, say: Callable[[str], None]) -> Path | None:
+def last_checkpoint(folder: Path, say: Say) -> Path | None:
     """The newest checkpoint that can be used; one that cannot is removed, and said so."""
     for checkpoint in reversed(all_checkpoints(folder)):
         reason = fault(checkpoint)
@@ -93,7 +93,7 @@ def best_step(history: Sequence[MetricLine], section: Evaluate) -> int | None:
     return min(lines, key=lambda line: rank(line, section))["step"] if lines else None
 
 
-def best_checkpoint(folder: Path, history: Sequence[MetricLine], section: Evaluate, say: Callable[[str], None]) -> Path:
+def best_checkpoint(folder: Path, history: Sequence[MetricLine], section: Evaluate, say: Say) -> Path:
     """Of the whole checkpoints, the one to keep; without any evaluation, the newest."""
     ranks = {line["step"]: rank(line, section) for line in evaluations(history)}
     newest_first = all_checkpoints(folder)[::-1]

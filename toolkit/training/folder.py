@@ -24,6 +24,7 @@ from toolkit.data.mix import Mix, check_data
 from toolkit.files import (
     ROOT,
     ToolkitError,
+    first_line,
     flat,
     lock,
     outputs,
@@ -35,7 +36,7 @@ from toolkit.files import (
     write_text,
 )
 from toolkit.recipe import Recipe
-from toolkit.records import Manifest
+from toolkit.records import JsonObject, Manifest
 from toolkit.training.base import check_base, recorded_checksums
 from toolkit.training.checkpoints import all_checkpoints
 from toolkit.training.log import LOG
@@ -152,7 +153,7 @@ def check_resume(recipe: Recipe, mixed: Mix, folder: Path, console: Console) -> 
         console.print(f"· resumed under other versions than it began with: {', '.join(changes)}", markup=False)
 
 
-def _changed_versions(manifest: dict[str, Any], now: dict[str, str]) -> dict[str, str]:
+def _changed_versions(manifest: JsonObject, now: dict[str, str]) -> dict[str, str]:
     """{package: version} of what a manifest names and is of another version now."""
     return {name: old for name, old in manifest.get("versions", {}).items() if now.get(name) != old}
 
@@ -207,7 +208,7 @@ def describe(recipe: Recipe, mixed: Mix, model: Any, folder: Path) -> Manifest:
     return manifest
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> JsonObject:
     """A run's manifest.json; {} where it is missing or damaged, as training writes it again."""
     try:
         return read_json(folder / "manifest.json")
@@ -236,7 +237,7 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:  # safetensors raises its own kind, tokenizers a plain Exception
         if isinstance(error, ToolkitError) or not re.search(FAILED_WRITE, str(error)):
             raise
-        failed = error if isinstance(error, OSError) else OSError(str(error).splitlines()[0])
+        failed = error if isinstance(error, OSError) else OSError(first_line(error))
         raise write_error(path, failed) from error
 
 

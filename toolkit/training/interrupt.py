@@ -8,13 +8,15 @@ import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
+from toolkit.files import Say
+
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
 class StopRequest:
     """Holds a signal back until the training has written a checkpoint and calls `obey`."""
 
-    def __init__(self, say: Callable[[str], None]):
+    def __init__(self, say: Say):
         self.say = say
         self.number: int | None = None
         self._handlers: dict[int, Callable[[int, FrameType | None], object] | int] = {}
@@ -36,6 +38,11 @@ class StopRequest:
         self._restore()
         self.number = number
         self.say("stopping: a checkpoint is written at the end of this step (a second Ctrl-C stops at once)")
+
+    @property
+    def came(self) -> bool:
+        """Whether a signal asked for a checkpoint."""
+        return self.number is not None
 
     def obey(self) -> None:
         """Stop now, as the signal would have by itself."""

@@ -15,13 +15,16 @@ from typing import Any
 from rich.console import Console
 
 from toolkit.family import family_of
-from toolkit.files import ToolkitError, did_you_mean, download, hide_home, outputs, read_json, sha256
+from toolkit.files import ToolkitError, did_you_mean, download, first_line, hide_home, outputs, read_json, sha256
 from toolkit.recipe import Lora, Model, of_run
+from toolkit.records import JsonObject
 from toolkit.training.base import ADAPTER_WEIGHTS, base_folder, check_base
 from toolkit.training.log import LOG, quiet
 from toolkit.view.progress import working
 
 OUT_OF_MEMORY = "OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+Loaded = tuple[Any, Any]
+"""(model, tokenizer), as Unsloth and transformers return them."""
 
 
 def unsloth() -> Any:
@@ -63,7 +66,7 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and bool(re.search(OUT_OF_MEMORY, f"{type(error).__name__} {error}"))
 
 
-def checkpoint_file(section: Model, name: str) -> dict[str, Any]:
+def checkpoint_file(section: Model, name: str) -> JsonObject:
     """A JSON file of a recipe's model, from its folder or the Hub, without loading anything; {} where it has none."""
     folder = base_folder(section.model_name)
     if folder:
@@ -129,7 +132,7 @@ def loading(section: Model, console: Console) -> Iterator[None]:
     console.print(f"loaded {name} in {time.monotonic() - began:.0f} s")
 
 
-def load_base(section: Model) -> tuple[Any, Any]:
+def load_base(section: Model) -> Loaded:
     """(model, tokenizer) of a recipe's `model:` section: a dynamic-quant checkpoint, or 16-bit weights quantized on load.
     A name is taken as `really_loaded` gives it.
 
@@ -148,7 +151,7 @@ def load_base(section: Model) -> tuple[Any, Any]:
             tokenizer = tokenizer.tokenizer
     # ValueError: what Unsloth raises for a model that would spill from the card (loader_utils.raise_if_bnb_cpu_spill)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if out_of_memory(error) or "does not fit in GPU memory" in reason:
             reason = "no room in GPU memory: `python -m toolkit fit RECIPE` shows what fits, `nvidia-smi` who holds it"
         raise ToolkitError(f"{section.model_name}: cannot be loaded: {reason} (details: {LOG.path})") from error
@@ -173,7 +176,7 @@ def loading_options(section: Model) -> dict[str, Any]:
     return options
 
 
-def split_as_its_file_says(tokenizer: Any, file: dict[str, Any]) -> None:
+def split_as_its_file_says(tokenizer: Any, file: JsonObject) -> None:
     """Give a loaded tokenizer the rules of its tokenizer.json back, by which the rows of a mix are tokenized.
 
     transformers 5 builds some classes' tokenizers anew from their vocabulary: a GPT2Tokenizer, which SmolLM2's repositories
@@ -189,7 +192,7 @@ def split_as_its_file_says(tokenizer: Any, file: dict[str, Any]) -> None:
         tokenizer.__class__ = PreTrainedTokenizerFast  # saved under this name, its file is read as it is
 
 
-def rules(tokenizer: dict[str, Any]) -> str:
+def rules(tokenizer: JsonObject) -> str:
     """How a tokenizer.json cleans and splits text; `trim_offsets` changes no id, and the classes set it as they like."""
     text = json.dumps([tokenizer.get("normalizer"), tokenizer.get("pre_tokenizer")])
     return text.replace('"trim_offsets": false', '"trim_offsets": true')
@@ -211,7 +214,7 @@ def attach(model: Any, lora: Lora, *, seed: int) -> Any:
     return attached
 
 
-def load_run(folder: str | Path) -> tuple[Any, Any]:
+def load_run(folder: str | Path) -> Loaded:
     """(model, tokenizer) of a finished run: its base, with its adapter on; `model.disable_adapter()` gives the base."""
     folder = run_folder(folder)
     check_adapter(folder)

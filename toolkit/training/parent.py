@@ -8,7 +8,7 @@ from typing import Any
 
 from toolkit.files import ToolkitError, outputs, read_json, sha256
 from toolkit.recipe import Model, Recipe, adapter_folder, adapter_settings
-from toolkit.records import AdapterOf
+from toolkit.records import AdapterOf, JsonObject
 from toolkit.training.base import ADAPTER_WEIGHTS, base_folder, check_base
 from toolkit.training.log import quiet
 from toolkit.training.model import check_adapter, run_folder
@@ -38,7 +38,7 @@ def checked(recipe: Recipe) -> AdapterOf | None:
     return {"run": name, "sha256": sha256(folder / ADAPTER_WEIGHTS), "data": manifest.get("data", {})}
 
 
-def check_same_base(section: Model, folder: Path, manifest: dict[str, Any]) -> None:
+def check_same_base(section: Model, folder: Path, manifest: JsonObject) -> None:
     """Raises ToolkitError where an adapter was trained on another base than a recipe's, or the base has changed since."""
     base = manifest.get("model") or {"name": read_json(folder / "adapter_config.json")["base_model_name_or_path"]}
     name = base["name"]

@@ -27,7 +27,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from toolkit.data.mix import Mix
 from toolkit.files import ToolkitError, append_rows, finite, read_json, sha256, write_json, write_jsonl
 from toolkit.recipe import Recipe, adapter_folder
-from toolkit.records import MemoryComparison, SampleLine
+from toolkit.records import JsonObject, MemoryComparison, SampleLine
 from toolkit.training import checkpoints
 from toolkit.training import folder as folders
 from toolkit.training.counts import Batch, Counts, Totals, adapter_sum, progress_of, rows_of, speed
@@ -89,7 +89,7 @@ class RunRecorder(TrainerCallback, ExportableState):
         # above 0, since the mean of the losses divides by their sum
         return {f"{row.source}/{row.mode}": max(achieved[row.source], 1e-6) for row in self.mixed.validation}
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> JsonObject:
         """What every checkpoint holds."""
         return {"args": {}, "attributes": {"totals": self.counts.summary()}}
 
@@ -161,16 +161,16 @@ class RunRecorder(TrainerCallback, ExportableState):
 
     # --- every batch -------------------------------------------------------------------------------------------------
 
-    def completed(self, logs: dict[str, Any]) -> dict[str, Any]:
+    def completed(self, logs: JsonObject) -> JsonObject:
         """What a trainer logs, with losses weighted by supervised tokens and, after the last validation set, `eval_loss` of
         all as they are mixed. In place: the trainer judges a checkpoint by the same dict."""
         # transformers logs each validation set by itself, never all of them together
-        name = next((n for n in self.weights if f"eval_{n}_loss" in logs), None)
-        if name:
-            self._losses[name] = self._validation_loss()
-            logs[f"eval_{name}_loss"] = self._losses[name]
-            self.counts.totals["evaluation_seconds"] += logs[f"eval_{name}_runtime"]
-        if name and len(self._losses) == len(self.weights):
+        for name in self.weights:
+            loss = f"eval_{name}_loss"
+            if loss in logs:
+                logs[loss] = self._losses[name] = self._validation_loss()
+                self.counts.totals["evaluation_seconds"] += logs[f"eval_{name}_runtime"]
+        if 0 < len(self._losses) == len(self.weights):
             logs |= self._whole_validation()
         if "loss" in logs:
             logs |= progress_of(self.counts.summary())
@@ -183,16 +183,17 @@ class RunRecorder(TrainerCallback, ExportableState):
         batches = self.counts.read()
         self._check_finite(batches, "validation loss")
         sums = [sum(b.loss * b.supervised_tokens for b in batches), sum(b.supervised_tokens for b in batches)]
-        everywhere = self.trainer.accelerator.reduce(torch.tensor(sums, device=self.trainer.args.device), "sum")
-        loss, tokens = everywhere.tolist()
+        accelerator = self.trainer.accelerator
+        loss, tokens = accelerator.reduce(torch.tensor(sums, device=accelerator.device), "sum").tolist()
         return loss / max(tokens, 1)
 
     def _whole_validation(self) -> dict[str, float]:
         """`eval_loss` of all validation sets, each set's beside it, and what was forgotten."""
         losses = self._losses
         self._losses = {}
-        mean = sum(weight * losses[name] for name, weight in self.weights.items()) / sum(self.weights.values())
-        line = {f"eval_{name}_loss": loss for name, loss in losses.items()} | {"eval_loss": mean}
+        line = {f"eval_{name}_loss": loss for name, loss in losses.items()}
+        total = sum(weight * losses[name] for name, weight in self.weights.items())
+        line["eval_loss"] = total / sum(self.weights.values())
         if self.stages.forgetting:
             began = time.monotonic()
             distances = self.stages.forgetting(self.trainer.model, self.trainer.processing_class)
@@ -223,13 +224,17 @@ class RunRecorder(TrainerCallback, ExportableState):
         totals = self.counts.totals
         # transformers' own restoring would replace this object, and lose what cannot be saved
         totals |= state.stateful_callbacks.get("RunRecorder", {}).get("attributes", {}).get("totals", {})
-        # as used now: the batch may have been lowered since the checkpoint
-        batch = ("per_device_train_batch_size", "gradient_accumulation_steps")
-        totals["batch"] = {name: getattr(args, name) for name in batch}
-        totals["processes"] = args.world_size
-        totals["packing"] = self.trainer.args.packing
-        totals["padding_free"] = self.trainer.args.padding_free
-        totals["resumed_at"] = state.global_step
+        totals |= {
+            # as used now: it may have been lowered since the checkpoint
+            "batch": {
+                "per_device_train_batch_size": args.per_device_train_batch_size,
+                "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            },
+            "processes": args.world_size,
+            "packing": args.packing,
+            "padding_free": args.padding_free,
+            "resumed_at": state.global_step,
+        }
         self.trainer._total_train_tokens = totals["tokens"]  # TRL's `num_tokens` would start again at 0
         self._adapter = adapter_sum(self.trainer.model)
         self._first = state.global_step
@@ -283,12 +288,7 @@ class RunRecorder(TrainerCallback, ExportableState):
         totals["skipped_steps"] += bool(self.trainer.optimizer.step_was_skipped)
         self._check_learning(state)
         self._claim(state)
-        self._save_if_asked(control)
-
-    def _save_if_asked(self, control: TrainerControl) -> None:
-        """Write a checkpoint of this step where a signal asked for one."""
-        if self.request.number is not None:
-            control.should_save = True
+        control.should_save |= self.request.came
 
     def _check_learning(self, state: TrainerState) -> None:
         """Raises ToolkitError when the adapter is still as it began, a few steps after warm-up or at the end."""
@@ -303,7 +303,7 @@ class RunRecorder(TrainerCallback, ExportableState):
                 f"{self.trainer.args.learning_rate:g}): raise train.learning_rate, e.g. to 2.0e-4"
             )
 
-    def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None,
+    def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, logs: JsonObject | None = None,
                **kwargs: Any) -> None:  # fmt: skip
         if not logs or "train_runtime" in logs:  # the end: the manifest holds those
             return
@@ -320,7 +320,7 @@ class RunRecorder(TrainerCallback, ExportableState):
                 parts.append(f"forgetting {logs[checkpoints.KL]:.3f} nats")
             loss = f"validation loss {logs['eval_loss']:.3f}"
             self.console.print(f"step {state.global_step}: {loss} ({', '.join(parts)})")
-        self._save_if_asked(control)
+        control.should_save |= self.request.came
 
     # --- evaluations and checkpoints ---------------------------------------------------------------------------------
 
@@ -331,8 +331,8 @@ class RunRecorder(TrainerCallback, ExportableState):
         if not lines or lines[-1]["step"] != state.global_step:
             return
         ranks = [checkpoints.rank(line, section) for line in lines]
-        without_better = len(ranks) - 1 - ranks.index(min(ranks))
-        if section.early_stopping_patience and without_better >= section.early_stopping_patience:
+        since_best = len(ranks) - 1 - ranks.index(min(ranks))
+        if since_best >= (section.early_stopping_patience or math.inf):
             control.should_training_stop = True
         beyond = [is_beyond for is_beyond, _ in ranks]
         if beyond[-1] and sum(beyond) >= TIMES_BEYOND_LIMIT:
@@ -358,7 +358,7 @@ class RunRecorder(TrainerCallback, ExportableState):
             best = folder.with_name(f"checkpoint-{self._best_step(state)}")
             limit = self.recipe.train.get("save_total_limit")
             rotate_checkpoints(str(folder.parent), limit, str(best) if best.is_dir() else None)
-        if self.request.number is not None:
+        if self.request.came:
             self.console.print(f"stopped after step {state.global_step}; its checkpoint is kept")
             self.request.obey()
 
@@ -390,17 +390,17 @@ class RunRecorder(TrainerCallback, ExportableState):
             write_jsonl(self.folder / "samples.jsonl", rows)
             TRACKER.log_table("samples", rows)
         totals = state.stateful_callbacks["RunRecorder"]["attributes"]["totals"]
-        manifest = read_json(self.folder / "manifest.json") | results(totals) | {
+        ended = results(totals) | {
             "best_step": self._best_step(state),
             "adapter_step": checkpoints.step_of(chosen),
             "adapter": checksums,
             "state": "finished",
             "finished": folders.utc_now(),
-        }  # fmt: skip
-        forecast = self.stages.memory and self.stages.memory(model, totals["peak_memory_bytes"])
-        if forecast:
-            manifest["fit"] = forecast
-        write_json(self.folder / "manifest.json", manifest)
+        }
+        if self.stages.memory and (forecast := self.stages.memory(model, totals["peak_memory_bytes"])):
+            ended["fit"] = forecast
+        manifest = self.folder / "manifest.json"
+        write_json(manifest, read_json(manifest) | ended)
 
 
 class Watched:
@@ -414,7 +414,7 @@ class Watched:
         self.recorder.counts.see(seen, result[0] if return_outputs else result)
         return result
 
-    def log(self, logs: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def log(self, logs: JsonObject, *args: Any, **kwargs: Any) -> None:
         # before reporters and other callbacks see them
         super().log(self.recorder.completed(logs), *args, **kwargs)  # type: ignore[misc]
 
@@ -426,10 +426,11 @@ class Watched:
             return self.recorder.train(train, named)
 
 
-def results(totals: Totals) -> dict[str, Any]:
+def results(totals: Totals) -> JsonObject:
     """What a manifest says of a training that ended: its totals, under the names that `Manifest` has."""
-    mean = totals["loss"] / totals["steps"]
-    return {key: value for key, value in totals.items() if key != "loss"} | progress_of(totals) | {"train_loss": mean}
+    found = totals | progress_of(totals)
+    found["train_loss"] = found.pop("loss") / totals["steps"]
+    return found
 
 
 def release(trainer: Trainer) -> None:

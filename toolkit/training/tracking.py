@@ -30,7 +30,7 @@ from rich.console import Console
 
 from toolkit import recipe as recipes
 from toolkit.data.mix import Mix
-from toolkit.files import ToolkitError, read_json, shareable
+from toolkit.files import Say, ToolkitError, first_line, read_json, shareable
 from toolkit.recipe import Recipe
 from toolkit.records import MixReport
 from toolkit.training.folder import read_manifest
@@ -100,7 +100,7 @@ class Tracker:
         """The open wandb run."""
         self.has_failed = False
         """Whether an error of the open run was said already; later ones are not."""
-        self.say: Callable[[str], None] = print
+        self.say: Say = print
 
     def _attempt(self, what: str, action: Callable[..., Any], *args: Any, **values: Any) -> None:
         """Call wandb; its first error in a run is said."""
@@ -285,11 +285,6 @@ def upload_command(folders: Sequence[Path]) -> str:
     if len(names) > 1 and set(glob.glob(pattern)) == {f"{name}/wandb" for name in names}:
         return f"wandb sync {shlex.quote(shared)}*/wandb"
     return shlex.join(["wandb", "sync", *(f"{name}/wandb" for name in names)])
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def scrub(value: Any) -> Any:
