@@ -242,6 +242,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def read_if_there(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is no such file. Raises ToolkitError where it is damaged."""
+    return read_json(path) if path.is_file() else {}
+
+
+def read_if_whole(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where it is missing or damaged."""
+    try:
+        return read_json(path)
+    except ToolkitError:
+        return {}
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file, one per line; a last line cut short by a kill is left out.
 

@@ -16,7 +16,7 @@ from toolkit.comparison.points import Average, Point
 from toolkit.comparison.runs import Run
 from toolkit.evaluation.stats import is_rate
 from toolkit.evaluation.words import title
-from toolkit.files import read_json, write_json
+from toolkit.files import read_if_there, read_json, write_json
 from toolkit.training import tracking
 from toolkit.view import figures, page, tables
 
@@ -96,7 +96,7 @@ def page_row(run: Run, folder: Path) -> dict[str, Any]:
         "manifest": read_json(run.folder / "manifest.json"),
         "mix": read_json(run.folder / "mix.json"),
         # a dial needs no evaluation
-        "result": page.optional(run.folder / "eval.json") or {},
+        "result": read_if_there(run.folder / "eval.json"),
     }
 
 

@@ -33,7 +33,7 @@ from toolkit.evaluation.subject import LoadedRun, Subject
 from toolkit.evaluation.table import MODELS, summarize
 from toolkit.evaluation.words import summary, verdict
 from toolkit.family import mode_title
-from toolkit.files import ToolkitError, finite, outputs, read_json, write_json
+from toolkit.files import finite, outputs, read_if_whole, read_json, write_json
 from toolkit.recipe import REPLY_LIMIT
 from toolkit.records import (
     Evaluation,
@@ -235,14 +235,11 @@ def samples(replies: dict[str, Replies], eval_set: EvaluationSet) -> list[Evalua
 
 def write(folder: Path, result: Evaluation) -> None:
     """Write a run's eval.json; fast evidence of a run with replies beside it, which it does not replace: they were paid for."""
-    has_replies = scored(folder) and read_json(folder / "eval.json").get("level") != "fast"
+    has_replies = scored(folder) and read_json(folder / "eval.json")["level"] != "fast"
     is_beside = has_replies and result["level"] == "fast"
     write_json(folder / ("eval-fast.json" if is_beside else "eval.json"), result)
 
 
 def scored(folder: Path) -> bool:
     """Whether a run has an evaluation that can be read."""
-    try:
-        return {"base", "tuned", "difference"} <= read_json(folder / "eval.json").keys()
-    except ToolkitError:
-        return False
+    return {"base", "tuned", "difference"} <= read_if_whole(folder / "eval.json").keys()

@@ -3,10 +3,9 @@
 check_base(recipe.model, manifest["model"]["files"]); base_checksums(Path("models/my-qwen3"))
 """
 
-import contextlib
 from pathlib import Path
 
-from toolkit.files import POCKET, ToolkitError, find, outputs, read_json, sha256, write_json
+from toolkit.files import POCKET, ToolkitError, find, outputs, read_if_whole, sha256, write_json
 from toolkit.recipe import Model
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -23,9 +22,7 @@ def base_folder(name: str) -> Path | None:
 def base_checksums(folder: Path) -> dict[str, str]:
     """{file: SHA-256} of the weights in a model's folder. Each file is read once, and again only after it was written."""
     cache_file = outputs() / ".checksums.json"
-    cache: dict[str, str] = {}
-    with contextlib.suppress(ToolkitError):  # missing or damaged: everything is read again
-        cache = read_json(cache_file)
+    cache = read_if_whole(cache_file)
     checksums = {}
     for file in sorted(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         status = file.stat()

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from toolkit.files import Say, ToolkitError, read_json
+from toolkit.files import Say, ToolkitError, read_if_whole, read_json
 from toolkit.recipe import Evaluate
 from toolkit.records import MetricLine
 from toolkit.training.model import damaged
@@ -35,11 +35,8 @@ def fault(checkpoint: Path) -> str | None:
     import torch
     from transformers.trainer_pt_utils import safe_globals
 
-    try:
-        checksums = read_json(checkpoint / CHECKSUMS)
-    except ToolkitError:
-        checksums = {CHECKSUMS: "missing"}
-    if damaged(checkpoint, checksums):
+    checksums = read_if_whole(checkpoint / CHECKSUMS)
+    if not checksums or damaged(checkpoint, checksums):
         return "is incomplete or damaged"
     # optimizer, scheduler, gradient scaler and random states
     for file in sorted(checkpoint.glob("*.pt*")):

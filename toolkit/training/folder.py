@@ -28,7 +28,7 @@ from toolkit.files import (
     flat,
     lock,
     outputs,
-    read_json,
+    read_if_whole,
     read_text,
     write_error,
     write_json,
@@ -210,10 +210,7 @@ def describe(recipe: Recipe, mixed: Mix, model: Any, folder: Path) -> Manifest:
 
 def read_manifest(folder: Path) -> JsonObject:
     """A run's manifest.json; {} where it is missing or damaged, as training writes it again."""
-    try:
-        return read_json(folder / "manifest.json")
-    except ToolkitError:
-        return {}
+    return read_if_whole(folder / "manifest.json")
 
 
 def utc_now() -> str:

@@ -49,13 +49,13 @@ def quiet() -> Iterator[None]:
     screens = (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__)
     loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
     # a handler keeps the stream of the moment it was made, whatever sys.stderr is now
-    handlers = [h for x in loggers for h in x.handlers if vars(h).get("stream") in screens]
-    streams = [vars(handler)["stream"] for handler in handlers]
+    handlers = {h for x in loggers for h in x.handlers if isinstance(h, logging.StreamHandler)}
+    streams = {handler: handler.stream for handler in handlers if handler.stream in screens}
     with contextlib.redirect_stdout(LOG), contextlib.redirect_stderr(LOG), warnings.catch_warnings():
-        for handler in handlers:
-            handler.stream = LOG  # type: ignore[attr-defined]  # of a StreamHandler
+        for handler in streams:
+            handler.setStream(LOG)
         try:
             yield
         finally:
-            for handler, stream in zip(handlers, streams, strict=True):
-                handler.stream = stream  # type: ignore[attr-defined]
+            for handler, stream in streams.items():
+                handler.setStream(stream)

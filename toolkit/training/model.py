@@ -15,7 +15,17 @@ from typing import Any
 from rich.console import Console
 
 from toolkit.family import family_of
-from toolkit.files import ToolkitError, did_you_mean, download, first_line, hide_home, outputs, read_json, sha256
+from toolkit.files import (
+    ToolkitError,
+    did_you_mean,
+    download,
+    first_line,
+    hide_home,
+    outputs,
+    read_if_there,
+    read_json,
+    sha256,
+)
 from toolkit.recipe import Lora, Model, of_run
 from toolkit.records import JsonObject
 from toolkit.training.base import ADAPTER_WEIGHTS, base_folder, check_base
@@ -68,17 +78,15 @@ def out_of_memory(error: BaseException) -> bool:
 
 def checkpoint_file(section: Model, name: str) -> JsonObject:
     """A JSON file of a recipe's model, from its folder or the Hub, without loading anything; {} where it has none."""
-    folder = base_folder(section.model_name)
-    if folder:
-        file = folder / name
-    else:
-        import huggingface_hub
+    if folder := base_folder(section.model_name):
+        return read_if_there(folder / name)
+    import huggingface_hub
 
-        try:
-            file = Path(huggingface_hub.hf_hub_download(section.model_name, name, revision=section.revision))
-        except (OSError, ValueError):  # no such name, no network: loading reports it, with the reason
-            return {}
-    return read_json(file) if file.is_file() else {}
+    try:
+        file = huggingface_hub.hf_hub_download(section.model_name, name, revision=section.revision)
+    except (OSError, ValueError):  # no such name, no network: loading reports it, with the reason
+        return {}
+    return read_json(Path(file))
 
 
 def checkpoint_path(section: Model) -> str:

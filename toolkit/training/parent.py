@@ -6,7 +6,7 @@ parent = checked(recipe); parent["run"], parent["sha256"]
 from pathlib import Path
 from typing import Any
 
-from toolkit.files import ToolkitError, outputs, read_json, sha256
+from toolkit.files import ToolkitError, outputs, read_if_there, read_json, sha256
 from toolkit.recipe import Model, Recipe, adapter_folder, adapter_settings
 from toolkit.records import AdapterOf, JsonObject
 from toolkit.training.base import ADAPTER_WEIGHTS, base_folder, check_base
@@ -25,7 +25,7 @@ def checked(recipe: Recipe) -> AdapterOf | None:
     run = folder.parent
     if run == outputs() / recipe.name:
         raise ToolkitError(f"model.adapter: {name}: this run would continue itself: choose another name (name=...)")
-    manifest = read_json(run / "manifest.json") if (run / "manifest.json").is_file() else {}
+    manifest = read_if_there(run / "manifest.json")
     if manifest:
         check_adapter(run)
     check_same_base(recipe.model, folder, manifest)

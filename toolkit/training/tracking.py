@@ -199,12 +199,15 @@ class Tracker:
         self._attempt("starting a run", self._open, folder, **values)
         if self.run:
             self._attempt("logging the picture", self._put_picture, "picture", folder / "comparison.png")
-        for row in curve if self.run else ():
+            self._attempt("logging the curve", self._log_curve, curve)
+        self._conclude([*compared, folder], {"recommendation": sentences}, "comparison", rows)
+
+    def _log_curve(self, curve: Sequence[Row]) -> None:
+        for row in curve:
             # `dial/scale` or `sweep/reasoning`: wandb draws a line for each other number of the row over it
             axis = next(iter(row))
-            self._attempt("naming the axis", self.run.define_metric, f"{axis.partition('/')[0]}/*", step_metric=axis)
-            self._attempt("logging the curve", self.run.log, row)
-        self._conclude([*compared, folder], {"recommendation": sentences}, "comparison", rows)
+            self.run.define_metric(f"{axis.partition('/')[0]}/*", step_metric=axis)
+            self.run.log(row)
 
     def _conclude(self, folders: Sequence[Path], summary: Row, key: str, rows: Sequence[Row]) -> None:
         """Add a summary and a table to the open run and close it."""

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 from toolkit.data.mix import UNITS, Mix
 from toolkit.family import mode_title
-from toolkit.files import read_json, read_jsonl
+from toolkit.files import read_if_there, read_jsonl
 from toolkit.recipe import Recipe
+from toolkit.records import JsonObject
 from toolkit.training import tracking
 
 # matplotlib and pandas take a second to import; what only reads metrics.jsonl must not wait for them
@@ -110,7 +111,7 @@ def draw_lengths(axes: "Axes", mixed: Mix) -> None:
     axes.legend(frameon=False)
 
 
-def logged(folder: Path) -> list[dict[str, Any]]:
+def logged(folder: Path) -> list[JsonObject]:
     """The lines of a run's metrics.jsonl; empty where it has none yet."""
     file = folder / "metrics.jsonl"
     return read_jsonl(file) if file.is_file() else []
@@ -131,8 +132,7 @@ def curves(folder: Path) -> "Figure":
     left.set(title="training loss", xlabel="optimizer step", ylabel="nats per supervised token", ylim=(0, None))
     left.legend(frameon=False, fontsize=9)
     # the mix is written before the first step; in anybody's own trainer there may be none
-    file = folder / "mix.json"
-    colours = source_colours(read_json(file)["planned"] if file.is_file() else ())
+    colours = source_colours(read_if_there(folder / "mix.json").get("planned", ()))
     for key in lines.filter(regex="^eval_.*loss$"):
         source, _, mode = key.removeprefix("eval_").removesuffix("_loss").rpartition("/")
         label = f"{source}, {mode_title(mode)}" if source else "all, as mixed"

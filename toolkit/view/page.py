@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, cast
 from toolkit import recipe as recipes
 from toolkit.evaluation import words
 from toolkit.family import mode_title
-from toolkit.files import ToolkitError, read_json, read_jsonl, write_text
-from toolkit.records import Evaluation, Interval, MixReport
+from toolkit.files import ToolkitError, read_if_there, read_json, read_jsonl, write_text
+from toolkit.records import Evaluation, Interval, JsonObject, MixReport
 from toolkit.view import figures, labels, tables, trained
 
 PAGE = "report.html"
@@ -56,10 +56,10 @@ def render(template: str, values: Mapping[str, Any], folder: Path) -> Path:
     return folder / PAGE
 
 
-def contents(folder: Path) -> dict[str, Any]:
+def contents(folder: Path) -> JsonObject:
     """What the template shows, by section; None or empty where the run has no such file yet."""
     manifest = read_json(folder / "manifest.json")
-    result = cast("Evaluation | None", optional(folder / "eval.json"))
+    result = cast(Evaluation, read_if_there(folder / "eval.json"))
     rows, why_no_rows = taught_rows(folder, manifest)
     file = folder / "samples.jsonl"
     samples = read_jsonl(file) if file.is_file() else []
@@ -71,7 +71,7 @@ def contents(folder: Path) -> dict[str, Any]:
         "why_no_rows": why_no_rows,
         "curves": address(figures.png(figures.curves(folder))) if figures.logged(folder) else "",
         "prompts": [row for row in trained.paired(samples) if "after" in row],
-        "certificate": optional(folder / "certificate.json"),
+        "certificate": read_if_there(folder / "certificate.json"),
         "dial": compared(folder / f"{name}-dial"),
         "mode_title": mode_title,
         **mix_section(folder),
@@ -79,15 +79,10 @@ def contents(folder: Path) -> dict[str, Any]:
     }
 
 
-def optional(file: Path) -> dict[str, Any] | None:
-    """A JSON file's content, None where there is none."""
-    return read_json(file) if file.is_file() else None
-
-
-def mix_section(folder: Path) -> dict[str, Any]:
+def mix_section(folder: Path) -> JsonObject:
     """What the run was trained on: a sentence, the report itself and its notes."""
-    report = cast("MixReport | None", optional(folder / "mix.json"))
-    if report is None:
+    report = cast(MixReport, read_if_there(folder / "mix.json"))
+    if not report:
         return {"mix": None}
     return {
         "mix": report,
@@ -97,9 +92,9 @@ def mix_section(folder: Path) -> dict[str, Any]:
     }
 
 
-def evaluation_section(result: Evaluation | None) -> dict[str, Any]:
+def evaluation_section(result: Evaluation) -> JsonObject:
     """What the run gained and kept: the verdict, shares with intervals, every metric, own rows."""
-    if result is None:
+    if not result:
         return {"result": None}
     # a person's rows come in the order of their sources
     own_rows = sorted(result["own_rows"], key=lambda row: (row["source"], row["mode"]))
@@ -134,7 +129,7 @@ def bar(metric: str, share: Interval) -> Bar | None:
     return Bar(value, low, high, words.show(metric, share))
 
 
-def taught_rows(folder: Path, manifest: dict[str, Any]) -> tuple[list[labels.TaughtRow], str]:
+def taught_rows(folder: Path, manifest: JsonObject) -> tuple[list[labels.TaughtRow], str]:
     """(the first training rows of every source and mode, why there are none)."""
     from toolkit.data import mix
     from toolkit.data.chat import load_chat
@@ -149,9 +144,9 @@ def taught_rows(folder: Path, manifest: dict[str, Any]) -> tuple[list[labels.Tau
     return labels.first_rows(mixed, chat, of_each), ""
 
 
-def compared(folder: Path) -> dict[str, Any] | None:
+def compared(folder: Path) -> JsonObject:
     """What a sweep, a comparison or a dial left in its folder: comparison.json, with its picture as part of the page."""
-    found, picture = optional(folder / "comparison.json"), folder / "comparison.png"
+    found, picture = read_if_there(folder / "comparison.json"), folder / "comparison.png"
     if found and picture.is_file():
         found["picture"] = address(picture.read_bytes())
     return found
