@@ -176,7 +176,7 @@ def install_packages() -> None:
     install.setup()
     from toolkit.machine import doctor
 
-    doctor.show([*doctor.compiler(), *doctor.fused_kernels(), *doctor.gpu(doctor.look())])
+    doctor.show([*doctor.kernels(), *doctor.gpu(doctor.look())])
 
 
 @verb(

@@ -1,8 +1,8 @@
-"""Read this first: the steps of a run, composed. What the command line and the notebooks both call.
+"""Read this first: the steps of a run, as the command line and the notebooks call them.
 
 folder = train(recipes.load("data_recipes/pocket.yaml")); result = evaluate(folder)
 
-The way of a run: preflight → compile_mix → load, attach LoRA → train → evaluate.
+preflight → compile_mix → load, attach LoRA → train → evaluate
 """
 
 import dataclasses
@@ -35,8 +35,7 @@ def train(recipe: Recipe, console: Console | None = None, *, fresh: bool = False
           details: bool = False) -> Path:  # fmt: skip
     """Check, compile, load, train, evaluate; ends with before and after and the next command. Returns the run's folder.
 
-    An unfinished run of the same recipe resumes from its last checkpoint; a finished one is left as it is.
-    """
+    An unfinished run of the same recipe resumes from its last checkpoint; a finished one is left as it is."""
     console = pinned(console)
     # accelerate starts this function in every process; one of them talks
     console.quiet = console.quiet or not folders.is_main()

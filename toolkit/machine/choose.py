@@ -3,18 +3,19 @@
 name, why = auto_model(recipes.load("hybrid", ["model.model_name=auto"]))
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from toolkit.files import ToolkitError, read_json, write_json
+from toolkit.files import Say, ToolkitError, read_json, write_json
 from toolkit.machine import duration, fit
 from toolkit.machine.duration import Duration
 from toolkit.machine.install import has_driver
 from toolkit.machine.speed import Speed, here, measured_card, of_card, operations
 from toolkit.recipe import Recipe
-from toolkit.records import MemoryComparison
+from toolkit.records import JsonObject, MemoryComparison
+from toolkit.training.model import on_cuda
 
 PLANNED_FOR = 8
 """GB of the card that is planned for where none is here and none was named."""
@@ -25,9 +26,7 @@ A_MINUTE = 2e11
 
 def auto_model(recipe: Recipe) -> tuple[str, str]:
     """(model, why) for `model_name: auto`: the largest Qwen3 that this card trains, or `pocket` without one."""
-    import torch
-
-    if not torch.cuda.is_available():
+    if not on_cuda():
         return "pocket", "no CUDA card for a larger one"
     # what is free now, since a display or another program may hold some of the card
     memory = fit.usable_vram()
@@ -50,7 +49,7 @@ def largest_model(recipe: Recipe, vram: int, speed: Speed | None) -> tuple[str, 
     return fit.choose_model(vram, recipe, is_quick), f"{why} and {hours}"
 
 
-def planned_for(gigabytes: float, card: str | None, say: Callable[[str], Any]) -> tuple[int, Speed | None]:
+def planned_for(gigabytes: float, card: str | None, say: Say) -> tuple[int, Speed | None]:
     """(usable bytes, speed) of a card by its size or name, else of the one here, else of one of 8 GB. Raises ToolkitError."""
     if card:
         named = of_card(card)
@@ -65,14 +64,10 @@ def planned_for(gigabytes: float, card: str | None, say: Callable[[str], Any]) -
 
 def has_card() -> bool:
     """Whether torch can use a card here; torch is imported only where there is a driver."""
-    if not has_driver():
-        return False
-    import torch
-
-    return torch.cuda.is_available()
+    return has_driver() and on_cuda()
 
 
-def show(recipe: Recipe, gigabytes: float, card: str | None, console: Any) -> dict[str, Any]:
+def show(recipe: Recipe, gigabytes: float, card: str | None, console: Any) -> JsonObject:
     """Print whether a recipe fits a card, what would make it fit, and how long it takes; returns the same as values.
 
     Raises ToolkitError."""
@@ -85,7 +80,7 @@ def show(recipe: Recipe, gigabytes: float, card: str | None, console: Any) -> di
     planned = fit.forecast(recipe, vram=vram)
     fit.show(planned, vram, console)
     trained = planned.as_trained(vram)
-    answer: dict[str, Any] = {
+    answer: JsonObject = {
         "model": trained.shape.name,
         "fits": trained.fits(vram),
         "peak_bytes": trained.peak,
@@ -121,7 +116,7 @@ def hours_of_mix(recipe: Recipe, lengths: Sequence[int], validation_lengths: Seq
     return duration.forecast(recipe, shape, work, here(shape, recipe.train["per_device_train_batch_size"], length))
 
 
-def say_hours(recipe: Recipe, mixed: Any, say: Callable[[str], Any]) -> Duration | None:
+def say_hours(recipe: Recipe, mixed: Any, say: Say) -> Duration | None:
     """Say how long a run of a compiled mix will take; None where that is not known, and why is said."""
     lengths = [len(row.ids) for row in mixed.train]
     held_out = [len(row.ids) for row in mixed.validation]

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
-from toolkit.files import ToolkitError, outputs, safe_output, shareable
+from toolkit.files import ToolkitError, first_line, outputs, safe_output
+from toolkit.training.log import Log
 
 BUG, FIXABLE = 1, 2
 """Exit codes: a bug or a check that failed; an error that says how to fix it."""
@@ -80,14 +81,13 @@ def failed(error: Exception, run: str) -> int:
             file=sys.stderr,
         )
         return FIXABLE
-    reason = (str(error).strip() or "no message").splitlines()[0]
     cause = "This is a bug, or a library that failed"
     if isinstance(error, ImportError):
         cause = (
             "A package is missing or of another version (`python -m toolkit doctor` says which, `setup` installs it)"
         )
     print(
-        f"error: {type(error).__name__}: {reason}\n{cause}: {_traceback_of(error, run)}. Run the same command again to "
+        f"error: {type(error).__name__}: {first_line(error)}\n{cause}: {_traceback_of(error, run)}. Run the same command again to "
         "resume.",
         file=sys.stderr,
     )
@@ -99,13 +99,12 @@ def _traceback_of(error: Exception, run: str) -> str:
     for note in getattr(error, "__notes__", ()):
         if note.startswith("log: "):
             return f"the traceback is in {note.removeprefix('log: ')}"
-    places = [folder / "run.log" for folder in (Path(run), outputs() / run) if (folder / "recipe.yaml").is_file()]
-    log = [*places, outputs() / "toolkit.log"][0]
+    log = Log()
+    runs = [folder for folder in (Path(run), outputs() / run) if (folder / "recipe.yaml").is_file()]
+    log.folder = runs[0] if runs else None
     lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {' '.join(sys.argv)}\n", *traceback.format_exception(error)]
     try:
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a", encoding="utf-8", errors="replace") as file:
-            file.write(shareable("".join(lines)))
+        log.append("".join(lines))
     except OSError:  # the disk may be what failed
         return "set TOOLKIT_DEBUG=1 to see the traceback"
-    return f"the traceback is in {log}"
+    return f"the traceback is in {log.path}"

@@ -11,12 +11,12 @@ import shutil
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from toolkit.files import ROOT, ToolkitError
+from toolkit.files import ROOT, Say, ToolkitError
 from toolkit.machine import install
 from toolkit.machine.install import has_driver
 
@@ -63,7 +63,7 @@ def examine() -> list[Finding]:
     """All findings, quickest first; what is not installed is named, and what needs it left out."""
     old = "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer and make the .venv again"
     python = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    findings = [Finding("python", python, old), packages(), *compiler(), *fused_kernels()]
+    findings = [Finding("python", python, old), packages(), *kernels()]
     if missing := missing_packages():
         reason = f"{', '.join(missing)} missing: nothing else can be examined, or trained"
         return [*findings, Finding("toolkit", reason, "python -m toolkit setup")]
@@ -128,7 +128,7 @@ def hub_answers(seconds: float = 3.0) -> bool:
     return False
 
 
-def show(findings: list[Finding], say: Callable[[str], Any] = print) -> None:
+def show(findings: list[Finding], say: Say = print) -> None:
     """Print findings, each with its fix below it. Plain text: rich may be what is missing."""
     width = max(60, shutil.get_terminal_size().columns)
     for what, state, fix in findings:
@@ -210,9 +210,9 @@ def torch_command(cuda: str) -> str:
     return "no build of torch fits it"
 
 
-def compiler(is_gpu: bool | None = None, headers: str = "") -> list[Finding]:
+def compiler(is_gpu: bool, headers: str = "") -> list[Finding]:
     """Triton compiles its launcher at the first step: with $CC, else gcc or clang, and Python.h (triton/runtime/build.py)."""
-    if platform.system() == "Windows" or not (has_driver() if is_gpu is None else is_gpu):
+    if platform.system() == "Windows" or not is_gpu:
         return []
     chosen = os.environ.get("CC")
     lacking = []
@@ -229,15 +229,21 @@ def compiler(is_gpu: bool | None = None, headers: str = "") -> list[Finding]:
     return [Finding("compiler", state, "apt install gcc python3-dev (or your system's names for them)")]
 
 
-def check_compiler(is_gpu: bool | None = None) -> None:
+def kernels() -> list[Finding]:
+    """What the kernels of a run lack, where there is a card for them."""
+    is_gpu = has_driver()
+    return [*compiler(is_gpu), *fused_kernels(is_gpu)]
+
+
+def check_compiler(is_gpu: bool) -> None:
     """Raises ToolkitError where the first step on a card would fail for want of a compiler: before anything is downloaded."""
     for finding in compiler(is_gpu):
         raise ToolkitError(f"{finding.state}. {finding.fix}, then the same command again")
 
 
-def fused_kernels(is_gpu: bool | None = None) -> list[Finding]:
+def fused_kernels(is_gpu: bool) -> list[Finding]:
     """Without Triton Unsloth goes on, slower, and says so in the log only (unsloth/_gpu_init.py)."""
-    if not (has_driver() if is_gpu is None else is_gpu) or importlib.util.find_spec("triton") is not None:
+    if not is_gpu or importlib.util.find_spec("triton"):
         return []
     fix = "python -m toolkit setup"
     if platform.system() == "Windows":

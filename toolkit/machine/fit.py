@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import msgspec
 
 from toolkit.family import FAMILIES, family_of
-from toolkit.files import ToolkitError, find, read_json
+from toolkit.files import ToolkitError, find, first_line, read_json
 from toolkit.machine.doctor import CONTEXT
 from toolkit.recipe import REPLY_LIMIT, Lora, Recipe
 
@@ -104,7 +104,7 @@ def shape(name: str) -> Shape:
         config = AutoConfig.from_pretrained(str(local or name))
     except Exception as error:  # the Hub's client and transformers raise many kinds for a missing or unknown config
         raise ToolkitError(
-            f"model_name: {name!r}: its config.json cannot be read ({str(error).partition(chr(10))[0]}). Known without "
+            f"model_name: {name!r}: its config.json cannot be read ({first_line(error)}). Known without "
             f"the Hub are Qwen3-{', Qwen3-'.join(SHIPPED)}; else give the local folder that holds its config.json"
         ) from error
     return shape_of(config, name)
@@ -112,14 +112,12 @@ def shape(name: str) -> Shape:
 
 def shipped(name: str) -> Shape | None:
     """The shape of a Qwen3 by size or Hub name, or of a Qwen3.5 by that, from the facts that ship with the package."""
-    sizes = "|".join(re.escape(size) for size in sorted(SHIPPED, key=len, reverse=True))
-    newer = re.search(r"Qwen3\.5-(\d[\d.]*B)(?=$|-)", name, re.IGNORECASE)
-    if newer and (known := SHIPPED_35.get(newer[1].upper())):
-        return dataclasses.replace(known, name=name)
-    match = re.fullmatch(f"({sizes})", name) or re.search(rf"Qwen3-(?:Coder-)?({sizes})(?=$|-)", name, re.IGNORECASE)
-    if match is None:
+    match = re.search(r"Qwen(3|3\.5)-(?:Coder-)?(\d[\d.]*B)(?=$|-)", name, re.IGNORECASE)
+    version, size = match.groups() if match else ("3", name)
+    shapes = SHIPPED if version == "3" else SHIPPED_35
+    known = shapes.get(size.upper())
+    if known is None:
         return None
-    known = SHIPPED[match[1].upper()]
     # Unsloth's own checkpoints keep some layers in 16-bit, plain bnb-4bit ones none
     plain = re.search("(?<!-unsloth)-bnb-4bit$", name, re.IGNORECASE)
     return dataclasses.replace(known, name=name, kept=0 if plain else known.kept)
@@ -147,11 +145,17 @@ def shape_of(config: "PretrainedConfig", name: str = "") -> Shape:
                 with contextlib.suppress(ImportError):
                     full_model = AutoModelForImageTextToText.from_config(config)
         heads = text.num_attention_heads
-        hidden = text.hidden_size
-        # older configs leave out what follows from the others
-        head_dim = getattr(text, "head_dim", None) or hidden // heads
-        kv_heads = getattr(text, "num_key_value_heads", None) or heads
-        inner = getattr(text, "intermediate_size", None) or 4 * hidden
+        # Qwen2 leaves it out, as it follows from the others
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        sizes = {
+            "hidden_size": text.hidden_size,
+            "num_hidden_layers": text.num_hidden_layers,
+            "num_attention_heads": heads,
+            "q_dim": heads * head_dim,
+            "kv_dim": text.num_key_value_heads * head_dim,
+            "vocab_size": text.vocab_size,
+            "intermediate_size": text.intermediate_size,
+        }
     except (ValueError, AttributeError, KeyError, TypeError, ImportError) as error:
         raise ToolkitError(f"{name}: memory needs not known: {error}") from error
     if any(".experts." in path for path, _ in model.named_parameters()):
@@ -162,13 +166,7 @@ def shape_of(config: "PretrainedConfig", name: str = "") -> Shape:
             name_in_layer = path.rpartition(".")[2]
             linear[path] = Matrix(name_in_layer, module.in_features, module.out_features, 1)
     return Shape(
-        hidden_size=hidden,
-        num_hidden_layers=text.num_hidden_layers,
-        num_attention_heads=heads,
-        q_dim=heads * head_dim,
-        kv_dim=kv_heads * head_dim,
-        vocab_size=text.vocab_size,
-        intermediate_size=inner,
+        **sizes,
         parameters=sum(p.numel() for p in full_model.parameters()),
         matrices=tuple(matrix._replace(copies=n) for matrix, n in Counter(linear.values()).items()),
         kept=sum(matrix.parameters for path, matrix in linear.items() if _is_kept(config, path)),
@@ -495,21 +493,22 @@ def suggestions(planned: Forecast, vram: int) -> list[Offer]:
     if planned.as_trained(vram).fits(vram):
         return []
     words = []
-    plan = planned.settings
+    cheaper = planned
     for section, key, value in CHEAPER:
-        if getattr(plan, key) != value:
+        if getattr(planned.settings, key) != value:
             words.append(f"{section}.{key}={str(value).lower()}")
-            plan = dataclasses.replace(plan, **{key: value})
-    alone: list[Offer] = [(words, forecast(plan, planned.shape))] if words else []
-    shorter: list[Offer] = []
-    for n in ROWS:
-        if n < plan.longest:
-            limited = dataclasses.replace(plan, longest=n, longest_validation=n)
-            shorter.append(([*words, f"model.max_seq_length={n}"], forecast(limited, planned.shape)))
-    smaller: list[Offer] = []
-    for name in reversed(QWEN3):
-        if shape(name).parameters < planned.shape.parameters:
-            smaller.append(([*words, f"model.model_name={name}"], forecast(plan, name)))
+            cheaper = cheaper.changed(**{key: value})
+    alone = [(words, cheaper)] if words else []
+    shorter = [
+        ([*words, f"model.max_seq_length={n}"], cheaper.changed(longest=n, longest_validation=n))
+        for n in ROWS
+        if n < cheaper.settings.longest
+    ]
+    smaller = [
+        ([*words, f"model.model_name={name}"], forecast(cheaper.settings, name))
+        for name in reversed(QWEN3)
+        if shape(name).parameters < planned.shape.parameters
+    ]
     offers: list[Offer] = []
     for kind in (alone, shorter, smaller):
         # `train` lowers the batch by itself, so a change only has to do the rest

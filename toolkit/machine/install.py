@@ -53,9 +53,10 @@ def setup() -> None:
     if not differing():
         return
     torch = installed("torch")
-    pinned = [f"{name}=={version}" for name, version in pins().items()]
-    with_needs = [pin for pin in pinned if pin.partition("==")[0] not in {"torch", *NO_DEPS}]
-    steps = [with_needs, ["--no-deps", *(f"{name}=={pins()[name]}" for name in NO_DEPS)]]
+    pinned = {name: f"{name}=={version}" for name, version in pins().items()}
+    torch_pin = pinned.pop("torch")
+    without_needs = [pinned.pop(name) for name in NO_DEPS]
+    steps = [[*pinned.values()], ["--no-deps", *without_needs]]
     # Colab's torch is built for its driver, and replacing it takes minutes
     if torch_fits(torch):
         print(f"keeping torch {torch}")
@@ -64,10 +65,10 @@ def setup() -> None:
             subprocess.run([*PIP, "uninstall", "--quiet", "--yes", "torchvision", "torchaudio"])
         # the wrong build is 3 GB that ends in "no CUDA card here"
         source = torch_source(driver_cuda(), platform.system())
-        print(f"torch {pins()['torch']}: {source.reason}", flush=True)
+        print(f"{torch_pin}: {source.reason}", flush=True)
         # an installed copy has no lock: there pip resolved what these packages need
         steps = [["--no-deps", "--require-hashes", "-r", str(LOCK)]] if LOCK.is_file() else steps
-        steps.insert(0, [f"torch=={pins()['torch']}", *source.options])
+        steps.insert(0, [torch_pin, *source.options])
     print("installing packages (a few minutes the first time)", flush=True)
     for packages in steps:
         if subprocess.run([*PIP, "install", "--quiet", "--disable-pip-version-check", *packages]).returncode:

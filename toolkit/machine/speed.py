@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from toolkit.files import ToolkitError, did_you_mean
+from toolkit.training.model import has_bf16, on_cuda
 
 if TYPE_CHECKING:
     from toolkit.machine.fit import Shape
@@ -116,9 +117,7 @@ def of_card(name: str) -> Speed:
 @functools.cache
 def here(shape: "Shape", rows: int, length: int, recomputes: bool = False) -> Speed:
     """The speed of the card here, or of this CPU with micro-batches of so many rows and tokens of a model."""
-    import torch
-
-    if torch.cuda.is_available():
+    if on_cuda():
         return measured_card()
     seconds, operations = cpu_step(shape, rows, length, recomputes)
     return Speed("this CPU", operations / seconds, 0.0, is_measured=True)
@@ -128,7 +127,7 @@ def measured_card() -> Speed:
     """Two seconds on the card here: a large product in its 16-bit type, and a copy within its memory."""
     import torch
 
-    half = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    half = torch.bfloat16 if has_bf16() else torch.float16
     matrix = torch.randn(SIDE, SIDE, dtype=half, device="cuda")
     product_seconds = seconds_of(lambda: torch.mm(matrix, matrix), torch.cuda.synchronize)
     block = torch.zeros(COPIED, dtype=torch.uint8, device="cuda")

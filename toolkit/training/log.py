@@ -29,11 +29,15 @@ class Log(io.TextIOBase):
         file = (self.folder or outputs()) / "run.log"
         return file if self.folder and not displaced(file) else outputs() / "toolkit.log"
 
+    def append(self, text: str) -> None:
+        """Add a text to the file. Raises OSError."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", encoding="utf-8", errors="replace") as file:
+            file.write(shareable(text))
+
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):  # a full disk must not turn a library's warning into a crash
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", encoding="utf-8", errors="replace") as file:
-                file.write(shareable(text))
+            self.append(text)
         return len(text)
 
 
@@ -50,7 +54,8 @@ def quiet() -> Iterator[None]:
     loggers = [logging.root, *(x for x in logging.root.manager.loggerDict.values() if isinstance(x, logging.Logger))]
     # a handler keeps the stream of the moment it was made, whatever sys.stderr is now
     handlers = {h for x in loggers for h in x.handlers if isinstance(h, logging.StreamHandler)}
-    streams = {handler: handler.stream for handler in handlers if handler.stream in screens}
+    # of logging's last resort it is a property, which nobody can set
+    streams = {h: h.stream for h in handlers if vars(h).get("stream") in screens}
     with contextlib.redirect_stdout(LOG), contextlib.redirect_stderr(LOG), warnings.catch_warnings():
         for handler in streams:
             handler.setStream(LOG)

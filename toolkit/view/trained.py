@@ -3,15 +3,13 @@
 report(Path("outputs/pocket"), Console())
 """
 
-from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from toolkit.files import outputs, read_json, read_jsonl
-from toolkit.records import Evaluation, MixReport
+from toolkit.records import Evaluation, JsonObject, MixReport
 from toolkit.view import tables
 
 
@@ -29,20 +27,18 @@ def report(folder: Path, console: Console) -> None:
         console.print(f"{skipped} of the steps were skipped: their fp16 gradients overflowed")
 
 
-def before_after(samples: list[dict[str, str]]) -> Table:
+def before_after(samples: list[JsonObject]) -> Table:
     """A table of the fixed prompts' replies before and after training, in each mode of the model."""
     return tables.side_by_side(paired(samples))
 
 
-def paired(samples: list[dict[str, str]]) -> list[dict[str, Any]]:
+def paired(samples: list[JsonObject]) -> list[JsonObject]:
     """The same as rows {prompt, mode, before: ShownReply, after: ShownReply}."""
-    rows: dict[tuple[str, str], dict[str, Any]] = defaultdict(dict)
-    for when in ("before", "after"):
-        for sample in samples:
-            if sample["when"] == when:
-                row = rows[sample["prompt"], sample["mode"]]
-                row |= {"prompt": sample["prompt"], "mode": sample["mode"]}
-                row[when] = tables.ShownReply(sample["reasoning"], sample["answer"])
+    rows: dict[tuple[str, str], JsonObject] = {}
+    for sample in samples:
+        prompt, mode = sample["prompt"], sample["mode"]
+        row = rows.setdefault((prompt, mode), {"prompt": prompt, "mode": mode})
+        row[sample["when"]] = tables.ShownReply(sample["reasoning"], sample["answer"])
     return list(rows.values())
 
 
