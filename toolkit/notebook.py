@@ -69,14 +69,9 @@ def choose(gpu: str, cpu: str, changes: str = "") -> Recipe:
 
 def vram(gigabytes: float = 0) -> int:
     """Usable bytes of a card sold as so many GB; at 0 of the card here, or of one of 8 GB where there is none."""
-    import torch
+    from toolkit.machine import choose
 
-    from toolkit.machine import fit
-
-    if not gigabytes and not torch.cuda.is_available():
-        print("planned for a card of 8 GB, as none is here")
-        gigabytes = 8
-    return fit.usable_vram(gigabytes)
+    return choose.usable(gigabytes, print)
 
 
 def forecast(recipe: Recipe, vram: int) -> "Forecast":

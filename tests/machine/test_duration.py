@@ -72,7 +72,9 @@ def test_the_evaluation_is_planned_for_three_minutes_at_least():
     assert duration.evaluation_seconds(HYBRID, 60) == 180
     assert duration.evaluation_seconds(HYBRID, 3600) == 1200
     assert duration.evaluation_seconds(recipe.load("hybrid", ["evaluate.minutes=7"]), 3600) == 420
-    assert (duration.LEAST_EVALUATION, duration.FULL_EVALUATION) == (60 * plan.LEAST_MINUTES, 60 * plan.FULL_MINUTES)
+    assert duration.evaluation_seconds(HYBRID, 1) == 60 * plan.LEAST_MINUTES
+    full = recipe.load("hybrid", ["evaluate.level=full"])
+    assert duration.evaluation_seconds(full, 3600) == 60 * plan.FULL_MINUTES
 
 
 def test_the_work_of_a_mix_is_its_tokens_epochs_and_validations():

@@ -29,8 +29,7 @@ def auto_model(recipe: Recipe) -> tuple[str, str]:
     if not on_cuda():
         return "pocket", "no CUDA card for a larger one"
     # what is free now, since a display or another program may hold some of the card
-    memory = fit.usable_vram()
-    return largest_model(recipe, memory, measured_card())
+    return largest_model(recipe, fit.usable_vram(), measured_card())
 
 
 def largest_model(recipe: Recipe, vram: int, speed: Speed | None) -> tuple[str, str]:
@@ -54,12 +53,16 @@ def planned_for(gigabytes: float, card: str | None, say: Say) -> tuple[int, Spee
     if card:
         named = of_card(card)
         return fit.usable_vram(gigabytes or named.gigabytes), named
-    if gigabytes:
-        return fit.usable_vram(gigabytes), None
-    if has_card():
-        return fit.usable_vram(), measured_card()
-    say(f"planned for a card of {PLANNED_FOR} GB, as none is here")
-    return fit.usable_vram(PLANNED_FOR), None
+    is_here = not gigabytes and has_card()
+    return usable(gigabytes, say), measured_card() if is_here else None
+
+
+def usable(gigabytes: float, say: Say) -> int:
+    """Usable bytes of a card sold as so many GB; at 0 of the card here, or of one of 8 GB where there is none."""
+    if not gigabytes and not has_card():
+        say(f"planned for a card of {PLANNED_FOR} GB, as none is here")
+        gigabytes = PLANNED_FOR
+    return fit.usable_vram(gigabytes)
 
 
 def has_card() -> bool:
@@ -105,8 +108,7 @@ def hours_of_mix(recipe: Recipe, lengths: Sequence[int], validation_lengths: Seq
 
     Raises ToolkitError for a model whose shape is not known."""
     # a card trains without padding and computes layers again, a CPU the other way round
-    on_card = has_card()
-    work = duration.work_of(recipe, lengths, validation_lengths, on_card=on_card)
+    work = duration.work_of(recipe, lengths, validation_lengths, on_card=has_card())
     shape = fit.shape(recipe.model.model_name)
     # measuring would take longer than what is forecast
     if work.tokens * operations(shape, work.mean_length) < A_MINUTE:

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from toolkit.files import ToolkitError, first_line, outputs, safe_output
+from toolkit.training.interrupt import SIGNALS
 from toolkit.training.log import Log
 
 BUG, FIXABLE = 1, 2
@@ -53,17 +54,16 @@ def catch_signals() -> None:
         _received.append(number)
         raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+    for number in SIGNALS:
+        if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             signal.signal(number, stop)
 
 
 def interrupted(error: BaseException) -> int:
     """Say how to go on, and let a further signal end the process at once: threads and exit handlers may take long."""
     number = error.args[0] if isinstance(error, Stopped) else (*_received, signal.SIGINT)[0]
-    for name in ("SIGINT", "SIGTERM"):
-        signal.signal(getattr(signal, name), lambda again, _frame: os._exit(128 + again))
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, lambda again, _frame: os._exit(128 + again))
     print("interrupted: run the same command again; it resumes from what is finished", file=sys.stderr)
     return 128 + number
 

@@ -216,11 +216,9 @@ def compiler(is_gpu: bool, headers: str = "") -> list[Finding]:
         return []
     chosen = os.environ.get("CC")
     lacking = []
-    if chosen is not None and shutil.which(chosen) is None:
-        lacking.append(f"the C compiler that CC={chosen!r} names")
     # Triton does not ask for `cc`
-    if chosen is None and not (shutil.which("gcc") or shutil.which("clang")):
-        lacking.append("gcc or clang")
+    if not any(map(shutil.which, ("gcc", "clang") if chosen is None else (chosen,))):
+        lacking.append("gcc or clang" if chosen is None else f"the C compiler that CC={chosen!r} names")
     if not (Path(headers or sysconfig.get_paths()["include"]) / "Python.h").is_file():
         lacking.append("Python.h")
     if not lacking:

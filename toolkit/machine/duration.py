@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from toolkit.evaluation.plan import minutes_for
 from toolkit.machine.fit import Shape
 from toolkit.machine.speed import Speed, operations
 from toolkit.recipe import Recipe
@@ -18,12 +19,8 @@ from toolkit.records import TimeComparison
 LAUNCH = 0.009
 """Seconds in which a host launches one layer's kernels of a micro-batch, forward and backward: 0.25 to 0.4 s for Qwen3-4B's
 36 layers (Unsloth's own measurement, padding_choice.py). Short rows take at least this."""
-EVALUATION_SHARE = 1 / 3
-LEAST_EVALUATION = 180
-"""Of the training's time, and at least so many seconds, unless a recipe says `evaluate.minutes` (evaluation/plan.py)."""
-FULL_EVALUATION = 7200
 FAST_EVALUATION = 60
-"""Seconds of the other levels."""
+"""Seconds of an evaluation without replies."""
 EVENING = 4 * 3600
 """Seconds that `model_name: auto` may plan for: one evening."""
 LENGTHS = {"thinking": (2500, 0.73), "non_thinking": (250, 0.75)}
@@ -98,10 +95,10 @@ def validation_seconds(shape: Shape, work: Work, speed: Speed) -> float:
 
 def evaluation_seconds(recipe: Recipe, training: float) -> float:
     """Seconds that scoring base against tuned is planned for: the number of questions follows from it."""
-    if recipe.evaluate.minutes:
-        return 60 * recipe.evaluate.minutes
-    by_level = {"fast": FAST_EVALUATION, "full": FULL_EVALUATION}
-    return by_level.get(recipe.evaluate.level, max(LEAST_EVALUATION, EVALUATION_SHARE * training))
+    section = recipe.evaluate
+    if section.level == "fast" and not section.minutes:
+        return FAST_EVALUATION
+    return 60 * (section.minutes or minutes_for(section.level, training))
 
 
 def forecast(recipe: Recipe, shape: Shape, work: Work, speed: Speed) -> Duration:

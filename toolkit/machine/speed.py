@@ -171,11 +171,11 @@ def layer_pass(shape: "Shape", rows: int, length: int, recomputes: bool) -> Call
 
     tokens = rows * length
     heads = shape.num_attention_heads
-    products = []
-    for _, inputs, outputs, _ in shape.matrices:
-        weight = torch.randn(outputs, inputs)
-        lora_a, lora_b = trained(16, inputs), trained(outputs, 16)
-        products.append((trained(tokens, inputs), weight, lora_a, lora_b))
+    # input, weight, LoRA's A and B
+    products = [
+        (trained(tokens, inputs), torch.randn(outputs, inputs), trained(16, inputs), trained(outputs, 16))
+        for _, inputs, outputs, _ in shape.matrices
+    ]
     hidden = trained(tokens, shape.hidden_size)
     inner = trained(tokens, shape.intermediate_size)
     queries = trained(rows, heads, length, shape.q_dim // heads)

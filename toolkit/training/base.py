@@ -14,12 +14,16 @@ WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "config.json")
 """What decides the numbers a base computes; tokenizer and template lie in the run's adapter/ too."""
 
 
+Checksums = dict[str, str]
+"""{file: SHA-256}."""
+
+
 def base_folder(name: str) -> Path | None:
     """The folder of a model by its name in a recipe; None for a Hub name, which its revision identifies."""
     return POCKET if name == "pocket" else find(name)
 
 
-def base_checksums(folder: Path) -> dict[str, str]:
+def base_checksums(folder: Path) -> Checksums:
     """{file: SHA-256} of the weights in a model's folder. Each file is read once, and again only after it was written."""
     cache_file = outputs() / ".checksums.json"
     cache = read_if_whole(cache_file)
@@ -35,13 +39,13 @@ def base_checksums(folder: Path) -> dict[str, str]:
     return checksums
 
 
-def recorded_checksums(section: Model) -> dict[str, str]:
+def recorded_checksums(section: Model) -> Checksums:
     """What a manifest keeps of a recipe's base: its checksums; {} for a Hub name."""
     folder = base_folder(section.model_name)
     return base_checksums(folder) if folder else {}
 
 
-def check_base(section: Model, recorded: dict[str, str]) -> None:
+def check_base(section: Model, recorded: Checksums) -> None:
     """Compare a recipe's base with the checksums in a run's manifest. Raises ToolkitError naming a file that changed.
 
     A run without checksums (of a Hub model, or made before they were kept) is taken as it is."""

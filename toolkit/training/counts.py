@@ -48,11 +48,11 @@ class Counts:
         self._seen = []
         if not seen:
             return []
-        batches = []
         numbers = torch.stack([_numbers(inputs, loss) for inputs, loss in seen]).tolist()
-        for (inputs, _), (loss, tokens, supervised) in zip(seen, numbers, strict=True):
-            batches.append(Batch(inputs["input_ids"], inputs["labels"], loss, int(tokens), int(supervised)))
-        return batches
+        return [
+            Batch(inputs["input_ids"], inputs["labels"], loss, int(tokens), int(supervised))
+            for (inputs, _), (loss, tokens, supervised) in zip(seen, numbers, strict=True)
+        ]
 
     def add(self, batches: Sequence[Batch]) -> None:
         """Count the batches of a step, whose losses are each divided by the supervised tokens of them all."""

@@ -5,12 +5,14 @@ with StopRequest(print) as request: sft_trainer.train(); request.number      # o
 
 import signal
 import threading
-from collections.abc import Callable
 from types import FrameType, TracebackType
+from typing import Any
 
 from toolkit.files import Say
 
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+NAMES = {"SIGINT", "SIGTERM", "SIGHUP"}
+SIGNALS = [number for number in signal.Signals if number.name in NAMES]
+"""What asks a process to stop; Windows has no SIGHUP."""
 
 
 class StopRequest:
@@ -19,17 +21,16 @@ class StopRequest:
     def __init__(self, say: Say):
         self.say = say
         self.number: int | None = None
-        self._handlers: dict[int, Callable[[int, FrameType | None], object] | int] = {}
+        self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequest":
         self.number = None
         if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
             return self
-        for name in SIGNALS:
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
-            handler = signal.getsignal(number) if number else None
+        for number in SIGNALS:
+            handler = signal.getsignal(number)
             # one that is ignored (nohup) stays ignored
-            if number and handler not in (None, signal.SIG_IGN):
+            if handler not in (None, signal.SIG_IGN):
                 self._handlers[number] = handler
                 signal.signal(number, self._note)
         return self

@@ -28,7 +28,7 @@ from toolkit.files import (
 )
 from toolkit.recipe import Lora, Model, of_run
 from toolkit.records import JsonObject
-from toolkit.training.base import ADAPTER_WEIGHTS, base_folder, check_base
+from toolkit.training.base import ADAPTER_WEIGHTS, Checksums, base_folder, check_base
 from toolkit.training.log import LOG, quiet
 from toolkit.view.progress import working
 
@@ -250,7 +250,7 @@ def run_folder(folder: str | Path) -> Path:
     raise ToolkitError(f"{folder}: no such run in {outputs()}{did_you_mean(str(folder), runs)}")
 
 
-def write_adapter(checkpoint: Path, model: Any, tokenizer: Any, folder: Path) -> dict[str, str]:
+def write_adapter(checkpoint: Path, model: Any, tokenizer: Any, folder: Path) -> Checksums:
     """Load a checkpoint's weights into `model` and write them as the run's adapter. Returns {file: SHA-256}, but for the card."""
     import peft
     from safetensors.torch import load_file
@@ -263,12 +263,12 @@ def write_adapter(checkpoint: Path, model: Any, tokenizer: Any, folder: Path) ->
     return adapter_checksums(folder)
 
 
-def adapter_checksums(adapter: Path) -> dict[str, str]:
+def adapter_checksums(adapter: Path) -> Checksums:
     """{file: SHA-256} of an adapter's folder, but for the card, which is rewritten with the scores."""
     return {file.name: sha256(file) for file in sorted(adapter.iterdir()) if file.is_file() and file.suffix != ".md"}
 
 
-def damaged(folder: Path, checksums: dict[str, str]) -> str | None:
+def damaged(folder: Path, checksums: Checksums) -> str | None:
     """The first file of a folder that is missing or differs from its SHA-256; None when all are as written."""
     return next((n for n, s in checksums.items() if not (folder / n).is_file() or sha256(folder / n) != s), None)
 

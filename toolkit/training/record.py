@@ -183,8 +183,8 @@ class RunRecorder(TrainerCallback, ExportableState):
         batches = self.counts.read()
         self._check_finite(batches, "validation loss")
         sums = [sum(b.loss * b.supervised_tokens for b in batches), sum(b.supervised_tokens for b in batches)]
-        accelerator = self.trainer.accelerator
-        loss, tokens = accelerator.reduce(torch.tensor(sums, device=accelerator.device), "sum").tolist()
+        here = torch.tensor(sums, device=self.trainer.args.device)
+        loss, tokens = self.trainer.accelerator.reduce(here, "sum").tolist()
         return loss / max(tokens, 1)
 
     def _whole_validation(self) -> dict[str, float]:

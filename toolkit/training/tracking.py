@@ -108,8 +108,9 @@ class Tracker:
             action(*args, **values)
         except Exception as error:  # wandb raises its own errors, OSError, ValueError, protobuf's …
             if not self.has_failed:
-                reason = first_line(error)
-                self.say(f"wandb: {what} failed ({reason}); training continues, every number is in metrics.jsonl")
+                self.say(
+                    f"wandb: {what} failed ({first_line(error)}); training continues, every number is in metrics.jsonl"
+                )
             self.has_failed = True
 
     def begin(self, recipe: Recipe, mixed: Mix, folder: Path) -> None:

@@ -31,8 +31,9 @@ def first_rows(mixed: Mix, chat: Chat, count: int) -> list[TaughtRow]:
     seen: Counter[tuple[str, str]] = Counter()
     rows = []
     for row in mixed.train:
-        seen[row.source, row.mode] += 1
-        if seen[row.source, row.mode] <= count:
+        kind = row.source, row.mode
+        seen[kind] += 1
+        if seen[kind] <= count:
             place = f"{row.source} · row {row.number} · {mode_title(row.mode)}"
             supervised = row.size("supervised_tokens")
             shown = chat.decode(row.ids[: row.prompt_length])

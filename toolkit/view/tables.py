@@ -95,13 +95,14 @@ def plan_table(planned: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = []
     for name, row in planned.items():
         share, quota = row["share"], row["quota"]
-        cells = {
-            "source": name,
-            "share": "as it comes" if share is None else share,
-            "to train": "all there is" if quota is None else quota,
-            "held out": row["validation"],
-        }
-        rows.append(cells)
+        rows.append(
+            {
+                "source": name,
+                "share": "as it comes" if share is None else share,
+                "to train": "all there is" if quota is None else quota,
+                "held out": row["validation"],
+            }
+        )
     return rich_table(rows)
 
 
@@ -109,13 +110,10 @@ def verdict(report: Mapping[str, Any]) -> str:
     """One sentence on a compiled mix (`report` is mix.json's content): its size, and how near it is to its plan."""
     unit = report["unit"]
     achieved = report["achieved"][unit]
-    distances = []
-    for name, share in report["planned"].items():
-        distances.append(abs(achieved.get(name, 0) - share))
+    farthest = max(abs(achieved.get(name, 0) - share) for name, share in report["planned"].items())
     size = "{examples:,} examples, {supervised_tokens:,} supervised of {tokens:,} tokens".format(**report["total"])
     # in the unit of the recipe, which is the one that was planned
-    unit, points = unit.replace("_", " "), 100 * max(distances)
-    return f"{size}; shares of {unit} within {points:.1f} points of the plan"
+    return f"{size}; shares of {unit.replace('_', ' ')} within {100 * farthest:.1f} points of the plan"
 
 
 def mix_table(report: Mapping[str, Any]) -> Table:

@@ -49,8 +49,7 @@ def print_mix(report: MixReport, console: Console, next_command: str = "") -> No
         console.print(f"next: {next_command}", markup=False)
     console.print(tables.mix_table(report))
     for note in tables.notes(report):
-        style = "yellow" if note.startswith("warning") else None
-        console.print(f"· {note}", style=style, markup=False)
+        console.print(f"· {note}", style="yellow" if note.startswith("warning") else None, markup=False)
 
 
 def print_result(result: Evaluation, folder: Path, console: Console, *, details: bool) -> None:
