@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from toolkit.export.llama import Engine
-from toolkit.files import ToolkitError
+from toolkit.files import Say, ToolkitError
 from toolkit.serving import guard
-from toolkit.serving.engine import BASE, Say, start
+from toolkit.serving.engine import BASE, start
 
 
 def serve(

@@ -13,9 +13,9 @@ from typing import Any
 
 from toolkit.export.checkpoint import check_scale
 from toolkit.export.llama import Engine, Refused
-from toolkit.files import ToolkitError, append_rows, read_jsonl, write_jsonl
+from toolkit.files import Say, ToolkitError, append_rows, read_jsonl, write_jsonl
 from toolkit.recipe import of_run
-from toolkit.serving.engine import BASE, LORA, Say, sampling_by_mode, start
+from toolkit.serving.engine import BASE, LORA, sampling_by_mode, start
 from toolkit.training.model import checkpoint_file
 from toolkit.view.progress import Progress
 

@@ -5,7 +5,7 @@ engine = start(["pocket"]); [chunk for chunk in engine.stream({"messages": [{"ro
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,13 +20,12 @@ from toolkit.export.merge import Merged, open_merged
 from toolkit.export.record import written_files
 from toolkit.export.tokenizer import chat_template
 from toolkit.family import KINDS, family_of, sampling_of
-from toolkit.files import ToolkitError, complete, lock, outputs, read_json, sha256
+from toolkit.files import Say, ToolkitError, complete, lock, outputs, read_json, sha256
 from toolkit.serving.guard import listening_socket
 from toolkit.training.base import ADAPTER_WEIGHTS
 from toolkit.training.model import check_adapter, run_folder
 from toolkit.view.progress import Progress
 
-Say = Callable[[str], None]
 BASE = "base"
 """The name by which clients and messages call a run's base."""
 QUANT = "q8_0"
