@@ -115,7 +115,7 @@ def default_recipe(answers: bool | None = None) -> tuple[str, str]:
     return "data_recipes/hybrid.yaml", f"{machine.seen[0].name} and the Hub answers"
 
 
-def hub_answers(seconds: float = 3.0) -> bool:
+def hub_answers() -> bool:
     """Whether huggingface.co answers; never asked when HF_HUB_OFFLINE is set."""
     import requests
 
@@ -123,7 +123,7 @@ def hub_answers(seconds: float = 3.0) -> bool:
         return False
     # any answer will do, an error page too: the question is whether there is a network
     with contextlib.suppress(requests.RequestException):
-        requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds)
+        requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=3)
         return True
     return False
 

@@ -88,11 +88,6 @@ def training_seconds(shape: Shape, work: Work, speed: Speed) -> float:
     return max(computing, launching)
 
 
-def validation_seconds(shape: Shape, work: Work, speed: Speed) -> float:
-    """Seconds of all validations while training."""
-    return work.validation_tokens * operations(shape, work.mean_length, trains=False) / speed.training
-
-
 def evaluation_seconds(recipe: Recipe, training: float) -> float:
     """Seconds that scoring base against tuned is planned for: the number of questions follows from it."""
     section = recipe.evaluate
@@ -104,7 +99,7 @@ def evaluation_seconds(recipe: Recipe, training: float) -> float:
 def forecast(recipe: Recipe, shape: Shape, work: Work, speed: Speed) -> Duration:
     """The three parts of a run."""
     training = training_seconds(shape, work, speed)
-    validation = validation_seconds(shape, work, speed)
+    validation = work.validation_tokens * operations(shape, work.mean_length, trains=False) / speed.training
     return Duration(training, validation, evaluation_seconds(recipe, training + validation), speed)
 
 

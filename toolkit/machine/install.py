@@ -176,13 +176,7 @@ def prepare_notebook() -> None:
     # looked for, not imported: importing it takes 13 seconds and patches the libraries
     if importlib.util.find_spec("unsloth") is None:
         setup()
-    restart_if_replaced()
-
-
-def restart_if_replaced() -> None:
-    """For a notebook, after `setup`: restart the kernel where it holds modules of which set-up installed other versions.
-
-    Old and new files of one package do not work together (pyarrow: "IpcWriteOptions size changed")."""
+    # old and new files of one package do not work together (pyarrow: "IpcWriteOptions size changed")
     if changes := replaced(sys.modules):
         print(f"restarting the kernel, as set-up replaced {', '.join(changes)}: run all cells once more", flush=True)
         os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))  # Colab and Jupyter start a new one at once

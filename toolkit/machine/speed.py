@@ -115,12 +115,18 @@ def of_card(name: str) -> Speed:
 
 
 @functools.cache
-def here(shape: "Shape", rows: int, length: int, recomputes: bool = False) -> Speed:
+def here(shape: "Shape", rows: int, length: int) -> Speed:
     """The speed of the card here, or of this CPU with micro-batches of so many rows and tokens of a model."""
     if on_cuda():
         return measured_card()
-    seconds, operations = cpu_step(shape, rows, length, recomputes)
-    return Speed("this CPU", operations / seconds, 0.0, is_measured=True)
+    # the operations of one micro-batch, of which a layer and the head are timed on random numbers
+    per_token = operations(shape, length, recomputes=False)
+    # few rows stand for many where one repetition would take seconds
+    timed_rows = max(1, min(rows, int(CPU_FLOP * shape.num_hidden_layers / (per_token * length))))
+    layer = seconds_of(layer_pass(shape, timed_rows, length))
+    head = seconds_of(head_pass(shape, timed_rows, length))
+    seconds = PARTS_SHARE * (shape.num_hidden_layers * layer + head)
+    return Speed("this CPU", timed_rows * length * per_token / seconds, 0.0, is_measured=True)
 
 
 def measured_card() -> Speed:
@@ -151,17 +157,7 @@ def seconds_of(work: Callable[[], Any], finish: Callable[[], None] = lambda: Non
     return (time.perf_counter() - began) / repetitions
 
 
-def cpu_step(shape: "Shape", rows: int, length: int, recomputes: bool) -> tuple[float, float]:
-    """(seconds, operations) of one micro-batch forward and backward: a layer and the head are timed on random numbers."""
-    per_token = operations(shape, length, recomputes)
-    # few rows stand for many where one repetition would take seconds
-    timed_rows = max(1, min(rows, int(CPU_FLOP * shape.num_hidden_layers / (per_token * length))))
-    layer = seconds_of(layer_pass(shape, timed_rows, length, recomputes))
-    head = seconds_of(head_pass(shape, timed_rows, length))
-    return PARTS_SHARE * (shape.num_hidden_layers * layer + head), timed_rows * length * per_token
-
-
-def layer_pass(shape: "Shape", rows: int, length: int, recomputes: bool) -> Callable[[], None]:
+def layer_pass(shape: "Shape", rows: int, length: int) -> Callable[[], None]:
     """One decoder layer with LoRA, forward and backward, as a training step on a CPU computes it: its parts one by one."""
     import torch
     from torch.nn import functional
@@ -182,7 +178,7 @@ def layer_pass(shape: "Shape", rows: int, length: int, recomputes: bool) -> Call
     # as transformers passes it for padded rows: attention then computes the later tokens, too
     keep = torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
 
-    def forward() -> list[torch.Tensor]:
+    def both() -> None:
         results = []
         for x, weight, lora_a, lora_b in products:
             added = functional.linear(functional.linear(x, lora_a), lora_b)
@@ -195,13 +191,7 @@ def layer_pass(shape: "Shape", rows: int, length: int, recomputes: bool) -> Call
         turned = torch.cat((-queries, queries), -1)[..., : queries.shape[-1]]
         rotated = queries * 0.5 + turned * 0.5
         results.append(functional.scaled_dot_product_attention(rotated, rotated, queries, keep))
-        return [*results, functional.silu(inner) * inner]
-
-    def both() -> None:
-        if recomputes:
-            with torch.no_grad():
-                forward()
-        results = forward()
+        results.append(functional.silu(inner) * inner)
         torch.autograd.backward(results, [torch.ones_like(result) for result in results])
 
     return both

@@ -59,14 +59,17 @@ def render(template: str, values: Mapping[str, Any], folder: Path) -> Path:
 def contents(folder: Path) -> JsonObject:
     """What the template shows, by section; None or empty where the run has no such file yet."""
     manifest = read_json(folder / "manifest.json")
+    report = cast(MixReport, read_if_there(folder / "mix.json"))
     result = cast(Evaluation, read_if_there(folder / "eval.json"))
     rows, why_no_rows = taught_rows(folder, manifest)
     file = folder / "samples.jsonl"
     samples = read_jsonl(file) if file.is_file() else []
     name = folder.resolve().name
-    return {
+    values = {
         "name": name,
         "manifest": manifest,
+        "mix": report,
+        "result": result,
         "rows": rows,
         "why_no_rows": why_no_rows,
         "curves": address(figures.png(figures.curves(folder))) if figures.logged(folder) else "",
@@ -74,37 +77,15 @@ def contents(folder: Path) -> JsonObject:
         "certificate": read_if_there(folder / "certificate.json"),
         "dial": compared(folder / f"{name}-dial"),
         "mode_title": mode_title,
-        **mix_section(folder),
-        **evaluation_section(result),
     }
-
-
-def mix_section(folder: Path) -> JsonObject:
-    """What the run was trained on: a sentence, the report itself and its notes."""
-    report = cast(MixReport, read_if_there(folder / "mix.json"))
-    if not report:
-        return {"mix": None}
-    return {
-        "mix": report,
-        "mix_verdict": tables.verdict(report),
-        "mix_notes": tables.notes(report),
-        "colours": figures.source_colours(report["planned"]),
-    }
-
-
-def evaluation_section(result: Evaluation) -> JsonObject:
-    """What the run gained and kept: the verdict, shares with intervals, every metric, own rows."""
-    if not result:
-        return {"result": None}
-    # a person's rows come in the order of their sources
-    own_rows = sorted(result["own_rows"], key=lambda row: (row["source"], row["mode"]))
-    return {
-        "result": result,
-        "verdict": result["verdict"],
-        "scores": score_bars(result),
-        "metrics": words.score_rows(result),
-        "own_rows": own_rows,
-    }
+    if report:
+        values["mix_verdict"] = tables.verdict(report)
+        values["mix_notes"] = tables.notes(report)
+        values["colours"] = figures.source_colours(report["planned"])
+    if result:
+        values["scores"] = score_bars(result)
+        values["metrics"] = words.score_rows(result)
+    return values
 
 
 def score_bars(result: Evaluation) -> list[ScoreRow]:
