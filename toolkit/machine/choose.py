@@ -17,11 +17,11 @@ from toolkit.recipe import Recipe
 from toolkit.records import JsonObject, MemoryComparison
 from toolkit.training.model import on_cuda
 
+# GB of the card that is planned for where none is here and none was named.
 PLANNED_FOR = 8
-"""GB of the card that is planned for where none is here and none was named."""
 
+# Operations that a slow processor computes in less than a minute.
 A_MINUTE = 2e11
-"""Operations that a slow processor computes in less than a minute."""
 
 
 def auto_model(recipe: Recipe) -> tuple[str, str]:

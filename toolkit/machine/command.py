@@ -16,10 +16,10 @@ from toolkit.files import ToolkitError, first_line, outputs, safe_output
 from toolkit.training.interrupt import SIGNALS
 from toolkit.training.log import Log
 
+# Exit codes: a bug or a check that failed; an error that says how to fix it.
 BUG, FIXABLE = 1, 2
-"""Exit codes: a bug or a check that failed; an error that says how to fix it."""
+# Signals that asked the current verb to stop.
 _received: list[int] = []
-"""Signals that asked the current verb to stop."""
 
 
 class Stopped(KeyboardInterrupt):

@@ -21,10 +21,10 @@ from toolkit.machine import install
 from toolkit.machine.install import has_driver
 
 GIB = 2**30
+# CUDA's own memory, beside what torch reserves; at most 0.23 GiB was left for it on a published T4 run.
 CONTEXT = int(0.4 * GIB)
-"""CUDA's own memory, beside what torch reserves; at most 0.23 GiB was left for it on a published T4 run."""
+# Packages without which no verb but `setup` and `doctor` works.
 NEEDED = ("torch", "rich", "transformers", "msgspec")
-"""Packages without which no verb but `setup` and `doctor` works."""
 
 
 class Finding(NamedTuple):

@@ -16,17 +16,17 @@ from toolkit.machine.speed import Speed, operations
 from toolkit.recipe import Recipe
 from toolkit.records import TimeComparison
 
+# Seconds in which a host launches one layer's kernels of a micro-batch, forward and backward: 0.25 to 0.4 s for
+# Qwen3-4B's 36 layers (Unsloth's own measurement, padding_choice.py). Short rows take at least this.
 LAUNCH = 0.009
-"""Seconds in which a host launches one layer's kernels of a micro-batch, forward and backward: 0.25 to 0.4 s for Qwen3-4B's
-36 layers (Unsloth's own measurement, padding_choice.py). Short rows take at least this."""
+# Seconds of an evaluation without replies.
 FAST_EVALUATION = 60
-"""Seconds of an evaluation without replies."""
+# Seconds that `model_name: auto` may plan for: one evening.
 EVENING = 4 * 3600
-"""Seconds that `model_name: auto` may plan for: one evening."""
+# Median and sigma of log-normal lengths in tokens: reasoning rows of OpenMathReasoning, chat rows of FineTome.
 LENGTHS = {"thinking": (2500, 0.73), "non_thinking": (250, 0.75)}
-"""Median and sigma of log-normal lengths in tokens: reasoning rows of OpenMathReasoning, chat rows of FineTome."""
+# Tokens of a row that are prompt and template.
 PROMPT = 120
-"""Tokens of a row that are prompt and template."""
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 FRAGMENTATION = 0.012  # of everything else; two published measurements: 0.9% and 1.3% above the sum of the parts
+# Limits in tokens that suggestions and the table try.
 ROWS = (32768, 16384, 8192, 4096, 2048, 1024, 512)
-"""Limits in tokens that suggestions and the table try."""
+# Tokens of a question, as a forecast takes it.
 PROMPT = 512
-"""Tokens of a question, as a forecast takes it."""
 EIGHT_BIT = ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 QWEN3 = FAMILIES[0].recommended
 
@@ -78,13 +78,13 @@ class Shape:
 
 
 FACTS = read_json(Path(__file__).parent / "fit_shapes.json")
+# Size of a Qwen3 → its shape, for planning without the Hub; tests compute them again from transformers' own models.
 SHIPPED = msgspec.convert(FACTS["shapes"], dict[str, Shape])
-"""Size of a Qwen3 → its shape, for planning without the Hub; tests compute them again from transformers' own models."""
+# The same of Qwen3.5's text models.
 SHIPPED_35 = msgspec.convert(FACTS["qwen3.5"], dict[str, Shape])
-"""The same of Qwen3.5's text models."""
 POCKET_SHAPE = dataclasses.replace(msgspec.convert(FACTS["pocket"], Shape), name="pocket")
+# Share of a card's memory that `auto` leaves free: a display, fragments and longer replies take some of it.
 SPARE = 0.1
-"""Share of a card's memory that `auto` leaves free: a display, fragments and longer replies take some of it."""
 
 
 def shape(name: str) -> Shape:
@@ -212,8 +212,9 @@ class Settings:
     use_gradient_checkpointing: str | bool = "unsloth"
 
 
+# What memory holds: LoRA with its gradients and optimizer states, activations with dequantized weights, logits with the
+# loss.
 PARTS = ("weights", "LoRA", "activations", "logits", "KV cache", "other")
-"""What memory holds: LoRA with its gradients and optimizer states, activations with dequantized weights, logits with the loss."""
 
 
 class Moment(NamedTuple):
@@ -477,14 +478,14 @@ def choose_model(
     raise ToolkitError(f"model.model_name: auto: no Qwen3 fits {vram / GIB:.1f} GiB with these settings; {advice}")
 
 
+# Keys and values that leave the result nearly as it is and need less memory.
 CHEAPER: tuple[tuple[str, str, Any], ...] = (
     ("train", "per_device_eval_batch_size", 1),
     ("model", "load_in_4bit", True),
     ("train", "optim", "adamw_8bit"),
 )
-"""Keys and values that leave the result nearly as it is and need less memory."""
+# Overrides, and the forecast with them.
 Offer = tuple[list[str], Forecast]
-"""Overrides, and the forecast with them."""
 
 
 def suggestions(planned: Forecast, vram: int) -> list[Offer]:

@@ -27,8 +27,9 @@ from toolkit.training.checkpoints import all_checkpoints, step_of
 from toolkit.training.folder import PACKAGES, commit
 from toolkit.training.log import quiet
 
+# Bytes that torch may reserve: with CUDA's own, less than a card of 4 GB has.
 CAP = int(3.6 * 2**30)
-"""Bytes that torch may reserve: with CUDA's own, less than a card of 4 GB has."""
+# Half the layers of Qwen3-0.6B and a fifth of its vocabulary; on a CPU the pocket model's own shape is used.
 SHAPE = {
     "hidden_size": 1024,
     "intermediate_size": 3072,
@@ -39,7 +40,6 @@ SHAPE = {
     "vocab_size": 32768,
     "layer_types": None,
 }
-"""Half the layers of Qwen3-0.6B and a fifth of its vocabulary; on a CPU the pocket model's own shape is used."""
 WEIGHTS, PLAIN, PACKED = "gpu-check-weights", "gpu-check", "gpu-check-packed"
 CHANGES = """data.budget=6000 data.validation_size=4 evaluate.max_new_tokens=8 train.report_to=none train.max_steps=5
 train.save_steps=2 train.eval_steps=2 train.save_total_limit=5 train.load_best_model_at_end=false
@@ -131,6 +131,7 @@ def export_gguf() -> Facts:
     return {"certificate": "passed"}
 
 
+# In the order of what is most likely to fail first.
 STEPS: dict[str, Callable[[], Facts]] = {
     "random weights": weights,
     "train": train,
@@ -139,7 +140,6 @@ STEPS: dict[str, Callable[[], Facts]] = {
     "evaluate": evaluate,
     "export a GGUF": export_gguf,
 }
-"""In the order of what is most likely to fail first."""
 
 
 def check(console: Console, *, rehearsal: bool = False) -> int:

@@ -18,23 +18,23 @@ from typing import NamedTuple
 
 from toolkit.files import PACKAGE, ROOT
 
+# In an installed copy; a checkout has it at its root, and the lock beside it.
 REQUIREMENTS = PACKAGE / "requirements.txt"
-"""In an installed copy; a checkout has it at its root, and the lock beside it."""
 if not REQUIREMENTS.is_file():
     REQUIREMENTS = ROOT / "requirements.txt"
 LOCK = REQUIREMENTS.with_suffix(".lock")
 PIP = [sys.executable, "-m", "pip"]
+# They ask for torchvision, xformers and diffusers, which text fine-tuning does not use.
 NO_DEPS = ("unsloth", "unsloth_zoo")
-"""They ask for torchvision, xformers and diffusers, which text fine-tuning does not use."""
+# Unsloth's range, the end excluded. A torch inside it stays, whatever requirements.txt pins: it may be the only build
+# for the driver here, and torchvision fits it (unsloth/import_fixes.py refuses a torchvision of another torch).
 TORCH = (2, 4), (2, 15)
-"""Unsloth's range, the end excluded. A torch inside it stays, whatever requirements.txt pins: it may be the only build for
-the driver here, and torchvision fits it (unsloth/import_fixes.py refuses a torchvision of another torch)."""
 
+# What unsloth_zoo/device_type.py asks.
 DRIVER_FILES = Path("/proc/driver/nvidia/version"), Path("/usr/lib/wsl/lib/nvidia-smi")
-"""What unsloth_zoo/device_type.py asks."""
+# CUDA's major version → where PyTorch's builds for it are; a driver runs builds for all minor versions of its major
+# one. PyPI's build for Linux is for the newest, those for other systems have no CUDA.
 INDEXES = {13: "https://download.pytorch.org/whl/cu130", 12: "https://download.pytorch.org/whl/cu129"}
-"""CUDA's major version → where PyTorch's builds for it are; a driver runs builds for all minor versions of its major one.
-PyPI's build for Linux is for the newest, those for other systems have no CUDA."""
 TRITON_FOR_WINDOWS = "triton-windows>=3.7,<3.8"  # Triton's own wheels are for Linux; this one fits torch 2.13
 
 

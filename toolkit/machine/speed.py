@@ -16,21 +16,21 @@ from toolkit.training.model import has_bf16, on_cuda
 if TYPE_CHECKING:
     from toolkit.machine.fit import Shape
 
+# What a QLoRA step reaches of a card's rate in large products: dequantizing, norms, attention and launches take the
+# rest. A published T4 run of Qwen3-14B (240 rows of about 1,530 tokens, a fifth of padding, in 2,476 s) reaches 0.5.
 TRAINING_SHARE = 0.5
-"""What a QLoRA step reaches of a card's rate in large products: dequantizing, norms, attention and launches take the rest.
-A published T4 run of Qwen3-14B (240 rows of about 1,530 tokens, a fifth of padding, in 2,476 s) reaches 0.5."""
+# Rows and columns of the product that is timed.
 SIDE = 4096
-"""Rows and columns of the product that is timed."""
+# Bytes that are copied to time memory.
 COPIED = 2**28
-"""Bytes that are copied to time memory."""
+# How long each is timed.
 SECONDS = 0.7
-"""How long each is timed."""
+# A step's seconds of those of its parts, which are timed one by one and each get a gradient of their own. With it a
+# step of the pocket model is forecast 9% too short (0.64 CPU seconds), one of SmolLM2-135M 17% too long (1.78); two
+# shared x86-64 cores, one thread, 2026-11-30.
 PARTS_SHARE = 0.88
-"""A step's seconds of those of its parts, which are timed one by one and each get a gradient of their own. With it a step of
-the pocket model is forecast 9% too short (0.64 CPU seconds), one of SmolLM2-135M 17% too long (1.78); two shared x86-64 cores,
-one thread, 2026-11-30."""
+# Most that one timed repetition computes on a CPU; a longer one is scaled from fewer rows.
 CPU_FLOP = 2e10
-"""Most that one timed repetition computes on a CPU; a longer one is scaled from fewer rows."""
 
 
 class Card(NamedTuple):
@@ -43,6 +43,7 @@ class Card(NamedTuple):
     gigabytes_per_second: float
 
 
+# By the part of their name that every driver spells alike. A laptop's card of the same name is slower, by up to a half.
 CARDS = {
     # data sheet: 65; at 70 W about half of it lasts
     "T4": Card(15, 30, 320),
@@ -71,7 +72,6 @@ CARDS = {
     "RTX 5080": Card(16, 112.6, 960),
     "RTX 5090": Card(32, 209.6, 1792),
 }
-"""By the part of their name that every driver spells alike. A laptop's card of the same name is slower, by up to a half."""
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from pathlib import Path
 from toolkit.files import POCKET, ToolkitError, find, outputs, read_if_whole, sha256, write_json
 from toolkit.recipe import Model
 
+# The file that PEFT keeps an adapter's weights in.
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-"""The file that PEFT keeps an adapter's weights in."""
+# What decides the numbers a base computes; tokenizer and template lie in the run's adapter/ too.
 WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "config.json")
-"""What decides the numbers a base computes; tokenizer and template lie in the run's adapter/ too."""
 
 
+# {file: SHA-256}.
 Checksums = dict[str, str]
-"""{file: SHA-256}."""
 
 
 def base_folder(name: str) -> Path | None:

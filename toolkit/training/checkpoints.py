@@ -14,10 +14,10 @@ from toolkit.records import MetricLine
 from toolkit.training.model import damaged
 
 CHECKSUMS = "checksums.json"
+# Key of metrics.jsonl: how far the model is from its base, in nats per token.
 KL = "eval_forgetting_kl"
-"""Key of metrics.jsonl: how far the model is from its base, in nats per token."""
+# What `evaluate.keep_best_by` says → key of metrics.jsonl.
 VALUES = {"loss": "eval_loss", "kl": KL, "accuracy": "eval_token_accuracy"}
-"""What `evaluate.keep_best_by` says → key of metrics.jsonl."""
 
 
 def all_checkpoints(folder: Path) -> list[Path]:

@@ -15,8 +15,8 @@ from toolkit.data.mix import Row
 
 COUNTED = ("tokens", "supervised_tokens", "steps", "loss", "skipped_steps", "train_seconds", "evaluation_seconds", "seconds",
            "peak_memory_bytes")  # fmt: skip
+# The sums of COUNTED, and how the batches were made; every checkpoint holds them.
 Totals = dict[str, Any]
-"""The sums of COUNTED, and how the batches were made; every checkpoint holds them."""
 
 
 @dataclass(frozen=True)

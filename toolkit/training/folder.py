@@ -44,11 +44,11 @@ from toolkit.training.model import damaged, on_cuda
 from toolkit.training.parent import checked
 
 State = Literal["new", "unfinished", "finished"]
+# What an error of a write says: the system's words, and those of torch.save, safetensors and tokenizers.
 FAILED_WRITE = (
     "No space left|File too large|quota exceeded|Permission denied|not permitted|Read-only|Not a directory|Input/output"
     "|os error (27|28)|PytorchStreamWriter|unexpected pos|iostream error"
 )
-"""What an error of a write says: the system's words, and those of torch.save, safetensors and tokenizers."""
 PACKAGES = ("unsloth", "unsloth_zoo", "torch", "transformers", "trl", "peft", "datasets", "bitsandbytes", "wandb")
 
 

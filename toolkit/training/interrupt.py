@@ -11,8 +11,8 @@ from typing import Any
 from toolkit.files import Say
 
 NAMES = {"SIGINT", "SIGTERM", "SIGHUP"}
+# What asks a process to stop; Windows has no SIGHUP.
 SIGNALS = [number for number in signal.Signals if number.name in NAMES]
-"""What asks a process to stop; Windows has no SIGHUP."""
 
 
 class StopRequest:

@@ -33,8 +33,8 @@ from toolkit.training.log import LOG, quiet
 from toolkit.view.progress import working
 
 OUT_OF_MEMORY = "OutOfMemoryError|out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+# (model, tokenizer), as Unsloth and transformers return them.
 Loaded = tuple[Any, Any]
-"""(model, tokenizer), as Unsloth and transformers return them."""
 
 
 def unsloth() -> Any:

@@ -38,13 +38,13 @@ from toolkit.training.parent import load_weights
 from toolkit.training.tracking import TRACKER
 from toolkit.view.progress import Progress
 
+# Optimizer steps after warm-up (its first one has learning rate 0) after which the adapter must have changed.
 UNCHANGED_STEPS = 3
-"""Optimizer steps after warm-up (its first one has learning rate 0) after which the adapter must have changed."""
+# Evaluations beyond `evaluate.forgetting_limit` after which training stops.
 TIMES_BEYOND_LIMIT = 2
-"""Evaluations beyond `evaluate.forgetting_limit` after which training stops."""
+# Evaluations below which a limit is looked at too rarely: of SmolLM2 (measured/forgetting_limit.json) a twentieth of
+# the steps took the KL from 0.2 to 0.4.
 ENOUGH_LOOKS = 10
-"""Evaluations below which a limit is looked at too rarely: of SmolLM2 (measured/forgetting_limit.json) a twentieth of the steps
-took the KL from 0.2 to 0.4."""
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,9 @@ from toolkit.recipe import Recipe
 from toolkit.records import MixReport
 from toolkit.training.folder import read_manifest
 
+# Names for `report_to`, which are those of the Python packages they need.
 PACKAGES = ("wandb", "tensorboard", "swanlab", "trackio", "mlflow")
-"""Names for `report_to`, which are those of the Python packages they need."""
+# Key of a metrics.jsonl line → key in wandb's history.
 KEYS = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
@@ -51,17 +52,16 @@ KEYS = {
     "eval_forgetting_kl": "validation/forgetting/kl",
     "eval_token_accuracy": "validation/token_accuracy",
 }
-"""Key of a metrics.jsonl line → key in wandb's history."""
+# Key of a validation loss by source and mode; it becomes `validation/loss/SOURCE/MODE`.
 SOURCE_LOSS = re.compile("eval_(.+/.+)_loss")
-"""Key of a validation loss by source and mode; it becomes `validation/loss/SOURCE/MODE`."""
+# Validation losses by source and mode that are logged, so that history and summary stay below 60 keys.
 MAX_SOURCES = 12
-"""Validation losses by source and mode that are logged, so that history and summary stay below 60 keys."""
+# In the mix's folder; drawn before the training where wandb is asked for.
 MIX_PICTURE = "mix.png"
-"""In the mix's folder; drawn before the training where wandb is asked for."""
+# How long wandb's address may take to answer before a run is kept offline.
 REACH_SECONDS = 5
-"""How long wandb's address may take to answer before a run is kept offline."""
+# How long a finished run waits for its upload; what is left stays in the folder for `wandb sync`.
 FINISH_SECONDS = 60
-"""How long a finished run waits for its upload; what is left stays in the folder for `wandb sync`."""
 
 Row = Mapping[str, Any]
 
@@ -277,8 +277,8 @@ class Tracker:
         shutil.rmtree(logs, ignore_errors=True)  # wandb's own debug logs hold absolute paths
 
 
+# The one of this process: training opens a run, and the evaluation after it closes it.
 TRACKER = Tracker()
-"""The one of this process: training opens a run, and the evaluation after it closes it."""
 
 
 def upload_command(folders: Sequence[Path]) -> str:

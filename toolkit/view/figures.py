@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PALETTE = ("#4c72b0", "#dd8452", "#55a868", "#8172b3", "#937860", "#da8bc3")
+# The base; points of a comparison; the tuned model, and the point that is recommended. None is a source's colour.
 BASE, OTHER, TUNED = "#9aa5b1", "#6f94bb", "#12355b"
-"""The base; points of a comparison; the tuned model, and the point that is recommended. None is a source's colour."""
 BINS = 40
+# Weight of the past in the smoothed training loss; the raw values stay visible behind it.
 SMOOTH = 0.8
-"""Weight of the past in the smoothed training loss; the raw values stay visible behind it."""
 
 
 def panels(width: float, height: float, columns: int, **options: Any) -> "tuple[Figure, list[Axes]]":

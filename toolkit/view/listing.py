@@ -6,23 +6,21 @@ from toolkit.view.listing import recipes, runs, sweeps; runs(); sweeps(); recipe
 import re
 import textwrap
 from pathlib import Path
-from typing import Any
 
-from toolkit.files import RECIPES, ToolkitError, outputs, read_json, read_text
+from toolkit.files import RECIPES, ToolkitError, outputs, read_if_there, read_json, read_text
+from toolkit.records import JsonObject
 
 
-def runs() -> list[dict[str, Any]]:
+def runs() -> list[JsonObject]:
     """Every run in the outputs folder, by name; a damaged file of one hides no other."""
     return [listed(file.parent) for file in sorted(outputs().glob("*/recipe.yaml"))]
 
 
-def listed(folder: Path) -> dict[str, Any]:
+def listed(folder: Path) -> JsonObject:
     """One run's folder: `state` is finished, stopped, running or what is wrong with its files, `exported` what of merged
     and gguf is there."""
-    manifest = {"state": "not begun"}
     try:
-        if (folder / "manifest.json").is_file():
-            manifest = read_json(folder / "manifest.json")
+        manifest = read_if_there(folder / "manifest.json") or {"state": "not begun"}
     except ToolkitError:
         manifest = {"state": "manifest.json is damaged: run its `train` command again"}
     return {

@@ -18,8 +18,8 @@ from toolkit.records import Evaluation, Interval, JsonObject, MixReport
 from toolkit.view import figures, labels, tables, trained
 
 PAGE = "report.html"
+# Training rows that are shown.
 ROWS = 10
-"""Training rows that are shown."""
 
 
 class Bar(NamedTuple):

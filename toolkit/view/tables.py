@@ -15,11 +15,11 @@ from toolkit.evaluation import words
 from toolkit.family import mode_title
 from toolkit.records import Evaluation
 
+# Reasons for a drop whose name does not say it all.
 MEANING = {
     "validation_prompt": " (asks what a held-out row asks)",
     "contaminated": " (holds a question of the evaluation)",
 }
-"""Reasons for a drop whose name does not say it all."""
 
 
 class ShownReply(NamedTuple):
