@@ -416,12 +416,10 @@ def forecast(
 ) -> Forecast:
     """Forecast a recipe, or settings with a model: a name, a Shape, or the config of a loaded model (the best source).
 
-    `longest` is the longest row in tokens; `auto` becomes the model that would be chosen for a card of `vram` bytes.
+    `longest` is a recipe's longest row in tokens; `auto` becomes the model that would be chosen for a card of `vram` bytes.
     Raises ToolkitError for a model that is not known.
     """
-    plan = run if isinstance(run, Settings) else settings(run)
-    if longest:
-        plan = dataclasses.replace(plan, longest=longest, longest_validation=longest)
+    plan = run if isinstance(run, Settings) else settings(run, longest)
     name = model or (run.model.model_name if isinstance(run, Recipe) else "auto")
     if name == "auto":
         if not vram:

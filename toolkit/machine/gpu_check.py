@@ -24,7 +24,7 @@ from toolkit.machine import doctor, install
 from toolkit.training import model as models
 from toolkit.training.base import ADAPTER_WEIGHTS
 from toolkit.training.checkpoints import all_checkpoints, step_of
-from toolkit.training.folder import PACKAGES, commit
+from toolkit.training.folder import commit, versions
 from toolkit.training.log import quiet
 
 # Bytes that torch may reserve: with CUDA's own, less than a card of 4 GB has.
@@ -186,11 +186,10 @@ def attempt(step: Callable[[], Facts]) -> Facts:
 
 def write(machine: doctor.Machine, steps: list[Facts]) -> None:
     """outputs/doctor.json, which strangers will read: without the paths of this machine."""
-    versions = {name: install.installed(name) for name in (*PACKAGES, "triton")} | {"python": platform.python_version()}
     record = {
         "commit": commit(),
         "system": platform.platform(),
-        "versions": versions,
+        "versions": versions() | {"triton": install.installed("triton")},
         "on_cpu": not machine.seen,
         "machine": dataclasses.asdict(machine),
         "steps": steps,

@@ -137,8 +137,8 @@ def differing() -> list[str]:
     for name, version in pins().items():
         here = installed(name)
         # any torch that Unsloth accepts is kept: it may be the only build for the driver here
-        fits = torch_fits(here) if name == "torch" else False
-        if not fits and (here or "").split("+")[0] != version:
+        fits = torch_fits(here) if name == "torch" else (here or "").split("+")[0] == version
+        if not fits:
             lines.append(f"{name} {here or 'missing'} (pinned: {version})")
     return lines
 
