@@ -97,14 +97,7 @@ def draw_lengths(axes: "Axes", mixed: Mix) -> None:
     for name in mixed.report["sources"]:
         sizes = [len(row.ids) for row in mixed.train if row.source == name]
         label = f"{name} ({len(sizes):,} rows)"
-        axes.hist(
-            sizes,
-            bins=BINS,
-            range=(0, limit),
-            color=colours[name],
-            alpha=0.65,
-            label=label,
-        )
+        axes.hist(sizes, bins=BINS, range=(0, limit), color=colours[name], alpha=0.65, label=label)
     axes.axvline(limit, color="black", linestyle="--", linewidth=1)
     note = f"tokens per row\n(dashed: max_seq_length {limit:,}; longer rows are dropped, never cut)"
     axes.set(xlabel=note, ylabel="rows", yscale="log", title="how long the rows are")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from rich.table import Table
 from rich.text import Text
 
+from toolkit.data.conversation import Fillings
 from toolkit.data.mix import Mix, Row
 from toolkit.data.render import Chat, examples
 from toolkit.data.sources import Rejected, conversations, detect, open_rows
@@ -92,11 +93,7 @@ def compared(mixed: Mix, chat: Chat) -> Table:
     return table
 
 
-def first_row(
-    source: Source,
-    chat: Chat,
-    placeholders: dict[str, str | dict[str, str]],
-) -> Text:
+def first_row(source: Source, chat: Chat, placeholders: Fillings) -> Text:
     """The first conversation of a file: its format, and every turn it teaches coloured. Raises ToolkitError."""
     number, row = next(conversations(source, seed=0, placeholders=placeholders))
     if isinstance(row, Rejected):
