@@ -229,7 +229,7 @@ def test_three_held_out_rows_of_each_source_are_answered_before_and_after_beside
     for row in rows:
         assert "I do not know" in row["base"]
         assert row["tuned"].endswith(row["reference"].removeprefix("it is "))
-    lines = own_rows_text(result)
+    lines = list(own_rows_text(result))
     assert len(lines) == 4 * 6
     assert max(map(len, lines)) <= 76
     assert lines[0].startswith("mine (thinking): ")

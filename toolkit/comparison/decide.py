@@ -22,24 +22,24 @@ from toolkit.records import Interval
 
 CHAT: Key = ("non_thinking", "accuracy/chat")
 KL: Key = ("forgetting", "kl")
+# By what runs are ranked: the first that most of them have. Reasoning questions come before chat questions, which runs
+# of the other kind of data are asked only.
 GOALS: tuple[Key, ...] = (
     ("thinking", "accuracy"),
     ("non_thinking", "accuracy"),
     CHAT,
     ("thinking", "accuracy/chat"),
 )
-"""By what runs are ranked: the first that most of them have. Reasoning questions come before chat questions, which runs
-of the other kind of data are asked only."""
 GUARDS: tuple[Key, ...] = (("thinking", "adherence"), ("non_thinking", "adherence"), CHAT)
+# Loss against the base, as a share of replies, beyond which a point breaks a guard or fell below the base.
 MARGIN = 0.05
-"""Loss against the base, as a share of replies, beyond which a point breaks a guard or fell below the base."""
+# Accuracy by which trainings differed that differed in nothing but seed or two steps more (31% and 100% of sums:
+# data_recipes/measured/seeds_pocket.json, which a test holds this number to).
 SEED_SPREAD = 0.69
-"""Accuracy by which trainings differed that differed in nothing but seed or two steps more (31% and 100% of sums:
-data_recipes/measured/seeds_pocket.json, which a test holds this number to)."""
+# The axis of a dial: points of one training.
 SCALE = "scale"
-"""The axis of a dial: points of one training."""
+# How the axis of sums of the same trainings begins; the source follows of which they have different shares.
 SUMMED = "summed "
-"""How the axis of sums of the same trainings begins; the source follows of which they have different shares."""
 ONE_SEED = (
     f"One seed: differences between runs this size came from the seed alone (up to {100 * SEED_SPREAD:.0f} points on the "
     "pocket model); `sweep --seeds 3` shows them."

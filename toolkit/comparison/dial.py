@@ -39,18 +39,18 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
+# Scale 0 is the base, which every evaluation measures beside.
 SCALES = (0.25, 0.5, 0.75, 1.0, 1.25)
-"""Scale 0 is the base, which every evaluation measures beside."""
+# Scales that are added to these, one after the other, where fast evidence changes most.
 BENDS = 2
-"""Scales that are added to these, one after the other, where fast evidence changes most."""
+# Scales that get replies, the run itself among them.
 WITH_REPLIES = 4
-"""Scales that get replies, the run itself among them."""
+# Share of the largest gain in held-out loss from which a scale may be recommended, so that it gets replies.
 WORTH = 0.5
-"""Share of the largest gain in held-out loss from which a scale may be recommended, so that it gets replies."""
+# Nats of KL below which an adapter changes nothing.
 NOTHING = 1e-6
-"""Nats of KL below which an adapter changes nothing."""
+# Recipe keys in which runs that are averaged may differ: the seed, and what changes neither training nor questions.
 MAY_DIFFER = re.compile(r"name$|data\.seed$|export\b|evaluate\.prompts\b|train\.(report_to|project|logging_steps)\b")
-"""Recipe keys in which runs that are averaged may differ: the seed, and what changes neither training nor questions."""
 Results = dict[tuple[str, float], Evaluation]
 """{(level, scale): the evaluation of a run at that scale}; the level is `fast` or `quick`."""
 

@@ -23,8 +23,8 @@ from toolkit.evaluation.stats import (
     resampled_ratios,
 )
 
+# Of the resamples: the same for every metric, so that all differences are paired.
 SEED = 3407
-"""Of the resamples: the same for every metric, so that all differences are paired."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,9 @@ def points_of(runs: Sequence[Run]) -> tuple[str, list[Point], list[str]]:
     last, as recipes name the rows to be learned first and general data last. Where one key alone differs, it is the axis.
     Otherwise it is empty, and points are compared by name."""
     differing = changed_keys([run.trained for run in runs])
-    shares_alone = all(key.startswith(SHARE) for key in differing)
     axis = ""
     notes = []
-    if differing and (shares_alone or len(differing) == 1):
+    if differing and (len(differing) == 1 or all(key.startswith(SHARE) for key in differing)):
         axis = differing[-1].removeprefix(SHARE)
     elif differing:
         notes = [f"Compared by name, since the runs differ in more than a share: {', '.join(differing)}."]

@@ -4,6 +4,7 @@ from toolkit.comparison import decide, report; report.write(decide.compare(Path(
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,14 +41,13 @@ def conclude(comparison: Comparison, console: Console, folder: Path | None = Non
         console.print(line, style="bold", markup=False)
 
 
-def notes(comparison: Comparison) -> list[str]:
+def notes(comparison: Comparison) -> Iterator[str]:
     """What went into the table and what did not."""
-    lines = []
     # else the points are named after their runs, or are all of the same ones
     if comparison.axis and not of_one_training(comparison.axis):
-        lines += [f"{point.label}: {run_names(point)}" for point in comparison.points]
-    lines += [f"left out: {name}: {why}" for name, why in comparison.left_out.items()]
-    return lines + comparison.notes
+        yield from (f"{point.label}: {run_names(point)}" for point in comparison.points)
+    yield from (f"left out: {name}: {why}" for name, why in comparison.left_out.items())
+    yield from comparison.notes
 
 
 def run_names(point: Point) -> str:
@@ -105,9 +105,8 @@ def log(comparison: Comparison, folder: Path, console: Console) -> None:
     owner wants wandb."""
     runs = [run for point in comparison.points for run in point.runs]
     if any("wandb" in tracking.trackers(run.recipe["train"]) for run in runs):
-        rows = []
-        for point, row in zip(comparison.everyone(), in_words(comparison), strict=True):
-            rows.append(row | {"settings": point.label, "runs": run_names(point)})
+        shown = zip(comparison.everyone(), in_words(comparison), strict=True)
+        rows = [row | {"settings": point.label, "runs": run_names(point)} for point, row in shown]
         sentences = " ".join(comparison.verdict[:-1])
         folders = list(dict.fromkeys(run.folder for run in runs))
         project = runs[0].recipe["train"].get("project")

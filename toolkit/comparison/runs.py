@@ -26,6 +26,8 @@ Content = Mapping[str, Any]
 FILES = ("recipe.yaml", "mix.json", "manifest.json", "eval.json")
 SECTIONS = (*MODES, "forgetting")
 METRICS: list[Key] = [(section, metric) for metric in TITLES for section in SECTIONS]
+# What must be equal for two evaluations to be comparable, and how a difference is named; held-out rows may differ with
+# the mix.
 CONDITIONS = {
     "level": "level {} instead of {}",
     "seed": "evaluation seed {} instead of {}",
@@ -40,17 +42,15 @@ CONDITIONS = {
     "model.revision": "revision {} of the base model instead of {}",
     "model.load_in_4bit": "load_in_4bit {} instead of {}",
 }
-"""What must be equal for two evaluations to be comparable, and how a difference is named; held-out rows may differ with
-the mix."""
+# Recipe keys that do not tell runs apart: what does not change the training, the seed, and rows per step, which a sweep
+# sets for each ratio so that all take the same number of steps. Fractions are compared as planned shares.
 NOT_TRAINED = re.compile(
     r"(name|data\.seed|.*\.fraction|train\.(report_to|project|logging_steps|per_device_train_batch_size|gradient_accumulation_steps))$"
     r"|(evaluate|export)\b"
 )
-"""Recipe keys that do not tell runs apart: what does not change the training, the seed, and rows per step, which a sweep
-sets for each ratio so that all take the same number of steps. Fractions are compared as planned shares."""
 SHARE = "share of "
+# What reading a file raises whose content is not what `evaluate` wrote.
 DAMAGED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What reading a file raises whose content is not what `evaluate` wrote."""
 
 
 @dataclass(frozen=True)
@@ -175,12 +175,11 @@ def trained_on(recipe: Content, mix: Content) -> Content:
 
 def evaluated_differently(run: Run, usual: Run) -> str:
     """How the conditions of a run's evaluation differ from those of another, in words."""
-    differences = []
-    for key, words in CONDITIONS.items():
-        value = run.conditions[key]
-        expected = usual.conditions[key]
-        if value != expected:
-            differences.append(words.format(value, expected))
+    differences = [
+        words.format(run.conditions[key], usual.conditions[key])
+        for key, words in CONDITIONS.items()
+        if run.conditions[key] != usual.conditions[key]
+    ]
     return f"evaluated differently: {'; '.join(differences)}"
 
 

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -39,21 +39,21 @@ from toolkit.view.progress import Progress, time_left
 from toolkit.view.tables import rich_table
 
 RATIOS = (0.0, 0.25, 0.5, 0.75, 1.0)
+# Trainings of each setting, unless told otherwise: the spread between seeds can be larger than any interval over
+# questions.
 SEEDS = 3
-"""Trainings of each setting, unless told otherwise: the spread between seeds can be larger than any interval over
-questions."""
+# Minutes of a run, evaluation included, up to which the further seeds are trained without being asked for.
 SHORT = 5.0
-"""Minutes of a run, evaluation included, up to which the further seeds are trained without being asked for."""
+# Questions of each kind by level, asked whatever they take: runs that were asked differently cannot be compared.
 QUESTIONS = {"fast": None, "quick": 32, "full": 500}
-"""Questions of each kind by level, asked whatever they take: runs that were asked differently cannot be compared."""
+# Lines of a failed run's log that are shown; seconds between looks at a run.
 LOG_TAIL_LINES, POLL_SECONDS = 15, 1.0
-"""Lines of a failed run's log that are shown; seconds between looks at a run."""
+# Keys that decide how much is trained on, which is equal in all runs of a sweep.
 SET_BY_SWEEP = re.compile(r"data\.(budget|unit|reasoning)$|train\.(max_steps|num_train_epochs|packing)$")
-"""Keys that decide how much is trained on, which is equal in all runs of a sweep."""
 
 
+# What trains and evaluates one run, a recipe's file after it.
 TRAIN = [sys.executable, "-m", "toolkit", "train"]
-"""What trains and evaluates one run, a recipe's file after it."""
 
 
 class PlanRow(TypedDict):
@@ -201,11 +201,8 @@ def share_of_source(name: str, share: float, base: Recipe) -> list[str]:
     rest = sum(fractions.values()) - fractions[name]
     if rest <= 0:
         raise ToolkitError(f"{name}: the sweep needs another source with a fraction above 0 beside it")
-    overrides = []
-    for number, (other, old) in enumerate(fractions.items()):
-        fraction = share if other == name else (1 - share) * old / rest
-        overrides.append(f"data.sources.{number}.fraction={fraction}")
-    return overrides
+    swept = {other: (1 - share) * old / rest for other, old in fractions.items()} | {name: share}
+    return [f"data.sources.{number}.fraction={fraction}" for number, fraction in enumerate(swept.values())]
 
 
 def settings_of_key(over: Sequence[str], base: Recipe) -> Settings:
@@ -262,19 +259,18 @@ def asked_alike(base: Recipe) -> Recipe:
     own = from_mix(compile_mix(base))
     evaluate = replace(
         section,
-        questions=section.questions or held_out_questions(base, own["questions"] or []) or SHIPPED,
+        questions=section.questions or tuple(held_out_questions(base, own["questions"] or [])) or SHIPPED,
         questions_per_mode=section.questions_per_mode or QUESTIONS[section.level],
         max_new_tokens=section.max_new_tokens or max(own["limits"].values(), default=None),
     )
     return replace(base, evaluate=evaluate)
 
 
-def held_out_questions(base: Recipe, questions: Sequence[Question]) -> tuple[Source, ...]:
+def held_out_questions(base: Recipe, questions: Sequence[Question]) -> Iterator[Source]:
     """Those among the rows that the recipe holds out as it stands, kept in the sweep's folder: other shares hold out other
     rows."""
     if questions and not base.data.decontaminate:
         raise ToolkitError(f"{base.name}: one run would train on what another holds out: add data.decontaminate=true")
-    sets = []
     folder = outputs().resolve() / f"{base.name}-sweep"
     for source in base.data.sources:
         rows = [row for row in questions if row["set"] == source.name]
@@ -283,8 +279,7 @@ def held_out_questions(base: Recipe, questions: Sequence[Question]) -> tuple[Sou
         file = folder / f"questions-{file_name(source.name)}.jsonl"
         if rows:
             write_jsonl(file, rows)
-            sets.append(Source(str(file), name=source.name, format="messages", mode=source.mode))
-    return tuple(sets)
+            yield Source(str(file), name=source.name, format="messages", mode=source.mode)
 
 
 def same_budget(group: list[Recipe], console: Console) -> list[Planned]:
@@ -297,7 +292,7 @@ def same_budget(group: list[Recipe], console: Console) -> list[Planned]:
                 tokens = report["sources"][name]["supervised_tokens"]
                 limits.append((int(tokens / report["planned"][name]), name))
         if not limits:
-            return same_steps(group, reports)
+            return list(same_steps(group, reports))
         budget, name = min(limits)
         wanted = group[0].data.budget
         if wanted:  # a mix may be a part of a row above its budget: lower at each turn, so that the turns end
@@ -310,7 +305,7 @@ def same_budget(group: list[Recipe], console: Console) -> list[Planned]:
         group = [replace(recipe, data=replace(recipe.data, budget=budget)) for recipe in group]
 
 
-def same_steps(group: Sequence[Recipe], reports: Sequence[MixReport]) -> list[Planned]:
+def same_steps(group: Sequence[Recipe], reports: Sequence[MixReport]) -> Iterator[Planned]:
     """`train.max_steps` steps through each mix once, or num_train_epochs times in about as many steps as the recipe's own
     batch would take for the average mix."""
     train = group[0].train
@@ -322,7 +317,6 @@ def same_steps(group: Sequence[Recipe], reports: Sequence[MixReport]) -> list[Pl
         batch = device * train["gradient_accumulation_steps"]
         steps = max(1, round(fmean(rows) / batch))
     steps = common_steps(rows, steps, device)
-    runs = []
     for recipe, report in zip(group, reports, strict=True):
         total = report["total"]
         per_device, accumulation = rows_per_step(total["examples"] * passes / steps, device)
@@ -337,8 +331,7 @@ def same_steps(group: Sequence[Recipe], reports: Sequence[MixReport]) -> list[Pl
             tokens_trained_on=round(total["supervised_tokens"] * steps * batch / total["examples"]),
         )
         sizes = {"per_device_train_batch_size": per_device, "gradient_accumulation_steps": accumulation}
-        runs.append(Planned(replace(recipe, train={**recipe.train, **sizes, "max_steps": steps}), row))
-    return runs
+        yield Planned(replace(recipe, train={**recipe.train, **sizes, "max_steps": steps}), row)
 
 
 def common_steps(rows: Sequence[float], wanted: int, device: int) -> int:

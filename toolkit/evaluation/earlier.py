@@ -55,7 +55,7 @@ def add_earlier(
 
 def earlier_lines(earlier: Earlier) -> list[str]:
     """`beside ONE: your held-out replies, sums (thinking): 1.3 times likelier (certain)`, and how much farther from the base."""
-    lines = [finding.line for finding in own_row_findings(cast(Evaluation, earlier))[:SHOWN]]
+    lines = [finding.line for finding in own_row_findings(cast(Evaluation, earlier))][:SHOWN]
     if kl := earlier["difference"]["forgetting"].get("kl"):
         lines.append(f"{kl['value'] or 0:+.3f} nats per token from the base")
     return [f"beside {earlier['run']}: {line}" for line in lines]

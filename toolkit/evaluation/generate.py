@@ -196,24 +196,20 @@ def plain_on_cpu(model: "PreTrainedModel", merge: bool) -> Iterator[None]:
     import torch
     from peft.tuners.lora import Linear, LoraLayer
 
-    layers = []
-    for module in model.modules():
-        if isinstance(module, LoraLayer) and isinstance(module.base_layer, torch.nn.Linear):
-            layers.append(module)
-    before = [layer.base_layer for layer in layers]
-    needed = 2 * 4 * sum(base.in_features * base.out_features for base in before)
+    layers = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    before = {layer: layer.base_layer for layer in layers if isinstance(layer.base_layer, torch.nn.Linear)}
+    needed = 2 * 4 * sum(base.in_features * base.out_features for base in before.values())
     if model.device.type != "cpu" or needed > psutil.virtual_memory().available:
-        yield
-        return
+        before = {}
     try:
-        for layer in layers:
-            layer.base_layer = plain_layer(layer.base_layer, model.dtype)
+        for layer, base in before.items():
+            layer.base_layer = plain_layer(base, model.dtype)
             if merge and layer.base_layer.weight.dtype == torch.float32:
                 # what LoRA on a 4-bit layer calls merging would quantize again; a safe merge refuses a diverged adapter
                 Linear.merge(layer, safe_merge=False)
         yield
     finally:
-        for layer, base in zip(layers, before, strict=True):
+        for layer, base in before.items():
             layer.base_layer = base
             layer.merged_adapters.clear()
 

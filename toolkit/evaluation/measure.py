@@ -22,6 +22,7 @@ from toolkit.evaluation.lengths import compare_lengths
 from toolkit.evaluation.plan import plan_generation, smallest_change
 from toolkit.evaluation.questions import (
     EvaluationSet,
+    Questions,
     fingerprint,
     from_mix,
     select,
@@ -42,7 +43,6 @@ from toolkit.records import (
     OwnRow,
     OwnRowReplies,
     Probe,
-    Question,
     ReplyLengths,
 )
 from toolkit.view.progress import Progress
@@ -61,8 +61,8 @@ Replies = dict[str, list[Reply]]
 def evaluate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    questions: Sequence[Question] | None = None,
-    chat_questions: Sequence[Question] | None = None,
+    questions: Questions = None,
+    chat_questions: Questions = None,
     probes: Sequence[Probe] | None = None,
     validation: Sequence[HeldOutRow] = (),
     own_rows: Sequence[OwnRow] = (),
@@ -116,7 +116,7 @@ def score(
     replies: dict[str, Replies] = {}
     with Progress(console, "evaluating", total) as progress:
         evidence = fast_evidence(cast(LoadedRun, subject), eval_set, progress) if fast else []
-        own_rows = own_row_replies(subject, eval_set, progress)
+        own_rows = list(own_row_replies(subject, eval_set, progress))
         conversations = [eval_set.questions[i]["messages"] for i in eval_set.numbers()]
         if conversations:
             replies = {mode: both(subject, conversations, mode, eval_set, progress) for mode in subject.modes}
@@ -141,7 +141,7 @@ def score(
         **scores,
         "lengths": reply_lengths(replies, eval_set, subject.seed),
         "own_rows": own_rows,
-        "samples": samples(replies, eval_set),
+        "samples": list(samples(replies, eval_set)),
     }
     return finite(result | {"verdict": verdict(result)})
 
@@ -178,18 +178,16 @@ def both(
     }
 
 
-def own_row_replies(subject: Subject, eval_set: EvaluationSet, progress: Progress) -> list[OwnRowReplies]:
+def own_row_replies(subject: Subject, eval_set: EvaluationSet, progress: Progress) -> Iterator[OwnRowReplies]:
     """The person's own held-out rows answered by base and tuned, beside their reference."""
-    rows = []
     for mode in subject.modes:
         own = [row for row in eval_set.own_rows if row["mode"] == mode]
         replies = both(subject, [row["messages"] for row in own], mode, eval_set, progress)
         for row, base, tuned in zip(own, replies["base"], replies["tuned"], strict=True):
-            rows.append(OwnRowReplies(
+            yield OwnRowReplies(
                 source=row["source"], mode=mode, prompt=row["messages"][-1]["content"],
                 reference=row["reference"], base=base.text, tuned=tuned.text,
-            ))  # fmt: skip
-    return rows
+            )  # fmt: skip
 
 
 def answer_marks(replies: dict[str, Replies], eval_set: EvaluationSet) -> Iterator[Mark]:
@@ -216,18 +214,16 @@ def reply_lengths(replies: dict[str, Replies], eval_set: EvaluationSet, seed: in
     }
 
 
-def samples(replies: dict[str, Replies], eval_set: EvaluationSet) -> list[EvaluationSample]:
+def samples(replies: dict[str, Replies], eval_set: EvaluationSet) -> Iterator[EvaluationSample]:
     """A few prompts of each mode with both models' replies, for people to read."""
     numbers = eval_set.numbers()
-    rows = []
     for mode, models in replies.items():
         for place in spread(len(numbers), SAMPLES):
             question = eval_set.questions[numbers[place]]
-            rows.append(EvaluationSample(
+            yield EvaluationSample(
                 mode=mode, prompt=question["messages"][-1]["content"], expected_answer=question["expected_answer"],
                 base=models["base"][place].text, tuned=models["tuned"][place].text,
-            ))  # fmt: skip
-    return rows
+            )  # fmt: skip
 
 
 # --- a run's files ---------------------------------------------------------------------------------------------------

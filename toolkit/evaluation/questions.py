@@ -27,6 +27,8 @@ SHIPPED = (
     Source("data_recipes/samples/heldout_reasoning.jsonl", name="sums", format="openmath"),
     Source("data_recipes/samples/heldout_chat.jsonl", name="chat", format="question", mode="non_thinking"),
 )
+Questions = Sequence[Question] | None
+"""Somebody's own; None for those that ship."""
 # The frozen bilingual probe set that ships: rows {"id", "category", "language", "messages"}.
 PROBES = Path(__file__).with_name("probes.jsonl")
 # Held-out rows of each source that are answered before and after, for people to read.
@@ -58,8 +60,8 @@ class EvaluationSet:
 def select(
     level: str,
     steps: int | None = None,
-    questions: Sequence[Question] | None = None,
-    chat_questions: Sequence[Question] | None = None,
+    questions: Questions = None,
+    chat_questions: Questions = None,
     probes: Sequence[Probe] | None = None,
     validation: Sequence[HeldOutRow] = (),
     own_rows: Sequence[OwnRow] = (),
@@ -144,8 +146,7 @@ def own_row(row: Row) -> OwnRow:
     """A held-out row as text."""
     *prompt, reply = row.conversation["messages"]
     parts = [(reply.get("reasoning_content") or "").strip(), reply["content"].strip()]
-    reference = "\n\n".join(filter(None, parts))
-    return OwnRow(source=row.source, mode=row.mode, messages=prompt, reference=reference)
+    return OwnRow(source=row.source, mode=row.mode, messages=prompt, reference="\n\n".join(filter(None, parts)))
 
 
 def reply_limits(mixed: Mix) -> dict[str, int]:
@@ -182,7 +183,7 @@ def fingerprint(content: object) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
 
-def questions_of(recipe: Recipe, mixed: Mix) -> tuple[list[Question] | None, list[Question] | None]:
+def questions_of(recipe: Recipe, mixed: Mix) -> tuple[Questions, Questions]:
     """(reasoning, chat) questions of a recipe: its own sets; without any, held-out rows that carry an expected answer; None
     for those that ship."""
     if not recipe.evaluate.questions:

@@ -178,10 +178,10 @@ class AnswerChecker(contextlib.AbstractContextManager):
 
 
 def _start(seconds: float) -> Any:
-    command = [sys.executable, "-c", WORKER, str(seconds)]
     process: Any = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8"
-    )
+        [sys.executable, "-c", WORKER, str(seconds)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
+    )  # fmt: skip
     if not process.stdout.readline():  # "ready": importing sympy takes seconds, which are no comparison's
         raise ToolkitError("math-verify did not start: run `python -c 'import math_verify'` to see why")
     return process

@@ -4,6 +4,7 @@ subject = LoadedRun(model, tokenizer, cache=Path("outputs/.base_replies"))
 subject.divergence([{"input_ids": [1, 2, 3, 4], "prompt_length": 2}])
 """
 
+import functools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ class LoadedRun:
         import torch
 
         cuda, text = self.model.device.type == "cuda", self.model.config.get_text_config()
-        decides = {
+        return fingerprint({
             **settings,
             "weights": self.weights,
             "prompts": prompts(self.tokenizer, conversations, mode),
@@ -133,8 +134,7 @@ class LoadedRun:
             "sampling": sampling_values(self.model, mode),
             "device": torch.cuda.get_device_name(self.model.device) if cuda else "cpu",
             "versions": [version("torch"), version("transformers")],
-        }
-        return fingerprint(decides)
+        })  # fmt: skip
 
     def own(self, conversations: Conversations, mode: str, tokens: int, progress: Progress) -> list[Completion]:
         """The base's greedy answers of at most so many tokens, the end-of-turn token included."""
@@ -170,13 +170,14 @@ class LoadedRun:
         """How fast the tuned model generates here, from a few tokens of as many rows as go together."""
         longest = max(map(len, prompts(self.tokenizer, conversations, mode)))
         rows = min(len(conversations), rows_at_once(self.model, longest + limit, BATCH))
-        settings: dict[str, Any] = {"seed": self.seed, "batch_size": rows}
-        chosen = conversations[:rows]
+        reply = functools.partial(
+            generate, self.model, self.tokenizer, conversations[:rows], mode, seed=self.seed, batch_size=rows
+        )
         with plain_on_cpu(self.model, merge=True):
             # first kernels are compiled
-            generate(self.model, self.tokenizer, chosen, mode, max_new_tokens=2, **settings)
+            reply(max_new_tokens=2)
             started = busy_seconds(self.model)
-            replies = generate(self.model, self.tokenizer, chosen, mode, max_new_tokens=SPEED_TOKENS, **settings)
+            replies = reply(max_new_tokens=SPEED_TOKENS)
             seconds = busy_seconds(self.model) - started
         steps = max(reply.reasoning_tokens + reply.answer_tokens for reply in replies) + 1
         return Speed(rows, seconds / steps)

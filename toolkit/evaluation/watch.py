@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -15,7 +15,7 @@ from toolkit.data.mix import Mix
 from toolkit.evaluation.fast import MAY_CHANGE
 from toolkit.evaluation.generate import base_and_tuned
 from toolkit.evaluation.questions import PROBES, choose, from_mix
-from toolkit.evaluation.subject import Completion, LoadedRun
+from toolkit.evaluation.subject import Completion, LoadedRun, TokenSums
 from toolkit.files import outputs, read_jsonl
 from toolkit.recipe import Recipe
 from toolkit.records import SampleLine
@@ -58,6 +58,11 @@ def answer_prompts(
     return lines
 
 
+def per_token(name: Literal["kl", "tuned_hits"], rows: Sequence[TokenSums]) -> float:
+    """The mean over all tokens of what was summed up row by row."""
+    return sum(row[name] for row in rows) / max(1, sum(row["tokens"] for row in rows))
+
+
 @dataclass
 class Forgetting:
     """KL divergence of the tuned model from its base on a few of the base's own answers, teacher-forced.
@@ -84,13 +89,10 @@ class Forgetting:
         with torch.random.fork_rng():
             subject = self.subject = self.subject or LoadedRun(model, tokenizer, cache=self.cache)
             self.answers = self.answers or self.base_answers(subject)
-            sums = subject.divergence(self.answers)
-            tokens = sum(row["tokens"] for row in sums)
-            measured = {"forgetting_kl": sum(row["kl"] for row in sums) / max(1, tokens)}
+            measured = {"forgetting_kl": per_token("kl", subject.divergence(self.answers))}
             if self.held_out:
-                sums = subject.divergence(self.held_out[:HELD_OUT])
-                tokens = sum(row["tokens"] for row in sums)
-                measured["token_accuracy"] = sum(row["tuned_hits"] for row in sums) / tokens
+                rows = subject.divergence(self.held_out[:HELD_OUT])
+                measured["token_accuracy"] = per_token("tuned_hits", rows)
         return measured
 
     def base_answers(self, subject: LoadedRun) -> list[Completion]:

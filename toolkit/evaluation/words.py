@@ -4,7 +4,7 @@ print("\\n".join(verdict(result))); score_rows(result); wandb.run.summary.update
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from toolkit.evaluation.lengths import EXCESS
@@ -60,7 +60,7 @@ class Finding(NamedTuple):
 def verdict(result: Evaluation) -> list[str]:
     """What a training did, in a few lines: the person's own rows first, then questions, modes, lengths, forgetting; the
     last line says whether the run is better or worse than its base. "certain": the 95% interval excludes zero."""
-    own = own_row_findings(result)
+    own = list(own_row_findings(result))
     others = [*question_findings(result), *mode_findings(result), *endless_findings(result)]
     lines = [finding.line for finding in [*own[:SHOWN], *others] if finding.line] + length_lines(result)
     kl = result["tuned"].get("forgetting", {}).get("kl")
@@ -89,9 +89,8 @@ def first_three(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def own_row_findings(result: Evaluation) -> list[Finding]:
+def own_row_findings(result: Evaluation) -> Iterator[Finding]:
     """`your held-out replies, openmath (thinking): 2.4 times likelier (certain)`, per token, for each source."""
-    findings = []
     for metric, change in result["difference"].get("forgetting", {}).items():
         if metric.startswith(LOSS) and change["value"] is not None:
             name = title("forgetting", metric, ())
@@ -99,8 +98,7 @@ def own_row_findings(result: Evaluation) -> list[Finding]:
             likelier = f"{times_likelier(change['value'])} ({certain})"
             line = f"your held-out replies, {name.removeprefix('loss on ')}: {likelier}"
             # a loss is better when it falls
-            findings.append(Finding(name, line, -direction(change)))
-    return findings
+            yield Finding(name, line, -direction(change))
 
 
 def times_likelier(loss_change: float) -> str:
@@ -112,13 +110,11 @@ def times_likelier(loss_change: float) -> str:
     return f"{factor:.3g} times {'likelier' if loss_change < 0 else 'less likely'}"
 
 
-def question_findings(result: Evaluation) -> list[Finding]:
+def question_findings(result: Evaluation) -> Iterator[Finding]:
     """Accuracy by question set and mode; sets that ship are named as what they are, a check of what was kept."""
-    findings = []
     for _, section, metric in judged_questions(result):
         kept = "what was kept, " if metric.removeprefix(SET) in result["shipped"] else ""
-        findings.append(share_finding(result, section, metric, kept))
-    return findings
+        yield share_finding(result, section, metric, kept)
 
 
 def judged_questions(result: Evaluation) -> list[tuple[str, str, str]]:
@@ -129,13 +125,12 @@ def judged_questions(result: Evaluation) -> list[tuple[str, str, str]]:
     return [(title(*key, result["modes"]), *key) for key in keys]
 
 
-def mode_findings(result: Evaluation) -> list[Finding]:
+def mode_findings(result: Evaluation) -> Iterator[Finding]:
     """Whether replies keep to their mode, and how surely they begin as it asks."""
-    findings = []
     for mode, begins in BEGINS.items():
         measured = result["difference"].get(mode, {})
         if "adherence" in measured:
-            findings.append(share_finding(result, mode, "adherence"))
+            yield share_finding(result, mode, "adherence")
         if begins in measured:
             finding = share_finding(result, mode, begins)
             # replies say more than the probability of their first tokens
@@ -144,19 +139,16 @@ def mode_findings(result: Evaluation) -> list[Finding]:
             # a surer beginning is no gain, and a little less sure no loss
             if (measured[begins]["value"] or 0) >= -WORSE_BEGINNING:
                 finding = finding._replace(change=0)
-            findings.append(finding)
-    return findings
+            yield finding
 
 
-def endless_findings(result: Evaluation) -> list[Finding]:
+def endless_findings(result: Evaluation) -> Iterator[Finding]:
     """Replies that never end, where that is shown."""
-    findings = []
     for mode, lengths in result["lengths"].items():
         if never_ends(lengths["endless"]):
             replies = f"{lengths['endless']['value']:.0%} of {with_mode('replies', mode, result['modes'])}"
             name = with_mode("ending its replies", mode, result["modes"])
-            findings.append(Finding(name, f"{replies} never end, beyond what longer replies explain", -1))
-    return findings
+            yield Finding(name, f"{replies} never end, beyond what longer replies explain", -1)
 
 
 def never_ends(endless: Interval) -> bool:
@@ -204,14 +196,12 @@ def measured_keys(result: Evaluation) -> list[tuple[str, str]]:
 # --- rows for people -------------------------------------------------------------------------------------------------
 
 
-def own_rows_text(result: Evaluation, width: int = 76) -> list[str]:
+def own_rows_text(result: Evaluation, width: int = 76) -> Iterator[str]:
     """The person's own held-out rows before and after, beside their reference, a line each."""
-    lines = []
     for row in sorted(result["own_rows"], key=lambda row: (row["source"], row["mode"])):
-        lines.append(one_line(f"{row['source']} ({mode_title(row['mode'])}): {row['prompt']}", width))
+        yield one_line(f"{row['source']} ({mode_title(row['mode'])}): {row['prompt']}", width)
         for name in ("reference", "base", "tuned"):
-            lines.append(f"  {name:9}  {one_line(row[name], width - 13)}")
-    return lines
+            yield f"  {name:9}  {one_line(row[name], width - 13)}"
 
 
 def one_line(text: str, width: int) -> str:
