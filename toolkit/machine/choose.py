@@ -41,11 +41,10 @@ def largest_model(recipe: Recipe, vram: int, speed: Speed | None) -> tuple[str, 
     if speed is None or work is None:
         return fit.choose_model(vram, recipe), why
 
-    def is_quick(shape: fit.Shape) -> bool:
-        return duration.forecast(recipe, shape, work, speed).total <= duration.EVENING
-
-    hours = f"is calculated to take {duration.EVENING // 3600} hours or less on {speed.name}"
-    return fit.choose_model(vram, recipe, is_quick), f"{why} and {hours}"
+    name = fit.choose_model(
+        vram, recipe, lambda shape: duration.forecast(recipe, shape, work, speed).total <= duration.EVENING
+    )
+    return name, f"{why} and is calculated to take {duration.EVENING // 3600} hours or less on {speed.name}"
 
 
 def planned_for(gigabytes: float, card: str | None, say: Say) -> tuple[int, Speed | None]:

@@ -160,6 +160,9 @@ def shape_of(config: "PretrainedConfig", name: str = "") -> Shape:
         raise ToolkitError(f"{name}: memory needs not known: {error}") from error
     if any(".experts." in path for path, _ in model.named_parameters()):
         raise ToolkitError(f"{name}: memory needs not known: a mixture of experts")
+    # modules, or what is around them, that a quantized checkpoint leaves in 16-bit
+    quantization = config.to_dict().get("quantization_config") or {}
+    skips = [re.sub(r"^((language_)?model[.])+", "", s) for s in quantization.get("llm_int8_skip_modules") or ()]
     linear = {}
     for path, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and re.search(r"\.\d+\.", path):  # inside a decoder layer
@@ -169,20 +172,11 @@ def shape_of(config: "PretrainedConfig", name: str = "") -> Shape:
         **sizes,
         parameters=sum(p.numel() for p in full_model.parameters()),
         matrices=tuple(matrix._replace(copies=n) for matrix, n in Counter(linear.values()).items()),
-        kept=sum(matrix.parameters for path, matrix in linear.items() if _is_kept(config, path)),
+        kept=sum(m.parameters for path, m in linear.items() if any(f".{skip}." in f".{path}." for skip in skips)),
         name=name,
         delta_layers=delta_layers(text),
         state_bytes=state_bytes(text),
     )
-
-
-def _is_kept(config: "PretrainedConfig", path: str) -> bool:
-    """Whether a quantized checkpoint's config names a module, or one around it, as left in 16-bit."""
-    quantization = getattr(config, "quantization_config", None) or {}
-    if not isinstance(quantization, dict):
-        quantization = quantization.to_dict()
-    skips = quantization.get("llm_int8_skip_modules") or ()
-    return any(f".{re.sub(r'^((language_)?model[.])+', '', skip)}." in f".{path}." for skip in skips)
 
 
 def lora_tensors(model: Shape, r: int, target_modules: Sequence[str]) -> list[int]:

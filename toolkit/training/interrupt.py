@@ -5,7 +5,7 @@ with StopRequest(print) as request: sft_trainer.train(); request.number      # o
 
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 from toolkit.files import Say
@@ -55,5 +55,5 @@ class StopRequest:
             signal.signal(number, handler)
         self._handlers = {}
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self._restore()
