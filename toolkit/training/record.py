@@ -95,7 +95,7 @@ class RunRecorder(TrainerCallback, ExportableState):
 
     # --- the trainer -------------------------------------------------------------------------------------------------
 
-    def on_init_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_init_end(self, *_: Any, **kwargs: Any) -> None:
         # transformers hands a callback everything but the trainer, whose constructor is what calls this
         frame = sys._getframe()
         while not isinstance(frame.f_locals.get("self"), Trainer):
@@ -268,12 +268,10 @@ class RunRecorder(TrainerCallback, ExportableState):
         TRACKER.say = self.console.print
         TRACKER.begin(self.recipe, self.mixed, self.folder)
 
-    def on_step_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(self, *_: Any, **kwargs: Any) -> None:
         self._step_began = time.monotonic()
 
-    def on_pre_optimizer_step(
-        self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, *_: Any, **kwargs: Any) -> None:
         batches = self.counts.read()
         self._check_finite(batches, "loss")
         # no token was supervised, or the adapter is cut off from the loss
