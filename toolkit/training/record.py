@@ -286,7 +286,8 @@ class RunRecorder(TrainerCallback, ExportableState):
         totals["skipped_steps"] += bool(self.trainer.optimizer.step_was_skipped)
         self._check_learning(state)
         self._claim(state)
-        control.should_save |= self.request.came
+        if self.request.came:
+            control.should_save = True
 
     def _check_learning(self, state: TrainerState) -> None:
         """Raises ToolkitError when the adapter is still as it began, a few steps after warm-up or at the end."""
@@ -318,7 +319,8 @@ class RunRecorder(TrainerCallback, ExportableState):
                 parts.append(f"forgetting {logs[checkpoints.KL]:.3f} nats")
             loss = f"validation loss {logs['eval_loss']:.3f}"
             self.console.print(f"step {state.global_step}: {loss} ({', '.join(parts)})")
-        control.should_save |= self.request.came
+        if self.request.came:
+            control.should_save = True
 
     # --- evaluations and checkpoints ---------------------------------------------------------------------------------
 
