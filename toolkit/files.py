@@ -3,7 +3,6 @@
 with lock(run, "export"): write_json(run / "eval.json", result); read_json(run / "eval.json")
 """
 
-import contextlib
 import difflib
 import errno
 import hashlib
@@ -16,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ ROOT = PACKAGE.parent
 POCKET = PACKAGE / "pocket"
 RECIPES = ROOT / "data_recipes"
 """Recipes and sample rows; a package beside this one, installed with it."""
+JsonObject = dict[str, Any]
+JsonRow = Mapping[str, Any]
 
 
 Say = Callable[[str], Any]
@@ -101,7 +103,7 @@ def download(
         ) from error
 
 
-@contextlib.contextmanager
+@contextmanager
 def complete(path: Path) -> Iterator[Path]:
     """Yields a temporary path; what is written there gets the name `path` only when it is whole and on the disk.
 
@@ -119,7 +121,7 @@ def complete(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise write_error(path, error) from error
     finally:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             partial.unlink()
 
 
@@ -153,18 +155,18 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: JsonRow) -> None:
     """Write a JSON file, whole or not at all; NaN and infinity become null, since JSON has neither."""
     # some parsers take NaN, browsers and jq do not
     write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def write_jsonl(path: Path, rows: Iterable[JsonRow]) -> None:
     """Write one JSON object per line, whole or not at all."""
     write_text(path, json_lines(rows))
 
 
-def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+def append_rows(path: Path, rows: Iterable[JsonRow]) -> None:
     """Add JSON objects to a JSONL file, one per line, flushed to the disk. Raises ToolkitError."""
     check_in_place(path)
     text = json_lines(rows)
@@ -178,7 +180,7 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         raise write_error(path, error) from error
 
 
-def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+def json_lines(rows: Iterable[JsonRow]) -> str:
     """One JSON object per line."""
     return "".join(json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
@@ -192,12 +194,12 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def flat(node: Any, path: str = "") -> dict[str, Any]:
+def flat(node: Any, path: str = "") -> JsonObject:
     """{dotted key: value} of nested dicts and lists: {"train.max_steps": 8, "data.sources.0.path": "a.jsonl"}."""
     children = dict(enumerate(node)) if isinstance(node, list) else node
     if not isinstance(children, dict) or not children:
         return {path: node}
-    leaves: dict[str, Any] = {}
+    leaves: JsonObject = {}
     for key, child in children.items():
         leaves |= flat(child, f"{path}.{key}".lstrip("."))
     return leaves
@@ -230,7 +232,7 @@ def read_text(path: Path) -> str:
         raise ToolkitError(f"{path}: expected a text file in UTF-8 ({error}){remedy(path)}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> JsonObject:
     """The object in a JSON file. Raises ToolkitError naming the file when it is missing or damaged, and its remedy."""
     text = read_text(path)
     try:
@@ -242,12 +244,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_if_there(path: Path) -> dict[str, Any]:
+def read_if_there(path: Path) -> JsonObject:
     """The object in a JSON file; {} where there is no such file. Raises ToolkitError where it is damaged."""
     return read_json(path) if path.is_file() else {}
 
 
-def read_if_whole(path: Path) -> dict[str, Any]:
+def read_if_whole(path: Path) -> JsonObject:
     """The object in a JSON file; {} where it is missing or damaged."""
     try:
         return read_json(path)
@@ -255,7 +257,7 @@ def read_if_whole(path: Path) -> dict[str, Any]:
         return {}
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[JsonObject]:
     """The objects of a JSONL file, one per line; a last line cut short by a kill is left out.
 
     Raises ToolkitError naming file and line when any other line is damaged, or the file is missing."""
@@ -281,7 +283,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: Path) -> JsonObject:
     """{"sha256", "bytes"} of a file, as manifests and certificates hold it."""
     return {"sha256": sha256(path), "bytes": path.stat().st_size}
 
@@ -299,7 +301,7 @@ HELD: dict[Path, Held] = {}
 """By the folder's real path."""
 
 
-@contextlib.contextmanager
+@contextmanager
 def lock(folder: Path, verb: str, *, wait: bool = False) -> Iterator[None]:
     """Hold a folder while `verb` writes to it; re-entrant within a process.
 
@@ -332,9 +334,10 @@ def lock(folder: Path, verb: str, *, wait: bool = False) -> Iterator[None]:
     try:
         if is_first:
             HELD[real] = Held(verb)
-            since = time.strftime("%Y-%m-%d %H:%M:%S")
-            with contextlib.suppress(OSError):  # a full disk; the lock holds without its note
-                note.write_text(f"`{verb}` (process {os.getpid()}, since {since})", encoding="utf-8")
+            with suppress(OSError):  # a full disk; the lock holds without its note
+                note.write_text(
+                    f"`{verb}` (process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S')})", encoding="utf-8"
+                )
             remove_partials(real)
         yield
     finally:
@@ -348,9 +351,9 @@ def remove_partials(folder: Path) -> None:
     import psutil
 
     for partial in folder.rglob("*.partial"):
-        writer = re.search(r"\.(\d+)\.partial$", partial.name)
+        writers = map(int, re.findall(r"\.(\d+)\.partial$", partial.name))
         # a run inside this folder has a lock of its own, and its process may be writing
-        if writer and (int(writer[1]) == os.getpid() or not psutil.pid_exists(int(writer[1]))):
+        if any(writer == os.getpid() or not psutil.pid_exists(writer) for writer in writers):
             partial.unlink(missing_ok=True)
 
 
@@ -376,20 +379,20 @@ def check_in_place(path: Path) -> None:
 
 
 SECRETS = (
-    (re.compile(r"\b(hf_|gh[pousr]_|sk-)[\w-]{16,}"), r"\1…"),
-    (re.compile(r"(?i)(\bbearer )\S+"), r"\1…"),
-    (re.compile(r"(//)[^\s/@]+:[^\s/@]+(?=@)"), r"\1…"),
-    (re.compile(r"(?i)(--api-key[= ])\S+"), r"\1…"),
+    r"\b(hf_|gh[pousr]_|sk-)[\w-]{16,}",
+    r"(?i)(\bbearer )\S+",
+    r"(//)[^\s/@]+:[^\s/@]+(?=@)",
+    r"(?i)(--api-key[= ])\S+",
     # not eos_token: <eos>
-    (re.compile(r"(?i)(\b\w*(?:token|secret|passw(?:or)?d|api[_-]?key)[\"']?\s*[=:]\s*[\"']?)[^\s\"',<]+"), r"\1…"),
+    r"(?i)(\b\w*(?:token|secret|passw(?:or)?d|api[_-]?key)[\"']?\s*[=:]\s*[\"']?)[^\s\"',<]+",
 )
-"""What tokens and keys look like, and what is shown instead."""
+"""What tokens and keys look like; of each only its group is shown."""
 
 
 def shareable(text: str) -> str:
     """A text without tokens, keys and the home folder, for logs and files that people pass on."""
-    for pattern, shown in SECRETS:
-        text = pattern.sub(shown, text)
+    for pattern in SECRETS:
+        text = re.sub(pattern, r"\1…", text)
     return without_home(text)
 
 
@@ -405,8 +408,8 @@ def hide_home(folder: Path) -> None:
     for name in ("adapter_config.json", "README.md"):
         file = folder / name
         text = read_text(file) if file.is_file() else ""
-        if without_home(text) != text:
-            write_text(file, without_home(text))
+        if (shown := without_home(text)) != text:
+            write_text(file, shown)
 
 
 def safe_output() -> None:

@@ -4,32 +4,31 @@ from toolkit import recipe; loaded = recipe.load("hybrid", ["train.max_steps=10"
 """
 
 import ast
-import collections
-import dataclasses
-import difflib
 import functools
 import hashlib
 import importlib.util
 import json
 import re
-import typing
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-import msgspec
 import yaml
+from msgspec import Meta, ValidationError, convert, to_builtins
 
 from toolkit import files
 from toolkit.family import family_named
 from toolkit.files import ToolkitError, did_you_mean, find, read_json, read_text, remedy, without_home
+from toolkit.records import JsonObject
 
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Count = Annotated[int, msgspec.Meta(ge=0)]
-Positive = Annotated[int, msgspec.Meta(gt=0)]
-Seed = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]  # what numpy and torch accept
-AboveZero = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+Count = Annotated[int, Meta(ge=0)]
+Positive = Annotated[int, Meta(gt=0)]
+Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy and torch accept
+AboveZero = Annotated[float, Meta(gt=0)]
 QUANTS = {"f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q6_k": "Q6_K", "q5_k_m": "Q5_K", "q4_k_m": "Q4_K"}
 """GGUF file type, by llama.cpp's name → the type of most of its tensors."""
 
@@ -204,58 +203,44 @@ class Train:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
-_COMPILED = "rows reach the trainer as ids and labels: what a row holds is set in data.sources"
-_LABELS = "labels follow the label rule (README, “How it works”)"
-_LAST_EVALUATION = "set evaluate.keep_best_by"
-_ONE_SEED = "set data.seed: one seed decides rows and training"
-_OWN_TOKENS = "rows are rendered with the model's own template and tokens: change them in its folder, and name that"
-_SECRET = "a secret stays out of files: set the environment variable HF_TOKEN, or run `hf auth login`"
-_UNREAD = "nothing reads it here: leave it out"
-_UPLOAD = "a run is not uploaded while it trains: `hf upload` takes its folder afterwards"
-OWNED = {
-    "model.full_finetuning": "the toolkit trains adapters: leave it out",
-    "model.on_model_resolved": _UNREAD,
-    "model.token": _SECRET,
-    "model.use_gradient_checkpointing": "set lora.use_gradient_checkpointing",
-    "lora.max_seq_length": "set model.max_seq_length",
-    "train.assistant_only_loss": _LABELS,
-    "train.auto_find_batch_size": "where memory runs out, a smaller batch with the same effective batch is tried by itself",
-    "train.chat_template_path": _OWN_TOKENS,
-    "train.completion_only_loss": _LABELS,
-    "train.data_seed": _ONE_SEED,
-    "train.dataset_kwargs": _COMPILED,
-    "train.dataset_text_field": _COMPILED,
-    "train.disable_tqdm": "progress is shown by the toolkit",
-    "train.do_eval": "set train.eval_strategy",
-    "train.do_predict": _UNREAD,
-    "train.do_train": _UNREAD,
-    "train.enable_jit_checkpoint": "a run that is stopped writes a checkpoint by itself",
-    "train.eos_token": _OWN_TOKENS,
-    "train.greater_is_better": _LAST_EVALUATION,
-    "train.hub_always_push": _UPLOAD,
-    "train.hub_model_id": _UPLOAD,
-    "train.hub_private_repo": _UPLOAD,
-    "train.hub_revision": _UPLOAD,
-    "train.hub_strategy": _UPLOAD,
-    "train.hub_token": _SECRET,
-    "train.include_for_metrics": _UNREAD,
-    "train.batch_eval_metrics": _UNREAD,
-    "train.local_rank": "`accelerate launch` sets it",
-    "train.logging_nan_inf_filter": "a loss of NaN is logged as it is",
-    "train.max_length": "set model.max_seq_length; rows are never truncated",
-    "train.metric_for_best_model": _LAST_EVALUATION,
-    "train.model_init_kwargs": "set them in the `model:` section",
-    "train.output_dir": "a run is written to outputs/<name>: set `name`",
-    "train.pad_token": _OWN_TOKENS,
-    "train.push_to_hub": _UPLOAD,
-    "train.resume_from_checkpoint": "the same command resumes by itself; --fresh begins anew",
-    "train.run_name": "set `name`",
-    "train.save_only_model": "the run could not be resumed",
-    "train.seed": _ONE_SEED,
-    "train.shuffle_dataset": "rows are shuffled by the seed: set data.seed",
-    "train.truncation_mode": "rows are never truncated: set model.max_seq_length",
-    "train.trust_remote_code": "set model.trust_remote_code",
+SECRET = "a secret stays out of files: set the environment variable HF_TOKEN, or run `hf auth login`"
+OWNED_WHY = {
+    SECRET: "model.token train.hub_token",
+    "nothing reads it here: leave it out": (
+        "model.on_model_resolved train.do_predict train.do_train train.include_for_metrics train.batch_eval_metrics"
+    ),
+    "a run is not uploaded while it trains: `hf upload` takes its folder afterwards": (
+        "train.push_to_hub train.hub_always_push train.hub_model_id train.hub_private_repo train.hub_revision train.hub_strategy"
+    ),
+    "rows reach the trainer as ids and labels: what a row holds is set in data.sources": (
+        "train.dataset_kwargs train.dataset_text_field"
+    ),
+    "rows are rendered with the model's own template and tokens: change them in its folder, and name that": (
+        "train.chat_template_path train.eos_token train.pad_token"
+    ),
+    "labels follow the label rule (README, “How it works”)": "train.assistant_only_loss train.completion_only_loss",
+    "set evaluate.keep_best_by": "train.greater_is_better train.metric_for_best_model",
+    "set data.seed: one seed decides rows and training": "train.data_seed train.seed",
+    "rows are shuffled by the seed: set data.seed": "train.shuffle_dataset",
+    "rows are never truncated: set model.max_seq_length": "train.truncation_mode",
+    "set model.max_seq_length; rows are never truncated": "train.max_length",
+    "set model.max_seq_length": "lora.max_seq_length",
+    "set model.trust_remote_code": "train.trust_remote_code",
+    "set them in the `model:` section": "train.model_init_kwargs",
+    "set lora.use_gradient_checkpointing": "model.use_gradient_checkpointing",
+    "set train.eval_strategy": "train.do_eval",
+    "set `name`": "train.run_name",
+    "a run is written to outputs/<name>: set `name`": "train.output_dir",
+    "the toolkit trains adapters: leave it out": "model.full_finetuning",
+    "where memory runs out, a smaller batch with the same effective batch is tried by itself": "train.auto_find_batch_size",
+    "progress is shown by the toolkit": "train.disable_tqdm",
+    "a loss of NaN is logged as it is": "train.logging_nan_inf_filter",
+    "a run that is stopped writes a checkpoint by itself": "train.enable_jit_checkpoint",
+    "the same command resumes by itself; --fresh begins anew": "train.resume_from_checkpoint",
+    "the run could not be resumed": "train.save_only_model",
+    "`accelerate launch` sets it": "train.local_rank",
 }
+OWNED = {key: why for why, keys in OWNED_WHY.items() for key in keys.split()}
 """Keys that Unsloth and TRL know and a recipe may not set, since they would be ignored or change what was rendered."""
 
 
@@ -285,11 +270,11 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2 as people write it: 2e-4 is a number; `no`, as in `eval_strategy: no`, is a word, and so are 010 and 1:30.
     A key that stands twice is an error, and so are more than MOST_ALIASES: nine lines of them can stand for 10^9 values."""
 
-    MOST_ALIASES: typing.ClassVar = 30
-    DEEPEST: typing.ClassVar = 100
+    MOST_ALIASES: ClassVar = 30
+    DEEPEST: ClassVar = 100
     aliases = 0
 
-    yaml_implicit_resolvers: typing.ClassVar = {
+    yaml_implicit_resolvers: ClassVar = {
         first: [(tag, pattern) for tag, pattern in known if first in "tTfF" or not tag.endswith((":bool", ":int"))]
         for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -306,7 +291,7 @@ class _Loader(yaml.SafeLoader):
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         """A mapping, refused where a key stands twice."""
         node = super().compose_mapping_node(anchor)
-        keys = collections.Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         for key, count in keys.most_common(1):
             if count > 1:
                 raise yaml.YAMLError(f"the key {key!r} stands twice{node.start_mark}")
@@ -340,9 +325,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     sets model.trust_remote_code, which only an override or `allow_remote_code` can: a run's folder may be somebody else's.
     """
     values = read_values(recipe_file(path), str(path))
-    if any(word.startswith("model.trust_remote_code=") for word in overrides):
-        return from_dict(values, str(path), overrides)
-    built = _build(values, str(path), overrides)
+    build = from_dict if any(word.startswith("model.trust_remote_code=") for word in overrides) else _build
+    built = build(values, str(path), overrides)
     if built.model.extra.get("trust_remote_code") and not _remote_code_allowed:
         raise ToolkitError(
             f"{path}: model.trust_remote_code lets the model's repository run Python code here, which no file may allow: "
@@ -385,7 +369,7 @@ def of_run(folder: Path) -> Recipe:
     return loaded
 
 
-def from_dict(values: dict[str, Any], where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
+def from_dict(values: JsonObject, where: str = "recipe", overrides: Sequence[str] = ()) -> Recipe:
     """Build a checked recipe from plain values that the caller vouches for. Raises ToolkitError."""
     built = _build(values, where, overrides)
     if built.model.extra.get("trust_remote_code"):
@@ -412,24 +396,16 @@ def _build(values: Any, where: str, overrides: Sequence[str]) -> Recipe:
     if "eval_steps" in written:
         # the best checkpoint is known by its evaluation: every evaluation saves one
         written = {"save_steps": written["eval_steps"], **written}
-    data = built.data
+    data, model, evaluate = built.data, built.model, built.evaluate
     fill = {key.replace("AUTHOER", "AUTHOR"): value for key, value in data.placeholders.items()}
+    adapter = model.adapter and without_home(model.adapter)
     return Recipe(
         name=built.name,
-        data=dataclasses.replace(
-            data,
-            sources=_with_fractions(data, where),
-            reasoning=None,
-            placeholders=fill,
-        ),
-        model=dataclasses.replace(
-            built.model,
-            model_name=without_home(built.model.model_name),
-            adapter=built.model.adapter and without_home(built.model.adapter),
-        ),
+        data=replace(data, sources=_with_fractions(data, where), reasoning=None, placeholders=fill),
+        model=replace(model, model_name=without_home(model.model_name), adapter=adapter),
         lora=built.lora,
-        train=_flat(msgspec.to_builtins(Train()) | written),
-        evaluate=dataclasses.replace(built.evaluate, questions=_named(built.evaluate.questions)),
+        train=_flat(to_builtins(Train()) | written),
+        evaluate=replace(evaluate, questions=_named(evaluate.questions)),
         export=built.export,
     )
 
@@ -446,34 +422,34 @@ def adapter_folder(name: str) -> Path | None:
     return None
 
 
-def adapter_settings(folder: Path) -> dict[str, Any]:
+def adapter_settings(folder: Path) -> JsonObject:
     """{key of FROM_ADAPTER: value} of an adapter; by its run's recipe, since PEFT may keep the targets as a pattern."""
     of_run = folder.parent / "recipe.yaml"
     settings = read_values(of_run)["lora"] if of_run.is_file() else read_json(folder / "adapter_config.json")
     return {key: settings.get(key, getattr(Lora, key)) for key in FROM_ADAPTER}
 
 
-def _with_defaults(values: dict[str, Any], model: Model) -> dict[str, Any]:
+def _with_defaults(values: JsonObject, model: Model) -> JsonObject:
     """What the model's family, or the adapter that is continued, asks for where a recipe says nothing, and the recipe."""
     config = find(f"{model.model_name}/config.json")
     family = family_named(model.model_name, read_json(config).get("model_type") if config else None)
     four_bit = family.in_4bit or model.model_name.endswith("-bnb-4bit")
-    # nothing where nothing differs: a recipe's checksum is that of its resolved text
-    lora: dict[str, Any] = {}
-    if family.more_targets:
-        lora["target_modules"] = [*Lora.target_modules, *family.more_targets]
+    said = {**values, "model": {"load_in_4bit": four_bit, **values["model"]}}
     # one that is not there any more stops a training, and not the reading of a run's recipe
     if model.adapter and (folder := adapter_folder(model.adapter)):
         lora = adapter_settings(folder)
-    said = values | {"model": {"load_in_4bit": four_bit} | values["model"]}
-    return said | {"lora": lora | values.get("lora", {})} if lora else said
+    elif family.more_targets:
+        lora = {"target_modules": [*Lora.target_modules, *family.more_targets]}
+    else:  # nothing where nothing differs: a recipe's checksum is that of its resolved text
+        return said
+    return {**said, "lora": {**lora, **values.get("lora", {})}}
 
 
-def _refuse_tokens(values: dict[str, Any], where: str) -> None:
+def _refuse_tokens(values: JsonObject, where: str) -> None:
     """Raises ToolkitError for a text that looks like a token: the file is kept, and may be passed on."""
     for key, value in files.flat(values).items():
         if isinstance(value, str) and re.search(r"\bhf_[A-Za-z0-9]{20,}", value):
-            raise ToolkitError(f"{where}: {key}: looks like a Hugging Face token: {_SECRET}")
+            raise ToolkitError(f"{where}: {key}: looks like a Hugging Face token: {SECRET}")
 
 
 LONGEST_NAME = 180
@@ -489,7 +465,7 @@ def _check_values(built: _Checked, where: str) -> None:
     initialisation = built.lora.extra.get("init_lora_weights", True)
     section = built.evaluate
     measures_forgetting = section.forgetting_limit or section.keep_best_by != "loss"
-    unknown = [name for name in built.export.quantization_method if name.lower() not in QUANTS]
+    unknown = [repr(name) for name in built.export.quantization_method if name.lower() not in QUANTS]
     rules = (
         (not is_name or RESERVED.match(built.name), "name", f"{built.name!r:.100} becomes a folder: use up to 100 letters "
          "(60 Chinese ones), digits, '-', '_' and '.', without a '.' at the end, and not `base`, which serve and chat call "
@@ -500,16 +476,16 @@ def _check_values(built: _Checked, where: str) -> None:
          f"{initialisation!r} changes the base: expected one of {', '.join(map(str, INITS))}"),
         (measures_forgetting and not section.forgetting_probes, "evaluate.forgetting_probes",
          "expected 1 or more where keep_best_by or a limit needs them"),
-        (unknown, "export.quantization_method", f"expected some of {', '.join(QUANTS)}, found {', '.join(map(repr, unknown))}"),
+        (unknown, "export.quantization_method", f"expected some of {', '.join(QUANTS)}, found {', '.join(unknown)}"),
     )  # fmt: skip
     for is_wrong, key, message in rules:
         if is_wrong:
             raise ToolkitError(f"{where}: {key}: {message}")
 
 
-def to_dict(recipe: Recipe) -> dict[str, Any]:
+def to_dict(recipe: Recipe) -> JsonObject:
     """The resolved recipe as plain values; `from_dict` reads them back to an equal recipe."""
-    values = {key: _flat(value) for key, value in msgspec.to_builtins(recipe).items()}
+    values = {key: _flat(value) for key, value in to_builtins(recipe).items()}
     del values["data"]["reasoning"]
     if recipe.model.adapter is None:
         del values["model"]["adapter"]  # runs from before this key have no such line
@@ -547,7 +523,7 @@ def _plain(values: Any, where: str) -> Any:
         raise ToolkitError(f"{where}: expected text, finite numbers, lists and `key: value` only ({error})") from error
 
 
-def apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: JsonObject, override: str) -> None:
     """Set one dotted key of plain values, as in `train.max_steps=10` or `data.sources.0.fraction=0.5`."""
     path, separator, text = override.partition("=")
     if not separator:
@@ -569,12 +545,11 @@ def _check_keys(node: Any, kind: Any, where: str, path: str = "") -> None:
     """Refuse keys that a section does not know, here and in the sections inside it. Keys that Unsloth or TRL take move to
     `extra`."""
     if isinstance(node, list):
-        item_kind = next(iter(typing.get_args(kind)), None)
         for i, item in enumerate(node):
-            _check_keys(item, item_kind, where, f"{path}{i}.")
-    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(node, dict)):
+            _check_keys(item, next(iter(get_args(kind)), None), where, f"{path}{i}.")
+    if not (isinstance(kind, type) and is_dataclass(kind) and isinstance(node, dict)):
         return
-    kinds = {f.name: f.type for f in dataclasses.fields(kind) if f.name != "extra"}
+    kinds = {f.name: f.type for f in fields(kind) if f.name != "extra"}
     extra = {}
     for key in [*node]:
         name = path + key
@@ -593,20 +568,20 @@ def _check_keys(node: Any, kind: Any, where: str, path: str = "") -> None:
 def _nearest(key: str, known: list[str]) -> str:
     """The end of an error about a key: the nearest one beside it, or of another section with that section's name."""
     places: dict[str, str] = {}
-    for section in dataclasses.fields(_Checked):
-        if dataclasses.is_dataclass(section.type):
-            places |= {field.name: f"{section.name}.{field.name}" for field in dataclasses.fields(section.type)}
-    places |= {name: name for name in known}
-    near = difflib.get_close_matches(key, places, n=1)
+    for section in fields(_Checked):
+        if is_dataclass(section.type):
+            places |= {field.name: f"{section.name}.{field.name}" for field in fields(section.type)}
+    places |= zip(known, known, strict=True)
+    near = get_close_matches(key, places, n=1)
     return f". Did you mean {places[near[0]]!r}?" if near else did_you_mean(key, known)
 
 
-def _convert(values: dict[str, Any], where: str) -> Any:
+def _convert(values: JsonObject, where: str) -> Any:
     """Plain values as dataclasses: types, ranges and choices are checked. Raises ToolkitError with msgspec's words, the
     dotted key and the value that was found."""
     try:
-        return msgspec.convert(values, _Checked)
-    except msgspec.ValidationError as error:
+        return convert(values, _Checked)
+    except ValidationError as error:
         text, _, place = str(error).replace("`", "").replace("key in ", "").partition(" - at $")
         keys = re.findall(r"[^.\[\]]+", place)
         value: Any = values
@@ -619,10 +594,10 @@ def _convert(values: dict[str, Any], where: str) -> Any:
 
 
 CHOICES = {
-    f.name: typing.get_args(f.type)
+    f.name: get_args(f.type)
     for section in (Source, Data, Train, Evaluate)
-    for f in dataclasses.fields(section)
-    if typing.get_origin(f.type) is Literal
+    for f in fields(section)
+    if get_origin(f.type) is Literal
 } | {"placeholders": ("NAME", "AUTHOR")}
 """Names of the keys that take one of a few words → those words."""
 
@@ -633,13 +608,13 @@ def _named(sources: tuple[Source, ...]) -> tuple[Source, ...]:
     # rows.jsonl.gz#500 is called rows
     paths = [re.sub(r"(\.(jsonl?|csv|tsv|parquet|gz))*(#\d+)?$", "", s.path.rstrip("/")).split("/") for s in sources]
     stems = [s.name or path[-1] or s.path for s, path in zip(sources, paths, strict=True)]
-    names = list(stems)
-    for i, source in enumerate(sources):
-        if not source.name and stems.count(stems[i]) > 1:
-            names[i] = "-".join(paths[i][-2:])
+    longer = ["-".join(path[-2:]) for path in paths]
+    names = [
+        other if not s.name and stems.count(name) > 1 else name
+        for s, name, other in zip(sources, stems, longer, strict=True)
+    ]
     numbered = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names, start=1)]
-    pairs = zip(sources, numbered, strict=True)
-    return tuple(dataclasses.replace(source, name=name, path=without_home(source.path)) for source, name in pairs)
+    return tuple(replace(s, name=name, path=without_home(s.path)) for s, name in zip(sources, numbered, strict=True))
 
 
 def _with_fractions(data: Data, where: str) -> tuple[Source, ...]:
@@ -651,7 +626,7 @@ def _with_fractions(data: Data, where: str) -> tuple[Source, ...]:
     is_shared = data.budget is not None or data.reasoning is not None
     # a lone source is all of the mix, unless it asks for a number of rows
     if len(sources) == 1 and sources[0].fraction is None and (is_shared or "#" not in sources[0].path):
-        sources = (dataclasses.replace(sources[0], fraction=1.0),)
+        sources = (replace(sources[0], fraction=1.0),)
     without = [i for i, s in enumerate(sources) if s.fraction is None]
     if len(without) == len(sources) and not is_shared:
         return sources
@@ -663,10 +638,11 @@ def _with_fractions(data: Data, where: str) -> tuple[Source, ...]:
         )
     if data.reasoning is not None:
         sources = _rescale(sources, data.reasoning, where)
-    total = sum(s.fraction or 0.0 for s in sources)
+    fractions = [s.fraction or 0.0 for s in sources]
+    total = sum(fractions)
     # written as decimals, thirds do not sum to exactly 1
     if abs(total - 1) > 1e-6:
-        shares = " + ".join(f"{s.fraction:g}" for s in sources)
+        shares = " + ".join(f"{fraction:g}" for fraction in fractions)
         raise ToolkitError(f"{where}: data.sources: fractions must sum to 1, found {shares} = {total:g}")
     return sources
 
@@ -683,7 +659,7 @@ def _rescale(sources: tuple[Source, ...], reasoning: float, where: str) -> tuple
                 f"{where}: data.reasoning={reasoning}: no source with mode {mode} and a fraction above 0"
             )
         factors[mode] = share / total if total else 0.0
-    return tuple(dataclasses.replace(s, fraction=(s.fraction or 0.0) * factors[s.mode]) for s in sources)
+    return tuple(replace(s, fraction=(s.fraction or 0.0) * factors[s.mode]) for s in sources)
 
 
 TAKEN_BY = {

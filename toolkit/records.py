@@ -9,6 +9,8 @@ SampleLine, of quarantine.jsonl DroppedRow. The types say what a key holds; at r
 
 from typing import Any, Literal, NotRequired, TypedDict
 
+from toolkit.files import JsonObject
+
 # One word of a recipe or of a report --------------------------------------------------------------------------------
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -17,7 +19,6 @@ Shares = dict[str, float]
 """{source or mode: its share, 0 to 1}."""
 Json = Any
 """A value of a JSON file whose shape the toolkit does not know: a raw row, the arguments of a call, a tool's schema."""
-JsonObject = dict[str, Json]
 
 
 # A conversation ------------------------------------------------------------------------------------------------------

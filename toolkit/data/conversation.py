@@ -6,8 +6,9 @@ checked({"messages": messages}, Placeholders({}))["messages"][1]["reasoning_cont
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from toolkit.data.readers import Rejected
 from toolkit.family import THINK_CLOSE, THINK_OPEN, THINK_TAG
@@ -23,7 +24,7 @@ CJK = re.compile("[\u3400-\u9fff]")
 ORDER = re.compile("s?(?:u(?:ct+)*a)*u(?:ct+)*[ac]")
 """The turns of a conversation by their first letters: system?, then user and assistant in turns, an answer or a call (c) at
 the end; results of tools follow a call, and only a call."""
-Fillings = dict[str, str | dict[str, str]]
+Fillings = Mapping[Any, str | dict[str, str]]
 """Placeholder → a text, or one for Chinese rows (zh) and one for others (en)."""
 
 

@@ -6,10 +6,10 @@ from toolkit import recipe; from toolkit.data import mix; mixed = mix.compile_mi
 import itertools
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -69,8 +69,8 @@ def compile_mix(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase | None" = No
     """
     chat = chat_of(tokenizer) if tokenizer else load_chat(recipe.model.model_name, recipe.model.revision)
     _ = chat.end  # what is wrong with template or tokenizer is said before any source is opened
-    fingerprints = {s.name: fingerprint(s) for s in recipe.data.sources}
-    fingerprints |= {f"questions/{q.name}": fingerprint(q) for q in recipe.evaluate.questions}
+    named = {s.name: s for s in recipe.data.sources} | {f"questions/{q.name}": q for q in recipe.evaluate.questions}
+    fingerprints = {name: fingerprint(source) for name, source in named.items()}
     folder = cache.folder_of(recipe, chat, fingerprints)
     # two processes that need the same mix compile it once
     with lock(folder, "mix", wait=True):
@@ -87,8 +87,8 @@ def of_run(recipe: Recipe, manifest: Manifest | dict[str, Json]) -> Mix:
     together. Raises ToolkitError when the data have changed since."""
     if parents := manifest.get("parents"):
         # the model is the sum's, which `load` has checked: a manifest may be somebody else's
-        values = [parent["recipe"] | {"model": to_dict(recipe)["model"]} for parent in parents]
-        mixes = [of_run(from_dict(one), parent["manifest"]) for one, parent in zip(values, parents, strict=True)]
+        model = {"model": to_dict(recipe)["model"]}
+        mixes = [of_run(from_dict(parent["recipe"] | model), parent["manifest"]) for parent in parents]
         return joined(mixes, manifest["weights"])
     mixed = cache.read(cache.folder_named(manifest.get("mix", ""))) or compile_mix(recipe)
     check_data(mixed, manifest)
@@ -97,9 +97,8 @@ def of_run(recipe: Recipe, manifest: Manifest | dict[str, Json]) -> Mix:
 
 def check_data(mixed: Mix, manifest: Manifest | dict[str, Json]) -> None:
     """Raises ToolkitError where a source is not what it was when the run with this manifest began."""
-    now = mixed.report["fingerprints"]
     then = manifest.get("data", {})
-    if changed := [name for name in now if then.get(name, now[name]) != now[name]]:
+    if changed := [name for name, now in mixed.report["fingerprints"].items() if then.get(name, now) != now]:
         raise ToolkitError(
             f"{', '.join(changed)} changed since this run began ({manifest['started']}): which rows it trained on and held "
             "out is no longer known. Restore the data, or train under another name (name=...)"
@@ -119,9 +118,9 @@ def _compile(
     try:
         draw_all(draws, recipe, chat)
         limited_by = balance(draws, data)
-        report = mix_report(recipe, draws, planned, limited_by)
-        report["fingerprints"] = fingerprints
-        report["slow_tokenizer"] = chat.slow_reason
+        train = [row for draw in draws for row in draw.train]
+        report = mix_report(recipe, draws, train, planned, limited_by)
+        report |= {"fingerprints": fingerprints, "slow_tokenizer": chat.slow_reason}
         check_shares(report, data)
     except ToolkitError as error:
         # without a mix, too, people want to see which rows were dropped and why
@@ -129,13 +128,11 @@ def _compile(
             write_jsonl(folder / "quarantine.jsonl", dropped)
             raise ToolkitError(f"{error}. Every dropped row: {folder / 'quarantine.jsonl'}") from error
         raise
-    train = [row for draw in draws for row in draw.train]
     # The trainer shuffles each epoch again; here it keeps the file of a mix from being sorted by source
     order = np.random.default_rng(data.seed).permutation(len(train))
-    validation = [row for draw in draws for row in draw.validation]
     mixed = Mix(
         train=[train[i] for i in order],
-        validation=validation,
+        validation=[row for draw in draws for row in draw.validation],
         report=report,
         quarantine=dropped_rows(draws),
         folder=folder,
@@ -182,7 +179,7 @@ def draw_rows(draw: "Draw", data: Data, chat: Chat) -> Iterator[DrawnRow]:
     """The rows of a source in seeded order, rendered and tokenized a batch at a time."""
     source = draw.source
     dice = random.Random(f"{data.seed} {source.name}")
-    rows = read_rows(draw.pool, data.seed, dict(data.placeholders.items()))
+    rows = read_rows(draw.pool, data.seed, data.placeholders)
     while read := list(itertools.islice(rows, BATCH)):
         # a number is drawn for every row, so that its switch does not depend on what was rejected before it
         batch = [render_row(row, source, chat, dice.random() < source.soft_switch) for row in read]
@@ -223,15 +220,7 @@ def tokenize(batch: list[DrawnRow], source: str, chat: Chat) -> None:
     for (drawn, example), prompt, completion in zip(pairs, prompts, completions, strict=True):
         # never as one text: a token could then span the end of the prompt, which inference does not show
         ids = np.concatenate([prompt, completion])
-        row = Row(
-            ids=ids,
-            prompt_length=len(prompt),
-            source=source,
-            mode=example.mode,
-            number=drawn.number,
-            conversation=example.conversation,
-        )
-        drawn.rows.append(row)
+        drawn.rows.append(Row(ids, len(prompt), source, example.mode, drawn.number, example.conversation))
 
 
 class Draw:
@@ -245,20 +234,15 @@ class Draw:
         self.pool, self.count = split_count(source)
         if source.fraction is not None:
             self.pool = source  # of a share, `#N` says out of how many rows it is drawn
-        self.held = 0
-        """Conversations held out."""
-        self.drawn = 0
-        """Conversations taken from the source."""
-        self.seen = 0
-        """Their examples, of which `turns: each` makes several."""
-        self.amount = 0
-        """Size of `train` in the mix's unit."""
+        self.held = 0  # conversations held out
+        self.drawn = 0  # conversations taken from the source
+        self.seen = 0  # their examples, of which `turns: each` makes several
+        self.amount = 0  # size of `train` in the mix's unit
         self.train: list[Row] = []
         self.validation: list[Row] = []
         self.quarantine: list[DroppedRow] = []
         self.not_read: Counter[str] = Counter()
-        self.looks_like: Counter[str] = Counter()
-        """Rows in training by what their reply looks like (see `lint`)."""
+        self.looks_like: Counter[str] = Counter()  # rows in training by what their reply looks like (see `lint`)
 
     def wants(self, hold_out: bool) -> bool:
         """Whether more conversations are to be held out, or more rows to train in the mix's unit."""
@@ -277,10 +261,10 @@ class Draw:
                 reasons.append(reason)
             else:
                 kept.append(row)
-        for why in reasons:
-            self.quarantine.append(
-                {"source": self.source.name, "row": drawn.number, "reason": why.reason, "detail": why.detail}
-            )
+        name = self.source.name
+        self.quarantine += [
+            DroppedRow(source=name, row=drawn.number, reason=why.reason, detail=why.detail) for why in reasons
+        ]
         self.drawn += 1
         self.seen += len(kept) + len(reasons)
         self.not_read.update(drawn.not_read)
@@ -330,16 +314,14 @@ class Draw:
         why = ", ".join(counts) or "none dropped"
         for first in (malformed or self.quarantine)[:1]:
             why += f". First, row {first['row']}: {first['detail']}"
-        allowed = self.data.max_rejected
-        if len(malformed) > allowed * self.drawn:
+        if len(malformed) > self.data.max_rejected * self.drawn:
             raise ToolkitError(
-                f"{where}: {len(malformed)} of {self.drawn} rows rejected, more than data.max_rejected={allowed:g} allows: "
+                f"{where}: {len(malformed)} of {self.drawn} rows rejected, more than data.max_rejected={self.data.max_rejected:g} allows: "
                 f"{why}. Fix the rows, or raise data.max_rejected to leave them out"
             )
         if not self.train:
-            held = len(self.validation)
             raise ToolkitError(
-                f"{where}: no row is left to train on: {held} of {self.seen} held out, {why}. {self._advice()}"
+                f"{where}: no row is left to train on: {len(self.validation)} of {self.seen} held out, {why}. {self._advice()}"
             )
 
     def _advice(self) -> str:
@@ -410,7 +392,7 @@ def question_prompts(recipe: Recipe) -> list[str]:
     """User turns of the recipe's questions. All are read here: a row that cannot be asked is found before training."""
     prompts = []
     for source in recipe.evaluate.questions:
-        for question in read_questions(source, placeholders=dict(recipe.data.placeholders.items())):
+        for question in read_questions(source, placeholders=recipe.data.placeholders):
             prompts += [m["content"] for m in question["messages"] if m["role"] == "user"]
     return prompts if recipe.data.decontaminate else []
 
@@ -441,7 +423,7 @@ def as_question(conversation: Conversation | Rejected, name: str) -> Question:
     for place, message in enumerate(messages):
         if message["role"] == "user":
             messages[place] = message | {"content": without_switch(message["content"]).strip()}
-    return {"messages": messages, "expected_answer": answer, "set": name}
+    return Question(messages=messages, expected_answer=answer, set=name)
 
 
 # --- shares ----------------------------------------------------------------------------------------------------------
@@ -466,44 +448,40 @@ def unit_of(data: Data) -> Unit:
 
 def plan(data: Data) -> dict[str, Planned]:
     """What each source is to give. Every source that takes part holds out at least one row."""
-    count = len(data.sources)
-    fractions = [s.fraction for s in data.sources if s.fraction is not None]
-    quotas = [split_count(s)[1] for s in data.sources]
-    counts = [n for n in quotas if n is not None]
+    counts = [split_count(s)[1] for s in data.sources]
     # where neither fractions nor counts are complete, rows are taken as they come
-    weights: Sequence[float] = [1] * count
-    shares: list[float | None] = [None] * count
-    if len(fractions) == count:
-        weights = fractions
-        shares = [*fractions]
-        quotas = [round(share * data.budget) if data.budget else None for share in fractions]
-    elif len(counts) == count:
-        weights = counts
-        shares = [n / sum(counts) for n in counts]
-    held = [round(data.validation_size * weight / sum(weights)) for weight in weights]
-    planned: dict[str, Planned] = {}
-    for source, weight, share, quota, rows in zip(data.sources, weights, shares, quotas, held, strict=True):
+    weights: list[Any] = [1] * len(counts)
+    for known in ([s.fraction for s in data.sources], counts):
+        if None not in known:
+            weights = known
+            break
+    planned = {}
+    for source, weight, count in zip(data.sources, weights, counts, strict=True):
+        share = source.fraction
+        quota = count
+        if share is not None:
+            quota = round(share * data.budget) if data.budget else None
+        elif weights is counts:
+            share = weight / sum(weights)
         least = 1 if weight and data.validation_size else 0
-        planned[source.name] = {"share": share, "quota": quota, "validation": max(least, rows)}
+        held = round(data.validation_size * weight / sum(weights))
+        planned[source.name] = Planned(share=share, quota=quota, validation=max(least, held))
     return planned
 
 
 def balance(draws: list[Draw], data: Data) -> str | None:
     """Where sources are exhausted, reduce the whole mix and keep its shares; returns the source that limits it."""
-    shares = {d.source.name: d.source.fraction for d in draws if d.source.fraction is not None}
+    shares = {draw: draw.source.fraction for draw in draws if draw.source.fraction is not None}
     if not shares:
         return None
     # The total at which each exhausted source would have its share; the smallest is what all of them can give
-    short: dict[str, float] = {}
-    for draw in draws:
-        if draw.wants(hold_out=False):
-            short[draw.source.name] = draw.amount / shares[draw.source.name]
+    short = {draw: draw.amount / share for draw, share in shares.items() if draw.wants(hold_out=False)}
     limiting = min(short, key=short.__getitem__, default=None)
     # without a budget every source is exhausted at the end
     total = short[limiting] if limiting else float(data.budget or 0)
-    for draw in draws:
-        draw.train = trim(draw.train, shares[draw.source.name] * total, data.unit)
-    return limiting
+    for draw, share in shares.items():
+        draw.train = trim(draw.train, share * total, data.unit)
+    return limiting.source.name if limiting else None
 
 
 def trim(rows: list[Row], target: float, unit: str) -> list[Row]:
@@ -551,31 +529,31 @@ def shares_of(rows: list[Row], by: str = "source") -> dict[Unit, Shares]:
 def mix_report(
     recipe: Recipe,
     draws: list[Draw],
+    rows: list[Row],
     planned: dict[str, Planned],
     limited_by: str | None,
 ) -> MixReport:
     """What mix.json holds, apart from fingerprints and warnings."""
-    # from the compiled rows, not from the plan: a share that is reported is one that trains
-    rows = [row for draw in draws for row in draw.train]
     unit = unit_of(recipe.data)
+    # from the compiled rows, not from the plan: a share that is reported is one that trains
     achieved = shares_of(rows)
     shares = {name: row["share"] for name, row in planned.items() if row["share"] is not None}
-    return {
-        "unit": unit,
-        "budget": recipe.data.budget,
-        "planned": shares or achieved[unit],
-        "achieved": achieved,
-        "achieved_modes": shares_of(rows, by="mode"),
-        "total": {u: size_of(rows, u) for u in UNITS},
-        "limited_by": limited_by,
-        "lengths": completion_lengths(rows),
-        "sources": {d.source.name: source_report(d) for d in draws},
-        "max_seq_length": recipe.model.max_seq_length,
+    return MixReport(
+        unit=unit,
+        budget=recipe.data.budget,
+        planned=shares or achieved[unit],
+        achieved=achieved,
+        achieved_modes=shares_of(rows, by="mode"),
+        total={u: size_of(rows, u) for u in UNITS},
+        limited_by=limited_by,
+        lengths=completion_lengths(rows),
+        sources={d.source.name: source_report(d) for d in draws},
+        max_seq_length=recipe.model.max_seq_length,
         # filled in by the caller
-        "fingerprints": {},
-        "slow_tokenizer": None,
-        "warnings": [],
-    }
+        fingerprints={},
+        slow_tokenizer=None,
+        warnings=[],
+    )
 
 
 def source_report(draw: Draw) -> SourceReport:
@@ -586,21 +564,21 @@ def source_report(draw: Draw) -> SourceReport:
         place, _, name = key.partition(" ")
         keys = not_read["row"] if place == "row" else not_read["turn"]
         keys[name] = n
-    return {
-        "mode": draw.source.mode,
-        "modes": dict(Counter(row.mode for row in rows)),
-        "rows_asked": draw.count,
-        "rows_seen": draw.seen,
-        "rows_kept": len(rows),
-        "rows_repeated": len(rows) - len(set(rows)),
-        "rows_held_out": len(draw.validation),
-        "dropped": draw.dropped,
-        "not_read": not_read,
-        "looks_like": dict(draw.looks_like),
-        "tokens": size_of(rows, "tokens"),
-        "supervised_tokens": size_of(rows, "supervised_tokens"),
-        "lengths": completion_lengths(rows),
-    }
+    return SourceReport(
+        mode=draw.source.mode,
+        modes=dict(Counter(row.mode for row in rows)),
+        rows_asked=draw.count,
+        rows_seen=draw.seen,
+        rows_kept=len(rows),
+        rows_repeated=len(rows) - len(set(rows)),
+        rows_held_out=len(draw.validation),
+        dropped=draw.dropped,
+        not_read=not_read,
+        looks_like=dict(draw.looks_like),
+        tokens=size_of(rows, "tokens"),
+        supervised_tokens=size_of(rows, "supervised_tokens"),
+        lengths=completion_lengths(rows),
+    )
 
 
 def completion_lengths(rows: list[Row]) -> dict[str, CompletionLengths]:
