@@ -70,6 +70,9 @@ class Source:
     """Share of rows that carry /think or /no_think in the user turn, as Qwen3 was trained."""
 
 
+Sources = tuple[Source, ...]
+
+
 @dataclass(frozen=True)
 class Data:
     """What is mixed, counted in which unit, and what is held out."""
@@ -602,7 +605,7 @@ CHOICES = {
 """Names of the keys that take one of a few words → those words."""
 
 
-def _named(sources: tuple[Source, ...]) -> tuple[Source, ...]:
+def _named(sources: Sources) -> Sources:
     """Sources with a name each: that of the file; where two are equal also its folder's, then a number. Their paths below
     the home folder are written with `~`."""
     # rows.jsonl.gz#500 is called rows
@@ -617,7 +620,7 @@ def _named(sources: tuple[Source, ...]) -> tuple[Source, ...]:
     return tuple(replace(s, name=name, path=without_home(s.path)) for s, name in zip(sources, numbered, strict=True))
 
 
-def _with_fractions(data: Data, where: str) -> tuple[Source, ...]:
+def _with_fractions(data: Data, where: str) -> Sources:
     """Named sources whose fractions sum to 1 and obey `data.reasoning`; or none has a fraction: the mix is then the
     sources' `#N` counts, or all they hold."""
     sources = _named(data.sources)
@@ -647,7 +650,7 @@ def _with_fractions(data: Data, where: str) -> tuple[Source, ...]:
     return sources
 
 
-def _rescale(sources: tuple[Source, ...], reasoning: float, where: str) -> tuple[Source, ...]:
+def _rescale(sources: Sources, reasoning: float, where: str) -> Sources:
     """`data.reasoning=x`: thinking sources share x, the others 1 - x, in their old proportions."""
     if any(s.mode == "auto" for s in sources):
         raise ToolkitError(f"{where}: data.reasoning needs every source's `mode` to be thinking or non_thinking")

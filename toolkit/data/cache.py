@@ -69,26 +69,11 @@ def read(folder: Path) -> Mix | None:
     texts = json.loads(arrays["texts"].tobytes())
     # views of one array, no copies
     ids = np.split(arrays["ids"], arrays["ends"][:-1])
-    numbers = arrays["numbers"].tolist()
-    names = arrays["names"].tolist()
-    rows = []
-    for row_ids, (prompt_length, number), (source, mode) in zip(ids, numbers, names, strict=True):
-        row = Row(
-            ids=row_ids,
-            prompt_length=prompt_length,
-            source=source,
-            mode=mode,
-            number=number,
-        )
-        rows.append(row)
+    places = zip(ids, arrays["numbers"].tolist(), arrays["names"].tolist(), strict=True)
+    rows = [Row(row_ids, length, source, mode, number) for row_ids, (length, number), (source, mode) in places]
     # validation rows are the last, and the only ones whose conversations are kept
     held_from = len(rows) - len(texts["held"])
-    for row, conversation in zip(rows[held_from:], texts["held"], strict=True):
+    train, validation = rows[:held_from], rows[held_from:]
+    for row, conversation in zip(validation, texts["held"], strict=True):
         row.conversation = conversation
-    return Mix(
-        train=rows[:held_from],
-        validation=rows[held_from:],
-        report=texts["report"],
-        quarantine=texts["quarantine"],
-        folder=folder,
-    )
+    return Mix(train, validation, texts["report"], texts["quarantine"], folder)

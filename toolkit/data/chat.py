@@ -47,8 +47,8 @@ class Chat:
         self.json = tokenizer_json
         self.template_text = template
         self.tokens = tokens
+        # whether /think and /no_think in a user turn mean something; taken for granted where the family is unknown
         self.switches = model_type is None or family_of(model_type).switches
-        """Whether /think and /no_think in a user turn mean something; taken for granted where the family is unknown."""
         self.tokenizers = loaded(tokenizer_json)
 
     # --- text
@@ -75,16 +75,17 @@ class Chat:
         """The text a model sees, as `apply_chat_template` gives it; `enable_thinking=None` leaves the switch out.
 
         Raises Rejected with the template's own words where it refuses the messages."""
-        switch = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         if any("train" in message for message in messages):  # our own key, of which no template knows
             messages = [message.copy() for message in messages]
             for message in messages:
                 message.pop("train", None)
-        values = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt}
+        values = {"messages": messages, "tools": tools, "add_generation_prompt": add_generation_prompt, **self.tokens}
+        if enable_thinking is not None:
+            values["enable_thinking"] = enable_thinking
         template = self._template
         cast(Sandbox, template.environment).steps = 0
         try:
-            return template.render(values | self.tokens | switch)
+            return template.render(values)
         except ToolkitError:  # a loop without an end is the template's fault, not the row's
             raise
         except TEMPLATE_ERRORS as error:
@@ -130,11 +131,11 @@ class Chat:
         template = self.template_text or ""
         # Gemma's added tokens hold line breaks and HTML tags, which are ordinary text
         tokens = [
-            token
-            for token, special in self.tokenizers.added.items()
-            if special or STRUCTURE.fullmatch(token) or (token.strip() and token.startswith("<") and token in template)
+            re.escape(token)
+            for token, special in sorted(self.tokenizers.added.items(), key=lambda item: -len(item[0]))
+            if special or STRUCTURE.fullmatch(token) or (token.startswith("<") and token in template)
         ]
-        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+        return re.compile("|".join(tokens) or "(?!)")
 
     # --- ids
 
@@ -142,10 +143,10 @@ class Chat:
     def following(self) -> Tokenizers:
         """The tokenizers for text that follows other text, where no space is put before it."""
         head, mark, tail = self.json.partition('"vocab"')
-        plain = head
         for pattern, none in SPACE_BEFORE:
-            plain = re.sub(pattern, none, plain)
-        return self.tokenizers if plain == head else Tokenizers(plain + mark + tail)
+            head = re.sub(pattern, none, head)
+        text = head + mark + tail
+        return self.tokenizers if text == self.json else Tokenizers(text)
 
     @property
     def slow_reason(self) -> str | None:

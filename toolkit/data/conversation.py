@@ -78,6 +78,11 @@ def checked(conversation: Conversation, placeholders: Placeholders) -> Conversat
     return conversation
 
 
+def asked(messages: list[Message]) -> list[str]:
+    """What the user says, turn by turn."""
+    return [message["content"] for message in messages if message["role"] == "user"]
+
+
 def check_order(messages: list[Message]) -> None:
     """Raises Rejected where the turns are not in ORDER."""
     roles = [message["role"] for message in messages]
@@ -136,7 +141,7 @@ def split_reasoning(message: Message, where: str) -> None:
             raise Rejected("control_token", f"{where} has {tag[0]!r} inside its text, which is read as structure")
 
 
-def split_think(content: str, where: str = "text") -> tuple[str, str]:
+def split_think(content: str, where: str) -> tuple[str, str]:
     """(reasoning, answer) of assistant text that may begin with <think>…</think>. Raises Rejected.
 
     Strict, since a training row must be well-formed; `generate` reads what a model really wrote."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from toolkit.data.conversation import asked
 from toolkit.data.rows import Row
 from toolkit.family import without_switch
 from toolkit.records import Conversation
@@ -63,16 +64,12 @@ class Duplicates:
     def find(self, row: Row, key: bytes) -> Row | None:
         """The earlier row that this one repeats; None where there is none, and then it is remembered under its prompt's
         `key`."""
-        first = self._by_prompt.get(key)
-        if first is None:  # whole texts are decoded only where two rows ask the same
-            self._by_prompt[key] = row
+        first = self._by_prompt.setdefault(key, row)
+        if first is row:  # whole texts are decoded only where two rows ask the same
             return None
         self._by_text[self._text_key(first)] = first
-        text = self._text_key(row)
-        earlier = self._by_text.get(text)
-        if earlier is None:
-            self._by_text[text] = row
-        return earlier
+        earlier = self._by_text.setdefault(self._text_key(row), row)
+        return None if earlier is row else earlier
 
     def _text_key(self, row: Row) -> bytes:
         return digest(without_switch(self._decode(row.ids)))
@@ -92,10 +89,8 @@ class NearDuplicates:
 
     def find(self, row: Row) -> Row | None:
         """The earlier row that this one nearly repeats, or None."""
-        near: dict[Row, None] = {}  # each once, in the order they came
-        for band in row.bands:
-            near.update(dict.fromkeys(self._buckets.get(band, [])[-CANDIDATES:]))
-        for earlier in near:
+        near = [earlier for band in row.bands for earlier in self._buckets.get(band, [])[-CANDIDATES:]]
+        for earlier in dict.fromkeys(near):  # each once, in the order they came
             # the share of equal MinHash values estimates the Jaccard similarity of the two sets of 5-grams
             if np.mean(earlier.signature == row.signature) >= SIMILAR and self._asks_the_same(row, earlier):
                 return earlier
@@ -108,8 +103,8 @@ class NearDuplicates:
 
     def _asks_the_same(self, row: Row, earlier: Row) -> bool:
         changed = self._changed(row.prompt, earlier.prompt)
-        questions = [message["content"] for message in row.conversation["messages"] if message["role"] == "user"]
-        if changed.total() > REWORDED * len(words_of(" ".join(questions))):
+        questions = " ".join(asked(row.conversation["messages"]))
+        if changed.total() > REWORDED * len(words_of(questions)):
             return False
         # however long the prompt, another number makes another task
         if any(map(str.isdigit, "".join(changed))):
@@ -132,7 +127,7 @@ def sign(rows: list[Row]) -> None:
     # a seed of its own: signatures stay the same whatever the recipe's seed is
     long = [row for row in rows if len(row.completion) >= SHORTEST]
     shingles = [_shingles(row.completion.astype(np.uint64)) for row in long]
-    starts = np.cumsum([0, *map(len, shingles)]).astype(np.uint64)
+    starts = np.cumsum([0, *map(len, shingles)], dtype=np.uint64)
     flat = np.concatenate([*shingles, np.zeros(0, np.uint64)])
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, starts, PERMUTATIONS, 42)
     for row, signature in zip(long, np.array(matrix.to_rows(), np.uint32), strict=True):
@@ -175,6 +170,5 @@ def words_of(text: str) -> list[str]:
 
 def _grams(words: list[str]) -> Iterator[str]:
     # of fewer words one gram, as a whole
-    count = max(1, len(words) - WORDS_SHARED + 1)
-    for start in range(count):
+    for start in range(max(1, len(words) - WORDS_SHARED + 1)):
         yield " ".join(words[start : start + WORDS_SHARED])

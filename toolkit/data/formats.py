@@ -10,13 +10,15 @@ from dataclasses import dataclass
 
 from toolkit.data.conversation import Fillings, Placeholders, checked
 from toolkit.data.keys import is_empty, is_setting, is_trained, meaning, yes_or_no
-from toolkit.data.messages import Notes, field_of, read_notes, read_turns, role_of
+from toolkit.data.messages import TEXTS, Notes, field_of, read_notes, read_turns, role_of
 from toolkit.data.readers import Rejected
 from toolkit.data.tools import check_calls, parsed
 from toolkit.family import THINK_OPEN
 from toolkit.files import ToolkitError, did_you_mean
 from toolkit.records import Conversation, Json, JsonObject, Message
 
+Columns = dict[str, str]
+"""What is read (COLUMN_KEYS) → the column that holds it."""
 FORMATS = {
     "alpaca": {"user": "instruction", "assistant": "output", "input": "input"},
     "messages": {"messages": "messages"},
@@ -35,8 +37,6 @@ NOT_A_NUMBER = ("nan", "NaN", "<NA>")
 """Empty cells as pandas turns them into text; None and null may be answers."""
 POORER = ("question", "chosen", "preference_question", "preference_alpaca", "preference")
 """Formats that give way to others that fit too: an openmath row holds a question as well."""
-TEXTS = ("reasoning", "system", "tools")
-"""What is read beside the turns."""
 CALLS = re.compile(r'\s*\[\s*\{\s*"name"\s*:\s*"[^"]*"\s*,\s*"(?:arguments|parameters)"\s*:')
 """How a list of calls begins."""
 ASKING = ("system", "user")
@@ -65,7 +65,7 @@ NUMBERED = re.compile(r"[\W_]*\d+$|[\W_]+[a-z]$")
 class RowReader:
     """Reads the rows of one source."""
 
-    names: dict[str, str]
+    names: Columns
     """What is read → the column that holds it."""
     named_only: bool
     """Whether the recipe names the columns: no other is then taken for a system prompt, reasoning or tools."""
@@ -96,7 +96,7 @@ class RowReader:
         # a column, other than a turn's key, may say how to answer instead
         reasoning = {key: value for key, value in notes.reasoning.items() if not is_setting(key, value)}
         notes.not_read += add_reasoning(messages, reasoning, "messages" in self.names)
-        conversation: Conversation = {"messages": messages}
+        conversation = Conversation(messages=messages)
         tools = notes.tools + turn_notes.tools
         if tools:  # row and turns may each give all
             conversation["tools"] = [tool for place, tool in enumerate(tools) if tool not in tools[:place]]
@@ -148,7 +148,7 @@ class RowReader:
 
 def reader_of(
     format: str,
-    columns: dict[str, str],
+    columns: Columns,
     placeholders: Placeholders,
     system: str | None = None,
 ) -> RowReader:
@@ -160,16 +160,14 @@ def reader_of(
 def canonical(
     row: JsonObject,
     format: str,
-    columns: dict[str, str],
+    columns: Columns,
     placeholders: Fillings,
-    system: str | None = None,
 ) -> Conversation:
     """One raw row as {"messages": […], "tools": […] if any, "expected_answer": "…" if any}.
 
     Messages hold role, content, and where there is any reasoning_content and tool_calls (arguments as an object);
-    train: False is a turn that its set leaves out of training. `system` is the system prompt of rows that have none.
-    Raises Rejected with the reason and the field or turn."""
-    return reader_of(format, columns, Placeholders(placeholders), system).read(row)[0]
+    train: False is a turn that its set leaves out of training. Raises Rejected with the reason and the field or turn."""
+    return reader_of(format, columns, Placeholders(placeholders)).read(row)[0]
 
 
 def check_won(row: JsonObject, answer: str) -> None:
@@ -199,7 +197,7 @@ def marks_of_turns(notes: Notes, count: int) -> list[bool]:
     trained = [True] * count
     # one mark that says no is enough: sets repeat it under several names
     for key, value in notes.marks.items():
-        marks = field_of({key: value}, key, list) if type(value) is str and "[" in value else value
+        marks = field_of(notes.marks, key, list) if type(value) is str and "[" in value else value
         if type(marks) is list and len(marks) == count:
             said = [is_trained(key, mark, f"turn {number}: ") for number, mark in enumerate(marks, start=1)]
             trained = [*map(min, trained, said)]
@@ -219,7 +217,7 @@ def add_system(messages: list[Message], columns: JsonObject, default: str | None
     if has_turn:
         texts.append(messages[0]["content"])
     # many sets repeat the system turn in a column; two that differ leave nobody to say which one holds
-    if len({text.strip() for text in texts}) > 1:
+    if len({*map(str.strip, texts)}) > 1:
         raise Rejected("two_system_prompts", f"one is {texts[0][:40]!r}, another {texts[-1][:40]!r}")
     # the source's prompt is a default: it never replaces a row's own
     prompt = texts[0] if texts else default
@@ -260,7 +258,7 @@ def expected_answer(value: Json) -> str:
 
 def earlier_turns(row: JsonObject, column: str) -> list[Json]:
     """The turns of a history, which is kept as [[question, answer], …]."""
-    turns: list[Json] = []
+    turns = []
     for pair in field_of(row, column, list, default=[]):
         if type(pair) is not list or len(pair) != 2:
             raise Rejected("wrong_type", f"{column!r} holds {pair!r}, expected [question, answer]")
@@ -274,7 +272,7 @@ def earlier_turns(row: JsonObject, column: str) -> list[Json]:
 def recognise(
     fields: list[str],
     format: str,
-    columns: dict[str, str],
+    columns: Columns,
     where: str,
 ) -> str:
     """The name of a source's format: checked where it is given, found by the fields where it is `auto`.
@@ -290,8 +288,7 @@ def recognise(
     if format == "auto":
         if len(names) == 1:
             return names[0]
-        several = f"fits several formats: set `format:` to one of {', '.join(names)}"
-        problem = several if names else "no known format"
+        problem = f"fits several formats: set `format:` to one of {', '.join(names)}" if names else "no known format"
     elif format not in FORMATS:
         problem = f"unknown format {format!r}: expected auto, columns, {', '.join(FORMATS)}"
     elif columns:
@@ -315,7 +312,7 @@ def signature(format: str) -> list[str]:
     return [column for key, column in FORMATS[format].items() if key != "input"]
 
 
-def _check_columns(fields: list[str], columns: dict[str, str], where: str) -> str:
+def _check_columns(fields: list[str], columns: Columns, where: str) -> str:
     """`columns`, as a format, where the recipe's own names can be read."""
     for key, column in columns.items():
         if key not in COLUMN_KEYS:
@@ -331,7 +328,7 @@ def _check_columns(fields: list[str], columns: dict[str, str], where: str) -> st
     return "columns"
 
 
-def likely_columns(fields: list[str]) -> dict[str, str]:
+def likely_columns(fields: list[str]) -> Columns:
     """{role: column} as the names of the columns suggest; a role without a likely column is left out."""
     columns = {meaning(field): field for field in reversed(fields) if meaning(field) in TEXTS}
     skipped = {field for field in fields if DISLIKED.search(field) or meaning(field) in ("harmless", *TEXTS)}

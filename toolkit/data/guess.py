@@ -12,12 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from toolkit.data.formats import COLUMN_KEYS, fitting, likely_columns, recognise
+from toolkit.data.conversation import asked
+from toolkit.data.formats import COLUMN_KEYS, Columns, fitting, likely_columns, recognise
 from toolkit.data.readers import Rejected, Rows, ending
 from toolkit.data.sources import conversations, open_rows, split_count
 from toolkit.files import RECIPES, ToolkitError, find, read_text, write_text
 from toolkit.recipe import RESERVED, Source, apply_override, load
-from toolkit.records import Conversation
+from toolkit.records import Conversation, JsonObject
 
 LOOKED_AT = 20_000
 """Rows that are read to guess and count; of more rows, validation takes its most anyway."""
@@ -67,10 +68,9 @@ class Understood:
 
     def lines(self) -> list[str]:
         """What was understood, for people: the format, counts, and three rows."""
-        columns = [f"{role}: {column}" for role, column in self.source.columns.items()]
-        modes = [f"{count:,} {mode}" for mode, count in self.modes.items()]
-        names = ", ".join(columns) or "by its own names"
-        text = [f"{self.source.path}: {self.rows:,} rows, {self.format} ({names}); {' and '.join(modes)}"]
+        names = ", ".join(map(": ".join, self.source.columns.items())) or "by its own names"
+        modes = " and ".join(f"{count:,} {mode}" for mode, count in self.modes.items())
+        text = [f"{self.source.path}: {self.rows:,} rows, {self.format} ({names}); {modes}"]
         if self.rejected:
             text.append(f"· {len(self.rejected):,} rows cannot be trained on, e.g. {self.rejected[0].detail}")
         for number, conversation in enumerate(self.examples, start=1):
@@ -93,9 +93,8 @@ def understand(source: Source) -> Understood:
     except ToolkitError as error:
         formats = formats_in(rows)
         if len(formats) > 1:  # which explains whatever went wrong
-            several = " and ".join(sorted(formats))
             raise ToolkitError(
-                f"{source.path}: holds rows of several formats: {several}. Split it into a file for each, and give both to "
+                f"{source.path}: holds rows of several formats: {' and '.join(sorted(formats))}. Split it into a file for each, and give both to "
                 "`init`"
             ) from error
         raise
@@ -112,25 +111,16 @@ def read(source: Source, format: str) -> Understood:
         raise ToolkitError(
             f"{source.path}: {len(rejected):,} of {len(rows):,} rows cannot be trained on, e.g. {rejected[0].detail}"
         )
-    reasoned = ["reasoning_content" in conversation["messages"][-1] for conversation in good]
-    modes = Counter("thinking" if has_reasoning else "non_thinking" for has_reasoning in reasoned)
-    return Understood(
-        source=source,
-        format=format,
-        rows=len(rows),
-        modes=modes,
-        examples=good[:3],
-        rejected=rejected,
-    )
+    last = [conversation["messages"][-1] for conversation in good]
+    modes = Counter("thinking" if "reasoning_content" in message else "non_thinking" for message in last)
+    return Understood(source, format, len(rows), modes, good[:3], rejected)
 
 
 def formats_in(rows: Rows) -> set[str]:
     """The formats of rows, each recognised by the columns that it fills."""
-    formats: set[str] = set()
-    for _, row in itertools.islice(rows.draw(SEED), LOOKED_AT):
-        if not isinstance(row, Rejected):
-            formats.update(fitting([name for name, value in row.items() if value]))
-    return formats
+    read = [row for _, row in itertools.islice(rows.draw(SEED), LOOKED_AT) if not isinstance(row, Rejected)]
+    filled = {tuple(name for name, value in row.items() if value) for row in read}
+    return {format for fields in filled for format in fitting([*fields])}
 
 
 def with_columns(source: Source, rows: Rows) -> tuple[Source, str]:
@@ -138,8 +128,7 @@ def with_columns(source: Source, rows: Rows) -> tuple[Source, str]:
 
     Raises ToolkitError that names the one key to set where a column cannot be told."""
     # a lone column holds no question and answer to tell apart
-    is_odd = source.format == "auto" and not fitting(rows.fields) and len(rows.fields) > 1
-    if is_odd:
+    if source.format == "auto" and not fitting(rows.fields) and len(rows.fields) > 1:
         columns = likely_columns(rows.fields) | source.columns
         for role in ("user", "assistant"):
             if role not in columns:
@@ -148,24 +137,21 @@ def with_columns(source: Source, rows: Rows) -> tuple[Source, str]:
     return source, recognise(rows.fields, source.format, source.columns, rows.location)
 
 
-def which_column(role: str, columns: dict[str, str], fields: list[str]) -> str:
+def which_column(role: str, columns: Columns, fields: list[str]) -> str:
     """The question that is left to its reader where a role has no likely column."""
     known = "".join(f"What {other} is in {column!r}. " for other, column in columns.items())
-    rest = [*(name for name in fields if name not in columns.values()), "NAME"]
+    example = next((name for name in fields if name not in columns.values()), "NAME")
     return (
         f"has the columns {', '.join(fields)}: which of them holds what the {role} says? {known}"
-        f"Add data.sources.0.columns.{role}={rest[0]} to this command (sources count from 0)"
+        f"Add data.sources.0.columns.{role}={example} to this command (sources count from 0)"
     )
 
 
 def shown(conversation: Conversation) -> list[str]:
     """A conversation, a line for each part of a turn, shortened."""
-    lines = []
-    for message in conversation["messages"]:
-        for key in ("reasoning_content", "content", "tool_calls"):
-            if value := message.get(key):
-                lines.append(f"  {message['role']}: {' '.join(str(value).split())}"[:78])
-    return lines
+    keys = ("reasoning_content", "content", "tool_calls")
+    parts = [(message["role"], message.get(key)) for message in conversation["messages"] for key in keys]
+    return [f"  {role}: {' '.join(str(part).split())}"[:78] for role, part in parts if part]
 
 
 # --- the recipe --------------------------------------------------------------------------------------------------------
@@ -178,12 +164,8 @@ def held_out(rows: int) -> int:
 
 def questions_of(understood: Sequence[Understood]) -> list[str]:
     """Up to three short questions of the files' own rows: what a run is shown to answer before and after."""
-    questions = []
-    for one in understood:
-        for conversation in one.examples:
-            asked = [message["content"] for message in conversation["messages"] if message["role"] == "user"]
-            if len(asked) == 1 and len(asked[0]) <= 200:
-                questions += asked
+    conversations = [asked(conversation["messages"]) for one in understood for conversation in one.examples]
+    questions = [texts[0] for texts in conversations if len(texts) == 1 and len(texts[0]) <= 200]
     return questions[:3] or ["Who are you?"]
 
 
@@ -248,7 +230,7 @@ def start(
             raise ToolkitError(f"{file}: is here already, for something else: choose another name (--name)")
         say(f"{file} is here already and is left as it is")
         return file
-    values: dict[str, Any] = {"data": {"sources": [{"path": path} for path in paths]}}
+    values: JsonObject = {"data": {"sources": [{"path": path} for path in paths]}}
     for override in overrides:
         apply_override(values, override)
     understood = [understand(Source(**source)) for source in values["data"]["sources"]]

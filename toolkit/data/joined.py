@@ -5,7 +5,7 @@ joined([first, second], weights=[0.25, 0.75]).validation
 
 from collections.abc import Sequence
 
-from toolkit.data.rows import Mix, Row
+from toolkit.data.rows import Mix
 from toolkit.records import Json, MixReport
 
 
@@ -14,9 +14,8 @@ def joined(mixes: Sequence[Mix], weights: Sequence[float]) -> Mix:
     train = [row for mixed in mixes for row in mixed.train]
     # by the prompt: what one run held out another may have trained on, with a reply of its own
     seen = {row.prompt.tobytes() for row in train}
-    held: dict[bytes, Row] = {}
-    for mixed in mixes:
-        held |= {row.ids.tobytes(): row for row in mixed.validation if row.prompt.tobytes() not in seen}
+    held_out = [row for mixed in mixes for row in mixed.validation if row.prompt.tobytes() not in seen]
+    held = {row.ids.tobytes(): row for row in held_out}
     report = joined_report([mixed.report for mixed in mixes], weights)
     quarantine = [entry for mixed in mixes for entry in mixed.quarantine]
     return Mix(train, list(held.values()), report, quarantine, mixes[0].folder)

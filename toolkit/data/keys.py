@@ -59,8 +59,7 @@ KEPT_AT = frozenset("path paths url urls link file filename".split())
 """Last words of names like image_path, which say where something is, not what somebody thinks of it."""
 WON = frozenset("better safer best winner".split())
 """First words of names that say which of two answers is to be learned."""
-YES = dict.fromkeys("true yes on 1 1.0".split(), True)
-NO = dict.fromkeys("false no off 0 0.0".split(), False)
+YES_OR_NO = dict.fromkeys("true yes on 1 1.0".split(), True) | dict.fromkeys("false no off 0 0.0".split(), False)
 CLASSES = ("yes", "no", "on", "off")
 """Values of `label` that are classes of a classification, which say nothing of the answer."""
 
@@ -92,7 +91,7 @@ def is_setting(key: str, value: Json) -> bool:
 
 def yes_or_no(value: Json) -> bool | None:
     """A mark as truth, whether it is a truth value, a number or text; None for what is neither yes nor no."""
-    return (YES | NO).get(str(value).strip().lower())
+    return YES_OR_NO.get(str(value).strip().lower())
 
 
 def is_trained(key: str, value: Json, where: str) -> bool:

@@ -1,6 +1,7 @@
 """Turns as data sets keep them become messages: the text, the reasoning, the calls, and whether the turn is trained on.
 
-messages, notes = read_turns([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!", "loss": False}])
+turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!", "loss": False}]
+messages, notes = read_turns(turns, trained=[True, True])
 """
 
 import re
@@ -42,6 +43,8 @@ PARTS = {
     "tool_use": "call",
 }
 """`type` of a part of a content → what it holds."""
+TEXTS = ("reasoning", "system", "tools")
+"""What is read beside the turns."""
 PART_TEXTS = ["text", "content", "value", "refusal", *REASONING_PARTS]
 """Where a part keeps its text."""
 PART = dict.fromkeys([*PART_TEXTS, "type", "is_thought", "signature", "annotations", "cache_control"], "text")
@@ -84,11 +87,7 @@ def read_notes(
         if key == "rejected" and "chosen" in holder:  # the text of the other answer, which may be "True"
             continue
         is_number = type(value) in (int, float)
-        if (
-            named_only
-            and key not in kinds
-            and (kind in ("reasoning", "system", "tools") or (kind == "good" and is_number))
-        ):
+        if named_only and key not in kinds and (kind in TEXTS or (kind == "good" and is_number)):
             kind = ""
         if kind == "nested" and type(value) is dict:
             _note_inner(notes, key, value, where)
@@ -116,11 +115,10 @@ def _note(
             notes.system[key] = value
         case "train" | "no_train" | "unclear":
             notes.marks[key] = value
-        case "good" | "bad" if is_good(key, value) is False:
-            notes.bad[key] = value
-        case "good" | "bad" if is_good(key, value):
-            pass
-        case "good" | "bad" | "nested" | "":  # a label may be the class of a classification
+        case "good" | "bad" if (says := is_good(key, value)) is not None:
+            if not says:
+                notes.bad[key] = value
+        case _:  # a label may be the class of a classification
             notes.not_read.append(key)
 
 
@@ -139,7 +137,7 @@ def _note_inner(
             notes.not_read.append(f"{key}.{name}")
 
 
-def read_turns(turns: list[Json], trained: list[bool] | None = None) -> tuple[list[Message], Notes]:
+def read_turns(turns: list[Json], trained: list[bool]) -> tuple[list[Message], Notes]:
     """Messages from role/content or from/value turns, and what the turns say beside them.
 
     A function_call joins the assistant turn before it. A turn that is not to be trained on has train: False; `trained`
@@ -152,11 +150,11 @@ def read_turns(turns: list[Json], trained: list[bool] | None = None) -> tuple[li
         role = role_of(turn, number)
         where = f"turn {number} ({role}): "
         message, calls = read_turn(turn, role, where, notes)
-        if trained and not trained[number - 1] and message["role"] == "assistant":
+        if not trained[number - 1] and message["role"] == "assistant":
             message["train"] = False
-        if role == "call" and read and read[-1].message["role"] == "assistant":
-            join_calls(read[-1].message, message, where)
-            read[-1].calls += calls
+        if role == "call" and read and (last := read[-1]).message["role"] == "assistant":
+            join_calls(last.message, message, where)
+            last.calls += calls
         elif role != "system" or message["content"].strip():  # an empty system turn says nothing
             read.append(Turn(message, turn, calls))
     return in_call_order(read), notes
@@ -205,8 +203,9 @@ def read_turn(
     if role not in ("assistant", "call"):
         notes.not_read += [*own.reasoning, *own.bad]
         # Hermes keeps the results of calls in user turns
-        result = TAGGED_RESULT.fullmatch(text) if "<tool_response>" in text else None
-        return {"role": "tool" if result else role, "content": result[1] if result else text}, []
+        if "<tool_response>" in text and (result := TAGGED_RESULT.fullmatch(text)):
+            return {"role": "tool", "content": result[1]}, []
+        return {"role": role, "content": text}, []
     if is_thought(turn):
         raise Rejected(
             "reasoning_out_of_place", f"{where}the turn is a thought: put it before its answer, as `thinking`"
@@ -280,8 +279,8 @@ def read_parts(
 ) -> tuple[str, str, list[Json]]:
     """(text, reasoning, calls) of content parts, as OpenAI, Anthropic and Gemini write them. Raises Rejected."""
     text = ""
-    thoughts: list[str] = []
-    calls: list[Json] = []
+    thoughts = []
+    calls = []
     for part in parts:
         kind = kind_of_part(part)
         if kind == "call" and role == "assistant":

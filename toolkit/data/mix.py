@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from toolkit.data import cache
-from toolkit.data.conversation import Fillings
+from toolkit.data.conversation import Fillings, asked
 from toolkit.data.dedup import Duplicates, NearDuplicates, grams_of, prompt_key, shared_gram, sign
 from toolkit.data.joined import joined
 from toolkit.data.lint import lint, looks_like
@@ -28,7 +28,7 @@ from toolkit.records import (
     CompletionLengths,
     Conversation,
     DroppedRow,
-    Json,
+    JsonObject,
     Manifest,
     MixReport,
     NotRead,
@@ -82,7 +82,7 @@ def compile_mix(recipe: Recipe, tokenizer: "PreTrainedTokenizerBase | None" = No
     return mixed
 
 
-def of_run(recipe: Recipe, manifest: Manifest | dict[str, Json]) -> Mix:
+def of_run(recipe: Recipe, manifest: Manifest | JsonObject) -> Mix:
     """The mix that a run was trained on: as it lies in the cache, else compiled again; of a sum of runs those of its parents
     together. Raises ToolkitError when the data have changed since."""
     if parents := manifest.get("parents"):
@@ -95,7 +95,7 @@ def of_run(recipe: Recipe, manifest: Manifest | dict[str, Json]) -> Mix:
     return mixed
 
 
-def check_data(mixed: Mix, manifest: Manifest | dict[str, Json]) -> None:
+def check_data(mixed: Mix, manifest: Manifest | JsonObject) -> None:
     """Raises ToolkitError where a source is not what it was when the run with this manifest began."""
     then = manifest.get("data", {})
     if changed := [name for name, now in mixed.report["fingerprints"].items() if then.get(name, now) != now]:
@@ -393,7 +393,7 @@ def question_prompts(recipe: Recipe) -> list[str]:
     prompts = []
     for source in recipe.evaluate.questions:
         for question in read_questions(source, placeholders=recipe.data.placeholders):
-            prompts += [m["content"] for m in question["messages"] if m["role"] == "user"]
+            prompts += asked(question["messages"])
     return prompts if recipe.data.decontaminate else []
 
 

@@ -64,6 +64,9 @@ class Rejected(ValueError):
 
 
 RawRow = JsonObject | Rejected
+Drawn = Iterator[tuple[int, RawRow]]
+"""Rows with their numbers, from 1."""
+File = io.BytesIO | io.FileIO
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Rows:
 
     location: str
     fields: list[str]
-    draw: Callable[[int], Iterator[tuple[int, RawRow]]]
+    draw: Callable[[int], Drawn]
     where: Callable[[int], str]
     left_out: tuple[str, ...] = ()
     """Columns of kinds that nothing here reads (Arrow's maps)."""
@@ -116,34 +119,33 @@ def data_files(path: Path, split: str) -> list[Path]:
         is_zst = path.suffix.lower() == ".zst"
         way_out = f"unpack it: zstd -d {path}" if is_zst else "save a spreadsheet as CSV UTF-8, unpack an archive"
         raise ToolkitError(f"{path}: unknown kind of file: expected {known}: {way_out}")
-    names: dict[Path, str] = {}
-    others: list[str] = []
+    splits = {}  # by the name of a file of rows below the folder
+    others = []
     for file in sorted(path.rglob("[!.]*")):
         name = file.relative_to(path).as_posix()
         # what is hidden is a cache, among them half-finished downloads of the Hub's client
         if is_rows(file) and "/." not in f"/{name}":
-            names[file] = name
+            splits[name] = split_of(name, split)
         elif file.is_file():
             others.append(name)
-    splits = {file: split_of(name, split) for file, name in names.items()}
     # a folder without files of that split has files of no split (data.jsonl); another split's are never taken for it
-    chosen = [file for file in names if splits[file] == split] or [file for file in names if not splits[file]]
+    chosen = [name for name in splits if splits[name] == split] or [name for name in splits if not splits[name]]
     if not chosen:
         there = sorted({f"split {other}" for other in splits.values()}) or others[:5] or ["no files"]
         raise ToolkitError(f"{path}: expected {known} files of `split: {split}`, found {', '.join(there)}")
     # several folders that each hold the split are subsets or languages, kept apart by their author
-    tops = {names[file].partition("/")[0] for file in chosen}
+    tops = {name.partition("/")[0] for name in chosen}
     is_told_apart = "data" in tops or any(split_of(top, split) for top in tops)
     if splits[chosen[0]] and len(tops) > 1 and not is_told_apart:
         raise ToolkitError(f"{path}: {', '.join(sorted(tops))} each hold the split {split!r}: choose one by `subset:`")
     check_shards(path, chosen)
-    return chosen
+    return [path / name for name in chosen]
 
 
-def check_shards(path: Path, files: list[Path]) -> None:
+def check_shards(path: Path, names: list[str]) -> None:
     """Raises ToolkitError where some of the files of a table are not there, as after a download that was cut short."""
-    parts = [match.groups() for file in files if (match := PART.match(file.relative_to(path).as_posix()))]
-    for (name, total), here in Counter(parts).items():
+    parts = Counter(match.groups() for match in map(PART.match, names) if match)
+    for (name, total), here in parts.items():
         if here < int(total):
             raise ToolkitError(
                 f"{path}: {here} of the {int(total)} files {name}-…-of-{total} are there: fetch the others, or give `path` "
@@ -194,10 +196,9 @@ def open_files(path: Path, files: list[Path]) -> Rows:
         table, inside = locate(position)
         return table.get(inside)
 
-    def draw(seed: int) -> Iterator[tuple[int, RawRow]]:
+    def draw(seed: int) -> Drawn:
         for position in np.random.default_rng(seed).permutation(starts[-1]).tolist():
-            row = read(position)
-            if row is not None:
+            if (row := read(position)) is not None:
                 yield position + 1, row
 
     def where(number: int) -> str:
@@ -213,13 +214,7 @@ def open_files(path: Path, files: list[Path]) -> Rows:
             "array of objects, or CSV with a header"
         )
     left_out = dict.fromkeys(column for table in tables for column in table.left_out)
-    return Rows(
-        location=str(path),
-        fields=fields,
-        draw=draw,
-        where=where,
-        left_out=tuple(left_out),
-    )
+    return Rows(str(path), fields, draw, where, tuple(left_out))
 
 
 def json_table(path: Path) -> Table:
@@ -246,14 +241,13 @@ def json_table(path: Path) -> Table:
 
 def read_bytes(path: Path) -> bytes:
     """A file's content, unpacked. Raises ToolkitError for a damaged archive."""
-    unpack = UNPACKERS.get(path.suffix.lower(), bytes)
     try:
-        return unpack(path.read_bytes())
+        return UNPACKERS.get(path.suffix.lower(), bytes)(path.read_bytes())
     except (EOFError, ValueError, OSError, zlib.error, lzma.LZMAError) as error:
         raise ToolkitError(f"{path}: cannot be read or unpacked: {error}") from error
 
 
-def line_table(path: Path, file: io.BytesIO | io.FileIO) -> Table:
+def line_table(path: Path, file: File) -> Table:
     """One object a line. Costs one pass for the newlines and 8 bytes a line; rows are read when drawn."""
     starts = line_starts(file)
 
@@ -269,7 +263,7 @@ def line_table(path: Path, file: io.BytesIO | io.FileIO) -> Table:
     return Table(path, "line", len(starts) - 1, get)
 
 
-def line_starts(file: io.BytesIO | io.FileIO) -> np.ndarray:
+def line_starts(file: File) -> np.ndarray:
     """Byte offsets of a file's lines and, last, of its end."""
     file.seek(0)
     buffer = np.empty(BLOCK, np.uint8)
@@ -320,7 +314,7 @@ def arrow_table(path: Path) -> Table:
     import pyarrow
     import pyarrow.parquet
 
-    left_out: list[str] = []
+    left_out = []
     try:
         if ending(path) == ".arrow":
             data = datasets.Dataset.from_file(str(path))
@@ -331,7 +325,7 @@ def arrow_table(path: Path) -> Table:
                 return Table(path, "row", 0, as_row)
             schema = meta.schema.to_arrow_schema()
             refuse_bytes(schema, path)
-            left_out += [field.name for field in schema if "map<" in str(field.type)]  # which `datasets` lacks
+            left_out = [field.name for field in schema if "map<" in str(field.type)]  # which `datasets` lacks
             kept = pyarrow.schema([field for field in schema if field.name not in left_out])
             if not kept.names:
                 raise ToolkitError(
@@ -345,30 +339,28 @@ def arrow_table(path: Path) -> Table:
         if isinstance(error, ToolkitError):
             raise
         raise ToolkitError(f"{path}: not readable as {path.suffix[1:]}: {error.__cause__ or error}") from error
-    return Table(
-        path=path,
-        unit="row",
-        size=len(data),
-        get=lambda i: without_nulls(data[i]),
-        left_out=tuple(left_out),
-    )
+    return Table(path, "row", len(data), lambda i: without_nulls(data[i]), tuple(left_out))
 
 
 def refuse_bytes(schema: Iterable["pyarrow.Field"], where: Path | str) -> None:
     """Raises ToolkitError where a column of an Arrow schema holds images or other bytes."""
-    if held := [field.name for field in schema if "binary" in str(field.type)]:
-        raise ToolkitError(f"{where}: column {held[0]!r} holds bytes (images, audio), only text is trained on: drop it")
+    for field in schema:
+        if "binary" in str(field.type):
+            raise ToolkitError(
+                f"{where}: column {field.name!r} holds bytes (images, audio), only text is trained on: drop it"
+            )
 
 
 def without_nulls(row: JsonObject) -> JsonObject:
     """A row without the nulls inside its columns: Arrow fills in keys that a nested object never had."""
 
-    def present(value: Json) -> Json:
-        if type(value) is dict:
-            return {key: present(item) for key, item in value.items() if item is not None}
-        return [present(item) for item in value] if type(value) is list else value
+    return {name: _present(value) for name, value in row.items()}
 
-    return {name: present(value) for name, value in row.items()}
+
+def _present(value: Json) -> Json:
+    if type(value) is dict:
+        return {key: _present(item) for key, item in value.items() if item is not None}
+    return [*map(_present, value)] if type(value) is list else value
 
 
 READERS = {

@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 
 from toolkit.data.chat import Chat, chat_of, load_chat
+from toolkit.data.conversation import asked
 from toolkit.data.readers import Rejected
 from toolkit.family import SWITCH
 from toolkit.records import Conversation, JsonObject, Message
@@ -61,9 +62,7 @@ def check_special_tokens(conversation: Conversation, chat: Chat) -> None:
     """Raises Rejected for a text that holds what the tokenizer at hand reads as structure."""
     texts = [str(conversation.get("tools", ""))]
     for message in conversation["messages"]:
-        texts.append(message["content"])
-        texts.append(message.get("reasoning_content", ""))
-        texts.append(str(message.get("tool_calls", "")))
+        texts += [message["content"], message.get("reasoning_content", ""), str(message.get("tool_calls", ""))]
     if hit := chat.special.search("\n".join(texts)):
         raise Rejected("control_token", f"the text holds {hit.group()!r}, which {chat.name} reads as structure")
 
@@ -149,7 +148,8 @@ def _expect(what: str, text: str, rendered: str) -> None:
 
 def last_switch(messages: list[Message]) -> str | None:
     """The latest soft switch a user typed: `think`, `no_think` or None. Qwen3 obeys the most recent one (model card)."""
-    typed = [s for m in messages if m["role"] == "user" for s in SWITCH.findall(m["content"])]
+    # joined by a line break, at which a switch ends
+    typed = SWITCH.findall("\n".join(asked(messages)))
     return typed[-1] if typed else None
 
 

@@ -4,6 +4,7 @@ from toolkit.data.rows import Row, dataset; dataset([row])["labels"]
 """
 
 import functools
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,9 +85,9 @@ class Mix:
     @property
     def validation_by_source(self) -> "dict[str, datasets.Dataset] | None":
         """{"source/mode": data set} of the held-out rows: SFTTrainer then logs a loss for each. None without any."""
-        groups: dict[str, list[Row]] = {}
+        groups = defaultdict(list)
         for row in self.validation:
-            groups.setdefault(f"{row.source}/{row.mode}", []).append(row)
+            groups[f"{row.source}/{row.mode}"].append(row)
         return {name: dataset(groups[name]) for name in sorted(groups)} or None
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from toolkit.data.conversation import Fillings, Placeholders
 from toolkit.data.formats import canonical, reader_of, recognise
 from toolkit.data.readers import (
+    Drawn,
     Rejected,
     Rows,
     data_files,
@@ -60,18 +61,6 @@ class ReadRow:
     """Keys that no rule reads: "row label", "turn loss"."""
 
 
-@dataclass(frozen=True)
-class Location:
-    """Where a source's rows are."""
-
-    source: Source
-    """With `:subset` taken off its path."""
-    folder: Path | None
-    """A file or folder on this machine; None for a data set on the Hub."""
-    files: list[Path]
-    """The files of its split."""
-
-
 def conversations(source: Source, seed: int, placeholders: Fillings) -> Iterator[tuple[int, Conversation | Rejected]]:
     """(number, canonical conversation or Rejected) of every row, shuffled by the seed, read as they are asked for.
 
@@ -94,16 +83,16 @@ def read_rows(source: Source, seed: int, placeholders: Fillings) -> Iterator[Rea
                 raise row
             conversation, not_read = reader.read(row)
             yield ReadRow(number, conversation, left_out + not_read)
+            continue
         except RecursionError:
-            yield ReadRow(
-                number, Rejected("too_deep", f"{rows.where(number)}: objects inside objects, about 1,000 levels")
-            )
-        except Rejected as rejected:
-            detail = f"{rows.where(number)}: {rejected.detail}"
-            # usually in every row, and one recipe key fixes them all
-            if rejected.reason == "unfilled_placeholder":
-                raise ToolkitError(detail) from rejected
-            yield ReadRow(number, Rejected(rejected.reason, detail))
+            rejected = Rejected("too_deep", "objects inside objects, about 1,000 levels")
+        except Rejected as error:
+            rejected = error
+        detail = f"{rows.where(number)}: {rejected.detail}"
+        # usually in every row, and one recipe key fixes them all
+        if rejected.reason == "unfilled_placeholder":
+            raise ToolkitError(detail) from rejected
+        yield ReadRow(number, Rejected(rejected.reason, detail))
 
 
 def detect(source: Source, rows: Rows) -> str:
@@ -118,8 +107,8 @@ def open_rows(source: Source) -> Rows:
     `#500` and `max_rows` keep that many rows of the seed's order. Raises ToolkitError.
     """
     source, limit = split_count(source)
-    place = locate(source)
-    rows = open_files(place.folder, place.files) if place.folder else stream_rows(source, *_hub_stream(place.source))
+    place, folder, files = locate(source)
+    rows = open_files(folder, files) if folder else stream_rows(source, *_hub_stream(place))
     return rows if limit is None else replace(rows, draw=lambda seed: islice(rows.draw(seed), limit))
 
 
@@ -137,12 +126,13 @@ def split_count(source: Source) -> tuple[Source, int | None]:
 
 def fingerprint(source: Source) -> str:
     """SHA-256 of a local source's files, or the commit of one on the Hub; no rows are read."""
-    place = locate(split_count(source)[0])
-    return fingerprint_of(place.folder, place.files) if place.folder else _hub_stream(place.source)[1]
+    source, folder, files = locate(split_count(source)[0])
+    return fingerprint_of(folder, files) if folder else _hub_stream(source)[1]
 
 
-def locate(source: Source) -> Location:
-    """Where the rows of a source are. Raises ToolkitError for a path that is neither here nor a name of the Hub's form."""
+def locate(source: Source) -> tuple[Source, Path | None, list[Path]]:
+    """(the source with `:subset` taken off its path, its file or folder here, the files of its split); None and no file for
+    a data set on the Hub. Raises ToolkitError for a path that is neither here nor a name of the Hub's form."""
     path = source.path
     # a path that exists is taken as it is, a colon in it too (C:\data)
     if not find(path) and (match := re.fullmatch(r"(.+[^:/]):([\w.\-]+)", path)):
@@ -167,7 +157,7 @@ def locate(source: Source) -> Location:
     files = data_files(folder, source.split) if folder else []
     for file in files:
         check_regular(file)
-    return Location(source, folder, files)
+    return source, folder, files
 
 
 def _modelscope_folder(path: str, revision: str | None) -> Path:
@@ -230,12 +220,8 @@ def stream_rows(source: Source, stream: "datasets.IterableDataset", revision: st
     if not first:
         raise ToolkitError(f"{where}: is empty: expected at least one row")
 
-    def draw(seed: int) -> Iterator[tuple[int, JsonObject]]:
+    def draw(seed: int) -> Drawn:
         return enumerate(rows(stream.shuffle(seed=seed, buffer_size=HUB_BUFFER)), start=1)
 
-    return Rows(
-        location=where,
-        fields=list(stream.column_names or first[0]),
-        draw=draw,
-        where=lambda number: f"{where} drawn row {number}",
-    )
+    fields = list(stream.column_names or first[0])
+    return Rows(where, fields, draw, lambda number: f"{where} drawn row {number}")

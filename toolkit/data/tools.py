@@ -80,9 +80,8 @@ def read_calls(text: str, where: str) -> list[Json]:
     Values of XML stay text, which a template writes as it was: the row does not say whether 3 is a number."""
     calls: list[Json] = []
     for tagged in TAGGED_CALL.findall(text):
-        value: Json = [
-            {"name": name, "arguments": dict(XML_ARGUMENT.findall(body))} for name, body in XML_CALL.findall(tagged)
-        ]
+        in_xml = XML_CALL.findall(tagged)
+        value = [{"name": name, "arguments": dict(XML_ARGUMENT.findall(body))} for name, body in in_xml]
         value = value or parsed(tagged, where)
         calls += value if type(value) is list else [value]
     return calls
@@ -142,10 +141,10 @@ def check_calls(messages: list[Message], tools: list[JsonObject]) -> None:
     if not calls and not tools:
         return
     names = [tool["function"]["name"] for tool in tools]
-    # without a schema the tools are described in the system prompt, if at all
-    unknown = [call["name"] for call in calls if names and call["name"] not in names]
-    if unknown:
-        raise Rejected("unknown_tool", f"{unknown[0]!r} is called; the row's tools are {', '.join(names)[:200]}")
+    for call in calls:
+        # without a schema the tools are described in the system prompt, if at all
+        if names and call["name"] not in names:
+            raise Rejected("unknown_tool", f"{call['name']!r} is called; the row's tools are {', '.join(names)[:200]}")
     try:
         # Python reads and writes NaN and Infinity, which no JSON parser of a tool takes
         json.dumps([calls, tools], allow_nan=False)
