@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from toolkit.records import Json, Message
+from toolkit.records import Json, Messages
 
 MODES = ("thinking", "non_thinking")
 """Names of the two modes in recipes and result files; an instruct model has `non_thinking` only."""
@@ -23,8 +23,9 @@ KINDS = {
 """Kind of a model → the modes it has."""
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 THINK_TAG = re.compile("</?think>")
-PROBE: list[Message] = [{"role": "user", "content": "probe"}]
+PROBE: Messages = [{"role": "user", "content": "probe"}]
 PROBE_REPLY = "probe-reply"
+ANSWERED_PROBE: Messages = [*PROBE, {"role": "assistant", "content": PROBE_REPLY}]
 """A question and a reply by which templates are tried out."""
 SWITCH = re.compile(r"(?:^|\s+)/(no_think|think)(?=\s|<|$)")
 """Qwen3's soft switches in a user turn (model card of Qwen/Qwen3-8B, "Advanced Usage"); in rendered text a token may follow."""
@@ -143,8 +144,7 @@ def end_of_turn(render: Callable[..., str], added: dict[str, bool]) -> str | Non
 
     `render(messages, add_generation_prompt=False)` → text; `added` is {added token: whether the tokenizer calls it special}.
     """
-    turn = [*PROBE, {"role": "assistant", "content": PROBE_REPLY}]
-    after = render(turn, add_generation_prompt=False).rpartition(PROBE_REPLY)[2]
+    after = render(ANSWERED_PROBE, add_generation_prompt=False).rpartition(PROBE_REPLY)[2]
     written = [token for token in added if token in after]
     # Gemma has line breaks among its added tokens, which are not special
     candidates = [token for token in written if added[token]] or written

@@ -42,6 +42,9 @@ class Message(TypedDict):
     train: NotRequired[bool]  # false on an assistant's turn that its set leaves out of training; absent elsewhere
 
 
+Messages = list[Message]
+
+
 class Conversation(TypedDict):
     messages: list[Message]  # an optional system turn, then user and assistant in turns; the last is the assistant's
     tools: NotRequired[list[JsonObject]]  # schemas of the tools that the template shows, in OpenAI's form

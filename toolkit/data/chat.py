@@ -12,9 +12,9 @@ import numpy as np
 
 from toolkit.data.readers import Rejected
 from toolkit.data.tokenize import TEMPLATE_ERRORS, Sandbox, Tokenizers, compile_template, loaded
-from toolkit.family import PROBE, PROBE_REPLY, STRUCTURE, end_of_turn, family_of, kind_of
+from toolkit.family import ANSWERED_PROBE, PROBE, PROBE_REPLY, STRUCTURE, end_of_turn, family_of, kind_of
 from toolkit.files import POCKET, ToolkitError, download, find, read_json, read_text
-from toolkit.records import Json, JsonObject, Message
+from toolkit.records import Json, JsonObject, Messages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -67,7 +67,7 @@ class Chat:
 
     def render(
         self,
-        messages: list[Message],
+        messages: Messages,
         tools: list[JsonObject] | None = None,
         enable_thinking: bool | None = None,
         add_generation_prompt: bool = True,
@@ -91,7 +91,7 @@ class Chat:
         except TEMPLATE_ERRORS as error:
             raise Rejected("template_error", f"the chat template of {self.name} refuses it: {error}") from error
 
-    def _probe(self, messages: list[Message], **values: Json) -> str:
+    def _probe(self, messages: Messages, **values: Json) -> str:
         try:
             return self.render(messages, **values)
         except Rejected as error:
@@ -107,8 +107,7 @@ class Chat:
         """The token that ends a turn. Raises ToolkitError for a template that does not mark where a reply begins or ends,
         and where the tokenizer lacks the token: both make a model that never stops, which is seen only after training."""
         # three renderings of one question: with its reply, without, and as inference asks
-        turn: list[Message] = [*PROBE, {"role": "assistant", "content": PROBE_REPLY}]
-        full = self._probe(turn, add_generation_prompt=False)
+        full = self._probe(ANSWERED_PROBE, add_generation_prompt=False)
         prompt = self._probe(PROBE, add_generation_prompt=False)
         # Mistral's templates have no header of a reply: what closes the question is followed by it
         headless = full.removeprefix(prompt).lstrip().startswith(PROBE_REPLY)
@@ -143,10 +142,10 @@ class Chat:
     def following(self) -> Tokenizers:
         """The tokenizers for text that follows other text, where no space is put before it."""
         head, mark, tail = self.json.partition('"vocab"')
+        plain = head
         for pattern, none in SPACE_BEFORE:
-            head = re.sub(pattern, none, head)
-        text = head + mark + tail
-        return self.tokenizers if text == self.json else Tokenizers(text)
+            plain = re.sub(pattern, none, plain)
+        return self.tokenizers if plain == head else Tokenizers(plain + mark + tail)
 
     @property
     def slow_reason(self) -> str | None:

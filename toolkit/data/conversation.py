@@ -12,7 +12,7 @@ from typing import Any
 
 from toolkit.data.readers import Rejected
 from toolkit.family import THINK_CLOSE, THINK_OPEN, THINK_TAG
-from toolkit.records import Conversation, Json, Message
+from toolkit.records import Conversation, Json, Message, Messages
 
 MAX_TEXT = 1_000_000
 """Characters of one row: Qwen3's longest context, 131,072 tokens, holds about half of that."""
@@ -78,12 +78,12 @@ def checked(conversation: Conversation, placeholders: Placeholders) -> Conversat
     return conversation
 
 
-def asked(messages: list[Message]) -> list[str]:
+def asked(messages: Messages) -> list[str]:
     """What the user says, turn by turn."""
     return [message["content"] for message in messages if message["role"] == "user"]
 
 
-def check_order(messages: list[Message]) -> None:
+def check_order(messages: Messages) -> None:
     """Raises Rejected where the turns are not in ORDER."""
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:

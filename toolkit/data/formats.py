@@ -15,7 +15,7 @@ from toolkit.data.readers import Rejected
 from toolkit.data.tools import check_calls, parsed
 from toolkit.family import THINK_OPEN
 from toolkit.files import ToolkitError, did_you_mean
-from toolkit.records import Conversation, Json, JsonObject, Message
+from toolkit.records import Conversation, Json, JsonObject, Messages
 
 Columns = dict[str, str]
 """What is read (COLUMN_KEYS) → the column that holds it."""
@@ -210,7 +210,7 @@ def marks_of_turns(notes: Notes, count: int) -> list[bool]:
     return trained
 
 
-def add_system(messages: list[Message], columns: JsonObject, default: str | None) -> None:
+def add_system(messages: Messages, columns: JsonObject, default: str | None) -> None:
     """Put a row's system prompt, or else its source's, before the turns. Raises Rejected where a row has two."""
     has_turn = bool(messages) and messages[0]["role"] == "system"
     texts = [field_of(columns, column) for column in columns]
@@ -225,7 +225,7 @@ def add_system(messages: list[Message], columns: JsonObject, default: str | None
         messages.insert(0, {"role": "system", "content": prompt})
 
 
-def add_reasoning(messages: list[Message], columns: JsonObject, listed: bool) -> list[str]:
+def add_reasoning(messages: Messages, columns: JsonObject, listed: bool) -> list[str]:
     """Give the last turn the reasoning of a column; returns the columns that say something else than what it has.
 
     Where turns are `listed`, the turn's own reasoning goes first."""

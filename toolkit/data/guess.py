@@ -171,8 +171,8 @@ def questions_of(understood: Sequence[Understood]) -> list[str]:
 
 def source_line(understood: Understood) -> str:
     """A source as a line of YAML: its path and what is not as by default."""
-    default = vars(Source(path=""))
-    named = {key: value for key, value in vars(understood.source).items() if value != default[key]}
+    default = vars(Source(path="")).items()
+    named = dict(pair for pair in vars(understood.source).items() if pair not in default)
     return f"    - {in_yaml(named)}   # {understood.format}, {understood.rows:,} rows"
 
 
@@ -209,7 +209,7 @@ def is_data(path: str) -> bool:
     place = find(name)
     if place is None or not place.is_dir():
         return bool(ending(Path(name)))
-    return not (RECIPES / f"{name}.yaml").is_file() and any(ending(file) for file in place.iterdir())
+    return not (RECIPES / f"{name}.yaml").is_file() and any(map(ending, place.iterdir()))
 
 
 def start(

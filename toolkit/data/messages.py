@@ -20,7 +20,7 @@ from toolkit.data.tools import (
     read_calls,
     read_schema,
 )
-from toolkit.records import Json, JsonObject, Message
+from toolkit.records import Json, JsonObject, Message, Messages
 
 NAMES = {
     "system": "system developer",
@@ -137,7 +137,7 @@ def _note_inner(
             notes.not_read.append(f"{key}.{name}")
 
 
-def read_turns(turns: list[Json], trained: list[bool]) -> tuple[list[Message], Notes]:
+def read_turns(turns: list[Json], trained: list[bool]) -> tuple[Messages, Notes]:
     """Messages from role/content or from/value turns, and what the turns say beside them.
 
     A function_call joins the assistant turn before it. A turn that is not to be trained on has train: False; `trained`

@@ -31,7 +31,6 @@ from toolkit.records import (
     JsonObject,
     Manifest,
     MixReport,
-    NotRead,
     Question,
     Shares,
     SourceReport,
@@ -310,8 +309,7 @@ class Draw:
         """Raise ToolkitError when more rows are malformed than allowed, or none is left to train on."""
         where = f"{self.source.path} ({self.source.name})"
         malformed = [entry for entry in self.quarantine if entry["reason"] not in NOT_MALFORMED]
-        counts = [f"{reason} {n}" for reason, n in self.dropped.items()]
-        why = ", ".join(counts) or "none dropped"
+        why = ", ".join(f"{reason} {n}" for reason, n in self.dropped.items()) or "none dropped"
         for first in (malformed or self.quarantine)[:1]:
             why += f". First, row {first['row']}: {first['detail']}"
         if len(malformed) > self.data.max_rejected * self.drawn:
@@ -495,8 +493,7 @@ def check_shares(report: MixReport, data: Data) -> None:
     """Raises ToolkitError where a source's share of the mix is not what the recipe asks for."""
     if data.sources[0].fraction is None:
         return  # counts are the mix: what a source lacks of its own is in the report
-    unit = report["unit"]
-    limit = report["limited_by"]
+    unit, limit = report["unit"], report["limited_by"]
     for name, share in report["planned"].items():
         achieved = report["achieved"][unit].get(name, 0)
         if abs(achieved - share) > TOLERANCE:
@@ -517,7 +514,7 @@ def size_of(rows: list[Row], unit: Unit) -> int:
 
 def shares_of(rows: list[Row], by: str = "source") -> dict[Unit, Shares]:
     """Share of each source (or mode) among rows, in all three units."""
-    shares: dict[Unit, Shares] = {}
+    shares = {}
     for unit in UNITS:
         sums: Counter[str] = Counter()
         for row in rows:
@@ -559,11 +556,10 @@ def mix_report(
 def source_report(draw: Draw) -> SourceReport:
     """What mix.json holds of one source."""
     rows = draw.train
-    not_read: NotRead = {"row": {}, "turn": {}}
+    not_read: Any = {"row": {}, "turn": {}}
     for key, n in draw.not_read.most_common():
         place, _, name = key.partition(" ")
-        keys = not_read["row"] if place == "row" else not_read["turn"]
-        keys[name] = n
+        not_read[place][name] = n
     return SourceReport(
         mode=draw.source.mode,
         modes=dict(Counter(row.mode for row in rows)),
@@ -583,8 +579,8 @@ def source_report(draw: Draw) -> SourceReport:
 
 def completion_lengths(rows: list[Row]) -> dict[str, CompletionLengths]:
     """{mode: lengths of the completions in tokens}, which say how long a reply of that mode may become."""
-    lengths: dict[str, CompletionLengths] = {}
+    lengths = {}
     for mode in sorted({row.mode for row in rows}):
         sizes = [len(row.completion) for row in rows if row.mode == mode]
-        lengths[mode] = {"completion_p90": int(np.percentile(sizes, 90)), "completion_max": max(sizes)}
+        lengths[mode] = CompletionLengths(completion_p90=int(np.percentile(sizes, 90)), completion_max=max(sizes))
     return lengths

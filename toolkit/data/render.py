@@ -10,7 +10,7 @@ from toolkit.data.chat import Chat, chat_of, load_chat
 from toolkit.data.conversation import asked
 from toolkit.data.readers import Rejected
 from toolkit.family import SWITCH
-from toolkit.records import Conversation, JsonObject, Message
+from toolkit.records import Conversation, JsonObject, Message, Messages
 
 __all__ = ["Chat", "chat_of", "load_chat"]
 
@@ -52,7 +52,7 @@ def examples(
     return made
 
 
-def supervised_turns(messages: list[Message], turns: str) -> list[int]:
+def supervised_turns(messages: Messages, turns: str) -> list[int]:
     """Places of the assistant turns that `turns` asks for."""
     positions = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     return positions[-1:] if turns == "last" else positions
@@ -73,8 +73,7 @@ def example_of(conversation: Conversation, mode: str, chat: Chat) -> Example:
     tools = conversation.get("tools")
     mode = turn_mode(reply, mode, chat)
     # After /no_think Qwen3 writes the empty block itself: inference shows the prompt of thinking mode, so it is taught
-    teaches_empty_block = chat.switches and last_switch(before) == "no_think"
-    thinking_prompt = mode == "thinking" or teaches_empty_block
+    thinking_prompt = mode == "thinking" or (chat.switches and last_switch(before) == "no_think")
     prompt = chat.render(before, tools, thinking_prompt)
     full = chat.render(conversation["messages"], tools, thinking_prompt, add_generation_prompt=False)
     # templates that rewrite earlier turns, e.g. drop their reasoning, once a reply follows
@@ -87,12 +86,7 @@ def example_of(conversation: Conversation, mode: str, chat: Chat) -> Example:
     end = full.rfind(chat.end)
     if end < len(prompt):
         raise Rejected("no_end_of_turn", f"the template does not close the reply with {chat.end!r}")
-    return Example(
-        prompt=prompt,
-        completion=full[len(prompt) : end + len(chat.end)],
-        mode=mode,
-        conversation=conversation,
-    )
+    return Example(prompt, full[len(prompt) : end + len(chat.end)], mode, conversation)
 
 
 def turn_mode(reply: Message, mode: str, chat: Chat) -> str:
@@ -119,7 +113,7 @@ def turn_mode(reply: Message, mode: str, chat: Chat) -> str:
 
 
 def check_kept(
-    before: list[Message],
+    before: Messages,
     tools: list[JsonObject],
     prompt: str,
     reply: Message,
@@ -146,7 +140,7 @@ def _expect(what: str, text: str, rendered: str) -> None:
 # --- Qwen3's soft switches -------------------------------------------------------------------------------------------
 
 
-def last_switch(messages: list[Message]) -> str | None:
+def last_switch(messages: Messages) -> str | None:
     """The latest soft switch a user typed: `think`, `no_think` or None. Qwen3 obeys the most recent one (model card)."""
     # joined by a line break, at which a switch ends
     typed = SWITCH.findall("\n".join(asked(messages)))
@@ -163,10 +157,9 @@ def with_switch(conversation: Conversation, chat: Chat) -> Conversation:
     messages = list(conversation["messages"])
     last = max(i for i, message in enumerate(messages) if message["role"] == "user")
     question = messages[last]["content"]
-    replies = [message for message in messages[last:] if message["role"] == "assistant"]
-    reasoned = ["reasoning_content" in message for message in replies]
-    if any(reasoned) != all(reasoned) or SWITCH.search(question):
+    reasoned = {"reasoning_content" in message for message in messages[last:] if message["role"] == "assistant"}
+    if len(reasoned) > 1 or SWITCH.search(question):
         return conversation
-    switch = "/think" if all(reasoned) else "/no_think"
+    switch = "/no_think" if False in reasoned else "/think"
     messages[last] = {"role": "user", "content": f"{question} {switch}"}
     return {**conversation, "messages": messages}

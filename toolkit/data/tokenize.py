@@ -41,8 +41,7 @@ class Tokenizers:
 
     def __init__(self, text: str):
         self.text = text
-        self.fallback_reason: str | None = None
-        """How the fast tokenizer was found to differ."""
+        self.fallback_reason: str | None = None  # how the fast tokenizer was found to differ
 
     @functools.cached_property
     def fast(self) -> "fastokens.Tokenizer | None":

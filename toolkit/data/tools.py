@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from toolkit.data.keys import is_empty, meaning
 from toolkit.data.readers import Rejected, json_type
-from toolkit.records import Json, JsonObject, Message, ToolCall
+from toolkit.records import Json, JsonObject, Message, Messages, ToolCall
 
 TAGGED_CALL = re.compile("<tool_call>(.*?)</tool_call>", re.DOTALL)
 XML_CALL = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
@@ -87,7 +87,7 @@ def read_calls(text: str, where: str) -> list[Json]:
     return calls
 
 
-def in_call_order(turns: list[Turn]) -> list[Message]:
+def in_call_order(turns: list[Turn]) -> Messages:
     """Messages, with the results of tools in the order of their calls: templates print both without what pairs them.
 
     Raises Rejected where several results follow a turn and one of them answers none of its calls."""
@@ -135,7 +135,7 @@ def read_schema(value: Json, where: str) -> list[JsonObject]:
     return [{"type": "function", "function": function_of(tool, where)} for tool in tools]
 
 
-def check_calls(messages: list[Message], tools: list[JsonObject]) -> None:
+def check_calls(messages: Messages, tools: list[JsonObject]) -> None:
     """Raises Rejected where a called tool is not in the row's schema, and for numbers that JSON does not have."""
     calls = [call["function"] for message in messages for call in message.get("tool_calls", ())]
     if not calls and not tools:
