@@ -451,7 +451,7 @@ def _with_defaults(values: JsonObject, model: Model) -> JsonObject:
 def _refuse_tokens(values: JsonObject, where: str) -> None:
     """Raises ToolkitError for a text that looks like a token: the file is kept, and may be passed on."""
     for key, value in files.flat(values).items():
-        if isinstance(value, str) and re.search(r"\bhf_[A-Za-z0-9]{20,}", value):
+        if re.search(r"\bhf_[A-Za-z0-9]{20,}", str(value)):
             raise ToolkitError(f"{where}: {key}: looks like a Hugging Face token: {SECRET}")
 
 
@@ -630,12 +630,12 @@ def _with_fractions(data: Data, where: str) -> Sources:
     # a lone source is all of the mix, unless it asks for a number of rows
     if len(sources) == 1 and sources[0].fraction is None and (is_shared or "#" not in sources[0].path):
         sources = (replace(sources[0], fraction=1.0),)
-    without = [i for i, s in enumerate(sources) if s.fraction is None]
+    without = [f"data.sources.{i}.fraction ({s.name})" for i, s in enumerate(sources) if s.fraction is None]
     if len(without) == len(sources) and not is_shared:
         return sources
     if without:
         raise ToolkitError(
-            f"{where}: data.sources.{without[0]}.fraction ({sources[without[0]].name}): expected a number from 0 to 1, found "
+            f"{where}: {without[0]}: expected a number from 0 to 1, found "
             f"none; write e.g. `fraction: {1 / len(sources):.10g}`, so that all fractions sum to 1 (or leave out every "
             "fraction, data.budget and data.reasoning: `path#500` then takes 500 examples, a plain path all there are)"
         )

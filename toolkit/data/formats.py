@@ -198,11 +198,11 @@ def marks_of_turns(notes: Notes, count: int) -> list[bool]:
     # one mark that says no is enough: sets repeat it under several names
     for key, value in notes.marks.items():
         marks = field_of(notes.marks, key, list) if type(value) is str and "[" in value else value
-        if type(marks) is list and len(marks) == count:
+        if type(marks) is list:
+            if len(marks) != count:
+                raise Rejected("unclear_mark", f"{key!r} has {len(marks)} marks for {count} turns")
             said = [is_trained(key, mark, f"turn {number}: ") for number, mark in enumerate(marks, start=1)]
             trained = [*map(min, trained, said)]
-        elif type(marks) is list:
-            raise Rejected("unclear_mark", f"{key!r} has {len(marks)} marks for {count} turns")
         elif yes_or_no(value) is None or meaning(key) == "unclear":
             notes.not_read.append(key)
         elif not is_trained(key, value, ""):
@@ -212,21 +212,20 @@ def marks_of_turns(notes: Notes, count: int) -> list[bool]:
 
 def add_system(messages: Messages, columns: JsonObject, default: str | None) -> None:
     """Put a row's system prompt, or else its source's, before the turns. Raises Rejected where a row has two."""
-    has_turn = bool(messages) and messages[0]["role"] == "system"
-    texts = [field_of(columns, column) for column in columns]
-    if has_turn:
-        texts.append(messages[0]["content"])
+    turn = [message["content"] for message in messages[:1] if message["role"] == "system"]
+    texts = [*(field_of(columns, column) for column in columns), *turn]
     # many sets repeat the system turn in a column; two that differ leave nobody to say which one holds
     if len({*map(str.strip, texts)}) > 1:
         raise Rejected("two_system_prompts", f"one is {texts[0][:40]!r}, another {texts[-1][:40]!r}")
     # the source's prompt is a default: it never replaces a row's own
     prompt = texts[0] if texts else default
-    if prompt and messages and not has_turn:
+    if prompt and messages and not turn:
         messages.insert(0, {"role": "system", "content": prompt})
 
 
 def add_reasoning(messages: Messages, columns: JsonObject, listed: bool) -> list[str]:
-    """Give the last turn the reasoning of a column; returns the columns that say something else than what it has.
+    """Give the last turn the reasoning of a column, a text or a list of one; returns the columns that say something else than
+    what it has. Raises Rejected.
 
     Where turns are `listed`, the turn's own reasoning goes first."""
     if not messages or messages[-1]["role"] != "assistant":
@@ -234,19 +233,15 @@ def add_reasoning(messages: Messages, columns: JsonObject, listed: bool) -> list
     last = messages[-1]
     ignored = []
     for column in columns:
-        text = only_text(columns, column)
+        value = columns[column]
+        is_lone = type(value) is list and len(value) == 1 and type(value[0]) is str
+        text = value[0] if is_lone else field_of(columns, column)
         known = last.get("reasoning_content") or (last["content"] if THINK_OPEN in last["content"] else "")
         if "reasoning_content" not in last and not (known and listed):
             last["reasoning_content"] = text.strip("\r\n")
         elif text.strip() not in known:
             ignored.append(column)
     return ignored
-
-
-def only_text(columns: JsonObject, column: str) -> str:
-    """The text of a column, which may be a list of one. Raises Rejected."""
-    value = columns[column]
-    return value[0] if type(value) is list and len(value) == 1 and type(value[0]) is str else field_of(columns, column)
 
 
 def expected_answer(value: Json) -> str:
@@ -331,8 +326,7 @@ def _check_columns(fields: list[str], columns: Columns, where: str) -> str:
 def likely_columns(fields: list[str]) -> Columns:
     """{role: column} as the names of the columns suggest; a role without a likely column is left out."""
     columns = {meaning(field): field for field in reversed(fields) if meaning(field) in TEXTS}
-    skipped = {field for field in fields if DISLIKED.search(field) or meaning(field) in ("harmless", *TEXTS)}
-    rest = [field for field in fields if field not in skipped]
+    rest = [field for field in fields if not DISLIKED.search(field) and meaning(field) not in ("harmless", *TEXTS)]
     for field in filter(is_reasoning, rest):
         columns.setdefault("reasoning", field)
     for kind, words in LIKELY.items():
@@ -362,5 +356,5 @@ def advice(fields: list[str]) -> str:
     columns = {"user": "…", "assistant": "…"} | likely_columns(fields)
     if columns["assistant"] == "…" and len(fields) == 1:
         return f"The rows have {fields[0]!r} and no answer: there is nothing to learn from a question alone"
-    named = [f"{key}: {columns[key]}" for key in COLUMN_KEYS if key in columns]
-    return f"To name the columns: columns: {{{', '.join(named)}}}"
+    named = ", ".join(f"{key}: {columns[key]}" for key in COLUMN_KEYS if key in columns)
+    return f"To name the columns: columns: {{{named}}}"
