@@ -12,33 +12,35 @@ from typing import Any
 
 from toolkit.records import Json, Messages
 
+# Names of the two modes in recipes and result files; an instruct model has `non_thinking` only.
 MODES = ("thinking", "non_thinking")
-"""Names of the two modes in recipes and result files; an instruct model has `non_thinking` only."""
+# Kind of a model → the modes it has.
 KINDS = {
     "hybrid": ("thinking", "non_thinking"),
     "thinking_only": ("thinking",),
     "instruct": ("non_thinking",),
     "base": (),
 }
-"""Kind of a model → the modes it has."""
 THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 THINK_TAG = re.compile("</?think>")
+# A question and a reply by which templates are tried out.
 PROBE: Messages = [{"role": "user", "content": "probe"}]
 PROBE_REPLY = "probe-reply"
 ANSWERED_PROBE: Messages = [*PROBE, {"role": "assistant", "content": PROBE_REPLY}]
-"""A question and a reply by which templates are tried out."""
+# Qwen3's soft switches in a user turn (model card of Qwen/Qwen3-8B, "Advanced Usage"); in rendered text a token may
+# follow.
 SWITCH = re.compile(r"(?:^|\s+)/(no_think|think)(?=\s|<|$)")
-"""Qwen3's soft switches in a user turn (model card of Qwen/Qwen3-8B, "Advanced Usage"); in rendered text a token may follow."""
+# How added tokens look that are structure, though a tokenizer does not call them special: <|fim_prefix|>, <｜User｜>.
 STRUCTURE = re.compile(r"<[|｜].{1,40}[|｜]>")
-"""How added tokens look that are structure, though a tokenizer does not call them special: <|fim_prefix|>, <｜User｜>."""
 
+# Qwen3's own values for each mode (model card of Qwen/Qwen3-8B, "Best Practices").
 QWEN3_SAMPLING = {
     "thinking": {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.0},
     "non_thinking": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0},
 }
-"""Qwen3's own values for each mode (model card of Qwen/Qwen3-8B, "Best Practices")."""
+# Qwen3.5's own for general tasks, its presence_penalty left out (model card of Qwen/Qwen3.5-4B, in front of its API
+# examples).
 QWEN35_SAMPLING = QWEN3_SAMPLING | {"thinking": QWEN3_SAMPLING["thinking"] | {"temperature": 1.0}}
-"""Qwen3.5's own for general tasks, its presence_penalty left out (model card of Qwen/Qwen3.5-4B, in front of its API examples)."""
 PLAIN_SAMPLING = {"non_thinking": {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.0}}
 
 

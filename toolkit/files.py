@@ -21,17 +21,17 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
+# What the package lies in: the project in a checkout, site-packages of an installed copy.
 ROOT = PACKAGE.parent
-"""What the package lies in: the project in a checkout, site-packages of an installed copy."""
 POCKET = PACKAGE / "pocket"
+# Recipes and sample rows; a package beside this one, installed with it.
 RECIPES = ROOT / "data_recipes"
-"""Recipes and sample rows; a package beside this one, installed with it."""
 JsonObject = dict[str, Any]
 JsonRow = Mapping[str, Any]
 
 
+# Prints a line for people.
 Say = Callable[[str], Any]
-"""Prints a line for people."""
 
 
 class ToolkitError(ValueError):
@@ -139,6 +139,7 @@ def write_error(path: Path, error: OSError) -> ToolkitError:
     return ToolkitError(f"{path}: could not be written ({error.strerror or error}). {advice}")
 
 
+# Advice by error number, where more space would not help.
 OTHER_CAUSES = {
     errno.EISDIR: "it is a folder: name a file",
     errno.EFBIG: "the file is larger than this file system or `ulimit -f` allows: set TOOLKIT_OUTPUTS to another disk",
@@ -146,7 +147,6 @@ OTHER_CAUSES = {
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EIO: "the disk reports an error: save what matters, then set TOOLKIT_OUTPUTS to another disk",
 }
-"""Advice by error number, where more space would not help."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -205,6 +205,7 @@ def flat(node: Any, path: str = "") -> JsonObject:
     return leaves
 
 
+# What writes a file of a run again.
 AGAIN = {
     "recipe.yaml": "run the `train` command that began this run again",
     "manifest.json": "run the `train` command that began this run again; it does not train again",
@@ -213,7 +214,6 @@ AGAIN = {
     "export.json": "`python -m toolkit export {run}`",
     "certificate.json": "`python -m toolkit export {run}`",
 }
-"""What writes a file of a run again."""
 
 
 def remedy(path: Path) -> str:
@@ -297,8 +297,8 @@ class Held:
     """Of the folder at the first write under the lock; `train --fresh` moves an old one aside before that."""
 
 
+# By the folder's real path.
 HELD: dict[Path, Held] = {}
-"""By the folder's real path."""
 
 
 @contextmanager
@@ -378,6 +378,7 @@ def check_in_place(path: Path) -> None:
         )
 
 
+# What tokens and keys look like; of each only its group is shown.
 SECRETS = (
     r"\b(hf_|gh[pousr]_|sk-)[\w-]{16,}",
     r"(?i)(\bbearer )\S+",
@@ -386,7 +387,6 @@ SECRETS = (
     # not eos_token: <eos>
     r"(?i)(\b\w*(?:token|secret|passw(?:or)?d|api[_-]?key)[\"']?\s*[=:]\s*[\"']?)[^\s\"',<]+",
 )
-"""What tokens and keys look like; of each only its group is shown."""
 
 
 def shareable(text: str) -> str:

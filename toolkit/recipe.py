@@ -29,8 +29,8 @@ Count = Annotated[int, Meta(ge=0)]
 Positive = Annotated[int, Meta(gt=0)]
 Seed = Annotated[int, Meta(ge=0, lt=2**32)]  # what numpy and torch accept
 AboveZero = Annotated[float, Meta(gt=0)]
+# GGUF file type, by llama.cpp's name → the type of most of its tensors.
 QUANTS = {"f16": "F16", "bf16": "BF16", "q8_0": "Q8_0", "q6_k": "Q6_K", "q5_k_m": "Q5_K", "q4_k_m": "Q4_K"}
-"""GGUF file type, by llama.cpp's name → the type of most of its tensors."""
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ class Model:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+# Values of PEFT's init_lora_weights that leave the base as it is. PiSSA, OLoRA and others change it: with the adapter
+# switched off, the model is then not the base any more, and base plus adapter is not the run.
 INITS = (True, False, "gaussian", "orthogonal", "eva")
-"""Values of PEFT's init_lora_weights that leave the base as it is. PiSSA, OLoRA and others change it: with the adapter switched
-off, the model is then not the base any more, and base plus adapter is not the run."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ class Lora:
         return [*outer, *(self.extra.get("modules_to_save") or ())]
 
 
+# The least limit of a reply in tokens, unless a recipe sets another.
 REPLY_LIMIT = 1024
-"""The least limit of a reply in tokens, unless a recipe sets another."""
 
 
 @dataclass(frozen=True)
@@ -243,8 +243,8 @@ OWNED_WHY = {
     "the run could not be resumed": "train.save_only_model",
     "`accelerate launch` sets it": "train.local_rank",
 }
+# Keys that Unsloth and TRL know and a recipe may not set, since they would be ignored or change what was rendered.
 OWNED = {key: why for why, keys in OWNED_WHY.items() for key in keys.split()}
-"""Keys that Unsloth and TRL know and a recipe may not set, since they would be ignored or change what was rendered."""
 
 
 @dataclass(frozen=True)
@@ -413,8 +413,8 @@ def _build(values: Any, where: str, overrides: Sequence[str]) -> Recipe:
     )
 
 
+# Keys of `lora` that a recipe with model.adapter has from there.
 FROM_ADAPTER = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
-"""Keys of `lora` that a recipe with model.adapter has from there."""
 
 
 def adapter_folder(name: str) -> Path | None:
@@ -455,10 +455,10 @@ def _refuse_tokens(values: JsonObject, where: str) -> None:
             raise ToolkitError(f"{where}: {key}: looks like a Hugging Face token: {SECRET}")
 
 
+# Bytes of a run's name; a file's has at most 255.
 LONGEST_NAME = 180
-"""Bytes of a run's name; a file's has at most 255."""
+# Names of runs that are taken: `base` by serve and chat for the untrained model, the others by Windows.
 RESERVED = re.compile(r"(?i)base$|(con|prn|aux|nul|(com|lpt)[0-9¹²³])(\.|$)|.*\.$")
-"""Names of runs that are taken: `base` by serve and chat for the untrained model, the others by Windows."""
 
 
 def _check_values(built: _Checked, where: str) -> None:
@@ -596,13 +596,13 @@ def _convert(values: JsonObject, where: str) -> Any:
         raise ToolkitError(f"{where}: {'.'.join(keys) or 'recipe'}: {words}, found {value!r:.100}") from error
 
 
+# Names of the keys that take one of a few words → those words.
 CHOICES = {
     f.name: get_args(f.type)
     for section in (Source, Data, Train, Evaluate)
     for f in fields(section)
     if get_origin(f.type) is Literal
 } | {"placeholders": ("NAME", "AUTHOR")}
-"""Names of the keys that take one of a few words → those words."""
 
 
 def _named(sources: Sources) -> Sources:

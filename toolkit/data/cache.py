@@ -15,8 +15,8 @@ from toolkit.data.rows import Mix, Row
 from toolkit.files import PACKAGE, complete, outputs
 from toolkit.recipe import Recipe
 
+# The arrays of mix.npz.
 PARTS = ("ids", "ends", "numbers", "names", "texts")
-"""The arrays of mix.npz."""
 
 
 def folder_of(recipe: Recipe, chat: Chat, fingerprints: dict[str, str]) -> Path:

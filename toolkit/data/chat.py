@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
+# What a template may ask the tokenizer for (transformers' special_tokens_map).
 TOKENS = [f"{name}_token" for name in "bos eos unk sep pad cls mask".split()]
-"""What a template may ask the tokenizer for (transformers' special_tokens_map)."""
+# How a tokenizer.json of SentencePiece's kind (Llama 2, Mistral, Phi-3) says that a space is put before every text,
+# and how it says that none is.
 SPACE_BEFORE = (
     (r'("prepend":\s*)"[^"]+"', r'\1""'),
     (r'("prepend_scheme":\s*)"(?:first|always)"', r'\1"never"'),
 )
-"""How a tokenizer.json of SentencePiece's kind (Llama 2, Mistral, Phi-3) says that a space is put before every text, and how it
-says that none is."""
 
 
 class Chat:

@@ -14,18 +14,18 @@ from toolkit.data.readers import Rejected
 from toolkit.family import THINK_CLOSE, THINK_OPEN, THINK_TAG
 from toolkit.records import Conversation, Json, Message, Messages
 
+# Characters of one row: Qwen3's longest context, 131,072 tokens, holds about half of that.
 MAX_TEXT = 1_000_000
-"""Characters of one row: Qwen3's longest context, 131,072 tokens, holds about half of that."""
 CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 CONTROLS = bytes(c for c in range(32) if CONTROL.match(chr(c)))
+# What is left of calls in an answer that could not be read as calls.
 CALL_TAG = re.compile("</?tool_(?:call|response)>")
-"""What is left of calls in an answer that could not be read as calls."""
 CJK = re.compile("[\u3400-\u9fff]")
+# The turns of a conversation by their first letters: system?, then user and assistant in turns, an answer or a call
+# (c) at the end; results of tools follow a call, and only a call.
 ORDER = re.compile("s?(?:u(?:ct+)*a)*u(?:ct+)*[ac]")
-"""The turns of a conversation by their first letters: system?, then user and assistant in turns, an answer or a call (c) at
-the end; results of tools follow a call, and only a call."""
+# Placeholder → a text, or one for Chinese rows (zh) and one for others (en).
 Fillings = Mapping[Any, str | dict[str, str]]
-"""Placeholder → a text, or one for Chinese rows (zh) and one for others (en)."""
 
 
 @dataclass(frozen=True)

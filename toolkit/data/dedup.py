@@ -16,19 +16,19 @@ from toolkit.data.rows import Row
 from toolkit.family import without_switch
 from toolkit.records import Conversation
 
+# GPT-3's decontamination (arXiv:2005.14165, appendix C).
 WORDS_SHARED = 13
-"""GPT-3's decontamination (arXiv:2005.14165, appendix C)."""
+# Tokens that MinHash looks at together.
 SHINGLE = 5
-"""Tokens that MinHash looks at together."""
+# A pair at Jaccard 0.85 meets in a band with probability 0.93; every meeting is then verified.
 PERMUTATIONS, BANDS = 64, 8
-"""A pair at Jaccard 0.85 meets in a band with probability 0.93; every meeting is then verified."""
 SIMILAR = 0.85
+# Share of the asked words that may differ in a near duplicate; short questions that differ in a word are others.
 REWORDED = 0.05
-"""Share of the asked words that may differ in a near duplicate; short questions that differ in a word are others."""
+# Tokens of a completion; shorter ones of one kind look alike to MinHash, so they are only compared exactly.
 SHORTEST = 64
-"""Tokens of a completion; shorter ones of one kind look alike to MinHash, so they are only compared exactly."""
+# Latest rows of a band that are verified, so that a thousand prompts with one long answer take no quadratic time.
 CANDIDATES = 32
-"""Latest rows of a band that are verified, so that a thousand prompts with one long answer take no quadratic time."""
 WORD = re.compile(r"[^\W_\u3400-\u9fff]+|[\u3400-\u9fff]|[-+*/=<>^]")
 
 Decode = Callable[[np.ndarray], str]

@@ -17,8 +17,9 @@ from toolkit.family import THINK_OPEN
 from toolkit.files import ToolkitError, did_you_mean
 from toolkit.records import Conversation, Json, JsonObject, Messages
 
+# What is read (COLUMN_KEYS) → the column that holds it.
 Columns = dict[str, str]
-"""What is read (COLUMN_KEYS) → the column that holds it."""
+# Column names by what they hold. A format is recognised by its columns, `input` apart.
 FORMATS = {
     "alpaca": {"user": "instruction", "assistant": "output", "input": "input"},
     "messages": {"messages": "messages"},
@@ -32,17 +33,17 @@ FORMATS = {
     "preference_question": {"user": "question", "assistant": "chosen"},
     "chosen": {"messages": "chosen"},
 }
-"""Column names by what they hold. A format is recognised by its columns, `input` apart."""
+# Empty cells as pandas turns them into text; None and null may be answers.
 NOT_A_NUMBER = ("nan", "NaN", "<NA>")
-"""Empty cells as pandas turns them into text; None and null may be answers."""
+# Formats that give way to others that fit too: an openmath row holds a question as well.
 POORER = ("question", "chosen", "preference_question", "preference_alpaca", "preference")
-"""Formats that give way to others that fit too: an openmath row holds a question as well."""
+# How a list of calls begins.
 CALLS = re.compile(r'\s*\[\s*\{\s*"name"\s*:\s*"[^"]*"\s*,\s*"(?:arguments|parameters)"\s*:')
-"""How a list of calls begins."""
+# Roles of turns that an answer follows.
 ASKING = ("system", "user")
-"""Roles of turns that an answer follows."""
 SHARED = {"history": "history", "expected_answer": "expected_answer"}
 COLUMN_KEYS = "user assistant input messages reasoning system history tools expected_answer".split()
+# Words in column names, other languages' too, by what such a column holds.
 LIKELY = {
     "user": "question instruction prompt query problem input user human 问题 提问 指令 输入 質問 질문 frage pregunta pergunta вопрос",
     "assistant": (
@@ -51,14 +52,13 @@ LIKELY = {
     ),
     "input": "context document passage 上下文",
 }
-"""Words in column names, other languages' too, by what such a column holds."""
+# Words in the names of columns of which the answers must not be taught.
 DISLIKED = re.compile(
     r"reject|worse|worst|negative|incorrect|wrong|unsafe|dispreferred|undesir|hallucinat|(?<![a-z])(?:bad|false|lose|loser|lost)(?![a-z])",
     re.IGNORECASE,
 )
-"""Words in the names of columns of which the answers must not be taught."""
+# How names end that differ in a number or letter: response_0, answer_a.
 NUMBERED = re.compile(r"[\W_]*\d+$|[\W_]+[a-z]$")
-"""How names end that differ in a number or letter: response_0, answer_a."""
 
 
 @dataclass(frozen=True)

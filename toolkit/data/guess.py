@@ -20,17 +20,18 @@ from toolkit.files import RECIPES, ToolkitError, find, read_text, write_text
 from toolkit.recipe import RESERVED, Source, apply_override, load
 from toolkit.records import Conversation, JsonObject
 
+# Rows that are read to guess and count; of more rows, validation takes its most anyway.
 LOOKED_AT = 20_000
-"""Rows that are read to guess and count; of more rows, validation takes its most anyway."""
+# Rows below which nothing can be learned and held out.
 FEWEST = 8
-"""Rows below which nothing can be learned and held out."""
+# Columns of a table of questions and answers; a file with more is something else.
 WIDEST = 200
-"""Columns of a table of questions and answers; a file with more is something else."""
+# Rows below which each is seen three times, since once would be few steps.
 SMALL = 1_000
-"""Rows below which each is seen three times, since once would be few steps."""
+# The order in which rows are looked at, as in a recipe without a seed.
 SEED = 3407
-"""The order in which rows are looked at, as in a recipe without a seed."""
 MADE_FROM = "# Made by `init` from "
+# Only what matters; every key is explained in docs/recipe.md.
 RECIPE = """\
 {made_from}
 # Run: python -m toolkit train {name}.yaml
@@ -49,7 +50,6 @@ train:
 evaluate:
   prompts: {prompts}   # answered without and with the adapter when the run ends
 """
-"""Only what matters; every key is explained in docs/recipe.md."""
 
 
 @dataclass(frozen=True)

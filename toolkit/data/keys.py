@@ -38,6 +38,7 @@ MEANINGS = {
     "harmless": "rejected_response rejected_messages chosen_rating rejected_rating refusal_reason annotator",
 }
 BY_NAME = {re.sub(r"[\W_]", "", name): kind for kind, names in MEANINGS.items() for name in names.split()}
+# Keys that say where a row is from or what somebody thinks of it, alone or at the end of a name: conversation_id.
 HARMLESS = re.compile(
     r"(?:num|n)_.*|(?:.*[_.-])?(?:ids?|idx|index|key|uuid|guid|hash|md5|sha256|(?:data)?sources?|dataset|corpus|origin|license|url|link|path"
     r"|filename|split|subset|scores?|ratings?|rewards?|rank|quality|difficulty|level|pass_?rate.*|accuracy|inference_mode"
@@ -47,21 +48,20 @@ HARMLESS = re.compile(
     r"|moderation|pii|cluster|embedding|ngram|perplexity|ppl|finish_reason|stop_reason|usage|annotations|logprobs)",
     re.IGNORECASE,
 )
-"""Keys that say where a row is from or what somebody thinks of it, alone or at the end of a name: conversation_id."""
+# What a key called `reasoning` or `thinking` holds that says how to answer, /no_think with its stroke too.
 SETTINGS = frozenset(
     "on off true false yes no 0 1 think no_think nothink thinking non_thinking low medium high minimal auto enabled disabled"
     " enable disable default".split()
 )
-"""What a key called `reasoning` or `thinking` holds that says how to answer, /no_think with its stroke too."""
+# How tables write that a cell is empty.
 NO_VALUE = frozenset(("", "[]", "{}", "nan", "null", "none", "n/a"))
-"""How tables write that a cell is empty."""
+# Last words of names like image_path, which say where something is, not what somebody thinks of it.
 KEPT_AT = frozenset("path paths url urls link file filename".split())
-"""Last words of names like image_path, which say where something is, not what somebody thinks of it."""
+# First words of names that say which of two answers is to be learned.
 WON = frozenset("better safer best winner".split())
-"""First words of names that say which of two answers is to be learned."""
 YES_OR_NO = dict.fromkeys("true yes on 1 1.0".split(), True) | dict.fromkeys("false no off 0 0.0".split(), False)
+# Values of `label` that are classes of a classification, which say nothing of the answer.
 CLASSES = ("yes", "no", "on", "off")
-"""Values of `label` that are classes of a classification, which say nothing of the answer."""
 
 
 @functools.cache

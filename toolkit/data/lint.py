@@ -12,24 +12,24 @@ from toolkit.data.rows import Row
 from toolkit.recipe import Lora
 from toolkit.records import JsonObject, MixReport, SourceReport
 
+# How replies begin that are a model's thinking without its tags, in lower case.
 OPENINGS = re.compile(
     r"(?:okay|ok|alright|hmm+|wait|so),? (?:so |let|the user|i need|i should|first)|let me (?:think|see|break)|let's think"
     r"|first, i (?:need to|should)|(?:i|we) need to (?:find|figure)|嗯[,，]|好的[,，]用户|首先[,，]我需要|让我想想"
 )
-"""How replies begin that are a model's thinking without its tags, in lower case."""
+# What such replies hold.
 ALOUD = re.compile(
     "wait, (?:no|but|let|that|actually)|hmm, (?:but|let|that)|<(?:thought|(?:thinking|reasoning|scratchpad|reflection|analysis)>)"
 )
-"""What such replies hold."""
+# The same in the tags of other models, with which replies begin: <|begin_of_thought|>, [THINK], ## Thinking.
 TAGGED = re.compile(
     r"(?:<|\[|◁|&lt;)[\w|: ]*(?:think|thought|reason|scratch_?pad|reflection|\bcot\b)[\w| ]*(?:>|\]|▷|&gt;)"
     r"|<\|channel\|>\s*analysis|<unused\d+>\s*thought|#+ ?\**(?:thinking|reasoning|thought process)\**:?\s*\n"
 )
-"""The same in the tags of other models, with which replies begin: <|begin_of_thought|>, [THINK], ## Thinking."""
+# Characters of a reply in which to look: thinking comes first.
 LOOKED_AT = 1000
-"""Characters of a reply in which to look: thinking comes first."""
+# Share of a source's rows above which replies that look like reasoning are warned of.
 MANY = 0.02
-"""Share of a source's rows above which replies that look like reasoning are warned of."""
 
 
 def looks_like(row: Row) -> list[str]:

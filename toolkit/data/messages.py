@@ -31,24 +31,24 @@ NAMES = {
 }
 ROLES = {name: role for role, names in NAMES.items() for name in names.split()}
 CONTENTS = ["content", "value", "parts"]  # OpenAI, ShareGPT, Gemini
+# Keys of a turn that are read as such.
 TURN = dict.fromkeys(
     "role from content value parts tool_calls function_call name tool_name tool_call_id toolCallId".split(),
     "text",
 )
-"""Keys of a turn that are read as such."""
 REASONING_PARTS = "reasoning thinking thought reasoning_text reasoning_content".split()
+# `type` of a part of a content → what it holds.
 PARTS = {
     **dict.fromkeys("text input_text output_text refusal".split(), "text"),
     **dict.fromkeys(REASONING_PARTS, "reasoning"),
     "tool_use": "call",
 }
-"""`type` of a part of a content → what it holds."""
+# What is read beside the turns.
 TEXTS = ("reasoning", "system", "tools")
-"""What is read beside the turns."""
+# Where a part keeps its text.
 PART_TEXTS = ["text", "content", "value", "refusal", *REASONING_PARTS]
-"""Where a part keeps its text."""
+# Keys of a part that are read as such, or say nothing that is trained on.
 PART = dict.fromkeys([*PART_TEXTS, "type", "is_thought", "signature", "annotations", "cache_control"], "text")
-"""Keys of a part that are read as such, or say nothing that is trained on."""
 PARTS_AS_TEXT = re.compile(rf"\s*\[\s*{{\s*[\"']type[\"']\s*:\s*[\"'](?:{'|'.join(PARTS)})[\"']")
 
 

@@ -42,18 +42,18 @@ if TYPE_CHECKING:
 
 __all__ = ["UNITS", "Mix", "Row", "compile_mix", "dataset", "plan", "prompt_key"]
 
+# Rows rendered and tokenized together.
 BATCH = 256
-"""Rows rendered and tokenized together."""
+# Rows of a source after which one that gave nothing is given up: it may have millions.
 CHECK_AT = 2000
-"""Rows of a source after which one that gave nothing is given up: it may have millions."""
+# An achieved share further from its plan than one point stops the run.
 TOLERANCE = 0.01
-"""An achieved share further from its plan than one point stops the run."""
+# Reasons that say nothing against the quality of a source: they do not count for data.max_rejected.
 NOT_MALFORMED = frozenset(
     "too_long duplicate near_duplicate validation_prompt near_validation contaminated"
     # what the set's own authors left out of training
     " marked_bad untrained_turn untrained_row".split()
 )
-"""Reasons that say nothing against the quality of a source: they do not count for data.max_rejected."""
 
 
 # --- the steps -------------------------------------------------------------------------------------------------------

@@ -30,28 +30,28 @@ if TYPE_CHECKING:
     import pyarrow
 
 SPLITS = "train|validation|valid|val|dev|test|testing|eval|evaluation"
+# How `datasets` names the files of a split, whatever it is called: data/train_sft-00000-of-00003.parquet.
 SHARD = re.compile(r"(?:data/)?(\w+(?:\.\w+)*)-\d{5}-of-\d{5}")
-"""How `datasets` names the files of a split, whatever it is called: data/train_sft-00000-of-00003.parquet."""
+# The name of one of several files that are one table, and how many there are.
 PART = re.compile(r"(.*)-\d{5}-of-(\d{5})")
-"""The name of one of several files that are one table, and how many there are."""
+# What data sets keep beside their rows.
 NOT_ROWS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "configuration.json", "state.json"}
-"""What data sets keep beside their rows."""
+# Bytes read at a time while lines are indexed: small enough that the comparison stays in the processor's cache.
 BLOCK = 1 << 22
-"""Bytes read at a time while lines are indexed: small enough that the comparison stays in the processor's cache."""
+# Bytes up to which a file of lines is held in memory.
 IN_MEMORY = 1 << 24
-"""Bytes up to which a file of lines is held in memory."""
+# Rows looked at to learn a source's fields.
 PEEK = 50
-"""Rows looked at to learn a source's fields."""
+# What files that are not UTF-8 are tried in.
 ENCODINGS = ("gb18030", "big5", "shift_jis", "cp1252")
-"""What files that are not UTF-8 are tried in."""
+# A quoted cell of a CSV header, which may hold other separators and line breaks.
 QUOTED = re.compile(r'(?<![^,;\t])"(?:[^"]|"")*"')
-"""A quoted cell of a CSV header, which may hold other separators and line breaks."""
 NOT_ASCII = re.compile(r".{0,10}(?:[^\x00-\x7f].{0,30}|$)", re.DOTALL)
 JSON_TYPES = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
 
 
+# Ending of a packed file → what unpacks it, in memory.
 UNPACKERS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
-"""Ending of a packed file → what unpacks it, in memory."""
 
 
 class Rejected(ValueError):
@@ -64,8 +64,8 @@ class Rejected(ValueError):
 
 
 RawRow = JsonObject | Rejected
+# Rows with their numbers, from 1.
 Drawn = Iterator[tuple[int, RawRow]]
-"""Rows with their numbers, from 1."""
 File = io.BytesIO | io.FileIO
 
 
@@ -363,12 +363,12 @@ def _present(value: Json) -> Json:
     return [*map(_present, value)] if type(value) is list else value
 
 
+# Ending → how such a file is read.
 READERS = {
     **dict.fromkeys((".jsonl", ".ndjson", ".json"), json_table),
     **dict.fromkeys((".csv", ".tsv"), csv_table),
     **dict.fromkeys((".parquet", ".arrow"), arrow_table),
 }
-"""Ending → how such a file is read."""
 
 
 def decode(raw: bytes, path: Path, line: int) -> str:

@@ -33,17 +33,17 @@ if TYPE_CHECKING:
 
 __all__ = ["Rejected", "Rows", "canonical", "conversations", "detect", "fingerprint", "open_rows", "split_count"]
 
+# Rows of a stream that are shuffled together, after its files are: so many come down before the first is drawn.
 HUB_BUFFER = 2_000
-"""Rows of a stream that are shuffled together, after its files are: so many come down before the first is drawn."""
 MODELSCOPE = "modelscope://"
+# owner/name; a longer path, and one that begins like a file's, is meant as a file's.
 HUB_NAME = re.compile(r"(?!.{97})[^./~][^/]*/[^/]+")
-"""owner/name; a longer path, and one that begins like a file's, is meant as a file's."""
+# Subsets of swift/self-cognition that ms-swift computes while it loads: no file has them.
 SWIFT_SUBSETS = {
     "empty_think": "leave `:empty_think` out and set `mode: non_thinking`: the empty think block is then in the prompt, "
     "where inference puts it",
     "qwen3": "leave `:qwen3` out and set `mode: non_thinking` and `soft_switch: 1.0`, which adds /no_think to the question",
 }
-"""Subsets of swift/self-cognition that ms-swift computes while it loads: no file has them."""
 OFFLINE = (
     "Without a network: download it elsewhere (hf download --repo-type dataset NAME --local-dir data/NAME), set `path` "
     "to that folder, or start from the rows that ship in data_recipes/samples/"

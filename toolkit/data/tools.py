@@ -13,9 +13,9 @@ from toolkit.data.readers import Rejected, json_type
 from toolkit.records import Json, JsonObject, Message, Messages, ToolCall
 
 TAGGED_CALL = re.compile("<tool_call>(.*?)</tool_call>", re.DOTALL)
+# A call as Qwen3.5 and Qwen3-Coder write it.
 XML_CALL = re.compile(r"<function=([^>\n]+)>(.*?)</function>", re.DOTALL)
 XML_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
-"""A call as Qwen3.5 and Qwen3-Coder write it."""
 TAGGED_RESULT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 # where a call keeps its arguments: the first that is not empty
 ARGUMENTS = "arguments parameters input args kwargs params inputs tool_input action_input".split()
