@@ -1,6 +1,6 @@
 """Do two trainings on real weights predict the ratios between them? SmolLM2 at 10% and 90% general data, and their sums.
 
-python -m data_recipes.smollm2.make && python -m data_recipes.smollm2.probe    # → data_recipes/measured/blend_smollm2.json
+python -m data_recipes.smollm2.make && python -m data_recipes.smollm2.probe    # → data_recipes/measured/probe_smollm2.json
 
 For each seed the two runs are trained and added with the weights that predict 25, 50 and 75%, and each sum is measured beside
 a run that was trained on that share. Finished runs and measured scales are kept, so that the same command resumes it.
@@ -18,9 +18,11 @@ from toolkit.comparison.blend import blend
 from toolkit.comparison.probe import HIGH, LOW, weights_of
 from toolkit.files import ROOT, write_json
 
-OUT = ROOT / "data_recipes" / "measured" / "blend_smollm2.json"
+OUT = ROOT / "data_recipes" / "measured" / "probe_smollm2.json"
 SHARES = (0.5, 0.25, 0.75)
 """Of general data, between the two trained ones."""
+BEYOND = (1.25, 1.5)
+"""Scales of the sum at half: it is nearer to the base than a run trained on half, so a scale beyond 1 may make up for it."""
 
 
 def summed(share: float, seed: int) -> Path:
@@ -56,7 +58,8 @@ def agreement(sums: list[dict[str, Any]], trained: list[dict[str, Any]]) -> dict
 
 
 def main() -> None:
-    """Measure every sum and the run that was trained on its share; the record is written after each."""
+    """Measure every sum and the run that was trained on its share, then one sum beyond scale 1; the record is written after
+    each."""
     head = described()
     sums: dict[tuple[float, int], dict[str, Any]] = {}
     trained: dict[tuple[float, int], dict[str, Any]] = {}
@@ -65,8 +68,12 @@ def main() -> None:
             sums[share, seed] = measure(summed(share, seed), (1.0,))["1"]
             trained[share, seed] = measure(train(f"general{share:g}", share, seed), (1.0,))["1"]
             points = {"sums": rows_of(sums), "trained": rows_of(trained)}
-            is_whole = len(points["trained"]) == len(SHARES)
-            write_json(OUT, head | points | ({"agreement": agreement(**points)} if is_whole else {}))
+            write_json(OUT, head | points)
+    found = head | points | {"agreement": agreement(**points), "half_beyond": []}
+    for scale in BEYOND:
+        members = [measure(summed(0.5, seed), (scale,))[f"{scale:g}"] for seed in SEEDS]
+        found["half_beyond"].append({"scale": scale} | mean(members))
+        write_json(OUT, found)
 
 
 def described() -> dict[str, Any]:

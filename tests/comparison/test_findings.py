@@ -144,6 +144,18 @@ def test_the_sum_of_smollm2s_runs_is_the_record_beside_the_runs_trained_at_that_
     assert f"| trained on 50% | {cells(trained)}" in PAGE
 
 
+def test_the_table_of_smollm2s_probe_is_the_record_with_its_errors():
+    found = record("probe_smollm2.json")
+    for kind, rows in (("summed", found["sums"]), ("trained", found["trained"])):
+        assert [row["share_of_general_data"] for row in rows] == [0.25, 0.5, 0.75]
+        for row in rows:
+            assert f"| {row['share_of_general_data']:.0%} {kind} | {cells(row)}" in PAGE
+    for name, unit, digits in (("name", 16, 1), ("style", 16, 1), ("general", 100, 0), ("kl", 1, 2)):
+        error = found["agreement"][name]
+        figures = [f"{unit * error[key]:.{digits}f}" for key in ("mean_error", "largest_error")]
+        assert f"| {name} | {error['rank_correlation']:.1f} | {figures[0]} | {figures[1]} |" in PAGE
+
+
 def test_the_table_of_forgetting_limits_is_the_record():
     for row in record("forgetting_limit.json")["limits"]:
         steps = " / ".join(str(run["kept_step"]) for run in row["runs"])
@@ -180,6 +192,7 @@ def test_every_record_that_the_page_names_is_there_with_its_command_and_conditio
         "dial_pocket.json",
         "blend_pocket.json",
         "blend_smollm2.json",
+        "probe_smollm2.json",
         "dial_smollm2.json",
         "forgetting_limit.json",
         "conflicts.json",
