@@ -156,6 +156,16 @@ def test_the_table_of_smollm2s_probe_is_the_record_with_its_errors():
         assert f"| {name} | {error['rank_correlation']:.1f} | {figures[0]} | {figures[1]} |" in PAGE
 
 
+def test_the_scales_of_the_pocket_probes_sum_are_the_record():
+    points = [
+        point for point in record("blend_pocket.json")["scales_of_75%"]["points"] if "sums" in point and point["scale"]
+    ]
+    sums = [f"{100 * point['sums']['value']:.0f}" for point in points]
+    distances = ", ".join(f"{point['kl']['value']:.2f}" for point in points)
+    said = " ".join(PAGE.split())
+    assert f"{', '.join(sums[:-1])} and {sums[-1]}% of sums (KL {distances}): scale 1" in said
+
+
 def test_the_table_of_forgetting_limits_is_the_record():
     for row in record("forgetting_limit.json")["limits"]:
         steps = " / ".join(str(run["kept_step"]) for run in row["runs"])
