@@ -30,7 +30,7 @@ train: setup  ## fine-tune; RECIPE=hybrid, or a file; ARGS="train.max_steps=10"
 
 test: setup  ## lint, types and tests
 	@$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	@OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -m "not slow" -n 2 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: setup  ## the tests that take minutes
 	@$(PY) -m pytest tests -q -m slow $(ARGS)

@@ -1,14 +1,16 @@
 """Fixtures that several test files share."""
 
-import gc
+import multiprocessing
 import os
 import signal
-import sys
+from concurrent.futures import ProcessPoolExecutor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # tests never wait for a network
 
 import hypothesis
 import pytest
+
+from tests.support.collector import pass_over_imports
 
 # the same examples each time, so that a change that broke nothing fails nothing; new ones: python -m tests.tools.faults.fuzz
 hypothesis.settings.register_profile("repeatable", derandomize=True)
@@ -28,18 +30,22 @@ def pytest_configure(config):
             signal.signal(number, usual)
 
 
-# What the libraries made when they were imported stays to the end. Searching it for garbage was a third of a small training (1.2 of
-# 3.4 CPU seconds) and a fifth of importing Unsloth (1.5 of 7.3; one of 2 shared CPU cores, 2026-11-30, e694428).
-gc.set_threshold(50_000, 20, 20)
-MODULES_SEARCHED = [0]
-"""How many modules were imported when the collector was last told to leave everything alone."""
-
-
 def pytest_runtest_setup():
-    if len(sys.modules) > MODULES_SEARCHED[0] + 500:
-        MODULES_SEARCHED[0] = len(sys.modules)
-        gc.collect()
-        gc.freeze()
+    pass_over_imports()
+
+
+LONGEST = (
+    "training/test_train.py", "tools/test_faults.py", "comparison/test_probe.py", "comparison/test_blend.py",
+    "training/test_record.py", "comparison/test_dial.py", "export/test_sabotage.py", "tools/test_cuda_rig.py",
+    "data/test_mix.py", "serving/test_serve.py", "export/test_export.py",
+)  # fmt: skip
+"""The files that take half a minute or more."""
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that workers (`--dist loadfile --no-loadscope-reorder`) end together."""
+    order = {f"tests/{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,6 +62,26 @@ def outputs_of_the_test(outputs_of_the_session, tmp_path, monkeypatch):
     """$TOOLKIT_OUTPUTS of each test: a folder of its own, unless its module's fixture chose one for all its tests."""
     if os.environ["TOOLKIT_OUTPUTS"] == outputs_of_the_session:
         monkeypatch.setenv("TOOLKIT_OUTPUTS", str(tmp_path / "outputs"))
+
+
+def answer_in(folder, *request):
+    """What the reference process does: the request, in the folder that its relative paths are relative to."""
+    from toolkit.export import parity
+
+    os.chdir(folder)
+    return parity.log_probs(*request)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_reference_process():
+    """Where an earlier test has imported Unsloth, each verification would start a process for its reference pass (5 CPU seconds
+    of imports): one serves all of a session. Yields the function whose place it takes."""
+    from toolkit.export import parity
+
+    with pytest.MonkeyPatch.context() as patch, ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        own_process = parity._in_own_process
+        patch.setattr(parity, "_in_own_process", lambda *asked: pool.submit(answer_in, os.getcwd(), *asked).result())
+        yield own_process
 
 
 @pytest.fixture(scope="session")

@@ -188,3 +188,9 @@ def test_the_type_checker_passes():
     """Modules that it does not pass yet are listed in pyproject.toml; the list only gets shorter."""
     done = subprocess.run([sys.executable, "-m", "mypy"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
+
+
+def test_the_test_files_that_are_run_first_are_there():
+    from tests.conftest import LONGEST
+
+    assert [name for name in LONGEST if not (ROOT / "tests" / name).is_file()] == []

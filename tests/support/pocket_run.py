@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.support.collector import pass_over_imports
 from toolkit import recipe
 from toolkit.files import POCKET, ROOT, describe, read_json
 
@@ -41,6 +42,7 @@ def trained(name: str, *changes: str, screen: Screen | None = None, **options) -
     from toolkit.training.model import unsloth
 
     unsloth()  # before transformers, which it patches
+    pass_over_imports()
     from toolkit import run
     from toolkit.view import progress
 

@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ |= {"HF_HUB_OFFLINE": "1", "UNSLOTH_ALLOW_CPU": "1", "TRITON_INTERPRET": "1", "UNSLOTH_DISABLE_PINNED_MEMORY": "1",
                "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled"}  # fmt: skip
 
+from tests.support.collector import pass_over_imports
 from tests.tools.cuda_rig import shim
 
 shim.enter()
@@ -25,5 +26,6 @@ if __name__ == "__main__":
     with kept as folder:
         os.environ["TOOLKIT_OUTPUTS"] = folder
         groups.use_the_cuda_trainer()
+        pass_over_imports()
         facts = groups.GROUPS[sys.argv[1]](Path(folder))
     print("\n" + json.dumps(facts), flush=True)

@@ -8,7 +8,6 @@ seconds and not the quarter of a minute that the import takes. The fork is made 
 
 import contextlib
 import ctypes
-import gc
 import hashlib
 import json
 import os
@@ -19,6 +18,8 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.support.collector import pass_over_imports
 
 SETTINGS = [
     "name=r", "data.budget=2500", "data.validation_size=6", "train.max_steps=8", "train.per_device_train_batch_size=4",
@@ -36,16 +37,13 @@ EXCEPT = ("run.log", "export.json", "certificate.md", "report.html")
 
 def preload() -> None:
     """Import what every command needs, so that forks start in a moment."""
-    gc.set_threshold(50_000, 20, 20)
     import datasets  # noqa: F401
     import trl  # noqa: F401
 
     from toolkit.training import model
 
     model.unsloth()
-    # no fork searches the libraries for garbage, which would also copy their memory
-    gc.collect()
-    gc.freeze()
+    pass_over_imports()  # nor search them in each fork, which would also copy their memory
 
 
 def die_with_parent() -> None:
