@@ -194,7 +194,8 @@ def test_everything_sftconfig_unsloth_and_peft_offer_is_reachable_by_its_own_nam
 
 
 def test_the_field_names_read_from_source_are_those_of_the_imported_class():
-    code = "import dataclasses, trl; print(*(f.name for f in dataclasses.fields(trl.SFTConfig)))"
+    # a process that ends at once needs no search for garbage, a fifth of its time
+    code = "import gc; gc.disable(); import trl; print(*trl.SFTConfig.__dataclass_fields__)"
     names = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert set(names) <= set(recipe.passthrough(recipe.Train))
 

@@ -1,6 +1,9 @@
 """The speed benchmark counts right, keeps what fails, and its tables are printed from raw results."""
 
+import dataclasses
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,23 @@ def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("work")
     assert ways.run(ways.Job("weights", str(folder), TOY)) == {}
     return folder
+
+
+@pytest.fixture
+def here(monkeypatch, capsys):
+    """The jobs of a test in this process: to import what they need would take each of them 7 seconds."""
+    from toolkit.training.model import unsloth
+
+    unsloth()  # before transformers, which it patches
+    from transformers import trainer
+
+    def run(job: ways.Job) -> dict:
+        monkeypatch.setattr(trainer, "DEFAULT_CALLBACKS", [*trainer.DEFAULT_CALLBACKS])
+        monkeypatch.setattr(sys, "argv", ["ways", json.dumps(dataclasses.asdict(job))])
+        runpy.run_module(ways.__name__, run_name="__main__")
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    monkeypatch.setattr(ways, "run", run)
 
 
 def test_rows_are_a_hybrid_mix_the_longest_first_and_none_too_long(tokenizer):
@@ -76,6 +96,7 @@ def test_random_weights_load_whole_and_weigh_what_fit_says(tmp_path, tied):
     assert written == pytest.approx(planned["weights"], rel=0.01)
 
 
+@pytest.mark.usefixtures("here")
 def test_ours_trains_and_counts_the_tokens_that_the_trainer_saw(work):
     result = ways.run(ways.Job("ours", str(work), TOY, **(BRIEFLY | {"warm_up": 0, "max_length": 256})))
     (manifest,) = work.glob("*/run/manifest.json")
@@ -101,14 +122,16 @@ def test_every_way_runs_on_the_same_rows(tmp_path, monkeypatch):
     assert not list(tmp_path.glob(".bench-*"))
 
 
+@pytest.mark.usefixtures("here")
 def test_a_way_that_fails_is_kept_with_its_reason(tmp_path):
     result = ways.run(ways.Job("trl", str(tmp_path), TOY, **BRIEFLY))
     assert "config.json" in result["failed"] or "model" in result["failed"]
     assert list(result) == ["failed"]
 
 
-def test_a_failure_that_is_not_of_memory_says_nothing_about_a_forecast(work, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # without CUDA the cap itself fails
+@pytest.mark.usefixtures("here")
+def test_a_failure_that_is_not_of_memory_says_nothing_about_a_forecast(work):
+    # without CUDA the cap itself fails
     run = cards.tried(ways.Job("ours", str(work), TOY, cap=2**30, **BRIEFLY), fit.usable_vram(8))
     assert run["says"] is True
     assert run["fits"] is None
