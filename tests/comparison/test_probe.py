@@ -37,8 +37,14 @@ def runs(tmp_path_factory):
         yield {share: trained(name, f"data.reasoning={share}", *few, score=True)[0] for share, name in names.items()}
 
 
+FEW_SHARES, FEW_WITH_REPLIES = [LOW, 0.25, 0.5, HIGH], (0.25, 0.5, HIGH)
+"""Of the nine and four that a probe scores: each takes seconds."""
+
+
 def predicted(runs, monkeypatch):
     monkeypatch.setenv("TOOLKIT_OUTPUTS", str(runs[LOW].parent))
+    monkeypatch.setattr(probe, "SHARES", FEW_SHARES)
+    monkeypatch.setattr(probe, "WITH_REPLIES", FEW_WITH_REPLIES)
     console = Console(file=io.StringIO(), width=80)
     folder = runs[LOW].parent / "tiny-sweep"
     predict([runs[LOW], runs[HIGH]], folder, console, of="reasoning")
@@ -48,8 +54,8 @@ def predicted(runs, monkeypatch):
 def test_a_probe_scores_every_ratio_says_its_error_and_names_the_sum_to_make(runs, monkeypatch):
     folder, shown = predicted(runs, monkeypatch)
     measured = read_json(folder / "sums-tiny-r0.1-s3407" / "probe.json")["scales"]
-    assert {key for key in measured if key.startswith("fast")} == {f"fast {share:g}" for share in SHARES}
-    assert {key for key in measured if key.startswith("quick")} == {f"quick {share:g}" for share in WITH_REPLIES}
+    assert {key for key in measured if key.startswith("fast")} == {f"fast {share:g}" for share in FEW_SHARES}
+    assert {key for key in measured if key.startswith("quick")} == {f"quick {share:g}" for share in FEW_WITH_REPLIES}
     table = read_json(folder / "comparison.json")
     assert table["axis"] == "summed reasoning"
     # the base's, though the first ratio has no replies
