@@ -332,7 +332,8 @@ def test_a_sum_is_served_beside_its_parents(pocket, summed):
 def test_sums_of_other_weights_are_no_seeds_of_one_another(pocket, summed):
     from toolkit.comparison import dial
     from toolkit.comparison.decide import compare
-    from toolkit.run import evaluate, scored
+    from toolkit.evaluation.measure import scored
+    from toolkit.run import evaluate
 
     other = blend(pocket[:2], [0.75, 0.25], name="other", console=SILENT)
     with pytest.raises(ToolkitError, match="sums with different weights"):
