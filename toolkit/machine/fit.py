@@ -19,13 +19,12 @@ import msgspec
 
 from toolkit.family import FAMILIES, family_of
 from toolkit.files import ToolkitError, find, first_line, read_json
-from toolkit.machine.doctor import CONTEXT
+from toolkit.machine.doctor import CONTEXT, GIB
 from toolkit.recipe import REPLY_LIMIT, Lora, Recipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-GIB = 1024**3
 FRAGMENTATION = 0.012  # of everything else; two published measurements: 0.9% and 1.3% above the sum of the parts
 # Limits in tokens that suggestions and the table try.
 ROWS = (32768, 16384, 8192, 4096, 2048, 1024, 512)
