@@ -324,3 +324,14 @@ def test_list_names_runs_with_their_state_and_recipes_with_their_purpose(capsys)
     _, listed = as_json("list --json", capsys)
     assert {run["name"] for run in listed["runs"]} == {"tuned", "broken"}
     assert {"pocket", "hybrid"} <= {recipe["name"] for recipe in listed["recipes"]}
+
+
+def test_a_parquet_file_is_read_without_the_librarys_own_bar(tmp_path):
+    import pandas
+
+    pandas.DataFrame({"question": ["a", "b"] * 20, "answer": ["c", "d"] * 20}).to_parquet(tmp_path / "data.parquet")
+    words = [sys.executable, "-m", "toolkit", "init", "data.parquet", "--model", "pocket"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert "written: data.yaml" in done.stdout
+    assert done.stderr == ""

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import functools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -54,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 1 (a check failed or a bug), 2 (an error with its fix), 128 + signal."""
     words = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     options = argparse.Namespace()  # filled as far as parsing comes
+    # `datasets` would draw a bar of its own for each parquet file
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     return command.exit_code(lambda: run_verb(words, options), lambda: str(getattr(options, "run", "")))
 
 
