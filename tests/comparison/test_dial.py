@@ -201,6 +201,15 @@ def test_the_record_names_level_and_scale_in_words_and_is_read_back_for_the_same
     assert dials.Evidence(tmp_path, Console(quiet=True)).results == {}
 
 
+def test_a_run_that_is_measured_leaves_memory_before_the_next_seed_is_loaded(tmp_path):
+    run = dials.Evidence(make_run(tmp_path, 0.5), Console(quiet=True))
+    result = json.loads((run.folder / "eval.json").read_text())
+    run.results = {("fast", 1.0): result, ("quick", 1.0): result}
+    vars(run)["loaded"] = "model, tokenizer, questions"
+    dials.measure(run, dials.Plan([1.0], [1.0]))
+    assert "loaded" not in vars(run)
+
+
 # --- a real run
 
 

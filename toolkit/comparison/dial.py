@@ -22,7 +22,7 @@ from toolkit import recipe as recipes
 from toolkit.comparison.decide import KL, SCALE, Comparison, decide, noun, usual_goal
 from toolkit.comparison.points import point
 from toolkit.comparison.report import conclude
-from toolkit.comparison.runs import Content, Run, changed_keys, run_of
+from toolkit.comparison.runs import Run, changed_keys, run_of
 from toolkit.comparison.sweep import QUESTIONS
 from toolkit.evaluation.measure import evaluate
 from toolkit.evaluation.questions import asked_of
@@ -196,7 +196,9 @@ class Evidence:
     def loaded(self) -> tuple[Any, Any, dict[str, Any]]:
         """(model, tokenizer, what is asked at every scale): once for both levels, and never where nothing is missing."""
         recipe = recipes.of_run(self.folder)
-        questions = asked(recipe, self.manifest)
+        # as many as in a sweep; a person's own rows tell nothing between scales
+        count = recipe.evaluate.questions_per_mode or QUESTIONS["quick"]
+        questions = asked_of(recipe, self.manifest) | {"own_rows": (), "minutes": None, "questions_per_mode": count}
         with models.loading(recipe.model, self.console):
             return (*models.load_run(self.folder), questions)
 
@@ -239,6 +241,8 @@ def measure(run: Evidence, plan: Plan, axis: str = SCALE) -> dict[float, Run]:
     """{scale (or place on another axis): the run there}, measured where that was not done before."""
     run.measure("fast", plan.scales)
     run.measure("quick", plan.with_replies)
+    # of several seeds one model at a time is in memory
+    vars(run).pop("loaded", None)
     return {scale: at_scale(run.folder, scale, run.results, axis) for scale in plan.scales}
 
 
@@ -273,12 +277,6 @@ def held_out_gain(result: Evaluation) -> float:
     changes = result["difference"]["forgetting"].items()
     known = [-change["value"] for metric, change in changes if metric.startswith(LOSS) and change["value"] is not None]
     return sum(known) / len(known) if known else 0.0
-
-
-def asked(recipe: recipes.Recipe, manifest: Content) -> dict[str, Any]:
-    """What is asked at every scale: the run's own questions and held-out rows, as many as in a sweep."""
-    count = recipe.evaluate.questions_per_mode or QUESTIONS["quick"]
-    return asked_of(recipe, dict(manifest)) | {"own_rows": (), "minutes": None, "questions_per_mode": count}
 
 
 def check_changed(name: str, result: Evaluation) -> None:
