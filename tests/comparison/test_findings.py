@@ -195,6 +195,19 @@ def test_the_table_of_silences_is_the_record():
         assert f"| `{name}` | {seconds['before']} | {seconds['after']} |" in PAGE
 
 
+def test_forecasts_of_time_are_right_to_a_quarter_and_the_table_of_them_is_the_record():
+    found = record("time_forecast.json")
+    for name, run in found["runs"].items():
+        assert len(run["tries"]) == 3
+        for timed in run["tries"]:
+            parts = [timed[which][part] for part in ("training", "validation") for which in ("forecast", "measured")]
+            assert timed["error"] == pytest.approx((parts[0] + parts[2]) / (parts[1] + parts[3]) - 1, abs=0.01)
+            assert abs(timed["error"]) <= 0.25
+            cells = " | ".join(f"{seconds:.1f}" for seconds in parts)
+            assert f"| {name} | {cells} | {timed['error']:+.0%} |" in PAGE
+    assert found["command"] in PAGE
+
+
 def test_every_record_that_the_page_names_is_there_with_its_command_and_conditions():
     for name in (
         "seeds_pocket.json",
@@ -210,6 +223,7 @@ def test_every_record_that_the_page_names_is_there_with_its_command_and_conditio
         "label_rule.json",
         "replay.json",
         "silences.json",
+        "time_forecast.json",
     ):
         assert name in PAGE
         assert {"date", "commit"} <= (
