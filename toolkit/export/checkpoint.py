@@ -31,7 +31,7 @@ EMBEDDING = "model.embed_tokens.weight"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 TYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-"""Types that weights are stored in, by safetensors' names: PyTorch's names."""
+"""Types that weights are stored in, by safetensors' names, which are GGML's too: PyTorch's names."""
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 PLAIN_LORA = {"peft_type": ("LORA",), "bias": ("none",), "init_lora_weights": INITS}
 """PEFT settings under which a weight is simply base + B·A·scaling; others that are not in HARMLESS must be empty."""

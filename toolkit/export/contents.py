@@ -6,16 +6,12 @@ errors = merged_errors(Checkpoint(run / "merged"), merged); errors.tensor, error
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from toolkit.export.checkpoint import Checkpoint
-from toolkit.export.gguf import CHUNK, PLAIN, Planned, encode
+from toolkit.export.checkpoint import TYPES, Checkpoint
+from toolkit.export.gguf import Planned, encode, in_parts
 from toolkit.export.merge import Merged
-
-if TYPE_CHECKING:
-    import torch
 
 ALIGNMENT = 32
 """Bytes to whose multiples GGUF puts tensors."""
@@ -47,7 +43,7 @@ class Errors:
     """Tensors that are missing, unknown, or of another type or shape."""
 
     def include(self, values: np.ndarray, stored: np.ndarray, allowed: tuple[float, float]) -> None:
-        """Measure rows of a tensor, or all, in float32; what is no number is infinitely bad."""
+        """Measure a tensor, or some of its rows, in float32; what is no number is infinitely bad."""
         errors = _squares(stored - values)
         powers = _squares(values)
         if not errors.any():
@@ -62,11 +58,7 @@ class Errors:
 
 def _squares(values: np.ndarray) -> np.ndarray:
     """The sum of squares of each row."""
-    return np.einsum("ij,ij->i", values, values).astype(np.float64)
-
-
-def _rows(tensor: "torch.Tensor") -> "torch.Tensor":
-    return tensor.reshape(-1, tensor.shape[-1])
+    return np.einsum("...j,...j->...", values, values).astype(np.float64)
 
 
 def merged_errors(stored: Checkpoint, merged: Merged) -> Errors:
@@ -84,7 +76,7 @@ def merged_errors(stored: Checkpoint, merged: Merged) -> Errors:
         ours = stored.tensor(name)
         theirs = merged.tensor(name)
         if not torch.equal(ours, theirs):  # NaN differs from itself
-            errors.include(_rows(theirs).float().numpy(), _rows(ours).float().numpy(), MERGED)
+            errors.include(theirs.float().numpy(), ours.float().numpy(), MERGED)
     return errors
 
 
@@ -92,7 +84,7 @@ def gguf_errors(path: Path, header_bytes: int, plan: list[Planned]) -> Errors:
     """The tensors of a GGUF file, whose header says what the plan says, against what it should hold.
 
     Raises ValueError where the file ends before them."""
-    import gguf
+    from gguf import dequantize
 
     errors = Errors()
     file = np.asarray(np.memmap(path, np.uint8, "r"))  # a slice of a memmap takes 13 µs, of an array 0.1
@@ -101,17 +93,15 @@ def gguf_errors(path: Path, header_bytes: int, plan: list[Planned]) -> Errors:
         place += -place % ALIGNMENT
         stored = file[place : place + planned.bytes].reshape(-1, planned.stored_shape[-1])
         place += planned.bytes
-        rows = _rows(planned.values())
+        rows = planned.rows()
         if len(stored) != len(rows):
             raise ValueError(f"it ends before {planned.name}")
-        if planned.kind in PLAIN:
-            if not np.array_equal(encode(rows, planned.kind), stored):
+        kind = planned.kind
+        if kind.name in TYPES:
+            if not np.array_equal(encode(rows, kind), stored):
                 errors.tensor = math.inf  # nothing is rounded but by the type itself
             continue
-        kind = gguf.GGMLQuantizationType[planned.kind]
-        # so many rows at a time that float32 copies of them take 16 MB
-        step = max(1, CHUNK // rows.shape[1])
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
-            errors.include(rows[part].float().numpy(), gguf.dequantize(stored[part], kind), ROUNDING[planned.kind])
+        for part in in_parts(rows):
+            errors.include(part.float().numpy(), dequantize(stored[: len(part)], kind), ROUNDING[kind.name])
+            stored = stored[len(part) :]
     return errors

@@ -3,22 +3,22 @@
 write_gguf(Checkpoint(run / "merged"), run / "gguf" / "hybrid.q4_k_m.gguf", "q4_k_m", "hybrid")
 """
 
-import ctypes
-import functools
 import math
 import os
 import re
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from ctypes import CDLL, c_int, c_int64, c_size_t, c_void_p
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from toolkit.evaluation.generate import closing_token, modes_of
-from toolkit.export.checkpoint import Adapter, Checkpoint, ModelConfig, full_config, generation_of
+from toolkit.export.checkpoint import TYPES, Adapter, Checkpoint, ModelConfig, full_config, generation_of
 from toolkit.export.gguf_types import (
     check_tokenizer,
     converted,
@@ -34,13 +34,11 @@ from toolkit.files import ToolkitError, complete, read_json
 
 if TYPE_CHECKING:
     import torch
-    from gguf import GGUFWriter, SpecialVocab
+    from gguf import GGMLQuantizationType, GGUFWriter, SpecialVocab
     from transformers import PreTrainedConfig
 
 CHUNK = 1 << 22
 """Values converted at a time by a thread: 16 MB in fp32, whatever the size of the model."""
-PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""GGML types that PyTorch has too."""
 SAMPLING_KEYS = {"temperature": "temp", "repetition_penalty": "penalty_repeat"}
 """generation_config.json's names where GGUF has others (general.sampling.*)."""
 KEEP_TEMPLATE = (
@@ -59,17 +57,16 @@ class Planned:
 
     name: str
     shape: tuple[int, ...]
-    kind: str
-    """GGML type."""
-    values: "Callable[[], torch.Tensor]"
-    """Reads or computes the values, as llama.cpp's graph expects them."""
+    kind: "GGMLQuantizationType"
+    rows: "Callable[[], torch.Tensor]"
+    """Reads or computes the values, as llama.cpp's graph expects them: (rows, values of a row)."""
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Rows of bytes, as GGML stores them."""
-        import gguf
+        from gguf import quant_shape_to_byte_shape
 
-        return gguf.quant_shape_to_byte_shape(self.shape, gguf.GGMLQuantizationType[self.kind])
+        return quant_shape_to_byte_shape(self.shape, self.kind)
 
     @property
     def bytes(self) -> int:
@@ -78,19 +75,19 @@ class Planned:
 
 def plan_tensors(model: Checkpoint, quant: str) -> list[Planned]:
     """Every tensor of a file, in the checkpoint's order."""
+    from gguf import GGMLQuantizationType
 
-    def values(stored: str) -> "torch.Tensor":
-        return converted(model.config, stored, model.tensor(stored))
+    def rows(stored: str, shape: tuple[int, ...]) -> "torch.Tensor":
+        return converted(model.config, stored, model.tensor(stored)).reshape(-1, shape[-1])
 
     plan = []
     for stored, name in gguf_names(model.config, model.weights):
         shape = model.weights[stored].shape
-        kind = tensor_type(name, shape, quant, model.config, model.tied)
-        plan.append(Planned(name, shape, kind, functools.partial(values, stored)))
+        kind = GGMLQuantizationType[tensor_type(name, shape, quant, model.config, model.tied)]
+        plan.append(Planned(name, shape, kind, partial(rows, stored, shape)))
     # stored nowhere in a checkpoint: transformers computes them from config.json, llama.cpp reads them
-    factors = rope_factors(model.config)
-    if factors is not None:
-        plan.append(Planned("rope_freqs.weight", tuple(factors.shape), "F32", lambda: factors))
+    if (factors := rope_factors(model.config)) is not None:
+        plan.append(Planned("rope_freqs.weight", tuple(factors.shape), GGMLQuantizationType.F32, lambda: factors[None]))
     return plan
 
 
@@ -112,7 +109,9 @@ def write_gguf(
         write_header(writer, plan, path)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for tensor in plan:
-                writer.write_tensor_data(_encode_whole(tensor.values(), tensor.kind, pool))
+                # in parts: float32 copies of a whole embedding would take gigabytes
+                parts = pool.map(partial(encode, kind=tensor.kind), in_parts(tensor.rows()))
+                writer.write_tensor_data(np.concatenate([*parts]))
                 advance(1)
     finally:
         writer.close()
@@ -120,11 +119,8 @@ def write_gguf(
 
 def write_header(writer: "GGUFWriter", plan: list[Planned], path: Path) -> None:
     """Write all that a file has before the first tensor: GGUF states names, types and places of all tensors there."""
-    import gguf
-
     for tensor in plan:
-        kind = gguf.GGMLQuantizationType[tensor.kind]
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, kind)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes, tensor.kind)
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -133,7 +129,6 @@ def write_header(writer: "GGUFWriter", plan: list[Planned], path: Path) -> None:
 def header_differences(writer: "GGUFWriter", plan: list[Planned], path: Path) -> tuple[list[str], int]:
     """(keys whose values in a file are not those of `writer`, bytes of the header). Compared byte by byte: gguf's own reader
     makes two arrays of every token and merge."""
-    keys = dict(writer.kv_data[0])
     with tempfile.TemporaryDirectory() as folder:
         expected_file = Path(folder) / "header"
         write_header(writer, plan, expected_file)
@@ -144,21 +139,24 @@ def header_differences(writer: "GGUFWriter", plan: list[Planned], path: Path) ->
     if stored == expected:
         return [], len(expected)
     # which keys: those whose bytes are nowhere in the file's header
-    packed = {key: writer._pack_val(v.value, v.type, add_vtype=True, sub_type=v.sub_type) for key, v in keys.items()}
-    differing = [key for key, value in packed.items() if key.encode() + value not in stored]
+    differing = []
+    for key, value in writer.kv_data[0].items():
+        packed = writer._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type)
+        if key.encode() + packed not in stored:
+            differing.append(key)
     return differing or ["names, types or shapes of tensors, or keys that do not belong there"], len(expected)
 
 
 def write_lora_gguf(lora: Adapter, config: ModelConfig, path: Path) -> None:
     """Write a PEFT adapter as a GGUF LoRA (F32) for the GGUF of its base, whose config.json is `config`."""
-    import gguf
+    from gguf import GGUFType, GGUFWriter, Keys
 
-    with complete(path) as partial:
-        writer = gguf.GGUFWriter(partial, family_of(config["model_type"]).gguf)
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    with complete(path) as unfinished:
+        writer = GGUFWriter(unfinished, family_of(config["model_type"]).gguf)
+        writer.add_type(GGUFType.ADAPTER)
+        writer.add_string(Keys.Adapter.TYPE, "lora")
         # llama.cpp divides one alpha by each weight's rank; with 0 it takes the factors as they are (llama-adapter.h)
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 0)
+        writer.add_float32(Keys.Adapter.LORA_ALPHA, 0)
         for stored, name in gguf_names(config, sorted(lora.factors)):
             a, b, scaling = lora.factors[stored]
             writer.add_tensor(f"{name}.lora_a", a.numpy())
@@ -169,40 +167,35 @@ def write_lora_gguf(lora: Adapter, config: ModelConfig, path: Path) -> None:
         writer.close()
 
 
-def _encode_whole(tensor: "torch.Tensor", kind: str, pool: ThreadPoolExecutor) -> np.ndarray:
-    """The tensor's bytes in GGML type `kind`, a few rows at a time: (rows, bytes of a row)."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    # in parts: float32 copies of a whole embedding would take gigabytes
-    step = max(1, CHUNK // rows.shape[1])
-    parts = pool.map(lambda start: encode(rows[start : start + step], kind), range(0, len(rows), step))
-    return np.concatenate(list(parts))
+def in_parts(rows: "torch.Tensor") -> "tuple[torch.Tensor, ...]":
+    """Views of so many rows that a float32 copy of each takes 16 MB."""
+    return rows.split(max(1, CHUNK // rows.shape[1]))
 
 
-def encode(rows: "torch.Tensor", kind: str) -> np.ndarray:
+def encode(rows: "torch.Tensor", kind: "GGMLQuantizationType") -> np.ndarray:
     """Rows of a torch tensor → rows of bytes in a GGML type."""
-    import gguf
     import torch
+    from gguf import quant_shape_to_byte_shape
 
-    if kind in PLAIN:
-        stored = rows.to(getattr(torch, PLAIN[kind]))
-        if kind == "F16" and not stored.isfinite().all():
+    if kind.name in TYPES:
+        stored = rows.to(getattr(torch, TYPES[kind.name]))
+        if kind.name == "F16" and not stored.isfinite().all():
             raise ToolkitError("a weight is too large for F16: export bf16 or q8_0 instead of f16")
         return stored.contiguous().view(torch.uint8).numpy()
     values = rows.float().contiguous().numpy()
-    code = gguf.GGMLQuantizationType[kind]
-    out = np.empty(gguf.quant_shape_to_byte_shape(values.shape, code), np.uint8)
-    _ggml()(int(code), values.ctypes.data, out.ctypes.data, 0, *values.shape, None)
+    out = np.empty(quant_shape_to_byte_shape(values.shape, kind), np.uint8)
+    _ggml()(kind, values.ctypes.data, out.ctypes.data, 0, *values.shape, None)
     return out
 
 
-@functools.cache
+@cache
 def _ggml() -> Callable[..., int]:
     """llama.cpp inside xllamacpp. The symbol is exported, not promised: the version is pinned and a test uses it."""
     import xllamacpp.xllamacpp as module
 
-    function = ctypes.CDLL(module.__file__).ggml_quantize_chunk
-    function.restype = ctypes.c_size_t
-    function.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+    function = CDLL(module.__file__).ggml_quantize_chunk
+    function.restype = c_size_t
+    function.argtypes = [c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p]
     return function
 
 
@@ -210,22 +203,22 @@ def header(model: Checkpoint, tokenizer: Path, quant: str, name: str) -> "GGUFWr
     """A GGUFWriter that holds every key of the header and no tensor; `.kv_data[0]` is what a file must say.
 
     Raises ToolkitError for a model or tokenizer that cannot be converted."""
-    import gguf
+    from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType, size_label
 
     config = full_config(model.config)
     check_tokenizer(model.config, tokenizer, gguf=True)
-    writer = gguf.GGUFWriter(None, family_of(config.model_type).gguf)
+    writer = GGUFWriter(None, family_of(config.model_type).gguf)
     scale = model.config.get("adapter_scale")
     values = {
         "type": "model",
         "name": name,
-        "size_label": gguf.size_label(sum(map(math.prod, model.shapes.values())), 0, 0, 0),
+        "size_label": size_label(sum(map(math.prod, model.shapes.values())), 0, 0, 0),
         "description": f"fine-tuned with a LoRA adapter at {scale:g} of its trained strength" if scale else None,
         **_sampling(model, tokenizer),
         **_sizes(config),
         **_positions(config),
-        "file_type": gguf.LlamaFileType[f"MOSTLY_{quant.upper()}"],
-        "quantization_version": gguf.GGML_QUANT_VERSION,
+        "file_type": LlamaFileType[f"MOSTLY_{quant.upper()}"],
+        "quantization_version": GGML_QUANT_VERSION,
         **_vocabulary(read_json(tokenizer / "tokenizer.json"), config.vocab_size),
     }
     # the order is that of the file, byte by byte; gguf's writer has a method for each key, named after it
@@ -265,12 +258,12 @@ def _sizes(config: "PreTrainedConfig") -> dict[str, Any]:
 
 def _positions(config: "PreTrainedConfig") -> dict[str, Any]:
     """Rotary positions, and Gemma 3's layers that see only a window."""
-    import gguf
+    from gguf import RopeScalingType
 
     rope = rope_parameters(config)
     values = {"rope_freq_base": rope["rope_theta"]}
     if rope["rope_type"] in ("linear", "yarn"):
-        values["rope_scaling_type"] = gguf.RopeScalingType(rope["rope_type"])
+        values["rope_scaling_type"] = RopeScalingType(rope["rope_type"])
         values["rope_scaling_factor"] = rope["factor"]
     if rope["rope_type"] == "yarn":
         values["rope_scaling_orig_ctx_len"] = rope["original_max_position_embeddings"]
@@ -308,7 +301,6 @@ def _tokens(tokenizer: TokenizerJson, size: int, pieces: bool) -> tuple[list[str
     # as llama.cpp's own converter names them
     tokens = [f"[PAD{i}]" for i in range(size)]
     types = [TokenType.UNUSED] * size
-    unknown = tokenizer["model"].get("unk_token")
     for token, i in tokenizer["model"]["vocab"].items():
         tokens[i] = token
         types[i] = TokenType.NORMAL
@@ -321,7 +313,7 @@ def _tokens(tokenizer: TokenizerJson, size: int, pieces: bool) -> tuple[list[str
         types[i] = TokenType.CONTROL if control else TokenType.USER_DEFINED
         # llama.cpp looks for these in the raw text, before spaces become ▁
         tokens[i] = text.replace("▁", " ") if pieces and not control else text
-    if pieces and unknown:
+    if pieces and (unknown := tokenizer["model"].get("unk_token")):
         types[tokens.index(unknown)] = TokenType.UNKNOWN
     return tokens, types
 
@@ -332,18 +324,17 @@ def _scores(tokenizer: TokenizerJson, size: int) -> list[float]:
     All pairs that make one piece have neighbouring ranks, so a piece's first rank orders them alike."""
     scores = [0.0] * size
     ids = tokenizer["model"]["vocab"]
-    ranked = list(enumerate(tokenizer["model"]["merges"]))
     # the first rank of a piece is written last; a merge is a pair, in older files one text
-    for rank, merge in reversed(ranked):
+    for rank, merge in reversed([*enumerate(tokenizer["model"]["merges"])]):
         scores[ids["".join(merge).replace(" ", "")]] = -float(rank)
     return scores
 
 
 def _special(folder: Path, config: "PreTrainedConfig", merges: bool) -> "SpecialVocab":
     """gguf's reading of special ids, merges and template, with what it leaves to llama.cpp's defaults stated."""
-    import gguf
+    from gguf import SpecialVocab
 
-    special = gguf.SpecialVocab(folder, load_merges=merges, n_vocab=config.vocab_size)
+    special = SpecialVocab(folder, load_merges=merges, n_vocab=config.vocab_size)
     special.chat_template = KEEP_TEMPLATE + chat_template(folder)
     # llama.cpp adds one where the header is silent, and the prompt would begin otherwise than in training; an
     # end-of-sequence token after the prompt would end the reply before it begins
