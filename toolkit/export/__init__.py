@@ -3,11 +3,12 @@
 certificate = export("outputs/hybrid", quants=("q8_0", "q4_k_m"))
 """
 
-import functools
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from toolkit.export.certificate import Certificate, changes_nothing, failures, upload_commands, verify
 from toolkit.export.checkpoint import Checkpoint
@@ -26,12 +27,12 @@ from toolkit.export.merge import (
 from toolkit.export.ollama import modelfile
 from toolkit.export.record import FAILED, Record
 from toolkit.export.tokenizer import load_tokenizer
-from toolkit.files import ToolkitError, lock, read_json
+from toolkit.files import ToolkitError, lock, read_if_there
 from toolkit.training.model import check_adapter
 from toolkit.view.progress import Progress, working
 
-if TYPE_CHECKING:
-    from rich.console import Console
+UNCHANGED = """note:     the adapter changes nothing: these files are the run, and the run is its base. Train longer,
+          or at a higher learning rate"""
 
 
 def export(
@@ -40,7 +41,7 @@ def export(
     onto: str = "16bit",
     *,
     scale: float = 1.0,
-    console: "Console | None" = None,
+    console: Console | None = None,
 ) -> Certificate:
     """Write merged/ and gguf/ into the run folder and return the certificate; a second call does what is missing.
 
@@ -49,11 +50,9 @@ def export(
     much of the adapter to keep (1: as it was trained, 0: the base). Raises ToolkitError if another process works on the run, if
     the disk is too full (before anything is written), or if the certificate fails; EXPORT_FAILED.txt then stands in the run
     folder."""
-    from rich.console import Console
-
     run = Path(run)
     console = console or Console()
-    say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     quants = [quant.lower() for quant in quants]
     # all that can be refused is refused before gigabytes are written
     for quant in quants:
@@ -68,28 +67,27 @@ def export(
             check_weights(merged)
             check_tokenizer(merged.config, run / "adapter", gguf=bool(quants))
             record = Record(run, inputs_of(run, merged))
-        say("\n".join(_plan(run, merged, quants, record)))
+        say(_plan(run, merged, quants, record))
         merge(merged, run, record, console)
         # GGUF files are made of what lies on the disk, so that both are the same numbers
         stored = Checkpoint(run / "merged")
         name = run.resolve().name
         for quant in quants:
-            path = gguf_path(run, quant)
             with Progress(console, f"writing {quant}", total=len(stored.weights)) as progress:
-                write = functools.partial(
+                write = partial(
                     write_gguf, stored, quant=quant, name=name, tokenizer=run / "adapter", advance=progress.advance
                 )
-                record.make(path, write)
+                record.make(gguf_path(run, quant), write)
         if quants:
             record.make(run / "gguf" / "Modelfile", modelfile(run, merged, load_tokenizer(run / "adapter")))
         # A certificate that is still there is that of these files: the first that is written withdraws it
-        certified = (run / "certificate.json").is_file() and not (run / FAILED).is_file()
-        certificate = read_json(run / "certificate.json") if certified else verify(run, console=console)
-        say("\n".join(_conclusion(run, certificate)))
+        certificate = {} if (run / FAILED).is_file() else read_if_there(run / "certificate.json")
+        certificate = certificate or verify(run, console=console)
+        say(_conclusion(run, certificate))
     return certificate
 
 
-def _plan(run: Path, merged: Merged, quants: list[str], record: Record) -> list[str]:
+def _plan(run: Path, merged: Merged, quants: list[str], record: Record) -> str:
     """What it is merged onto, and the disk needed against free. Raises ToolkitError if that is too little."""
     base = merged.base
     gigabytes = {"merged": shards(merged).metadata["total_size"] / 1e9}
@@ -106,29 +104,25 @@ def _plan(run: Path, merged: Merged, quants: list[str], record: Record) -> list[
         )
     parts = ", ".join(f"{name} {size:.2f}" for name, size in gigabytes.items())
     strength = "" if merged.adapter.scale == 1 else f", the adapter at {merged.adapter.scale:g} of its strength"
-    return [
-        f"base: {base.name} ({base.revision or 'local folder'}), onto {'4bit' if base.four_bit else '16bit'}{strength}",
-        f"disk: {needed:.2f} GB needed ({parts}; {there:.2f} there already), {free:.2f} GB free",
-    ]
+    return (
+        f"base: {base.name} ({base.revision or 'local folder'}), onto {'4bit' if base.four_bit else '16bit'}{strength}\n"
+        f"disk: {needed:.2f} GB needed ({parts}; {there:.2f} there already), {free:.2f} GB free"
+    )
 
 
-def _conclusion(run: Path, certificate: Certificate) -> list[str]:
+def _conclusion(run: Path, certificate: Certificate) -> str:
     """The verdict and the next commands. Raises ToolkitError if a check failed."""
     if failed := failures(certificate):
         raise ToolkitError(
             f"{run}: the exported files do not match the run; {len(failed)} checks failed ({'; '.join(failed)}). "
             f"See certificate.md and {FAILED} there"
         )
-    folders = [run / "merged"]
-    following = f"vllm serve {run / 'merged'}"
+    files = f"{run / 'merged'}"
+    following = f"vllm serve {files}"
     if (run / "gguf" / "Modelfile").is_file():
-        folders.append(run / "gguf")
+        files += f", {run / 'gguf'}"
         following = f"cd {run / 'gguf'} && ollama create {run.resolve().name} -f Modelfile"
-    said = [f"verified: {len(certificate['checks'])} checks passed"]
+    said = [f"verified: {len(certificate['checks'])} checks passed", f"files:    {files}", f"next:     {following}"]
     if changes_nothing(certificate):
-        said.append(
-            "note:     the adapter changes nothing: these files are the run, and the run is its base. Train longer,"
-        )
-        said.append("          or at a higher learning rate")
-    said += [f"files:    {', '.join(map(str, folders))}", f"next:     {following}"]
-    return said + [f"share:    {command}" for command in upload_commands(run)]
+        said.insert(1, UNCHANGED)
+    return "\n".join([*said, *(f"share:    {command}" for command in upload_commands(run))])

@@ -4,15 +4,15 @@ certificate = verify("outputs/hybrid"); certificate["passed"], certificate["chec
 """
 
 import dataclasses
-import fnmatch
-import importlib.metadata
 import math
 import time
 from collections.abc import Collection
+from fnmatch import fnmatch
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from rich.console import Console
 
 from toolkit.evaluation.generate import closing_token
 from toolkit.export.checkpoint import Checkpoint, text_settings
@@ -24,13 +24,12 @@ from toolkit.export.ollama import modelfile
 from toolkit.export.parity import Tokens, divergence, file_divergence, log_probs, probe_sequences, served_differences
 from toolkit.export.record import FAILED, uncertify, written_files
 from toolkit.export.templates import filled
-from toolkit.files import ToolkitError, describe, lock, read_json, write_json, write_text
+from toolkit.files import ToolkitError, describe, finite, lock, read_if_there, read_json, write_json, write_text
+from toolkit.records import JsonObject
+from toolkit.training.model import damaged
 from toolkit.view.progress import Progress, working
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
-Certificate = dict[str, Any]
+Certificate = JsonObject
 """The content of certificate.json."""
 KL_MEAN = 1e-4
 KL_MAX = 1e-3
@@ -73,14 +72,15 @@ class Verification:
         self.own = Tokens(run / "adapter")
         """The run's tokenizer, from its adapter folder."""
         self.sequences = probe_sequences(self.own)
-        self.checks: list[dict[str, Any]] = []
-        self.notes: list[dict[str, Any]] = []
+        self.checks: list[JsonObject] = []
+        self.notes: list[JsonObject] = []
 
     def gate(self, name: str, value: float, limit: float = 0, rule: str = "at most") -> None:
         """A value that decides."""
         passed = bool(value <= limit if rule == "at most" else value >= limit)
-        number = float(value) if math.isfinite(value) else None  # JSON has no NaN; a value that is none has failed
-        self.checks.append({"name": name, "passed": passed, "value": number, "limit": limit, "rule": rule})
+        # JSON has no NaN; a value that is none has failed
+        check = {"name": name, "passed": passed, "value": finite(float(value)), "limit": limit, "rule": rule}
+        self.checks.append(check)
 
     def count(self, name: str, items: Collection[str]) -> None:
         """A gate on names of which there must be none; the first are said."""
@@ -92,17 +92,18 @@ class Verification:
 
     # which files are there
 
-    def check_files(self, certified: dict[str, Any]) -> dict[str, Any]:
+    def check_files(self, certified: JsonObject) -> JsonObject:
         """Gate what was changed since it was written, trained or certified; returns the checksums of what was written."""
         recorded = self.record["files"]
         # only what export wrote: other files are judged by where they lie
         now = {name: describe(self.run / name) for name in recorded if (self.run / name).is_file()}
         inputs = inputs_of(self.run, self.merged)
+        before = {"base_files": {}} | self.record["inputs"]
         compared = (
             ("files changed or missing since they were written", now, recorded),
             ("files changed since their certificate", now, certified),
-            ("adapter files changed since the export", inputs["adapter"], self.record["inputs"]["adapter"]),
-            ("base files changed since the export", inputs["base_files"], self.record["inputs"].get("base_files", {})),
+            ("adapter files changed since the export", inputs["adapter"], before["adapter"]),
+            ("base files changed since the export", inputs["base_files"], before["base_files"]),
         )
         for name, found, known in compared:
             self.gate(name, sum(found.get(file) != checksum for file, checksum in known.items()))
@@ -111,13 +112,12 @@ class Verification:
     def check_folders(self) -> None:
         """Every file of merged/ and gguf/: expected and as expected, a document, or one that some program may read with the
         model."""
-        ggufs = [path.name for path in written_files(self.run)]
         contents = settings_files(self.merged, self.run / "adapter")
         settings = {f"merged/{name}": content for name, content in contents.items()}
-        if ggufs:
+        written = {f"gguf/{path.name}" for path in written_files(self.run)}
+        if written:
             settings["gguf/Modelfile"] = modelfile(self.run, self.merged, self.own.tokenizer)
-        expected = {f"merged/{name}" for name in shards(self.merged).filename_to_tensors}
-        expected |= {f"gguf/{name}" for name in ggufs} | settings.keys()
+        written |= {f"merged/{name}" for name in shards(self.merged).filename_to_tensors}
         paths = [path for folder in ("merged", "gguf") for path in (self.run / folder).rglob("*")]
         there = {path.relative_to(self.run).as_posix() for path in paths if not path.is_dir() or path.is_symlink()}
         different = [
@@ -125,11 +125,11 @@ class Verification:
         ]
         self.count("settings files that are missing, or differ from the base's and the run's", different)
         foreign = []
-        for name in sorted(there - expected):
+        for name in sorted(there - written - settings.keys()):
             # other GGUF files are read only by their own name, but for projectors, which LM Studio loads by themselves
-            if fnmatch.fnmatch(name, "gguf/*.gguf") and "mmproj" not in name:
+            if fnmatch(name, "gguf/*.gguf") and "mmproj" not in name:
                 self.note(f"{Path(name).name}: not checked", None, "`export` did not write it")
-            elif not any(fnmatch.fnmatch(name.partition("/")[2], pattern) for pattern in DOCUMENTS):
+            elif not any(fnmatch(name.partition("/")[2], pattern) for pattern in DOCUMENTS):
                 foreign.append(name)
         self.count("files that do not belong there", foreign)
 
@@ -151,11 +151,8 @@ class Verification:
         if read_json(self.run / "manifest.json")["model"].get("load_in_4bit") and not merged.base.four_bit:
             questions.append((self.in_4_bit(), "adapter"))
         if beside := merged.beside_text:
-            self.note(
-                "weights beside the text model",
-                len(beside),
-                "vision and draft head, the base's own; no picture was tried",
-            )
+            note = "vision and draft head, the base's own; no picture was tried"
+            self.note("weights beside the text model", len(beside), note)
         try:
             check_weights(self.stored)
             tuned, base, reference, *trained = log_probs(questions, self.sequences)
@@ -194,13 +191,13 @@ class Verification:
 
     def check_gguf(self, path: Path, reference: np.ndarray | None) -> None:
         """Everything about one GGUF file. One that cannot be read has failed, and the others are still looked at."""
-        import psutil
+        from psutil import virtual_memory
 
         try:
             self.check_contents(path)
             # a file that does not fit is read and compared, but not served: the machine would swap for hours
             size = path.stat().st_size
-            free = psutil.virtual_memory().available
+            free = virtual_memory().available
             if reference is None:
                 self.note(f"{path.name}: not served", None, "there is nothing to compare it with")
             elif size > free:
@@ -232,10 +229,10 @@ class Verification:
         self.gate(f"{path.name}: texts tokenized differently", texts)
         self.gate(f"{path.name}: templates rendered differently", renderings)
         # the end-of-turn token is made certain: a file that lists another one to stop at talks on
-        end = closing_token(self.own.tokenizer)
-        certain = {"prompt": self.own.encode("Hello"), "n_predict": 8, "logit_bias": [[end, 1000.0]]}
-        ended = engine.call("/completion", certain)["stop_type"] == "eos"
-        self.gate(f"{path.name}: end-of-turn tokens that do not end generation", int(not ended))
+        certain = [[closing_token(self.own.tokenizer), 1000.0]]
+        body = {"prompt": self.own.encode("Hello"), "n_predict": 8, "logit_bias": certain}
+        talks_on = engine.call("/completion", body)["stop_type"] != "eos"
+        self.gate(f"{path.name}: end-of-turn tokens that do not end generation", talks_on)
         measured = file_divergence(engine, reference, self.sequences, self.own.encode("a")[0])
         for key, limit in LIMITS[path.name.split(".")[-2]].items():
             self.gate(f"{path.name}: against merged ({key})", measured[key], limit)
@@ -252,24 +249,22 @@ def merge_limit(effect: float) -> float:
     return min(max(KL_MEAN, effect / 4), KL_MAX, effect / 2)
 
 
-def verify(run: str | Path, *, console: "Console | None" = None) -> Certificate:
+def verify(run: str | Path, *, console: Console | None = None) -> Certificate:
     """Check an export and write certificate.json and certificate.md into the run folder; returns the certificate.
 
     EXPORT_FAILED.txt stands beside the files from the first moment and goes when every gate has passed. Raises ToolkitError
     where there is no export to check, when its adapter or base is no longer on this machine, or when a weights file cannot
     be read."""
-    from rich.console import Console
-
     run = Path(run)
+    console = console or Console()
     began = time.monotonic()
     if not (run / "export.json").is_file():
         raise ToolkitError(f"{run}: holds no export; `python -m toolkit export {run}` makes one and verifies it")
     with lock(run, "verify"):
         # read before it is withdrawn: what was certified must still be there
-        certified = read_json(run / "certificate.json")["files"] if (run / "certificate.json").is_file() else {}
+        certified = read_if_there(run / "certificate.json").get("files", {})
         uncertify(run)
         check_run(run)
-        console = console or Console()
         with working(console, "checking the files"):
             checking = Verification(run)
             files = checking.check_files(certified)
@@ -294,7 +289,7 @@ def verify(run: str | Path, *, console: "Console | None" = None) -> Certificate:
             "positions": sum(map(len, checking.sequences)),
             "kl": LOWER_BOUND,
             "seconds": round(time.monotonic() - began, 1),
-            "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+            "versions": {name: version(name) for name in VERSIONS},
         }
         _write(run, certificate)
     return certificate
@@ -313,12 +308,11 @@ def upload_commands(run: Path) -> list[str]:
 
     Raises ToolkitError where no certificate has passed, or a file is not as it was certified."""
     again = f"python -m toolkit export {run}"
-    certificate = read_json(run / "certificate.json") if (run / "certificate.json").is_file() else {}
+    certificate = read_if_there(run / "certificate.json")
     if not certificate.get("passed"):
         raise ToolkitError(f"{run}: no certificate has passed: {again}")
-    for name, certified in certificate["files"].items():
-        if not (run / name).is_file() or describe(run / name) != certified:
-            raise ToolkitError(f"{run / name}: missing or changed since its certificate: {again} writes it again")
+    if name := damaged(run, {name: file["sha256"] for name, file in certificate["files"].items()}):
+        raise ToolkitError(f"{run / name}: missing or changed since its certificate: {again} writes it again")
     repo = f"USER/{run.resolve().name}"
     commands = [f"hf upload {repo} {run / 'merged'} ."]
     if "gguf/Modelfile" in certificate["files"]:

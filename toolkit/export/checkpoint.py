@@ -7,25 +7,25 @@ import copy
 import json
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from toolkit.files import ToolkitError, download, read_json
+from toolkit.files import ToolkitError, download, read_if_there, read_json
 from toolkit.recipe import INITS
+from toolkit.records import JsonObject
 from toolkit.training.base import ADAPTER_WEIGHTS, base_folder
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-ModelConfig = dict[str, Any]
+ModelConfig = JsonObject
 """The content of a config.json."""
 FOUR_BIT_NAME = re.compile(r"(-unsloth)?-bnb-4bit/?$")
 NF4_STATE = ".quant_state.bitsandbytes__nf4"
 HEAD = "lm_head.weight"
-INSIDE = "model.language_model."
+INSIDE = re.compile(r"^model\.language_model\.")
 """Where a checkpoint that also sees keeps its text model (Qwen3.5)."""
 EMBEDDING = "model.embed_tokens.weight"
 WEIGHTS = "model.safetensors"
@@ -47,7 +47,7 @@ LARGEST_SCALE = 2.0
 
 def seen_as(name: str) -> str:
     """The name that a stored weight, or an adapter's, has in the text model alone: the one by which it is known here."""
-    return name.replace(INSIDE, "model.", 1) if name.startswith(INSIDE) else name
+    return INSIDE.sub("model.", name)
 
 
 def text_settings(config: ModelConfig) -> ModelConfig:
@@ -92,7 +92,7 @@ class Base:
         return self.name if base_folder(self.name) is None else Path(self.name).name
 
 
-def find_base(model: Mapping[str, Any], onto: str, *, local_only: bool = False) -> Base:
+def find_base(model: JsonObject, onto: str, *, local_only: bool = False) -> Base:
     """The base of `manifest.json["model"]`: `onto` "4bit" is what was loaded, "16bit" its 16-bit counterpart.
 
     Raises ToolkitError when the base cannot be had, or cannot be merged onto."""
@@ -221,21 +221,20 @@ class Checkpoint:
         import torch
 
         states_tie = full_config(self.config).get_text_config().tie_word_embeddings
-        if HEAD not in self.weights and not states_tie:
+        if HEAD not in self.weights:
+            if states_tie:
+                return True
             raise ToolkitError(
                 f"{self.folder}: has no {HEAD} although config.json does not tie it to the embedding (tie_word_embeddings): "
                 "transformers would begin with a random one. Restore the file or the setting"
             )
-        if HEAD not in self.weights:
-            return True
         if not states_tie or EMBEDDING not in self.weights:
             return False
         # as stored, also where a subclass adds to it
-        head = Checkpoint.tensor(self, HEAD)
-        if not torch.equal(head.float(), Checkpoint.tensor(self, EMBEDDING).float()):
-            return False
-        del self.weights[HEAD]
-        return True
+        head, embedding = (Checkpoint.tensor(self, name).float() for name in (HEAD, EMBEDDING))
+        if is_tied := torch.equal(head, embedding):
+            del self.weights[HEAD]
+        return is_tied
 
     def _read(self, name: str) -> "torch.Tensor":
         stored = self.entries[name]
@@ -267,7 +266,7 @@ def open_weights(file: Path) -> Any:
 # --- adapters --------------------------------------------------------------------------------------------------------
 
 
-def unmergeable(config: Mapping[str, Any]) -> str | None:
+def unmergeable(config: JsonObject) -> str | None:
     """The first setting of an adapter_config.json (or of a recipe's `lora`) by which a weight is more than base + B·A·scaling."""
     if "embed_tokens" in (config.get("target_modules") or ()):
         return "target_modules with embed_tokens"
@@ -277,10 +276,9 @@ def unmergeable(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def generation_of(base: Path) -> dict[str, Any]:
+def generation_of(base: Path) -> JsonObject:
     """The generation_config.json of a base's folder; empty where it has none."""
-    file = base / "generation_config.json"
-    return read_json(file) if file.is_file() else {}
+    return read_if_there(base / "generation_config.json")
 
 
 def check_scale(scale: float) -> None:

@@ -13,6 +13,7 @@ from toolkit.export.tokenizer import NAMED_TEMPLATES, TokenizerJson, tokens_beyo
 from toolkit.family import family_of
 from toolkit.files import ToolkitError, read_json
 from toolkit.recipe import QUANTS
+from toolkit.records import JsonObject
 
 if TYPE_CHECKING:
     import torch
@@ -77,12 +78,12 @@ def not_computed(config: "PreTrainedConfig") -> str | None:
     """What llama.cpp's graph of this architecture does not compute."""
     rope = rope_parameters(config)
     # what it says of each: (value, those that are computed)
-    facts: dict[str, tuple[Any, Sequence[Any]]] = {
-        key: (getattr(config, key, None), (None, False)) for key in NOT_COMPUTED
+    facts: dict[str, tuple[Any, tuple]] = {
+        **{key: (getattr(config, key, None), (None, False)) for key in NOT_COMPUTED},
+        **{f"YaRN {key}": (rope.get(key), (None, default)) for key, default in YARN_DEFAULTS.items()},
+        "rope type": (rope["rope_type"], ROPE_TYPES),
+        "partial_rotary_factor": (rope.get("partial_rotary_factor"), (None, 1)),
     }
-    facts |= {f"YaRN {key}": (rope.get(key), (None, default)) for key, default in YARN_DEFAULTS.items()}
-    facts["rope type"] = (rope["rope_type"], ROPE_TYPES)
-    facts["partial_rotary_factor"] = (rope.get("partial_rotary_factor"), (None, 1))
     if config.model_type == "gemma3_text":
         # llama.cpp derives the scale from the head size, in its 62-layer model (27B) from the hidden size
         scale = config.hidden_size / config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim
@@ -96,7 +97,7 @@ def not_computed(config: "PreTrainedConfig") -> str | None:
     return None
 
 
-def rope_parameters(config: "PreTrainedConfig") -> dict[str, Any]:
+def rope_parameters(config: "PreTrainedConfig") -> JsonObject:
     """Position parameters; where layers differ (Gemma 3) those of full attention."""
     return config.rope_parameters.get("full_attention", config.rope_parameters)
 
@@ -110,8 +111,7 @@ def pre_tokenizer(tokenizer: TokenizerJson) -> str | None:
     steps = outer.get("pretokenizers", [outer])
     if steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
-    first = steps[0]
-    return PRE_TOKENIZERS.get(first["pattern"].get("Regex") if first["type"] == "Split" else first["type"])
+    return PRE_TOKENIZERS.get(steps[0].get("pattern", {}).get("Regex", steps[0]["type"]))
 
 
 def not_tokenized(tokenizer: TokenizerJson) -> str | None:
@@ -131,11 +131,10 @@ def not_tokenized(tokenizer: TokenizerJson) -> str | None:
     return None
 
 
-def template_names(settings: dict[str, Any], folder: Path | None = None) -> list[str]:
-    """The names of a tokenizer's chat templates where it has several: in tokenizer_config.json, or as files in its folder."""
+def template_names(settings: JsonObject) -> list[str]:
+    """The names of a tokenizer's chat templates where its tokenizer_config.json has several."""
     named = settings.get("chat_template")
-    names = [template["name"] for template in named] if isinstance(named, list) else []
-    return names + [file.stem for file in folder.glob(f"{NAMED_TEMPLATES}/*.jinja")] if folder else names
+    return [template["name"] for template in named] if isinstance(named, list) else []
 
 
 def check_tokenizer(config: ModelConfig, folder: Path, *, gguf: bool) -> None:
@@ -143,7 +142,8 @@ def check_tokenizer(config: ModelConfig, folder: Path, *, gguf: bool) -> None:
     tokenizer = read_json(folder / "tokenizer.json")
     reason = tokens_beyond(tokenizer, config)
     if gguf and not reason:
-        templates = template_names(read_json(folder / "tokenizer_config.json"), folder)
+        templates = template_names(read_json(folder / "tokenizer_config.json"))
+        templates += [file.stem for file in folder.glob(f"{NAMED_TEMPLATES}/*.jinja")]
         reason = convertible(config, tokenizer, templates)
     if reason:
         raise ToolkitError(f"{folder}: {reason}")

@@ -100,28 +100,41 @@ def launch(
     Weights are memory-mapped. `sampling` and the chat template are what requests get that name none (by default those
     inside the file). A request that does not say otherwise is answered with the first LoRA, at `scale`. There is always an
     API key, since pages in a browser reach this machine's ports too: one is made where none is given. Raises ToolkitError."""
-    import xllamacpp
+    from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server
 
     key = key or secrets.token_urlsafe(24)
-    params = xllamacpp.CommonParams()
-    params.model.path, params.model_alias, params.chat_template = str(weights), {alias or weights.stem}, template
-    params.lora_adapters = [
-        xllamacpp.CommonAdapterLoraInfo(str(path), scale if number == 0 else 0.0) for number, path in enumerate(loras)
-    ]
-    params.n_parallel, params.n_ctx = slots, slots * context
+    params = CommonParams()
+    params.model.path = str(weights)
+    settings = {
+        "model_alias": {alias or weights.stem},
+        "chat_template": template,
+        "lora_adapters": [
+            CommonAdapterLoraInfo(str(path), 0.0 if number else scale) for number, path in enumerate(loras)
+        ],
+        "n_parallel": slots,
+        "n_ctx": slots * context,
+        # See Engine.lora; the cache in RAM does not look at LoRAs either
+        "cache_prompt": not loras,
+        "cache_ram_mib": 0,
+        "n_ctx_checkpoints": 0,
+        "hostnames": [host],
+        "port": port,
+        "api_keys": [key],
+        "ui_config_json": PAGE,
+        "cors_origins": f"http://{host}:{port}",  # no page from elsewhere reads replies; llama.cpp's default is any
+        "warmup": False,
+        "verbosity": -1,
+        "endpoint_slots": False,
+    }
+    for name, value in settings.items():
+        setattr(params, name, value)
     for name, value in (sampling or {}).items():
         setattr(params.sampling, "temp" if name == "temperature" else name, value)
-    # See Engine.lora; the cache in RAM does not look at LoRAs either
-    params.cache_prompt, params.cache_ram_mib, params.n_ctx_checkpoints = not loras, 0, 0
-    params.hostnames, params.port, params.api_keys = [host], port, [key]
-    params.ui_config_json = PAGE
-    params.cors_origins = f"http://{host}:{port}"  # no page from elsewhere reads replies; llama.cpp's default is any
-    params.warmup, params.verbosity, params.endpoint_slots = False, -1, False
     for cpu in (params.cpuparams, params.cpuparams_batch):
-        # Threads sleep while they wait: spinning ones collapse on a shared machine
-        cpu.n_threads, cpu.poll = 1 if weights.stat().st_size < SMALL else os.cpu_count(), 0
+        cpu.n_threads = 1 if weights.stat().st_size < SMALL else os.cpu_count()
+        cpu.poll = 0  # threads sleep while they wait: spinning ones collapse on a shared machine
     try:
-        server = xllamacpp.Server(params)
+        server = Server(params)
     except RuntimeError as error:
         raise ToolkitError(
             f"{weights}: llama.cpp cannot load it ({error}): too little memory, or a damaged file: delete it and try again"

@@ -3,13 +3,15 @@
 merged = open_merged(Path("outputs/hybrid"), "16bit"); merged.tensor("model.norm.weight")
 """
 
-import functools
-import importlib.metadata
 import json
 import math
 import re
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from toolkit.evaluation.generate import closing_token
 from toolkit.export.checkpoint import (
@@ -19,6 +21,7 @@ from toolkit.export.checkpoint import (
     Adapter,
     Base,
     Checkpoint,
+    ModelConfig,
     empty_model,
     find_base,
     generation_of,
@@ -27,8 +30,9 @@ from toolkit.export.checkpoint import (
 )
 from toolkit.export.record import Record, as_json
 from toolkit.export.tokenizer import load_tokenizer, tokenizer_files
-from toolkit.files import ToolkitError, read_json
+from toolkit.files import ToolkitError, read_if_there, read_json
 from toolkit.recipe import Model
+from toolkit.records import JsonObject
 from toolkit.training import base as training_base
 from toolkit.training.model import adapter_checksums
 from toolkit.view.progress import Progress
@@ -36,7 +40,6 @@ from toolkit.view.progress import Progress
 if TYPE_CHECKING:
     import torch
     from huggingface_hub import StateDictSplit
-    from rich.console import Console
     from transformers import PreTrainedTokenizerBase
 
 SHARD_BYTES = 2 * 10**9
@@ -69,9 +72,8 @@ class Merged(Checkpoint):
         if strange := sorted(set(types) - BYTES.keys()):
             raise ToolkitError(f"{base.folder}: weights stored as {', '.join(strange)}, expected {', '.join(BYTES)}")
         self.quantized = self.config.pop("quantization_config", None) is not None
-        # the name of `dtype` before transformers 5, and a path of another machine
-        for key in ("torch_dtype", "_name_or_path"):
-            self.config.pop(key, None)
+        self.config.pop("torch_dtype", None)  # the name of `dtype` before transformers 5
+        self.config.pop("_name_or_path", None)  # a path of another machine
         # most have this type; some models keep a few norms in fp32
         said = {"dtype": max(types, key=types.count), "tie_word_embeddings": self.tied}
         text_settings(self.config).update(said)
@@ -109,8 +111,10 @@ def four_bit_round_trip(
     with double quantization."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    settings = {"blocksize": blocksize, "compress_statistics": compress_statistics, "quant_type": quant_type}
-    return dequantize_4bit(*quantize_4bit(weight.contiguous(), **settings))
+    packed = quantize_4bit(
+        weight.contiguous(), blocksize=blocksize, compress_statistics=compress_statistics, quant_type=quant_type
+    )
+    return dequantize_4bit(*packed)
 
 
 def check_run(run: Path) -> None:
@@ -130,7 +134,7 @@ def open_merged(run: Path, onto: str, *, scale: float = 1.0, local_only: bool = 
     return Merged(find_base(model, onto, local_only=local_only), adapter)
 
 
-def inputs_of(run: Path, merged: Merged) -> dict[str, Any]:
+def inputs_of(run: Path, merged: Merged) -> JsonObject:
     """Everything an export's files depend on; another value of any of it makes them stale."""
     base = merged.base
     parent = read_json(run / "manifest.json").get("adapter_of")
@@ -141,7 +145,7 @@ def inputs_of(run: Path, merged: Merged) -> dict[str, Any]:
         "revision": base.revision,
         "base_files": training_base.base_checksums(base.folder),
         "adapter": adapter_checksums(run / "adapter"),
-        "versions": {package: importlib.metadata.version(package) for package in ("gguf", "xllamacpp")},
+        "versions": {package: version(package) for package in ("gguf", "xllamacpp")},
     }
 
 
@@ -157,21 +161,18 @@ def check_base(run: Path, base: Base) -> None:
 def check_weights(model: Checkpoint) -> None:
     """Raises ToolkitError for weights that are not those of config.json, which transformers would fill with random values, or
     are elsewhere than the index says."""
-    expected = {name: tuple(parameter.shape) for name, parameter in empty_model(model.config).named_parameters()}
-    # the head, where it is listed beside the embedding that it shares
-    if model.tied:
-        expected.pop(HEAD, None)
     shapes = model.shapes
-    for name, shape in expected.items():
-        if shapes.get(name) != shape:
-            found = shapes.get(name) or "missing"
+    for name, parameter in empty_model(model.config).named_parameters():
+        found = shapes.get(name, "missing")
+        # the head may be listed beside the embedding that it shares
+        if found != parameter.shape and not (model.tied and name == HEAD):
             raise ToolkitError(
-                f"{model.folder}: {name} is {found}, expected {shape} by config.json: fetch the model again"
+                f"{model.folder}: {name} is {found}, expected {tuple(parameter.shape)} by config.json: fetch the model again"
             )
     if len({stored.file for stored in model.entries.values()}) > 1:
         index = model.folder / INDEX
-        places = read_json(index)["weight_map"]
-        if any(places.get(stored.name) != stored.file.name for stored in model.weights.values()):
+        places = {stored.name: stored.file.name for stored in model.weights.values()}
+        if not places.items() <= read_json(index)["weight_map"].items():
             raise ToolkitError(f"{index}: does not say where the weights of these files are: fetch the model again")
 
 
@@ -191,18 +192,18 @@ def shards(merged: Merged) -> "StateDictSplit":
     )
 
 
-def merge(merged: Merged, run: Path, record: Record, console: "Console") -> None:
+def merge(merged: Merged, run: Path, record: Record, console: Console) -> None:
     """Write run/merged in the Hugging Face layout; `config.json` comes last, so a folder that loads is whole."""
     folder = run / "merged"
     with Progress(console, "merging", total=len(merged.weights)) as progress:
         for file, names in shards(merged).filename_to_tensors.items():
-            if not record.make(folder / file, functools.partial(_write_shard, merged, names, progress)):
+            if not record.make(folder / file, partial(_write_shard, merged, names, progress)):
                 progress.skip(len(names))
     for name, content in settings_files(merged, run / "adapter").items():
         record.make(folder / name, content)
 
 
-def _write_shard(merged: Merged, names: list[str], progress: Progress, partial: Path) -> None:
+def _write_shard(merged: Merged, names: list[str], progress: Progress, path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -211,7 +212,7 @@ def _write_shard(merged: Merged, names: list[str], progress: Progress, partial: 
         tensors[name] = merged.tensor(seen_as(name)).contiguous()
         progress.advance(1)
     try:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:  # a full disk, told as every other failed write
         raise OSError(str(error)) from error
 
@@ -224,8 +225,7 @@ def settings_files(merged: Merged, tokenizer: Path) -> dict[str, bytes]:
     # byte for byte the run's, but for what below is said of tokenizer_config.json
     files = tokenizer_files(tokenizer)
     settings = json.loads(files["tokenizer_config.json"])
-    base = merged.base.folder / "tokenizer_config.json"
-    longest = read_json(base).get("model_max_length") if base.is_file() else None
+    longest = read_if_there(merged.base.folder / "tokenizer_config.json").get("model_max_length")
     settings["model_max_length"] = longest or text_settings(merged.config)["max_position_embeddings"]
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4, which older vLLM has
@@ -242,7 +242,7 @@ def settings_files(merged: Merged, tokenizer: Path) -> dict[str, bytes]:
     return files | {name: as_json(content) for name, content in made.items()}
 
 
-def generation_config(merged: Merged, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+def generation_config(merged: Merged, tokenizer: "PreTrainedTokenizerBase") -> JsonObject:
     """The base's generation_config.json, with the end of a turn among its stop tokens (a base model's lacks it)."""
     generation = generation_of(merged.base.folder)
     stops = stop_tokens(generation, merged.config)
@@ -250,7 +250,7 @@ def generation_config(merged: Merged, tokenizer: "PreTrainedTokenizerBase") -> d
     return generation if end in (None, *stops) else generation | {"eos_token_id": [*stops, end]}
 
 
-def stop_tokens(generation: dict[str, Any], config: dict[str, Any]) -> list[int]:
+def stop_tokens(generation: JsonObject, config: ModelConfig) -> list[int]:
     """Ids that end generation in transformers."""
     stops = generation.get("eos_token_id", text_settings(config).get("eos_token_id"))
     if stops is None:

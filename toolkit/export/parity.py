@@ -24,6 +24,7 @@ from toolkit.export.llama import Engine
 from toolkit.export.merge import Merged
 from toolkit.export.tokenizer import load_tokenizer
 from toolkit.files import PACKAGE, ToolkitError
+from toolkit.records import JsonObject
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +36,7 @@ NEAR_TIE = 1e-2
 """Two tokens this close in log-probability (1% of each other) are both the top one: rounding alone swaps them."""
 PER_TEXT = 40
 """Positions compared in each text, counted from its end."""
-Conversation = dict[str, Any]
+Conversation = JsonObject
 """A case of parity_cases.json: its messages, the tools it offers, its messages as a server takes them."""
 Sequences = list[list[int]]
 Question = tuple[Checkpoint, str]
@@ -70,11 +71,11 @@ def log_probs(questions: Sequence[Question], sequences: Sequences) -> list[np.nd
     if "unsloth" in sys.modules:
         return _in_own_process(questions, sequences)
     load = functools.cache(_network)  # a model that is asked with and without its adapter is loaded once
-    return [_log_probs(load(model), _added(model, which), sequences) for model, which in questions]
-
-
-def _added(model: Checkpoint, which: str) -> dict[str, Factors]:
-    return model.adapter.factors if isinstance(model, Merged) and which == "adapter" else {}
+    answers = []
+    for model, which in questions:
+        beside = model.adapter.factors if isinstance(model, Merged) and which == "adapter" else {}
+        answers.append(_log_probs(load(model), beside, sequences))
+    return answers
 
 
 def _network(model: Checkpoint) -> "PreTrainedModel":
@@ -89,21 +90,19 @@ def _network(model: Checkpoint) -> "PreTrainedModel":
     return network
 
 
-def _log_probs(network: "PreTrainedModel", added: dict[str, Factors], sequences: Sequences) -> np.ndarray:
+def _log_probs(network: "PreTrainedModel", beside: dict[str, Factors], sequences: Sequences) -> np.ndarray:
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    modules = dict(network.named_modules())
-    hooks = [
-        modules[name.removesuffix(".weight")].register_forward_hook(_beside(factors)) for name, factors in added.items()
-    ]
     # One batch, so that every weight is loaded once; padding to the right is not seen by what stands before it
-    longest = max(map(len, sequences))
-    batch = torch.tensor([ids + [0] * (longest - len(ids)) for ids in sequences])
-    with _quiet(), torch.inference_mode():  # of kernels that are not installed
+    batch = pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
+    # quiet of kernels that are not installed
+    with contextlib.ExitStack() as hooks, _quiet(), torch.inference_mode():
+        for name, factors in beside.items():
+            layer = network.get_submodule(name.removesuffix(".weight"))
+            hooks.enter_context(layer.register_forward_hook(_beside(factors)))
         logits = network(batch, use_cache=False).logits
         rows = [row[: len(ids)].float().log_softmax(-1) for row, ids in zip(logits, sequences, strict=True)]
-    for hook in hooks:
-        hook.remove()
     return torch.cat(rows).numpy()
 
 
@@ -114,10 +113,11 @@ def load_from_disk(folder: Path) -> "PreTrainedModel":
     import torch
     from transformers import AutoModelForCausalLM
 
-    settings = {"dtype": torch.float32, "device_map": {"": "disk"}, "local_files_only": True}
     try:
         with _quiet():
-            return AutoModelForCausalLM.from_pretrained(folder, **settings).eval()
+            return AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, device_map={"": "disk"}, local_files_only=True
+            ).eval()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:  # transformers has no kind of its own
         raise ToolkitError(
             f"{folder}: transformers cannot load it ({type(error).__name__}: {str(error)[:200]})"
@@ -182,12 +182,13 @@ class Tokens:
         from jinja2 import TemplateError
 
         offered = case.get("tools") if tools else None
-        options = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": thinking}
         with contextlib.suppress(TemplateError):
-            return self.tokenizer.apply_chat_template(case["messages"], tools=offered, **options)
+            return self.tokenizer.apply_chat_template(
+                case["messages"], tools=offered, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+            )
         return ""
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """All that decides how texts become tokens, as transformers has loaded it."""
         return {
             "vocabulary and rules": self.tokenizer.backend_tokenizer.to_str(),
@@ -212,10 +213,12 @@ def served_differences(engine: Engine, own: Tokens) -> tuple[int, int]:
         rendered = own.render(case, thinking)
         if not rendered or ("tools" in case and rendered == own.render(case, thinking, tools=False)):
             continue  # some templates refuse a role, and some leave tools out
-        body = {"messages": case.get("served_messages", case["messages"]), "tools": case.get("tools", [])}
-        prompt = engine.call("/apply-template", body | {"chat_template_kwargs": {"enable_thinking": thinking}})[
-            "prompt"
-        ]
+        body = {
+            "messages": case.get("served_messages", case["messages"]),
+            "tools": case.get("tools", []),
+            "chat_template_kwargs": {"enable_thinking": thinking},
+        }
+        prompt = engine.call("/apply-template", body)["prompt"]
         bare = rendered.removeprefix(start)
         renderings += prompt.removeprefix(start) != bare
         # the server itself puts the start before a prompt
@@ -253,22 +256,21 @@ def file_divergence(
     forced to `plain`: the probabilities are those before sampling, and the server withholds them when the token it draws is
     an incomplete UTF-8 sequence."""
     # not the whole vocabulary, which would be hundreds of megabytes of JSON for a text
-    options = {"n_predict": 1, "n_probs": TOP, "logit_bias": [[plain, 1000.0]]}
-    options |= {"response_fields": ["index", "completion_probabilities"]} | request
-    ends = np.cumsum([len(ids) for ids in sequences])
+    fields = ["index", "completion_probabilities"]
+    body = {"n_predict": 1, "n_probs": TOP, "logit_bias": [[plain, 1000.0]], "response_fields": fields, **request}
+    expected = np.split(reference, np.cumsum([len(ids) for ids in sequences])[:-1])
     values = []
     others = 0
     for position in range(max(map(len, sequences))):
         there = [number for number, ids in enumerate(sequences) if position < len(ids)]
         prompts = [sequences[number][: position + 1] for number in there]
-        replies = engine.call("/completion", options | {"prompt": prompts})
+        replies = engine.call("/completion", body | {"prompt": prompts})
         # a list of one prompt is answered with an object
         for reply in replies if len(prompts) > 1 else [replies]:
-            number = there[reply["index"]]
-            row = reference[ends[number] - len(sequences[number]) + position].astype(np.float64)
+            row = expected[there[reply["index"]]][position].astype(np.float64)
             top = reply["completion_probabilities"][0]["top_logprobs"]
             kept = row[[token["id"] for token in top]]
-            values.append(_bucketed(kept, np.array([token["logprob"] for token in top], np.float64)))
+            values.append(_bucketed(kept, np.array([token["logprob"] for token in top])))
             others += bool(kept[0] <= row.max() - NEAR_TIE)
     return {
         "mean KL": float(np.mean(values)),

@@ -22,11 +22,11 @@ def findings(recipe: Recipe) -> list[str]:
     config = checkpoint_file(recipe.model, "config.json")
     if not config:
         return []
-    tokenizer = checkpoint_file(recipe.model, "tokenizer.json") or None
+    tokenizer = checkpoint_file(recipe.model, "tokenizer.json")
     if tokenizer and (reason := tokens_beyond(tokenizer, config)):
         return [f"this run cannot be exported: {reason}"]
     quants = recipe.export.quantization_method
-    templates = template_names(checkpoint_file(recipe.model, "tokenizer_config.json") or {})
+    templates = template_names(checkpoint_file(recipe.model, "tokenizer_config.json"))
     reason = convertible(config, tokenizer, templates) if quants else None
     if not reason:
         return []

@@ -6,9 +6,9 @@ record = Record(run, inputs); record.make(run / "merged" / "config.json", conten
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from toolkit.files import complete, describe, read_json, write_json, write_text
+from toolkit.files import complete, describe, read_if_there, write_json, write_text
+from toolkit.records import JsonObject
 
 FAILED = "EXPORT_FAILED.txt"
 Content = bytes | Callable[[Path], object]
@@ -19,14 +19,11 @@ class Record:
     """What an export has written. A file whose recorded checksum and inputs still match is kept, so that a repeated export
     writes only what is missing."""
 
-    def __init__(self, run: Path, inputs: dict[str, Any]):
+    def __init__(self, run: Path, inputs: JsonObject):
         self.run = run
         self.inputs = inputs
-        self.files: dict[str, dict[str, Any]] = {}
-        if not (run / "export.json").is_file():
-            return
-        old = read_json(run / "export.json")
-        self.files = old["files"]
+        old = read_if_there(run / "export.json") or {"inputs": inputs, "files": {}}
+        self.files: dict[str, JsonObject] = old["files"]
         if old["inputs"] != inputs:  # another adapter, base or scale: every old file is stale
             uncertify(run)
             for name in self.files:
@@ -61,12 +58,11 @@ def uncertify(run: Path) -> None:
 def written_files(run: Path) -> list[Path]:
     """The GGUF files that `export` wrote and that are still there, whatever else is beside them; the folder may have been
     renamed since. All there are where it left no record."""
-    if not (run / "export.json").is_file():
-        return sorted((run / "gguf").glob("*.gguf"))
-    names = read_json(run / "export.json")["files"]
-    return [run / name for name in names if name.endswith(".gguf") and (run / name).is_file()]
+    record = read_if_there(run / "export.json")
+    written = [run / name for name in record["files"]] if record else sorted((run / "gguf").glob("*"))
+    return [path for path in written if path.suffix == ".gguf" and path.is_file()]
 
 
-def as_json(value: dict[str, Any]) -> bytes:
+def as_json(value: JsonObject) -> bytes:
     """A settings file's content, as transformers lays it out."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -7,11 +7,12 @@ import functools
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from toolkit.export.checkpoint import text_settings
+from toolkit.export.checkpoint import ModelConfig, text_settings
 from toolkit.export.record import as_json
 from toolkit.files import ToolkitError, read_json
+from toolkit.records import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ TOKENIZER_FILES = """tokenizer.json tokenizer_config.json chat_template.jinja sp
 vocab.json merges.txt tokenizer.model""".split()
 NAMED_TEMPLATES = "additional_chat_templates"
 """transformers' folder of chat templates beside the default one."""
-TokenizerJson = dict[str, Any]
+TokenizerJson = JsonObject
 """The content of a tokenizer.json."""
 
 
@@ -54,7 +55,7 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
     return files
 
 
-def tokens_beyond(tokenizer: TokenizerJson, config: dict[str, Any]) -> str | None:
+def tokens_beyond(tokenizer: TokenizerJson, config: ModelConfig) -> str | None:
     """Why a tokenizer does not fit a model; None where every token has a row of the embedding."""
     vocabulary = tokenizer["model"]["vocab"]
     # a list in place of {token: id} for unigram models
