@@ -24,6 +24,12 @@ PAGE = json.dumps({"customJson": json.dumps({"tools": []})})
 tokens one of 550; its custom parameters replace them in each request."""
 
 
+LORA = ".lora.gguf"
+"""The end of an adapter's file, after the run's name: a server tells its runs by it."""
+Sampling = dict[str, dict[str, float]]
+"""Recommended values by mode."""
+
+
 class Refused(ToolkitError):
     """A request that a server answered with an error: it runs, and others may be answered."""
 
@@ -36,8 +42,7 @@ class Engine:
     key: str | None = None
     runs: tuple[str, ...] = ()
     context: int = 8192
-    sampling: dict[str, dict] = field(default_factory=dict)
-    """Recommended values by mode."""
+    sampling: Sampling = field(default_factory=dict)
     scale: float = 1.0
     """How much of a LoRA is added; llama.cpp takes it with each request, vLLM does not."""
     takes_scale: bool = True
@@ -50,6 +55,10 @@ class Engine:
         direct = self.server is not None  # a proxy of the environment does not see this machine's ports
         hooks = {"response": [_refused]}
         return httpx.Client(base_url=self.url, headers=headers, timeout=3600, trust_env=not direct, event_hooks=hooks)
+
+    def name_runs(self) -> None:
+        """Set `runs` to what llama.cpp serves: the names of its LoRAs' files, in the order of their ids."""
+        self.runs = tuple(Path(lora["path"]).name.removesuffix(LORA) for lora in self.call("/lora-adapters"))
 
     def lora(self, name: str, scale: float | None = None) -> dict[str, object]:
         """What a request says to be answered by the run of this name at a scale, or by `base`.
@@ -92,14 +101,15 @@ def _refused(reply: httpx.Response) -> None:
 
 
 def launch(
-    weights: Path, loras: Sequence[Path] = (), *, context: int = 2048, slots: int = 1, sampling: dict[str, float] | None = None,
+    weights: Path, loras: Sequence[Path] = (), *, context: int = 2048, slots: int = 1, sampling: Sampling | None = None,
     template: str = "", alias: str = "", host: str = "127.0.0.1", port: int = 0, key: str | None = None, scale: float = 1.0,
 ) -> Engine:  # fmt: skip
     """A server on these files; `slots` replies are generated at once, each within `context` tokens.
 
-    Weights are memory-mapped. `sampling` and the chat template are what requests get that name none (by default those
-    inside the file). A request that does not say otherwise is answered with the first LoRA, at `scale`. There is always an
-    API key, since pages in a browser reach this machine's ports too: one is made where none is given. Raises ToolkitError."""
+    Weights are memory-mapped. The first mode's `sampling` and the chat template are what requests get that name none (by
+    default those inside the file). A request that does not say otherwise is answered with the first LoRA, at `scale`. There is
+    always an API key, since pages in a browser reach this machine's ports too: one is made where none is given. Raises
+    ToolkitError."""
     from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server
 
     key = key or secrets.token_urlsafe(24)
@@ -128,7 +138,8 @@ def launch(
     }
     for name, value in settings.items():
         setattr(params, name, value)
-    for name, value in (sampling or {}).items():
+    sampling = sampling or {}
+    for name, value in next(iter(sampling.values()), {}).items():
         setattr(params.sampling, "temp" if name == "temperature" else name, value)
     for cpu in (params.cpuparams, params.cpuparams_batch):
         cpu.n_threads = 1 if weights.stat().st_size < SMALL else os.cpu_count()
@@ -140,8 +151,12 @@ def launch(
             f"{weights}: llama.cpp cannot load it ({error}): too little memory, or a damaged file: delete it and try again"
         ) from error
     # 0.0.0.0 is where it listens, no address that can be asked
-    here = "127.0.0.1" if host == "0.0.0.0" else f"[{host}]" if ":" in host else host
-    url = f"http://{here}:{server.listening_address.rpartition(':')[2]}"
-    engine = Engine(url, key, context=context, scale=scale, server=server)
-    engine.call("/lora-adapters")  # a server that is dropped before it has answered once never ends its threads
+    url = address("127.0.0.1" if host == "0.0.0.0" else host, server.listening_address.rpartition(":")[2])
+    engine = Engine(url, key, context=context, sampling=sampling, scale=scale, server=server)
+    engine.name_runs()  # a server that is dropped before it has answered once never ends its threads
     return engine
+
+
+def address(host: str, port: object) -> str:
+    """The URL of a server; an IPv6 address stands in brackets there."""
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

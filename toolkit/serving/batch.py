@@ -3,26 +3,28 @@
 answer_file("pocket", "prompts.txt", "replies.jsonl", mode="non_thinking")
 """
 
-import functools
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from toolkit.data.chat import Chat, load_chat
+from toolkit.data.chat import Chat
 from toolkit.data.formats import FORMATS
 from toolkit.data.render import check_special_tokens
 from toolkit.data.sources import Rejected, canonical, open_rows
 from toolkit.files import ToolkitError, lock, read_text, sha256
 from toolkit.recipe import Source
-from toolkit.records import Conversation
+from toolkit.records import Conversation, JsonObject
 from toolkit.serving.client import answer_all, open_engine
-from toolkit.serving.engine import SLOTS, modes_of_run
+from toolkit.serving.engine import SLOTS, chat_of, modes_of_run
 from toolkit.training.base import ADAPTER_WEIGHTS
 from toolkit.training.model import check_adapter, run_folder
 from toolkit.view.progress import Progress
 
-Row = dict[str, Any]
+Row = JsonObject
+COLUMNS = {kind: names.get("messages") or names["user"] for kind, names in FORMATS.items()}
+"""Where the prompt is, by format."""
 
 
 def answer_file(
@@ -51,7 +53,7 @@ def answer_file(
     modes = modes_of_run(folder)
     if mode not in ("both", *modes):
         raise ToolkitError(f"mode {mode!r}: expected both, {' or '.join(modes)}, as this model has")
-    prompts, rejected = read_prompts(prompts_file, load_chat(str(folder / "adapter")))
+    prompts, rejected = read_prompts(prompts_file, chat_of(folder))
     check_adapter(folder)
     # a name may have been trained again
     adapter = sha256(folder / "adapter" / ADAPTER_WEIGHTS)[:8]
@@ -61,7 +63,7 @@ def answer_file(
         for wanted in (modes if mode == "both" else [mode])
         for number, prompt in prompts.items()
     ]
-    open_server = functools.partial(open_engine, folder, scale=scale, **server)
+    open_server = partial(open_engine, folder, scale=scale, **server)
     bar = Progress(console or Console(quiet=True), "answering", len(requests))
     with lock(replies.with_name(f"{replies.name} (replies)"), "generate"), bar:
         return rejected + answer_all(requests, replies, open_server, clients, bar)
@@ -78,19 +80,19 @@ def read_prompts(path: str | Path, chat: Chat | None = None) -> tuple[dict[int, 
         raise ToolkitError(
             f"{path}: no such file: expected prompts as .txt (one a line), .jsonl, .json, .csv, .parquet"
         )
-    rows: list[tuple[int, Any]]
+    rows: dict[int, Any]
     if path.suffix == ".txt":
         # not splitlines(), which also splits at form feeds and at line separators inside a text
         lines = enumerate(read_text(path).split("\n"), start=1)
-        rows = [(number, {"prompt": line.strip()}) for number, line in lines if line.strip()]
+        rows = {number: {"prompt": line.strip()} for number, line in lines if line.strip()}
     else:
-        # drawn rows come shuffled; people expect the file's order
-        rows = sorted(open_rows(Source(str(path))).draw(0), key=lambda numbered: numbered[0])
+        rows = dict(open_rows(Source(str(path))).draw(0))
     prompts: dict[int, Row] = {}
-    rejected: list[str] = []
-    for number, row in rows:
+    rejected = []
+    # drawn rows come shuffled; people expect the file's order
+    for number in sorted(rows):
         try:
-            prompt = prompt_of(row)
+            prompt = prompt_of(rows[number])
             if chat:
                 check_special_tokens(prompt, chat)
             prompts[number] = dict(prompt)
@@ -107,16 +109,15 @@ def prompt_of(row: Row | Rejected) -> Conversation:
     if isinstance(row, Rejected):
         raise row
     row = {"prompt" if name == "question" else name: value for name, value in row.items()}
-    columns = {kind: names.get("messages") or names["user"] for kind, names in FORMATS.items()}
-    kind = next((kind for kind, column in columns.items() if column in row), None)
+    kind = next((kind for kind, column in COLUMNS.items() if column in row), None)
     if kind is None:
-        expected = ", ".join(dict.fromkeys(columns.values()))
+        expected = ", ".join(dict.fromkeys(COLUMNS.values()))
         raise Rejected("missing_field", f"the fields are {', '.join(row)}: expected one of {expected}")
-    turns = row[columns[kind]]
+    turns = row[COLUMNS[kind]]
     if answer := FORMATS[kind].get("assistant"):
         row[answer] = "-"
     elif isinstance(turns, list) and not is_answered(turns):
-        row[columns[kind]] = [*turns, {"role": "assistant", "content": "-"}]
+        row[COLUMNS[kind]] = [*turns, {"role": "assistant", "content": "-"}]
     conversation = canonical(row, kind, {}, {})
     conversation.pop("expected_answer", None)
     conversation["messages"].pop()

@@ -79,12 +79,12 @@ def chat(
     first = mode if mode in modes else modes[0]
     talk = Talk(engine, console, folder.name, (folder.name,), modes, first, max_tokens)
     talk.note(f"{talk.run}, {mode_title(talk.mode)}. /help lists the commands")
-    for line in typed_lines():
+    for line in map(str.strip, typed_lines()):
         try:
-            if line.strip() == "/quit":
+            if line == "/quit":
                 break
-            if line.strip():
-                turn(talk, line.strip())
+            if line:
+                turn(talk, line)
         except ToolkitError as error:
             console.print(f"error: {error}", markup=False)
 
@@ -108,6 +108,7 @@ def typed_lines() -> Iterator[str]:
 def turn(talk: Talk, line: str) -> None:
     """Do what a line says: a command, a question, or a switch with a question after it. Raises ToolkitError."""
     command, _, rest = line.partition(" ")
+    rest = rest.strip()
     known = [name.split()[0] for name in COMMANDS]
     if near := NEAR_SWITCH.search(line):
         raise ToolkitError(f"{near[1]}: only text to the model. Did you mean '/no_think'?")
@@ -118,11 +119,11 @@ def turn(talk: Talk, line: str) -> None:
         talk.messages = []
         talk.note("(a new conversation)")
     elif command == "/scale":
-        set_scale(talk, rest.strip())
+        set_scale(talk, rest)
     elif command in known:
         switch(talk, command)
-        if rest.strip():
-            reply(talk, rest.strip())
+        if rest:
+            reply(talk, rest)
     # a mistyped command; `/usr/bin is …` with more words after it is a question
     elif command.startswith("/") and not rest:
         raise ToolkitError(f"{command}: no such command{did_you_mean(command, known)}. /help lists them")

@@ -4,23 +4,24 @@ engine = open_engine(folder); ask(engine, chat_body(engine, folder.name, "thinki
 """
 
 import os
-import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from toolkit.export.checkpoint import check_scale
 from toolkit.export.llama import Engine, Refused
 from toolkit.files import Say, ToolkitError, append_rows, read_jsonl, write_jsonl
 from toolkit.recipe import of_run
-from toolkit.serving.engine import BASE, LORA, sampling_by_mode, start
+from toolkit.records import JsonObject
+from toolkit.serving.engine import BASE, sampling_by_mode, start
 from toolkit.training.model import checkpoint_file
 from toolkit.view.progress import Progress
 
-Message = dict[str, Any]
-Request = dict[str, Any]
+Message = JsonObject
+Request = JsonObject
 """A reply that is wanted: row, mode, run (who answers), messages, tools if any, seed, max_new_tokens, and whatever else it
 depends on. Row and mode tell it from the others of its file."""
 BEGINNING = b'{"row": '
@@ -33,7 +34,7 @@ class Answer:
 
     reasoning: str = ""
     content: str = ""
-    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    tool_calls: list[JsonObject] = field(default_factory=list)
     tokens: int = 0
     is_cut: bool = False
     """Ended by the limit of tokens."""
@@ -68,11 +69,9 @@ def connect(url: str, wanted: Iterable[str], key: str | None = None, scale: floa
     served = [model["id"] for model in models]
     engine.takes_scale = any(model.get("owned_by") == "llamacpp" for model in models)
     if engine.takes_scale:
-        # llama.cpp lists its first run only, and its adapters in the order of their ids
-        for lora in engine.call("/lora-adapters"):
-            engine.runs += (Path(lora["path"]).name.removesuffix(LORA),)
-        if engine.runs:
-            served = list(dict.fromkeys([*served, BASE, *engine.runs]))
+        # its list of models has the first run only
+        engine.name_runs()
+        served = [*dict.fromkeys([*served, BASE, *engine.runs])] if engine.runs else served
     else:
         engine.runs = tuple(name for name in served if name != BASE)
     if missing := [name for name in wanted if name not in served]:
@@ -82,14 +81,14 @@ def connect(url: str, wanted: Iterable[str], key: str | None = None, scale: floa
     return engine
 
 
-def chat_body(engine: Engine, name: str, mode: str, messages: list[Message], max_tokens: int) -> dict[str, Any]:
+def chat_body(engine: Engine, name: str, mode: str, messages: list[Message], max_tokens: int) -> JsonObject:
     """What a chat completion is asked with: who answers, in which mode, with that mode's recommended sampling."""
     thinking = {"enable_thinking": mode == "thinking"}
     body = {"messages": messages, "max_tokens": max_tokens, "chat_template_kwargs": thinking}
     return body | engine.sampling.get(mode, {}) | engine.lora(name)
 
 
-def ask(engine: Engine, body: dict[str, Any]) -> Answer:
+def ask(engine: Engine, body: JsonObject) -> Answer:
     """The whole answer to a request. Raises ToolkitError."""
     reply = engine.call("/v1/chat/completions", body)
     try:
@@ -102,7 +101,7 @@ def ask(engine: Engine, body: dict[str, Any]) -> Answer:
         raise ToolkitError(f"{engine.url}: not a chat completion: {str(reply)[:200]}") from error
 
 
-def stream(engine: Engine, body: dict[str, Any], answer: Answer, show: Callable[[str, str], None]) -> None:
+def stream(engine: Engine, body: JsonObject, answer: Answer, show: Callable[[str, str], None]) -> None:
     """Add a reply to `answer` as it comes, so that it holds what came before an interruption; `show` gets the name
     (reasoning or content) and text of each piece. Raises ToolkitError."""
     for chunk in engine.stream(body):
@@ -136,11 +135,12 @@ def answer_all(
     there = read_replies(file, requests)
     missing = [request for request in requests if place_of(request) not in there]
     progress.skip(len(there))
-    refused: list[str] = []
     # a file that is finished is known without loading a model
     if not missing:
-        return refused
-    engine, writing = open_server(), threading.Lock()
+        return []
+    engine = open_server()
+    writing = Lock()
+    refused = []
 
     def answer(request: Request) -> None:
         try:
@@ -158,25 +158,26 @@ def answer_all(
             future.result()
     finally:  # those that run are waited for and kept, the others are not begun
         pool.shutdown(cancel_futures=True)
-    # in their order, whoever was quickest; a refused one has no line
-    lines = {place_of(line): line for line in read_jsonl(file)} if file.is_file() else {}
-    places = [place_of(request) for request in requests]
-    if lines:
-        write_jsonl(file, [lines[place] for place in places if place in lines])
+    # in their order, whoever was quickest; a refused one has no line, and where all are there is no file
+    if file.is_file():
+        lines = {place_of(line): line for line in read_jsonl(file)}
+        write_jsonl(file, [lines[place] for place in map(place_of, requests) if place in lines])
     return refused
 
 
-def place_of(line: Mapping[str, Any]) -> tuple[int, str]:
+def place_of(line: JsonObject) -> tuple[int, str]:
     """What tells a request, or its reply, from the others of its file."""
     return line["row"], line["mode"]
 
 
-def reply_line(request: Request, engine: Engine) -> dict[str, Any]:
+def reply_line(request: Request, engine: Engine) -> JsonObject:
     """The line of one reply, which holds all that it depends on. Raises ToolkitError, Refused where the server says why."""
     body = chat_body(engine, request["run"], request["mode"], request["messages"], request["max_new_tokens"])
-    body |= {"tools": request["tools"]} if "tools" in request else {}
     # without a cached prefix a reply does not depend on those before it
-    answer = ask(engine, body | {"seed": request["seed"] + request["row"], "cache_prompt": False})
+    body |= {"seed": request["seed"] + request["row"], "cache_prompt": False}
+    if "tools" in request:
+        body["tools"] = request["tools"]
+    answer = ask(engine, body)
     return {
         "row": request["row"],
         "prompt": request["messages"][-1]["content"],
@@ -201,14 +202,14 @@ def read_replies(file: Path, requests: list[Request]) -> set[tuple[int, str]]:
     *complete, unfinished = file.read_bytes().split(b"\n")
     if not BEGINNING.startswith(unfinished[: len(BEGINNING)]):
         raise ToolkitError(f"{file}, line {len(complete) + 1}: not the beginning of a reply: {move}")
-    wanted: dict[Any, Request] = {place_of(request): request for request in requests}
-    lines: list[Any] = read_jsonl(file)
+    wanted = {place_of(request): {"tools": None, **request} for request in requests}
+    lines = read_jsonl(file)
     for number, line in enumerate(lines, start=1):
-        request = wanted.get((line.get("row"), line.get("mode"))) if isinstance(line, dict) else None
-        if request is None:
-            raise ToolkitError(f"{file}, line {number}: not a reply to these prompts in this mode: {move}")
-        expected = {"tools": None, **request}
-        if other := [key for key, value in expected.items() if line.get(key) != value]:
+        try:
+            request = wanted[place_of(line)]
+        except (KeyError, TypeError) as error:
+            raise ToolkitError(f"{file}, line {number}: not a reply to these prompts in this mode: {move}") from error
+        if other := [key for key, value in request.items() if line.get(key) != value]:
             raise ToolkitError(f"{file}, line {number}: a reply to other {', '.join(other)}: {move}")
     # only now is it known to be a file of replies
     os.truncate(file, file.stat().st_size - len(unfinished))

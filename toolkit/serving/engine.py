@@ -7,20 +7,20 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from rich.console import Console
 
-from toolkit.data.chat import load_chat
-from toolkit.export.checkpoint import Checkpoint, check_scale, generation_of
+from toolkit.data.chat import Chat, load_chat
+from toolkit.export.checkpoint import Base, Checkpoint, ModelConfig, check_scale, generation_of
 from toolkit.export.gguf import write_gguf, write_lora_gguf
 from toolkit.export.gguf_types import check_quant
-from toolkit.export.llama import Engine, launch
-from toolkit.export.merge import Merged, open_merged
+from toolkit.export.llama import LORA, Engine, Sampling, launch
+from toolkit.export.merge import open_merged
 from toolkit.export.record import written_files
 from toolkit.export.tokenizer import chat_template
 from toolkit.family import KINDS, family_of, sampling_of
-from toolkit.files import Say, ToolkitError, complete, lock, outputs, read_json, sha256
+from toolkit.files import Say, ToolkitError, complete, lock, outputs, read_if_there, sha256
 from toolkit.serving.guard import listening_socket
 from toolkit.training.base import ADAPTER_WEIGHTS
 from toolkit.training.model import check_adapter, run_folder
@@ -37,8 +37,6 @@ CONTEXT = 8192
 """Tokens of prompt and reply together unless asked otherwise, or fewer where the model ends before."""
 BEST_FIRST = ("q8_0", "f16", "bf16", "q6_k", "q5_k_m", "q4_k_m")
 """Which exported GGUF is taken when several lie there."""
-LORA = ".lora.gguf"
-"""The end of an adapter's file, after the run's name: a server tells its runs by it."""
 
 
 class Files(NamedTuple):
@@ -46,7 +44,7 @@ class Files(NamedTuple):
 
     weights: Path
     loras: list[Path]
-    config: dict[str, Any]
+    config: ModelConfig
 
 
 def start(
@@ -66,32 +64,26 @@ def start(
     `scale` is how much of the first run's adapter requests get that do not say it: with 0 they get the base. `say` gets a
     line before each step that takes long. Raises ToolkitError before anything is loaded where it can."""
     folders = [run_folder(run).resolve() for run in runs]
+    first = folders[0]
     check_request(folders, source, scale)
     # a port that is taken is known before a model is loaded
     listening_socket(host, port).close()
-    files = (
-        converted(folders, (quant or QUANT).lower(), say) if source == "adapter" else exported(folders[0], quant, say)
-    )
-    # the run's own template: the base may have another, or none
-    chat = load_chat(str(folders[0] / "adapter"))
-    sampling = sampling_by_mode(folders[0], files.config)
+    files = converted(folders, quant or QUANT, say) if source == "adapter" else exported(first, quant, say)
     say(f"loading {files.weights.stat().st_size / 1e9:.2f} GB of weights")
-    engine = launch(
+    return launch(
         files.weights,
         files.loras,
         context=min(context, files.config["max_position_embeddings"]),
         slots=SLOTS,
-        sampling=next(iter(sampling.values())),
-        template=chat.template_text or "",
-        alias=folders[0].name,
+        sampling=sampling_by_mode(first, files.config),
+        # the run's own template: the base may have another, or none
+        template=chat_of(first).template_text or "",
+        alias=first.name,
         host=host,
         port=port,
         key=key,
         scale=scale,
     )
-    engine.sampling = sampling
-    engine.runs = tuple(folder.name for folder in folders) if files.loras else ()
-    return engine
 
 
 def check_request(folders: Sequence[Path], source: str, scale: float) -> None:
@@ -104,12 +96,17 @@ def check_request(folders: Sequence[Path], source: str, scale: float) -> None:
         raise ToolkitError("several runs, or a --scale, are adapters beside their base: leave out --from")
 
 
+def chat_of(folder: Path) -> Chat:
+    """A run's template and tokenizer."""
+    return load_chat(str(folder / "adapter"))
+
+
 def modes_of_run(folder: Path) -> tuple[str, ...]:
     """The modes that a run's chat template has."""
-    return KINDS[load_chat(str(folder / "adapter")).kind] or ("non_thinking",)
+    return KINDS[chat_of(folder).kind] or ("non_thinking",)
 
 
-def sampling_by_mode(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, float]]:
+def sampling_by_mode(folder: Path, config: ModelConfig) -> Sampling:
     """The recommended values of each mode, by the facts of config.json and generation_config.json."""
     family = family_of(config.get("model_type", ""))
     return {mode: sampling_of(family, mode, config) for mode in modes_of_run(folder)}
@@ -122,23 +119,25 @@ def converted(folders: Sequence[Path], quant: str, say: Say) -> Files:
     """The base as GGUF, made now or found in outputs/.gguf/, and the adapters, made anew. Raises ToolkitError."""
     for folder in folders:
         check_adapter(folder)
-    merged = [open_merged(folder, "16bit") for folder in folders]
-    keys = {base_key(folder, run) for folder, run in zip(folders, merged, strict=True)}
+    merged = {folder: open_merged(folder, "16bit") for folder in folders}
+    keys = {base_key(folder, run.base) for folder, run in merged.items()}
     if len(keys) > 1:
         raise ToolkitError(f"{', '.join(f.name for f in folders)}: trained on different bases: serve them one by one")
+    quant = quant.lower()
     check_quant(quant)
     cache = outputs() / ".gguf" / keys.pop()
-    checkpoint = Checkpoint(merged[0].base.folder)
+    base = merged[folders[0]].base
+    checkpoint = Checkpoint(base.folder)
     # a second server on the same base waits for the file and uses it
     with lock(cache, "serve", wait=True):
-        weights = converted_base(cache, checkpoint, quant, merged[0].base.label, folders[0] / "adapter", say)
+        weights = converted_base(cache, checkpoint, quant, base.label, folders[0] / "adapter", say)
         loras = []
-        for folder, run in zip(folders, merged, strict=True):
+        for folder, run in merged.items():
             # one folder for each run's weights: a run may be trained again under its name while an old one is served
             file = cache / sha256(folder / "adapter" / ADAPTER_WEIGHTS)[:8] / f"{folder.name}{LORA}"
             write_lora_gguf(run.adapter, checkpoint.config, file)
             loras.append(file)
-    return Files(weights, loras, checkpoint.config | generation_of(merged[0].base.folder))
+    return Files(weights, loras, checkpoint.config | generation_of(base.folder))
 
 
 def converted_base(cache: Path, checkpoint: Checkpoint, quant: str, label: str, tokenizer: Path, say: Say) -> Path:
@@ -158,32 +157,28 @@ def converted_base(cache: Path, checkpoint: Checkpoint, quant: str, label: str, 
 def exported(folder: Path, quant: str | None, say: Say) -> Files:
     """An exported file, once its certificate was found to be about it. Raises ToolkitError."""
     file = exported_gguf(folder, quant)
-    certificate = folder / "certificate.json"
-    record = read_json(certificate) if certificate.is_file() else {}
+    certificate = read_if_there(folder / "certificate.json")
     say(f"comparing {file.name} with its certificate")
-    written = record.get("files", {}).get(file.relative_to(folder).as_posix(), {})
-    reason = ""
-    if not record:
-        reason = f"not verified, as {certificate} is missing"
-    elif not record.get("passed"):
+    if not certificate:
+        reason = f"not verified, as {folder / 'certificate.json'} is missing"
+    elif not certificate.get("passed"):
         reason = "its certificate did not pass, so it is not the run"
-    elif written.get("sha256") != sha256(file):
+    elif certificate["files"].get(f"gguf/{file.name}", {}).get("sha256") != sha256(file):
         reason = "not the file that its certificate is about"
-    elif "model" not in record:
+    elif "model" not in certificate:
         reason = "its certificate is of an older version of this toolkit"
-    if reason:
-        again = f"python -m toolkit verify {folder.name}   or   python -m toolkit export {folder.name}"
-        raise ToolkitError(f"{file}: {reason}: {again}")
-    # the folder merged/, which has a config.json, may have been deleted to save space
-    return Files(file, [], record["model"])
+    else:
+        # the folder merged/, which has a config.json, may have been deleted to save space
+        return Files(file, [], certificate["model"])
+    again = f"python -m toolkit verify {folder.name}   or   python -m toolkit export {folder.name}"
+    raise ToolkitError(f"{file}: {reason}: {again}")
 
 
-def base_key(run: Path, merged: Merged) -> str:
+def base_key(run: Path, base: Base) -> str:
     """A folder name that changes with the base's weights and with the run's tokenizer and template."""
-    base = merged.base
     # sizes and times stand for contents: hashing a large base takes longer than loading it
-    shards = [(file.name, file.stat()) for file in sorted(base.folder.glob("*.safetensors"))]
-    weights = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in shards]
+    shards = {file.name: file.stat() for file in sorted(base.folder.glob("*.safetensors"))}
+    weights = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in shards.items()]
     tokenizer = [sha256(run / "adapter" / name) for name in ("tokenizer.json", "tokenizer_config.json")]
     identity = json.dumps([base.name, base.revision, weights, tokenizer, chat_template(run / "adapter")])
     return f"{base.label.replace('/', '--')}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
@@ -191,7 +186,7 @@ def base_key(run: Path, merged: Merged) -> str:
 
 def exported_gguf(folder: Path, quant: str | None = None) -> Path:
     """The GGUF file that `export` wrote: the quantization asked for, else the first of BEST_FIRST that is there."""
-    files = {path.name.split(".")[-2]: path for path in written_files(folder) if path.suffix == ".gguf"}
+    files = {path.name.split(".")[-2]: path for path in written_files(folder)}
     for name in [quant.lower()] if quant else BEST_FIRST:
         if name in files:
             return files[name]

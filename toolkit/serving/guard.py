@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
 
-from toolkit.export.llama import Engine
+from toolkit.export.llama import Engine, address
 from toolkit.files import ToolkitError
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -48,8 +48,7 @@ def opened(engine: Engine, listener: socket.socket) -> str:
     server.socket.close()
     server.socket = listener
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return address(*listener.getsockname()[:2])
 
 
 class Guard(BaseHTTPRequestHandler):

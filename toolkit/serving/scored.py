@@ -5,30 +5,30 @@ result = evaluate_file("pocket", "q8_0")
 Scoring is evaluation's own. Every reply is kept as it comes: after a cut connection the same command asks what is missing.
 """
 
-import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from rich.console import Console
 
 from toolkit import recipe as recipes
 from toolkit.data import mix
-from toolkit.data.render import Chat, load_chat
+from toolkit.data.render import Chat
 from toolkit.evaluation.generate import Messages, Reply, split_reply
 from toolkit.evaluation.measure import score, scored
 from toolkit.evaluation.plan import Plan, sized
 from toolkit.evaluation.questions import EvaluationSet, fingerprint, questions_of, reply_limits, select
-from toolkit.export.llama import Engine, launch
+from toolkit.export.llama import Engine, Sampling, launch
 from toolkit.family import THINK_CLOSE, THINK_OPEN
 from toolkit.files import ToolkitError, outputs, read_json, read_jsonl, sha256, write_json
 from toolkit.records import Evaluation
 from toolkit.serving.client import answer_all, open_engine
-from toolkit.serving.engine import SLOTS, Files, converted, exported, modes_of_run, sampling_by_mode
+from toolkit.serving.engine import SLOTS, Files, chat_of, converted, exported, modes_of_run, sampling_by_mode
 from toolkit.training.model import run_folder
 from toolkit.view.progress import Progress, default_console, working
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 CLIENTS = 8
 """Requests at once to a server of another process; one in this process has SLOTS."""
@@ -89,7 +89,7 @@ def evaluate_url(
     *,
     key: str | None = None,
     level: str | None = None,
-    console: "Console | None" = None,
+    console: Console | None = None,
 ) -> Evaluation:
     """Score base and tuned as a server answers for them; written as eval-served.json. Raises ToolkitError."""
     folder = run_folder(run).resolve()
@@ -101,13 +101,13 @@ def evaluate_url(
 
 
 def evaluate_file(
-    run: str | Path, quant: str, *, level: str | None = None, console: "Console | None" = None
+    run: str | Path, quant: str, *, level: str | None = None, console: Console | None = None
 ) -> Evaluation:
     """Score the exported file against the base's file of the same quantization, by llama.cpp; written as
     eval-QUANT.json, with how many of the adapter's right answers the file keeps. Raises ToolkitError."""
     folder = run_folder(run).resolve()
     console = console or default_console()
-    say = functools.partial(console.print, markup=False)
+    say = partial(console.print, markup=False)
     quant = quant.lower()
     with working(console, "starting llama.cpp"):
         tuned = exported(folder, quant, say)
@@ -120,14 +120,13 @@ def evaluate_file(
     return result
 
 
-def local_model(folder: Path, files: Files, questions: EvaluationSet, sampling: dict[str, dict[str, float]]) -> Model:
+def local_model(folder: Path, files: Files, questions: EvaluationSet, sampling: Sampling) -> Model:
     """A file behind llama.cpp's server in this process, with room for the longest reply."""
-    template = load_chat(str(folder / "adapter")).template_text or ""
     longest = max(map(questions.plan.limit, sampling))
     # room for a prompt as long as the longest reply; the model's own end comes first
     context = min(files.config["max_position_embeddings"], 2 * longest + 1024)
-    engine = launch(files.weights, context=context, slots=SLOTS, template=template)
-    engine.sampling = sampling
+    template = chat_of(folder).template_text or ""
+    engine = launch(files.weights, context=context, slots=SLOTS, sampling=sampling, template=template)
     return Model(engine, files.weights.stem, sha256(files.weights))
 
 
@@ -138,11 +137,11 @@ def evaluate_models(
     clients: int,
     name: str,
     questions: EvaluationSet,
-    console: "Console | None",
+    console: Console | None,
 ) -> Evaluation:
     """Ask both models, print the verdict and write it beside eval.json."""
     console = console or default_console()
-    subject = ServedRun(base, tuned, modes_of_run(folder), load_chat(str(folder / "adapter")), clients)
+    subject = ServedRun(base, tuned, modes_of_run(folder), chat_of(folder), clients)
     try:
         result = score(subject, questions, console, fast=False)
     except ToolkitError as error:
@@ -180,11 +179,10 @@ def kept_line(folder: Path, result: Evaluation, name: str) -> str:
     adapter: Any = read_json(folder / "eval.json") if scored(folder) else {}
     if adapter.get("fingerprints", {}).get("questions") != result["fingerprints"]["questions"]:
         return f"the adapter was not asked the same: `python -m toolkit evaluate {folder.name}` first pairs both"
-    answers = zip(right_answers(adapter), right_answers(result), strict=True)
-    pairs = [(before, after) for before, after in answers if before is not None and after is not None]
-    had = sum(before for before, _ in pairs)
-    kept = sum(before and after for before, after in pairs)
-    gained = sum(after and not before for before, after in pairs)
+    pairs = Counter(zip(right_answers(adapter), right_answers(result), strict=True))
+    kept = pairs[True, True]
+    had = kept + pairs[True, False]
+    gained = pairs[False, True]
     return f"{name} keeps {kept} of the adapter's {had} right answers, and has {gained} right that it had wrong"
 
 
