@@ -51,6 +51,7 @@ def export(
     the disk is too full (before anything is written), or if the certificate fails; EXPORT_FAILED.txt then stands in the run
     folder."""
     run = Path(run)
+    adapter = run / "adapter"
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     quants = [quant.lower() for quant in quants]
@@ -65,7 +66,7 @@ def export(
             merged = open_merged(run, onto, scale=scale)
             check_base(run, merged.base)
             check_weights(merged)
-            check_tokenizer(merged.config, run / "adapter", gguf=bool(quants))
+            check_tokenizer(merged.config, adapter, gguf=bool(quants))
             record = Record(run, inputs_of(run, merged))
         say(_plan(run, merged, quants, record))
         merge(merged, run, record, console)
@@ -74,12 +75,10 @@ def export(
         name = run.resolve().name
         for quant in quants:
             with Progress(console, f"writing {quant}", total=len(stored.weights)) as progress:
-                write = partial(
-                    write_gguf, stored, quant=quant, name=name, tokenizer=run / "adapter", advance=progress.advance
-                )
+                write = partial(write_gguf, stored, quant=quant, name=name, tokenizer=adapter, advance=progress.advance)
                 record.make(gguf_path(run, quant), write)
         if quants:
-            record.make(run / "gguf" / "Modelfile", modelfile(run, merged, load_tokenizer(run / "adapter")))
+            record.make(run / "gguf" / "Modelfile", modelfile(run, merged, load_tokenizer(adapter)))
         # A certificate that is still there is that of these files: the first that is written withdraws it
         certificate = {} if (run / FAILED).is_file() else read_if_there(run / "certificate.json")
         certificate = certificate or verify(run, console=console)

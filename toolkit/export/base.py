@@ -53,7 +53,7 @@ def check_base(base: torch.nn.Module, loaded: dict[str, Any]) -> None:
     for path, module in base.named_modules():
         # PEFT wraps a trained layer and keeps the old one inside it as base_layer
         name = path.replace(".base_layer", "") + ".weight"
-        if name in stored.shapes and hasattr(module, "weight") and not hasattr(module, "base_layer"):
+        if name in stored.weights and hasattr(module, "weight") and not hasattr(module, "base_layer"):
             _check_weight(name, module.weight, stored, loaded["name"])
 
 

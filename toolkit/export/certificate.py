@@ -49,6 +49,8 @@ LOWER_BOUND = (
     "KL of a GGUF is taken over llama.cpp's 512 most likely tokens and one bucket for all others: a lower bound of the "
     "KL over the whole vocabulary. KL of merged weights is over the whole vocabulary."
 )
+BESIDE_TEXT = ("model.visual.", "mtp.")
+"""How weights begin that the text model lacks, of its sight and of a head that drafts tokens: kept as the base has them."""
 CHANGES_NOTHING = "the adapter changes nothing"
 VERSIONS = ("torch", "transformers", "gguf", "xllamacpp")
 DOCUMENTS = (
@@ -150,9 +152,9 @@ class Verification:
         questions = [(merged, "adapter"), (merged, "base"), (self.stored, "merged")]
         if read_json(self.run / "manifest.json")["model"].get("load_in_4bit") and not merged.base.four_bit:
             questions.append((self.in_4_bit(), "adapter"))
-        if beside := merged.beside_text:
+        if beside := sum(name.startswith(BESIDE_TEXT) for name in merged.weights):
             note = "vision and draft head, the base's own; no picture was tried"
-            self.note("weights beside the text model", len(beside), note)
+            self.note("weights beside the text model", beside, note)
         try:
             check_weights(self.stored)
             tuned, base, reference, *trained = log_probs(questions, self.sequences)
@@ -276,6 +278,7 @@ def verify(run: str | Path, *, console: Console | None = None) -> Certificate:
             for path in ggufs:
                 checking.check_gguf(path, reference)
                 progress.advance(1)
+        config = checking.merged.config
         certificate = {
             "passed": all(check["passed"] for check in checking.checks),
             "checks": checking.checks,
@@ -283,8 +286,8 @@ def verify(run: str | Path, *, console: Console | None = None) -> Certificate:
             "files": files,
             "inputs": checking.record["inputs"],
             "model": {
-                "model_type": checking.merged.config["model_type"],
-                "max_position_embeddings": text_settings(checking.merged.config)["max_position_embeddings"],
+                "model_type": config["model_type"],
+                "max_position_embeddings": text_settings(config)["max_position_embeddings"],
             },
             "positions": sum(map(len, checking.sequences)),
             "kl": LOWER_BOUND,

@@ -156,7 +156,7 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder}: neither weights nor an index ({WEIGHTS}, {INDEX}): restore them. A pickle (.bin) is not read here: "
             "load it with transformers and save it again with save_pretrained"
         )
-    files = sorted(folder / name for name in set(read_json(index).get("weight_map", {}).values()))
+    files = sorted({folder / name for name in read_json(index).get("weight_map", {}).values()})
     if not files:
         raise ToolkitError(f"{index}: expected a weight_map that names the file of each tensor: fetch the model again")
     return files
@@ -187,9 +187,9 @@ class Checkpoint:
             with open_weights(file) as weights:
                 for name in weights.keys():  # noqa: SIM118 - safe_open is no dict and cannot be iterated
                     view = weights.get_slice(name)
-                    stored_type = view.get_dtype()
-                    shape = tuple(view.get_shape())
-                    self.entries[seen_as(name)] = Stored(file, shape, TYPES.get(stored_type, stored_type), name)
+                    dtype = view.get_dtype()
+                    entry = Stored(file, tuple(view.get_shape()), TYPES.get(dtype, dtype), name)
+                    self.entries[seen_as(name)] = entry
         # a statistic is part of a 4-bit weight, or a buffer that transformers computes anew
         self.weights = {
             name: entry
@@ -204,11 +204,6 @@ class Checkpoint:
             self.weights[name] = self.entries[name]._replace(shape=tuple(state["shape"]), dtype=state["dtype"])
         self.tied = self._tie()
         """Whether the embedding is the head too."""
-
-    @property
-    def beside_text(self) -> list[str]:
-        """Weights that the text model lacks, of its sight and of a head that drafts tokens: kept as the base has them."""
-        return [name for name in self.weights if name.startswith(("model.visual.", "mtp."))]
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -236,7 +236,7 @@ def _sampling(model: Checkpoint, tokenizer: Path) -> dict[str, float]:
     values = stated_sampling(family_of(model.config["model_type"]), mode, generation)
     penalty = generation.get("repetition_penalty")
     if penalty not in (None, 1.0):
-        values = values | {"repetition_penalty": penalty}
+        values["repetition_penalty"] = penalty
     return {f"sampling_{SAMPLING_KEYS.get(key, key)}": value for key, value in values.items()}
 
 

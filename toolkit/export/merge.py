@@ -71,9 +71,9 @@ class Merged(Checkpoint):
         types = [stored.dtype for stored in self.weights.values()]
         if strange := sorted(set(types) - BYTES.keys()):
             raise ToolkitError(f"{base.folder}: weights stored as {', '.join(strange)}, expected {', '.join(BYTES)}")
-        self.quantized = self.config.pop("quantization_config", None) is not None
-        self.config.pop("torch_dtype", None)  # the name of `dtype` before transformers 5
-        self.config.pop("_name_or_path", None)  # a path of another machine
+        # torch_dtype is the name of `dtype` before transformers 5, _name_or_path a path of another machine
+        for key in ("quantization_config", "torch_dtype", "_name_or_path"):
+            self.config.pop(key, None)
         # most have this type; some models keep a few norms in fp32
         said = {"dtype": max(types, key=types.count), "tie_word_embeddings": self.tied}
         text_settings(self.config).update(said)
@@ -86,7 +86,7 @@ class Merged(Checkpoint):
         import torch
 
         weight = super().tensor(name).to(getattr(torch, self.weights[name].dtype))
-        on_load = self.base.four_bit and not self.quantized and re.search(QUANTIZED, name)
+        on_load = self.base.four_bit and not self.packed and re.search(QUANTIZED, name)
         return four_bit_round_trip(weight) if on_load else weight
 
     def tensor(self, name: str) -> "torch.Tensor":
@@ -229,17 +229,16 @@ def settings_files(merged: Merged, tokenizer: Path) -> dict[str, bytes]:
     settings["model_max_length"] = longest or text_settings(merged.config)["max_position_embeddings"]
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4, which older vLLM has
-    made = {"tokenizer_config.json": settings}
+    files["tokenizer_config.json"] = as_json(settings)
     split = shards(merged)
     if split.is_sharded:
-        made[INDEX] = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        files[INDEX] = as_json({"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     if generation := generation_config(merged, load_tokenizer(tokenizer)):
-        made["generation_config.json"] = generation
+        files["generation_config.json"] = as_json(generation)
     sight = [merged.base.folder / name for name in SIGHT]
     files |= {path.name: path.read_bytes() for path in sight if path.is_file()}
     # last, as what is written in this order is whole once it loads
-    made["config.json"] = merged.config
-    return files | {name: as_json(content) for name, content in made.items()}
+    return files | {"config.json": as_json(merged.config)}
 
 
 def generation_config(merged: Merged, tokenizer: "PreTrainedTokenizerBase") -> JsonObject:

@@ -5,14 +5,12 @@ merged = open_merged(run, "16bit"); tuned, base = log_probs([(merged, "adapter")
 
 import contextlib
 import functools
-import io
 import itertools
 import json
-import logging
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +23,7 @@ from toolkit.export.merge import Merged
 from toolkit.export.tokenizer import load_tokenizer
 from toolkit.files import PACKAGE, ToolkitError
 from toolkit.records import JsonObject
+from toolkit.training.log import quiet
 
 if TYPE_CHECKING:
     import torch
@@ -96,8 +95,8 @@ def _log_probs(network: "PreTrainedModel", beside: dict[str, Factors], sequences
 
     # One batch, so that every weight is loaded once; padding to the right is not seen by what stands before it
     batch = pad_sequence([torch.tensor(ids) for ids in sequences], batch_first=True)
-    # quiet of kernels that are not installed
-    with contextlib.ExitStack() as hooks, _quiet(), torch.inference_mode():
+    # quiet: transformers warns of kernels that are not installed
+    with contextlib.ExitStack() as hooks, quiet(), torch.inference_mode():
         for name, factors in beside.items():
             layer = network.get_submodule(name.removesuffix(".weight"))
             hooks.enter_context(layer.register_forward_hook(_beside(factors)))
@@ -114,7 +113,7 @@ def load_from_disk(folder: Path) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     try:
-        with _quiet():
+        with quiet():  # it draws a bar for each load, and warns that weights are left on the disk
             return AutoModelForCausalLM.from_pretrained(
                 folder, dtype=torch.float32, device_map={"": "disk"}, local_files_only=True
             ).eval()
@@ -122,17 +121,6 @@ def load_from_disk(folder: Path) -> "PreTrainedModel":
         raise ToolkitError(
             f"{folder}: transformers cannot load it ({type(error).__name__}: {str(error)[:200]})"
         ) from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' bar for each load, and without its warnings, as that weights are left on the disk."""
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
 
 
 def _beside(factors: Factors) -> Callable:
@@ -177,14 +165,17 @@ class Tokens:
         first = self.tokenizer.encode("a")[:1]
         return "" if first == self.encode("a")[:1] else self.tokenizer.decode(first)
 
-    def render(self, case: Conversation, thinking: bool, tools: bool = True) -> str:
+    def render(self, case: Conversation, thinking: bool) -> str:
         """The prompt; empty where the template refuses the conversation."""
         from jinja2 import TemplateError
 
-        offered = case.get("tools") if tools else None
         with contextlib.suppress(TemplateError):
             return self.tokenizer.apply_chat_template(
-                case["messages"], tools=offered, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+                case["messages"],
+                tools=case.get("tools"),
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=thinking,
             )
         return ""
 
@@ -211,7 +202,7 @@ def served_differences(engine: Engine, own: Tokens) -> tuple[int, int]:
     for mode, case in itertools.product(modes_of(own.tokenizer), CASES["conversations"]):
         thinking = mode == "thinking"
         rendered = own.render(case, thinking)
-        if not rendered or ("tools" in case and rendered == own.render(case, thinking, tools=False)):
+        if not rendered or ("tools" in case and rendered == own.render(case | {"tools": None}, thinking)):
             continue  # some templates refuse a role, and some leave tools out
         body = {
             "messages": case.get("served_messages", case["messages"]),
