@@ -116,7 +116,7 @@ def _conclusion(run: Path, certificate: Certificate) -> str:
             f"{run}: the exported files do not match the run; {len(failed)} checks failed ({'; '.join(failed)}). "
             f"See certificate.md and {FAILED} there"
         )
-    files = f"{run / 'merged'}"
+    files = str(run / "merged")
     following = f"vllm serve {files}"
     if (run / "gguf" / "Modelfile").is_file():
         files += f", {run / 'gguf'}"

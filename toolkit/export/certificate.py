@@ -333,8 +333,8 @@ def _write(run: Path, certificate: Certificate) -> None:
     if failed:
         first = "Verification failed: the exported files do not match the run. Do not use or share them. Failed:"
         write_text(run / FAILED, "\n".join([first, *failed]) + "\n")
-    values = certificate | {"changes_nothing": changes_nothing(certificate)}
-    write_text(run / "certificate.md", filled("certificate.md", values))
+    page = filled("certificate.md", certificate | {"changes_nothing": changes_nothing(certificate)})
+    write_text(run / "certificate.md", page)
     write_json(run / "certificate.json", certificate)
     if not failed:
         (run / FAILED).unlink()

@@ -263,15 +263,16 @@ def _positions(config: "PreTrainedConfig") -> dict[str, Any]:
     rope = rope_parameters(config)
     values = {"rope_freq_base": rope["rope_theta"]}
     if rope["rope_type"] in ("linear", "yarn"):
-        values["rope_scaling_type"] = RopeScalingType(rope["rope_type"])
-        values["rope_scaling_factor"] = rope["factor"]
+        values |= {"rope_scaling_type": RopeScalingType(rope["rope_type"]), "rope_scaling_factor": rope["factor"]}
     if rope["rope_type"] == "yarn":
         values["rope_scaling_orig_ctx_len"] = rope["original_max_position_embeddings"]
     if config.model_type == "gemma3_text":
-        values["rope_freq_base_swa"] = config.rope_parameters["sliding_attention"]["rope_theta"]
-        values["sliding_window"] = config.sliding_window
-        values["sliding_window_pattern"] = [kind == "sliding_attention" for kind in config.layer_types]
-        values["final_logit_softcapping"] = config.final_logit_softcapping
+        values |= {
+            "rope_freq_base_swa": config.rope_parameters["sliding_attention"]["rope_theta"],
+            "sliding_window": config.sliding_window,
+            "sliding_window_pattern": [kind == "sliding_attention" for kind in config.layer_types],
+            "final_logit_softcapping": config.final_logit_softcapping,
+        }
     return values
 
 

@@ -22,8 +22,6 @@ SMALL = 600_000_000
 PAGE = json.dumps({"customJson": json.dumps({"tools": []})})
 """Settings of the chat page at its first visit. It offers tools of its own to every model, which makes a prompt of 46
 tokens one of 550; its custom parameters replace them in each request."""
-
-
 LORA = ".lora.gguf"
 """The end of an adapter's file, after the run's name: a server tells its runs by it."""
 Sampling = dict[str, dict[str, float]]
@@ -56,7 +54,7 @@ class Engine:
         hooks = {"response": [_refused]}
         return httpx.Client(base_url=self.url, headers=headers, timeout=3600, trust_env=not direct, event_hooks=hooks)
 
-    def name_runs(self) -> None:
+    def find_runs(self) -> None:
         """Set `runs` to what llama.cpp serves: the names of its LoRAs' files, in the order of their ids."""
         self.runs = tuple(Path(lora["path"]).name.removesuffix(LORA) for lora in self.call("/lora-adapters"))
 
@@ -153,7 +151,7 @@ def launch(
     # 0.0.0.0 is where it listens, no address that can be asked
     url = address("127.0.0.1" if host == "0.0.0.0" else host, server.listening_address.rpartition(":")[2])
     engine = Engine(url, key, context=context, sampling=sampling, scale=scale, server=server)
-    engine.name_runs()  # a server that is dropped before it has answered once never ends its threads
+    engine.find_runs()  # a server that is dropped before it has answered once never ends its threads
     return engine
 
 

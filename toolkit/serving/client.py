@@ -70,7 +70,7 @@ def connect(url: str, wanted: Iterable[str], key: str | None = None, scale: floa
     engine.takes_scale = any(model.get("owned_by") == "llamacpp" for model in models)
     if engine.takes_scale:
         # its list of models has the first run only
-        engine.name_runs()
+        engine.find_runs()
         served = [*dict.fromkeys([*served, BASE, *engine.runs])] if engine.runs else served
     else:
         engine.runs = tuple(name for name in served if name != BASE)
@@ -158,7 +158,7 @@ def answer_all(
             future.result()
     finally:  # those that run are waited for and kept, the others are not begun
         pool.shutdown(cancel_futures=True)
-    # in their order, whoever was quickest; a refused one has no line, and where all are there is no file
+    # in their order, whoever was quickest; a refused one has no line, and there is no file where all were
     if file.is_file():
         lines = {place_of(line): line for line in read_jsonl(file)}
         write_jsonl(file, [lines[place] for place in map(place_of, requests) if place in lines])
