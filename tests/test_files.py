@@ -11,7 +11,18 @@ from pathlib import Path
 import pytest
 
 from toolkit import files
-from toolkit.files import ROOT, ToolkitError, append_rows, find, lock, outputs, read_json, read_jsonl, write_json
+from toolkit.files import (
+    ROOT,
+    ToolkitError,
+    append_rows,
+    find,
+    lock,
+    outputs,
+    read_if_there,
+    read_json,
+    read_jsonl,
+    write_json,
+)
 
 HOLD = """
 import sys, time
@@ -146,6 +157,13 @@ def test_a_damaged_file_of_a_run_names_the_command_that_writes_it_again(content,
     (run / name).write_bytes(content)
     with pytest.raises(ToolkitError, match=f"{name}: .*{command}"):
         read_json(run / name)
+
+
+def test_a_json_file_that_is_not_there_is_empty_and_a_damaged_one_is_refused(run):
+    assert read_if_there(run / "certificate.json") == {}
+    (run / "certificate.json").write_text("{")
+    with pytest.raises(ToolkitError, match=r"certificate\.json: expected a JSON file"):
+        read_if_there(run / "certificate.json")
 
 
 def test_numbers_that_are_none_in_json_stay_readable(tmp_path):
