@@ -143,6 +143,19 @@ def test_a_batch_is_as_large_as_its_key_value_cache_allows():
     assert rows_that_fit(four_billion, 10_000, 1e6, batch_size=32) == 1
 
 
+def test_a_model_without_grouped_heads_keeps_keys_and_values_of_every_head():
+    from transformers import GPTNeoXConfig
+
+    from toolkit.machine.fit import shape_of
+
+    config = GPTNeoXConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=256, vocab_size=99
+    )
+    row = 2 * 2 * 2 * 64 * 100  # keys and values, 2 bytes, 2 layers, 4 heads of 16, 100 tokens
+    assert rows_that_fit(config, 100, 5.5 * row / 0.7, batch_size=32) == 5
+    assert shape_of(config).kv_dim == 64
+
+
 def test_trouble_is_named(model, tokenizer):
     with pytest.raises(ToolkitError, match="leaves no room"):
         generate(model, tokenizer, [[{"role": "user", "content": "one " * 300}]], "thinking", max_new_tokens=4, seed=0)

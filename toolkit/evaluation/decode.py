@@ -111,8 +111,10 @@ def rows_that_fit(config: "PretrainedConfig", tokens: int, free_bytes: float, ba
     text = config.get_text_config()
     # Qwen2 does not state it
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    # GPT-NeoX and other models without grouped heads do not state them
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     with_cache = text.num_hidden_layers - delta_layers(text)
-    row = 2 * 2 * with_cache * text.num_key_value_heads * head_dim * tokens + state_bytes(text)
+    row = 2 * 2 * with_cache * heads * head_dim * tokens + state_bytes(text)
     return int(max(1, min(batch_size, 0.7 * free_bytes / row)))
 
 

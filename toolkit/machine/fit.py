@@ -151,7 +151,7 @@ def shape_of(config: "PretrainedConfig", name: str = "") -> Shape:
             "num_hidden_layers": text.num_hidden_layers,
             "num_attention_heads": heads,
             "q_dim": heads * head_dim,
-            "kv_dim": text.num_key_value_heads * head_dim,
+            "kv_dim": (getattr(text, "num_key_value_heads", None) or heads) * head_dim,
             "vocab_size": text.vocab_size,
             "intermediate_size": text.intermediate_size,
         }
