@@ -111,15 +111,19 @@ def is_trained(key: str, value: Json, where: str) -> bool:
 
 def is_good(key: str, value: Json) -> bool | None:
     """What a key of preference data says of the answer; None where it says nothing."""
+    name = key.lower()
+    word = str(value).strip().lower()
+    says = yes_or_no(value)
     if meaning(key) == "bad":
         # `rejected` is mostly the text of the answer that lost, and such a text may be "yes"
-        is_text = key.lower() == "rejected" and str(value).strip().lower() not in ("true", "false")
-        says = None if is_text else yes_or_no(value)
-        return None if says is None else not says
+        is_text = name == "rejected" and word not in ("true", "false")
+        return None if is_text or says is None else not says
     # `chosen` is mostly the answer that won, which `formats` compares
-    if key.lower() == "chosen" and type(value) in (str, list, dict) and yes_or_no(value) is None:
+    if name == "chosen" and type(value) in (str, list, dict) and says is None:
         return True
-    word = value.strip().lower() if key.lower() == "label" and type(value) is str else ""
-    if word in CLASSES:
-        return None
-    return False if word in ("undesirable", "rejected") else yes_or_no(value)
+    if name == "label" and type(value) is str:
+        if word in CLASSES:
+            return None
+        if word in ("undesirable", "rejected"):
+            return False
+    return says
