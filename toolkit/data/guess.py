@@ -94,8 +94,8 @@ def understand(source: Source) -> Understood:
         formats = formats_in(rows)
         if len(formats) > 1:  # which explains whatever went wrong
             raise ToolkitError(
-                f"{source.path}: holds rows of several formats: {' and '.join(sorted(formats))}. Split it into a file for each, and give both to "
-                "`init`"
+                f"{source.path}: holds rows of several formats: {' and '.join(sorted(formats))}. Split it into a file for "
+                "each, and give both to `init`"
             ) from error
         raise
 

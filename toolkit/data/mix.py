@@ -314,12 +314,14 @@ class Draw:
             why += f". First, row {first['row']}: {first['detail']}"
         if len(malformed) > self.data.max_rejected * self.drawn:
             raise ToolkitError(
-                f"{where}: {len(malformed)} of {self.drawn} rows rejected, more than data.max_rejected={self.data.max_rejected:g} allows: "
-                f"{why}. Fix the rows, or raise data.max_rejected to leave them out"
+                f"{where}: {len(malformed)} of {self.drawn} rows rejected, more than "
+                f"data.max_rejected={self.data.max_rejected:g} allows: {why}. Fix the rows, or raise "
+                "data.max_rejected to leave them out"
             )
         if not self.train:
             raise ToolkitError(
-                f"{where}: no row is left to train on: {len(self.validation)} of {self.seen} held out, {why}. {self._advice()}"
+                f"{where}: no row is left to train on: {len(self.validation)} of {self.seen} held out, {why}. "
+                f"{self._advice()}"
             )
 
     def _advice(self) -> str:
