@@ -11,7 +11,6 @@ from tests.comparison.test_dial import FEW
 from tests.support.pocket_run import trained
 from toolkit.comparison import dial, probe
 from toolkit.comparison.blend import blend
-from toolkit.comparison.dial import SCALES
 from toolkit.comparison.probe import HIGH, LOW, SHARES, WITH_REPLIES, error_note, predict, weights_of
 from toolkit.comparison.runs import read_run
 from toolkit.files import read_json
@@ -39,12 +38,15 @@ def runs(tmp_path_factory):
 
 FEW_SHARES, FEW_WITH_REPLIES = [LOW, 0.25, 0.5, HIGH], (0.25, 0.5, HIGH)
 """Of the nine and four that a probe scores: each takes seconds."""
+FEW_SCALES = (0.5, 1.0)
+"""Of its five."""
 
 
 def predicted(runs, monkeypatch):
     monkeypatch.setenv("TOOLKIT_OUTPUTS", str(runs[LOW].parent))
     monkeypatch.setattr(probe, "SHARES", FEW_SHARES)
     monkeypatch.setattr(probe, "WITH_REPLIES", FEW_WITH_REPLIES)
+    monkeypatch.setattr(probe, "SCALES", FEW_SCALES)
     console = Console(file=io.StringIO(), width=80)
     folder = runs[LOW].parent / "tiny-sweep"
     predict([runs[LOW], runs[HIGH]], folder, console, of="reasoning")
@@ -69,7 +71,7 @@ def test_a_probe_scores_every_ratio_says_its_error_and_names_the_sum_to_make(run
     assert round((low * LOW + high * HIGH) / scale, 4) in SHARES
     dialled = read_json(next((folder / "sums-tiny-r0.1-s3407").glob("scales-*.json")))["scales"]
     assert f"quick {scale:.4g}" in dialled
-    assert {key for key in dialled if key.startswith("fast")} == {f"fast {scale:g}" for scale in SCALES}
+    assert {key for key in dialled if key.startswith("fast")} == {f"fast {scale:g}" for scale in FEW_SCALES}
     assert read_json(folder / "scale" / "comparison.json")["axis"] == "scale"
     code, said = verb(*weights[0].split()[4:], "--name", "chosen")
     assert code == 0
