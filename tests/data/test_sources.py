@@ -445,7 +445,7 @@ print(json.dumps([fingerprint(Source("owner/bakery#5")), list(rows.draw(1)), row
 def test_rows_are_streamed_from_the_hub_at_one_commit(tmp_path):
     files = {"README.md": b"# rows", "train.jsonl": "".join(json.dumps(row) + "\n" for row in ROWS).encode()}
     with hub_stand_in.repository(files) as address:
-        hub = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        hub = hub_stand_in.ONLINE | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
         command = [sys.executable, "-c", STREAM]
         done = subprocess.run(command, env=os.environ | hub, cwd=ROOT, capture_output=True, text=True, check=True)
     commit, rows, where, (missing, split, subset) = json.loads(done.stdout)

@@ -10,6 +10,15 @@ import json
 import threading
 from collections.abc import Iterator
 
+ONLINE = {
+    "HF_HUB_DISABLE_XET": "1",
+    # Unsloth sets all three where one is set: a test that imported it before leaves them to the processes it starts
+    "HF_HUB_OFFLINE": "0",
+    "HF_DATASETS_OFFLINE": "0",
+    "TRANSFORMERS_OFFLINE": "0",
+}
+"""The environment of a process that may ask the stand-in."""
+
 
 @contextlib.contextmanager
 def stand_in() -> Iterator[tuple[str, dict]]:

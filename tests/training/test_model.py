@@ -37,7 +37,7 @@ def test_a_download_shows_its_size_and_nothing_is_said_of_it_once_the_model_is_h
     # one wanted file: of two that begin at once, the Hub's bar can miss one's size (its sum is not locked)
     files = {"model.safetensors": bytes(3_000_000), "pytorch_model.bin": b"not wanted"}
     with hub_stand_in.repository(files) as address:
-        hub = {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        hub = hub_stand_in.ONLINE | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path)}
         first, second = on_a_terminal(hub), on_a_terminal(hub)
     assert "/ 3.00MB" in first  # of a real Hub, by Xet, the speed stands behind it
     assert first.index("3.00MB") < first.index("loading owner/bakery")
