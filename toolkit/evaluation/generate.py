@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 from toolkit.evaluation.decode import Row, decode, room_for_reply
 from toolkit.family import KINDS, PROBE, THINK_CLOSE, THINK_OPEN, end_of_turn, family_of, kind_of, sampling_of
 from toolkit.files import ToolkitError
-from toolkit.records import Message
+from toolkit.records import Message, Messages
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Messages = list[Message]
-"""A conversation up to a user turn."""
+# Each up to a user turn.
 Conversations = Sequence[Messages]
 # Replies made at once, at most.
 BATCH = 32

@@ -17,14 +17,14 @@ from rich.console import Console
 from toolkit import recipe as recipes
 from toolkit.data import mix
 from toolkit.data.render import Chat
-from toolkit.evaluation.generate import Messages, Reply, split_reply
+from toolkit.evaluation.generate import Reply, split_reply
 from toolkit.evaluation.measure import score, scored
 from toolkit.evaluation.plan import Plan, sized
 from toolkit.evaluation.questions import EvaluationSet, fingerprint, questions_of, reply_limits, select
 from toolkit.export.llama import Engine, Sampling, launch
 from toolkit.family import THINK_CLOSE, THINK_OPEN
 from toolkit.files import ToolkitError, outputs, read_json, read_jsonl, sha256, write_json
-from toolkit.records import Evaluation
+from toolkit.records import Evaluation, Messages
 from toolkit.serving.client import answer_all, open_engine
 from toolkit.serving.engine import SLOTS, Files, chat_of, converted, exported, modes_of_run, sampling_by_mode
 from toolkit.training.model import run_folder
