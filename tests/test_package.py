@@ -140,7 +140,7 @@ def test_the_usage_line_of_every_module_runs(path, monkeypatch):
 
 # What stands, and where it should go: (measure, most today, goal). A goal that is met may not be lost.
 BOUNDS = [
-    ("core", 52_600, 30_000), ("first three", 4_600, 4_600), ("whole", 80_900, 46_000), ("density", 6.5, 6.5),
+    ("core", 52_150, 30_000), ("first three", 4_600, 4_600), ("whole", 80_200, 46_000), ("density", 6.5, 6.5),
     ("untyped", 100, 100), ("entries", 18, 18),
 ]  # fmt: skip
 

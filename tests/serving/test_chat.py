@@ -162,8 +162,9 @@ def test_a_server_of_other_runs_is_refused_with_what_it_serves(talk, server, mod
     assert not server.asked
 
 
-def test_quit_leaves_and_so_does_the_end_of_input(talk):
-    _, asked = talk("one", "/quit", "two")
+@pytest.mark.parametrize("line", ["/quit", "/quit now"])
+def test_quit_leaves_and_so_does_the_end_of_input(talk, line):
+    _, asked = talk("one", line, "two")
     assert len(asked) == 1
 
 

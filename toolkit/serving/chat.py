@@ -81,7 +81,7 @@ def chat(
     talk.note(f"{talk.run}, {mode_title(talk.mode)}. /help lists the commands")
     for line in map(str.strip, typed_lines()):
         try:
-            if line == "/quit":
+            if line.partition(" ")[0] == "/quit":
                 break
             if line:
                 turn(talk, line)
