@@ -471,7 +471,8 @@ def test_progress_shows_the_time_left_for_the_whole_sweep(project, monkeypatch):
     assert do(project, [0, 1], console) == []
     lines = [line for line in console.export_text().splitlines() if " left" in line]
     assert len(lines) >= 4
-    run = r"run (\d) of 2 \((\d+)% reasoning, seed 3407\): step (\d+) of (\d+)(?:, \d+ s left|, evaluating)?"
+    clock = r"\d+ s left|begun \d+ s ago|evaluating for \d+ s"
+    run = rf"run (\d) of 2 \((\d+)% reasoning, seed 3407\): step (\d+) of (\d+), (?:{clock})"
     steps = [
         [int(n) for n in re.fullmatch(rf"{run}; whole sweep: (\d+) of (\d+), about \d+ s left", line).groups()]
         for line in lines

@@ -414,7 +414,7 @@ def train_run(run: Planned, title: str, folder: Path, console: Console, progress
     environment = os.environ | {"TOOLKIT_SWEEP": folder.name, "PYTHONUNBUFFERED": "1"}
     first = done = run.steps_done()
     steps = run.row["steps"]
-    began = time.monotonic()
+    began = moved = time.monotonic()
     with open(log, "a", encoding="utf-8") as out:
         # a process of its own: what Unsloth patches and what stays on the card ends with it
         process = subprocess.Popen(words, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=environment)
@@ -422,11 +422,17 @@ def train_run(run: Planned, title: str, folder: Path, console: Console, progress
             while process.poll() is None:
                 time.sleep(POLL_SECONDS)
                 before, done = done, max(done, run.steps_done())
-                pace = (time.monotonic() - began) / max(1, done - first)
-                left = f", {time_left(pace * (steps - done))}" if done > first else ""
+                now = time.monotonic()
+                if done > before:
+                    moved = now
+                pace = (now - began) / max(1, done - first)
+                left = time_left(pace * (steps - done))
+                # a clock, since no step ends while a model loads or answers
+                if done == first:
+                    left = f"begun {now - moved:.0f} s ago"
                 if done == steps:
-                    left = ", evaluating"
-                progress.title = f"{title}: step {done} of {steps}{left}; whole sweep"
+                    left = f"evaluating for {now - moved:.0f} s"
+                progress.title = f"{title}: step {done} of {steps}, {left}; whole sweep"
                 progress.advance(done - before)
         finally:  # an interrupt leaves no orphan training
             process.terminate()
