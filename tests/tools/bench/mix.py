@@ -279,7 +279,9 @@ def main() -> None:
             }
             for part in args.parts or parts:
                 result |= {part: run[part](work), "machine": machine()}
-                MEASURED.write_text(json.dumps(result, indent=1, ensure_ascii=False), encoding="utf-8")
+                # a record names no place of this machine
+                text = json.dumps(result, indent=1, ensure_ascii=False).replace(str(work), "WORK")
+                MEASURED.write_text(text, encoding="utf-8")
     missing = [part for part in parts if part not in result]
     print(f"not measured yet: {', '.join(missing)}" if missing else table(result))
 
