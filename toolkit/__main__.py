@@ -530,8 +530,9 @@ def list_runs_and_recipes() -> Outcome:
 
     from toolkit.view import listing
 
-    say("\n".join(listing.lines()))
-    return Outcome({"runs": listing.runs(), "sweeps": listing.sweeps(), "recipes": listing.recipes()})
+    there = listing.contents()
+    say("\n".join(listing.lines(there)))
+    return Outcome(there)
 
 
 if __name__ == "__main__":

@@ -351,9 +351,9 @@ def remove_partials(folder: Path) -> None:
     import psutil
 
     for partial in folder.rglob("*.partial"):
-        writers = map(int, re.findall(r"\.(\d+)\.partial$", partial.name))
+        writer = re.search(r"\.(\d+)\.partial$", partial.name)
         # a run inside this folder has a lock of its own, and its process may be writing
-        if any(writer == os.getpid() or not psutil.pid_exists(writer) for writer in writers):
+        if writer and (int(writer[1]) == os.getpid() or not psutil.pid_exists(int(writer[1]))):
             partial.unlink(missing_ok=True)
 
 

@@ -7,7 +7,6 @@ training, and do dial and mix together reach further than either? What was measu
 same command resumes it.
 """
 
-import contextlib
 import os
 import platform
 import time
@@ -27,7 +26,7 @@ from toolkit.evaluation.plan import LEVELS, Plan
 from toolkit.evaluation.questions import PROBES, read_questions, select
 from toolkit.evaluation.stats import Sample, interval
 from toolkit.evaluation.subject import LoadedRun
-from toolkit.files import ROOT, ToolkitError, outputs, read_json, read_jsonl, write_json
+from toolkit.files import ROOT, outputs, read_if_whole, read_jsonl, write_json
 from toolkit.training.folder import commit
 from toolkit.training.model import load_run
 from toolkit.view.progress import Progress
@@ -51,9 +50,7 @@ def train(name: str, share: float, seed: int, *more: str) -> Path:
 def measure(folder: Path, scales: tuple[float, ...] = SCALES) -> dict[str, Any]:
     """{scale: the figures of a finished run there}; what is missing is measured, and written scale by scale."""
     kept = folder / "scales.json"
-    found: dict[str, Any] = {}
-    with contextlib.suppress(ToolkitError):  # none yet
-        found = read_json(kept)
+    found = read_if_whole(kept)
     missing = [scale for scale in scales if f"{scale:g}" not in found]
     if missing:
         model, tokenizer = load_run(folder)

@@ -189,7 +189,7 @@ def test_an_exported_file_that_its_certificate_is_not_about_is_refused(outputs):
 
 @pytest.mark.parametrize("damage", ["flipped", "cut", "empty"])
 def test_a_damaged_base_of_the_cache_is_made_again_and_said(outputs, damage):
-    run = make_run(outputs / "mended", 4, NOISE)
+    run = make_run(outputs / "repaired", 4, NOISE)
     said: list[str] = []
     sound = first_logprobs(start([run]), {})
     (file,) = outputs.glob(".gguf/pocket-*/q8_0-*.gguf")

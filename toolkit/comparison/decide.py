@@ -85,10 +85,10 @@ def compare(folders: Iterable[Path]) -> Comparison:
     Raises ToolkitError when no run is left."""
     runs, left_out = read_runs(folders)
     goal = usual_goal(runs)
-    groups: dict[str, list[Run]] = defaultdict(list)
+    groups: dict[tuple[str, ...], list[Run]] = defaultdict(list)
     for run in runs:
         if goal in run.scores["tuned"]:
-            groups[str(run.conditions)].append(run)
+            groups[tuple(run.conditions.values())].append(run)
         else:
             left_out[run.name] = f"no {' '.join(goal)}: no question has an expected answer, or every reply was cut"
     if not groups:

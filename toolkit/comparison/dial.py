@@ -28,7 +28,7 @@ from toolkit.evaluation.measure import evaluate
 from toolkit.evaluation.questions import asked_of
 from toolkit.evaluation.words import LOSS
 from toolkit.export.checkpoint import check_scale
-from toolkit.files import ToolkitError, flat, read_json, write_json
+from toolkit.files import ToolkitError, flat, read_if_whole, read_json, write_json
 from toolkit.records import Evaluation, Json
 from toolkit.run import pinned
 from toolkit.training import model as models
@@ -212,13 +212,13 @@ class Evidence:
 def kept_results(file: Path, adapter: Json) -> Results:
     """What an earlier dial of this adapter wrote."""
     results: Results = {}
-    with contextlib.suppress(ToolkitError):  # none yet, or damaged: then all is measured again
-        kept = read_json(file)
-        # what was measured of another adapter says nothing of this one
-        if kept.get("adapter") == adapter:
-            for key, result in kept["scales"].items():
-                level, scale = key.split()
-                results[level, float(scale)] = result
+    # none yet, or damaged: then all is measured again
+    kept = read_if_whole(file)
+    # what was measured of another adapter says nothing of this one
+    if kept and kept.get("adapter") == adapter:
+        for key, result in kept["scales"].items():
+            level, scale = key.split()
+            results[level, float(scale)] = result
     return results
 
 

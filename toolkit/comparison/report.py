@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -208,8 +207,9 @@ def figure(comparison: Comparison) -> "Figure":
         draw(right, comparison, point, place, point.values.get(along))
     if of_one_training(comparison.axis):
         line = [point for point in comparison.points if along in point.values]
-        ends = [(point.place, point.values[along].low, point.values[along].high) for point in line]
-        right.fill_between(*np.transpose(ends), color=figures.OTHER, alpha=0.15)
+        low = [point.values[along].low for point in line]
+        high = [point.values[along].high for point in line]
+        right.fill_between([point.place for point in line], low, high, color=figures.OTHER, alpha=0.15)
     sections = comparison.points[0].runs[0].sections
     left.set(xlabel=title(*goal, sections), ylabel=title(*kept, sections), title="what is gained, what is kept")
     is_share = noun(comparison.axis) == "ratio"

@@ -204,10 +204,12 @@ class Tracker:
         self._conclude([*compared, folder], {"recommendation": sentences}, "comparison", rows)
 
     def _log_curve(self, curve: Sequence[Row]) -> None:
+        if not curve:
+            return
+        # `dial/scale` or `sweep/reasoning`: wandb draws a line for each other number of the rows over it
+        axis = next(iter(curve[0]))
+        self.run.define_metric(f"{axis.partition('/')[0]}/*", step_metric=axis)
         for row in curve:
-            # `dial/scale` or `sweep/reasoning`: wandb draws a line for each other number of the row over it
-            axis = next(iter(row))
-            self.run.define_metric(f"{axis.partition('/')[0]}/*", step_metric=axis)
             self.run.log(row)
 
     def _conclude(self, folders: Sequence[Path], summary: Row, key: str, rows: Sequence[Row]) -> None:

@@ -1,6 +1,6 @@
 """What there is: the runs and sweeps in the outputs folder with their state, the recipes that ship with their purpose.
 
-from toolkit.view.listing import recipes, runs, sweeps; runs(); sweeps(); recipes()
+from toolkit.view.listing import contents, lines; lines(contents())
 """
 
 import re
@@ -9,6 +9,12 @@ from pathlib import Path
 
 from toolkit.files import RECIPES, ToolkitError, outputs, read_if_there, read_json, read_text
 from toolkit.records import JsonObject
+
+
+def contents() -> dict[str, list[JsonObject]]:
+    """{"runs", "sweeps", "recipes"}: each file is read once."""
+    found = runs()
+    return {"runs": found, "sweeps": sweeps(found), "recipes": recipes()}
 
 
 def runs() -> list[JsonObject]:
@@ -32,9 +38,9 @@ def listed(folder: Path) -> JsonObject:
     }
 
 
-def sweeps() -> list[dict[str, str]]:
-    """Every sweep in the outputs folder, {"name", "state"} by name."""
-    finished = {run["name"] for run in runs() if run["state"] == "finished"}
+def sweeps(found: list[JsonObject]) -> list[JsonObject]:
+    """Every sweep in the outputs folder, {"name", "state"} by name; `found` are the runs there."""
+    finished = {run["name"] for run in found if run["state"] == "finished"}
     folders = [file.parent for file in sorted(outputs().glob("*/sweep.json"))]
     return [{"name": folder.name, "state": state_of_sweep(folder, finished)} for folder in folders]
 
@@ -49,7 +55,7 @@ def state_of_sweep(folder: Path, finished: set[str]) -> str:
     return f"{state}, compared" if (folder / "comparison.json").is_file() else state
 
 
-def recipes() -> list[dict[str, str]]:
+def recipes() -> list[JsonObject]:
     """Every recipe that ships, {"name", "purpose"} by name: the first sentence of its header."""
     shipped = []
     for file in sorted(RECIPES.glob("*.yaml")):
@@ -61,9 +67,9 @@ def recipes() -> list[dict[str, str]]:
     return shipped
 
 
-def lines() -> list[str]:
-    """The same for people, at most 80 columns wide, then the commands that go on from there."""
-    found = runs()
+def lines(there: dict[str, list[JsonObject]]) -> list[str]:
+    """The contents for people, at most 80 columns wide, then the commands that go on from there."""
+    found = there["runs"]
     text = [f"runs in {outputs()}:" if found else f"no run in {outputs()} yet"]
     for run in found:
         line = f"  {run['name']}: {run['state']}"
@@ -72,9 +78,9 @@ def lines() -> list[str]:
         if run["scored"]:
             line += ", scored"
         text.append(", ".join([line, *run["exported"]]))
-    text += [f"  {sweep['name']}: {sweep['state']}" for sweep in sweeps()]
+    text += [f"  {sweep['name']}: {sweep['state']}" for sweep in there["sweeps"]]
     text += ["", "recipes that ship:"]
-    for recipe in recipes():
+    for recipe in there["recipes"]:
         line = f"  {recipe['name']}: {recipe['purpose']}"
         text += textwrap.wrap(line, 80, subsequent_indent="    ", break_long_words=False)
     return [*text, "", "next: python -m toolkit train RECIPE   or   python -m toolkit evaluate RUN"]
